@@ -1,0 +1,260 @@
+"""Data sets as uint8 tensors in memory, in the shape of the space's input; splits; batched augmentation."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fnet_search.errors import FnetError, unknown
+from fnet_search.recipe import Augmentation
+
+Progress = Callable[[int, int], None]
+"""Called with (images read, images in all)."""
+
+NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH")
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images` uint8 [N, C, H, W], `labels` int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: Tensor) -> "Split":
+        return Split(self.images[chosen], self.labels[chosen])
+
+    def to(self, device: str) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`mean` and `std` per channel, of the training images in [0, 1]; `flips`: whether a mirrored image keeps its class.
+
+    `evaluation` is what candidates are compared on: a validation split held out of the training images in a search,
+    the test split in a study of fixed plans.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    evaluation: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flips: bool
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def to(self, device: str) -> "DataSet":
+        splits = {name: getattr(self, name).to(device) for name in ("train", "evaluation", "test")}
+        return replace(self, **splits)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all images and labels, first 16 hex digits."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.evaluation, self.test):
+            digest.update(split.images.contiguous().numpy().data)
+            digest.update(split.labels.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def load_dataset(
+    name: str,
+    input_shape: tuple[int, int, int],
+    folder: Path = Path("data"),
+    download: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> DataSet:
+    """A data set in the shape of a space's input, with its test split as `evaluation`; `hold_out` gives validation.
+
+    `folder` is where torchvision's data sets lie. Raises FnetError for an unknown name, files that are missing (and
+    `download` not set), an unreadable image (naming it), or a space that takes neither 1 nor 3 channels.
+    """
+    if input_shape[0] not in (1, 3):
+        raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
+    if name.startswith("imagefolder:"):
+        classes, train, test = _imagefolder(Path(name.removeprefix("imagefolder:")).expanduser(), input_shape, progress)
+    elif name == "digits":
+        classes, train, test = _digits(input_shape)
+    elif name in NAMES:
+        classes, train, test = _torchvision(name, input_shape, folder, download)
+    else:
+        raise unknown("data set", name, NAMES)
+    pixels = train.images.float().div_(255).transpose(0, 1).flatten(1)
+    mean, std = pixels.mean(1), pixels.std(1).clamp_min(1e-3)
+    return DataSet(name, classes, train, test, test, tuple(mean.tolist()), tuple(std.tolist()), name != "digits")
+
+
+def hold_out(data: DataSet) -> DataSet:
+    """Moves a stratified part of the training images to `evaluation`, a fixed one: 10 %, below 10,000 images 20 %.
+
+    Raises FnetError for a class with fewer than two training images.
+    """
+    fraction = 0.1 if len(data.train) >= 10_000 else 0.2
+    rng = np.random.default_rng(0)
+    held = np.zeros(len(data.train), dtype=bool)
+    labels = data.train.labels.numpy()
+    for index, class_name in enumerate(data.classes):
+        members = np.flatnonzero(labels == index)
+        if len(members) < 2:
+            raise FnetError(f"class {class_name!r} has {len(members)} training images; validation needs at least 2")
+        held[rng.permutation(members)[: max(1, round(fraction * len(members)))]] = True
+    kept = torch.from_numpy(~held)
+    return replace(data, train=data.train.take(kept), evaluation=data.train.take(~kept))
+
+
+def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [N, 1 or 3, H, W] to the channels and size of `shape`; bilinear with antialiasing, luma of ITU-R 601."""
+    if images.shape[1] == 3 and shape[0] == 1:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        images = (images.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
+    images = images.expand(-1, shape[0], -1, -1)
+    if images.shape[2:] != shape[1:]:
+        resized = F.interpolate(images.float(), shape[1:], mode="bilinear", antialias=True)
+        images = resized.round_().clamp_(0, 255).to(torch.uint8)
+    return images.contiguous()
+
+
+def _digits(shape: tuple[int, int, int]) -> tuple[tuple[str, ...], Split, Split]:
+    """scikit-learn's 1,797 scanned digits, 8x8 grey, 0 to 16; a fixed stratified fifth is the test split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    whole = Split(_fit(images, shape), torch.from_numpy(digits.target.astype(np.int64)))
+    train, test = train_test_split(
+        np.arange(len(whole)), test_size=0.2, stratify=digits.target, random_state=0, shuffle=True
+    )
+    chosen = torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(test))
+    return tuple(str(digit) for digit in range(10)), whole.take(chosen[0]), whole.take(chosen[1])
+
+
+def _torchvision(
+    name: str, shape: tuple[int, int, int], folder: Path, download: bool
+) -> tuple[tuple[str, ...], Split, Split]:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
+    splits = []
+    for train in (True, False):
+        try:
+            part = source(str(folder), train=train, download=download)
+        except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
+            advice = "the download failed" if download else "pass --download, or --data-dir for where it lies"
+            raise FnetError(f"data set {name} is not in {folder}/ ({advice}): {_first_line(error)}") from None
+        images = torch.as_tensor(np.asarray(part.data))
+        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
+        splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))
+    return tuple(part.classes), splits[0], splits[1]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _imagefolder(
+    root: Path, shape: tuple[int, int, int], progress: Progress
+) -> tuple[tuple[str, ...], Split, Split]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folders = {part: root / part for part in ("train", "test")}
+    for part in folders.values():
+        if not part.is_dir():
+            raise FnetError(f"imagefolder {root}: {part} does not exist; class folders must lie in train/ and test/")
+    classes = sorted(path.name for path in folders["train"].iterdir() if path.is_dir())
+    if len(classes) < 2:
+        raise FnetError(f"imagefolder {root}: train/ holds {len(classes)} class folders; at least 2 are needed")
+    extra = sorted({path.name for path in folders["test"].iterdir() if path.is_dir()} - set(classes))
+    if extra:
+        raise FnetError(f"imagefolder {root}: class {extra[0]!r} is in test/ but not in train/")
+    files: dict[str, list[tuple[Path, int]]] = {}
+    for part, folder in folders.items():
+        files[part] = [
+            (path, label)
+            for label, name in enumerate(classes)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+        ]
+        empty = [name for label, name in enumerate(classes) if not any(found == label for _, found in files[part])]
+        if part == "train" and empty:
+            raise FnetError(f"imagefolder {root}: {folder / empty[0]} holds no image ({', '.join(IMG_EXTENSIONS)})")
+        if not files[part]:
+            raise FnetError(f"imagefolder {root}: {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
+    total, done = sum(map(len, files.values())), 0
+    splits = []
+    with ThreadPoolExecutor() as pool:
+        for listed in files.values():
+            images = np.empty((len(listed), *shape), dtype=np.uint8)
+            for index, image in enumerate(pool.map(lambda entry: _decode(entry[0], shape), listed, chunksize=64)):
+                images[index] = image
+                done += 1
+                if done % 256 == 0 or done == total:
+                    progress(done, total)
+            splits.append(Split(torch.from_numpy(images), torch.tensor([label for _, label in listed])))
+    return tuple(classes), splits[0], splits[1]
+
+
+def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """One image of any mode and size as uint8 [C, H, W]. Raises FnetError naming the file."""
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scaling
+                image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
+            if image.mode == "P":
+                image = image.convert("RGBA")
+            image = image.convert("RGB" if shape[0] == 3 else "L")
+            if image.size != (shape[2], shape[1]):
+                image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image, dtype=np.uint8)
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FnetError(f"cannot read image {path}: {_first_line(error)}") from None
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def augment(images: Tensor, how: Augmentation, flips: bool, generator: torch.Generator) -> Tensor:
+    """Random affine changes of a float batch [N, C, H, W], one draw an image, edges reflected (grid_sample, bilinear).
+
+    `flips` False leaves mirroring out, for data sets whose classes change under it. `generator` lives on the CPU, so
+    that the draws do not depend on the device.
+    """
+    count, _, height, width = images.shape
+    draw = torch.rand(count, 6, generator=generator)
+    angle = (2 * draw[:, 0] - 1) * math.radians(how.rotation)
+    scale = 1 + (2 * draw[:, 1] - 1) * how.zoom
+    mirror = [
+        torch.where(draw[:, 2 + axis] < 0.5, -1.0, 1.0) if wanted and flips else torch.ones(count)
+        for axis, wanted in enumerate((how.horizontal_flip, how.vertical_flip))
+    ]
+    reach_x, reach_y = round(how.shift * width), round(how.shift * height)
+    shift_x = torch.floor(draw[:, 4] * (2 * reach_x + 1)) - reach_x
+    shift_y = torch.floor(draw[:, 5] * (2 * reach_y + 1)) - reach_y
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    # Output to input, in grid_sample's coordinates: [-1, 1] spans each side, so a rotation needs the aspect ratio.
+    theta = torch.stack(
+        [
+            torch.stack([mirror[0] * cos, -mirror[0] * sin * height / width, 2 * shift_x / width], dim=1),
+            torch.stack([mirror[1] * sin * width / height, mirror[1] * cos, 2 * shift_y / height], dim=1),
+        ],
+        dim=1,
+    )
+    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -1,0 +1,23 @@
+"""The one error that users see: a line that says what is wrong and what would be right."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FnetError(Exception):
+    """Bad input or an unusable file. The command line prints it as one line and exits with code 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name closest to `name`, or the known names."""
+    names = list(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"; known: {shown}" if names else ""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> FnetError:
+    """The error for a name that is not among the known ones, with the nearest of them."""
+    return FnetError(f"unknown {what} {name!r}{nearest(name, known)}")

@@ -1,0 +1,364 @@
+"""The figures of a run: the paper's Figure 4 (quality against MACs) and Figures 5 and 6 (layer by layer).
+
+Functions of evaluations that return matplotlib figures; nothing global is touched, so any thread may draw.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fnet_search.files import replacing
+from fnet_search.labels import Labelled, place_labels
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import label
+from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+
+DPI = 150
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000")  # Okabe and Ito: safe for the colour-blind
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SHOWN = len(COLOURS)  # networks in a figure of layers
+GREY, STAR = "#666666", "#e69f00"
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a PNG; whoever reads `path` meanwhile sees the old file or the new one, whole."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})
+
+
+def mmac(macs: float) -> str:
+    """MACs in millions: one decimal, below ten three digits."""
+    millions = macs / 1e6
+    return f"{millions:,.1f}" if millions >= 10 else f"{millions:.3g}"
+
+
+def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:
+    """The plan's label where it is short enough for a figure, else ``#number`` as in the table of candidates."""
+    name = label(space, evaluation.plan)
+    return name if len(name) <= 24 else f"#{evaluation.number}"
+
+
+def _figure(height: float, width: float = 7.2) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
+def _heading(figure: Figure, text: str) -> None:
+    lines = textwrap.fill(text, 78)
+    figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10.5, fontweight="bold", parse_math=False)
+
+
+def _legend(axes: Axes) -> None:
+    """Above the axes, in as many columns as fit."""
+    longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
+    columns = max(1, min(5, 112 // (longest + 9)))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
+
+
+def _nothing(figure: Figure) -> Figure:
+    figure.text(0.5, 0.45, "no trained candidate has these values yet", horizontalalignment="center", color=GREY)
+    return figure
+
+
+def _finite(value: float | None) -> float:
+    """NaN, which matplotlib leaves out, for what was not measured."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where a linear one would squeeze most values into a line."""
+    known = [value for value in values if math.isfinite(value)]
+    if known and min(known) > 0 and max(known) > 50 * min(known):
+        axes.set_yscale("log")
+
+
+# Quality against MACs: Figure 4
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A panel of Figure 4: what is drawn, in which series, and in which unit."""
+
+    title: str
+    unit: str
+    series: Mapping[str, Callable[[Evaluation], float | None]]
+    scale: float = 1.0
+    limit: Callable[[Constraints], float | None] = lambda constraints: None
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(
+        "Accuracy",
+        "accuracy (%)",
+        {"fp32": lambda one: one.fp32_accuracy, "quint8": lambda one: one.quint8_accuracy},
+        100,
+        lambda constraints: constraints.min_quint8,
+    ),
+    "qmse": Metric("QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda one: one.qmse}),
+    "qce": Metric("QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda one: one.qce}),
+    "drop": Metric(
+        "Relative drop",
+        "accuracy lost to quint8, relative to fp32 (%)",
+        {"relative drop": lambda one: one.relative_drop},
+        100,
+        lambda constraints: constraints.max_drop,
+    ),
+}
+
+
+def macs_figure(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], metric: str
+) -> Figure:
+    """A panel of the paper's Figure 4: `metric` (a key of METRICS) of every trained candidate against its conv MACs.
+
+    The best candidate has a star; dashed lines are the constraints. Labels that find no free place are left out.
+    """
+    chosen = METRICS[metric]
+    figure = _figure(4.2)
+    ranked = ranking(tuple(evaluations), constraints)
+    measured = [[_finite(value(one)) * chosen.scale for value in chosen.series.values()] for one in ranked]
+    drawn = [(one, values) for one, values in zip(ranked, measured, strict=True) if not all(map(math.isnan, values))]
+    splits = " and ".join(sorted({one.split for one, _ in drawn}))
+    _heading(figure, f"{chosen.title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
+    if not drawn:
+        return _nothing(figure)
+    axes = figure.add_subplot()
+    _style(axes)
+    axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+    axes.set_ylabel(chosen.unit, fontsize=9)
+    macs = [one.cost.conv_macs / 1e6 for one, _ in drawn]
+    known = [[value for value in values if math.isfinite(value)] for _, values in drawn]
+    axes.vlines(macs, list(map(min, known)), list(map(max, known)), color="#bbbbbb", linewidth=1)
+    for index, name in enumerate(chosen.series):
+        axes.plot(
+            macs, [values[index] for _, values in drawn], MARKERS[index], color=COLOURS[index], markersize=5, label=name
+        )
+    best = drawn[0][0]
+    title = f"{'winner' if constraints.feasible(best) else 'nearest'}: {plan_name(space, best)}"
+    axes.plot(
+        macs[0], known[0][-1], "*", color=STAR, markeredgecolor="black", markeredgewidth=0.7, markersize=13, label=title
+    )
+    if constraints.conv_macs is not None:
+        budget = f"budget {mmac(constraints.conv_macs)} MMAC"
+        axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
+    limit = chosen.limit(constraints)
+    if limit is not None:
+        axes.axhline(
+            limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=f"limit {limit * chosen.scale:g} %"
+        )
+    _log_if_wide(axes, [value for values in known for value in values])
+    axes.margins(x=0.08, y=0.1)
+    _legend(axes)
+    names = [dict.fromkeys([plan_name(space, one), f"#{one.number}"]) for one, _ in drawn]
+    sizes = [7.0] + [4.0] * len(drawn)
+    place_labels(axes, [Labelled(tuple(name), *rest) for name, *rest in zip(names, macs, known, sizes, strict=False)])
+    return figure
+
+
+# Layer by layer: Figures 5 and 6
+
+Slot = tuple[str, bool]
+"""A place on the axis of layers: a layer of the space, and whether it is its pointwise part."""
+Values = Mapping[str, Callable[[LayerStats], float | None]]
+
+RANGES: Values = {
+    "weight range": lambda layer: layer.weight_max - layer.weight_min,
+    "folded weight range": lambda layer: layer.folded_max - layer.folded_min,
+    "activation range": lambda layer: layer.activation_max - layer.activation_min,
+}
+PRECISIONS: Values = {
+    "weight precision (%)": lambda layer: 100 * layer.weight_precision,
+    "folded precision (%)": lambda layer: 100 * layer.folded_precision,
+    "activation precision (%)": lambda layer: 100 * layer.activation_precision,
+}
+SQNRS: Values = {
+    "weights": lambda layer: layer.weight_sqnr_db,
+    "activations, only these quantized": lambda layer: layer.activation_sqnr_db,
+    "activations, all before quantized too": lambda layer: layer.accumulated_sqnr_db,
+}
+
+
+def selection(constraints: Constraints, evaluations: Sequence[Evaluation], limit: int = SHOWN) -> list[Evaluation]:
+    """The networks worth comparing layer by layer: the best one, the extremes (most MACs, fewest, largest drop), then
+    the next best. Those with the most MACs first."""
+    ranked = [one for one in ranking(tuple(evaluations), constraints) if one.layers]
+    if not ranked:
+        return []
+    by_macs = sorted(ranked, key=lambda one: one.cost.conv_macs)
+    worst = max(ranked, key=lambda one: one.relative_drop or 0.0)
+    chosen = list(dict.fromkeys([ranked[0], by_macs[-1], by_macs[0], worst, *ranked]))[:limit]
+    return sorted(chosen, key=lambda one: (-one.cost.conv_macs, one.number))
+
+
+def _slots(evaluation: Evaluation) -> list[tuple[Slot, LayerStats]]:
+    """Every measured layer with its slot: a grouped convolution stands where the plain one would."""
+    parts: dict[str, Slot] = {}
+    for layer, rate in evaluation.plan.rates:
+        if rate > 1:
+            parts |= {f"{layer}.grouped": (layer, False), f"{layer}.pointwise": (layer, True)}
+    return [(parts.get(stats.layer, (stats.layer, False)), stats) for stats in evaluation.layers]
+
+
+def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> list[Slot]:
+    """The slots in network order that any of the networks fills, so that networks of different plans line up."""
+    filled = {slot for one in evaluations for slot, _ in _slots(one)}
+    return [slot for node in space.order for slot in ((node.name, False), (node.name, True)) if slot in filled]
+
+
+def _layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]:
+    """Axes one above the other that share the axis of layers; pointwise slots are shaded."""
+    panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
+    for axes in panels:
+        _style(axes)
+        for position, (_, pointwise) in enumerate(slots):
+            if pointwise:
+                axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
+    step = math.ceil(len(slots) / 64)  # as many names as fit side by side
+    panels[-1].set_xticks(
+        range(0, len(slots), step),
+        ["pointwise" if pointwise else name for name, pointwise in slots[::step]],
+        rotation=90 if len(slots) > 30 else 60,
+        horizontalalignment="center" if len(slots) > 30 else "right",
+        rotation_mode="default" if len(slots) > 30 else "anchor",
+        fontsize=6 if len(slots) > 30 else 7.5,
+        parse_math=False,
+    )
+    panels[-1].set_xlim(-0.6, len(slots) - 0.4)
+    return panels
+
+
+def _layers_figure(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], title: str, values: Values
+) -> Figure:
+    """A line a network through its KxK convolutions and dense layers; its pointwise convolutions are hollow markers."""
+    figure = _figure(8.2)
+    _heading(figure, f"{title} of every layer: {space.name}")
+    shown = selection(constraints, evaluations)
+    slots = layer_axis(space, shown)
+    if not slots:
+        return _nothing(figure)
+    best = ranking(tuple(shown), constraints)[0]
+    panels = _layer_panels(figure, slots, len(values))
+    for axes, (name, value) in zip(panels, values.items(), strict=True):
+        axes.set_ylabel(name, fontsize=8.5)
+        for index, one in enumerate(shown):
+            role = (" (winner)" if constraints.feasible(best) else " (nearest)") if one is best else ""
+            for pointwise in (False, True):
+                points = [
+                    (slots.index(slot), _finite(value(stats))) for slot, stats in _slots(one) if slot[1] == pointwise
+                ]
+                axes.plot(
+                    [x for x, _ in sorted(points)],
+                    [y for _, y in sorted(points)],
+                    marker=MARKERS[index],
+                    color=COLOURS[index],
+                    markerfacecolor="white" if pointwise else COLOURS[index],
+                    linestyle="none" if pointwise else "-",
+                    linewidth=2.2 if one is best else 1.1,
+                    markersize=4.5,
+                    label="_pointwise" if pointwise else plan_name(space, one) + role,
+                )
+        if not name.endswith("(%)"):
+            _log_if_wide(axes, [_finite(value(stats)) for one in shown for stats in one.layers])
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)
+    _legend(panels[0])
+    return figure
+
+
+def ranges_figure(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> Figure:
+    """The paper's Figure 5: max - min of weights, folded weights and clipped activations, a line a network."""
+    return _layers_figure(space, constraints, evaluations, "Ranges", RANGES)
+
+
+def precisions_figure(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> Figure:
+    """The right of the paper's Figure 6: average channel precisions (equation 3), a line a network."""
+    return _layers_figure(space, constraints, evaluations, "Average channel precisions", PRECISIONS)
+
+
+def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure:
+    """One network, layer by layer: from where to where weights and activations reach, precisions, SQNR."""
+    figure = _figure(9.6)
+    _heading(figure, f"Layers of {plan_name(space, evaluation)}: {space.name}")
+    slots = layer_axis(space, [evaluation])
+    if not slots:
+        return _nothing(figure)
+    layers = [stats for _, stats in sorted(_slots(evaluation), key=lambda pair: slots.index(pair[0]))]
+    positions = range(len(layers))
+    weights, activations, precisions, noise = panels = _layer_panels(figure, slots, 4)
+
+    def bars(axes: Axes, name: str, ends: Sequence[tuple[float, float]], index: int, shift: float = 0.0) -> None:
+        axes.use_sticky_edges = False  # room below the bars
+        axes.bar(
+            [position + shift for position in positions],
+            [high - low for low, high in ends],
+            bottom=[low for low, _ in ends],
+            width=0.36,
+            color=COLOURS[index],
+            label=name,
+        )
+
+    bars(weights, "trained", [(layer.weight_min, layer.weight_max) for layer in layers], 4, -0.19)
+    bars(weights, "batch norm folded in", [(layer.folded_min, layer.folded_max) for layer in layers], 0, 0.19)
+    bars(activations, "after clipping", [(layer.activation_min, layer.activation_max) for layer in layers], 2)
+    weights.set_ylabel("weights, min to max", fontsize=8.5)
+    activations.set_ylabel("activations, min to max", fontsize=8.5)
+    precisions.set_ylabel("channel precision (%)", fontsize=8.5)
+    precisions.set_ylim(0, 103)
+    noise.set_ylabel("SQNR (dB)", fontsize=8.5)
+    for axes, values in ((precisions, PRECISIONS), (noise, SQNRS)):
+        for index, (name, value) in enumerate(values.items()):
+            heights = [_finite(value(layer)) for layer in layers]
+            short = name.removesuffix(" precision (%)")
+            axes.plot(positions, heights, marker=MARKERS[index], color=COLOURS[index], markersize=4.5, label=short)
+    for axes in panels:
+        _legend(axes)
+    return figure
+
+
+# All of them
+
+
+def figures(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]
+) -> dict[str, Figure]:
+    """The figures of a run by name; those that would show nothing are left out."""
+    trained = ranking(tuple(evaluations), constraints)
+    drawn = {
+        f"{name}_vs_macs": macs_figure(space, constraints, trained, name)
+        for name, metric in METRICS.items()
+        if any(math.isfinite(_finite(value(one))) for value in metric.series.values() for one in trained)
+    }
+    profiled = [one for one in trained if one.layers]
+    if profiled:
+        drawn["layer_ranges"] = ranges_figure(space, constraints, profiled)
+        drawn["layer_precisions"] = precisions_figure(space, constraints, profiled)
+    if profiled and profiled[0] is trained[0]:
+        drawn["best_layers"] = candidate_figure(space, trained[0])
+    return drawn
+
+
+def save_figures(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], folder: Path
+) -> list[Path]:
+    """Writes the figures as ``accuracy_vs_macs.png``, ``qmse_vs_macs.png``, ``qce_vs_macs.png``, ``drop_vs_macs.png``,
+    ``layer_ranges.png``, ``layer_precisions.png`` and ``best_layers.png``; returns those that there was data for."""
+    paths = []
+    for name, figure in figures(space, constraints, evaluations).items():
+        paths.append(folder / f"{name}.png")
+        save_png(figure, paths[-1])
+    return paths

@@ -1,0 +1,119 @@
+"""From a macroarchitecture to a trainable torch module, and the walk over a graph that everything here shares."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+
+from fnet_search.macro import INPUT, Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+
+T = TypeVar("T")
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+}
+
+
+def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> Iterator[tuple[Node, T]]:
+    """Runs a graph: yields each node, in topological order, with its output. Outputs are dropped after their last use."""
+    alive: dict[str, T] = {INPUT: x}
+    readers = {name: network.graph.out_degree(name) for name in network.graph}
+    for node in network.order:
+        output = apply(node, [alive[source] for source in node.inputs])
+        for source in set(node.inputs):
+            readers[source] -= 1
+            if readers[source] == 0:
+                del alive[source]
+        alive[node.name] = output
+        yield node, output
+
+
+def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
+    """A layer without parameters on float tensors of shape [N, C, H, W] or [N, K]."""
+    layer, x = node.layer, inputs[0]
+    match layer:
+        case Activation():
+            return FUNCTIONS[layer.function](x)
+        case Pool(reduction="max"):
+            return F.max_pool2d(x, layer.kernel, layer.step, layer.padding)
+        case Pool(reduction="average"):
+            return F.avg_pool2d(x, layer.kernel, layer.step, layer.padding, count_include_pad=False)
+        case Pool():
+            return x.mean(dim=(2, 3), keepdim=True)
+        case Flatten():
+            return x.flatten(1)
+        case Add():
+            return x + inputs[1]
+        case Concat():
+            return torch.cat(inputs, dim=1)
+    raise TypeError(f"{layer.kind} has parameters")
+
+
+def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
+    layer, shape = node.layer, network.input_shapes(node)[0]
+    match layer:
+        case Conv(out_channels, kernel, stride, padding, dilation, groups, bias):
+            return nn.Conv2d(shape[0], out_channels, kernel, stride, padding, dilation, groups, bias)
+        case BatchNorm(eps):
+            return nn.BatchNorm2d(shape[0], eps) if len(shape) == 3 else nn.BatchNorm1d(shape[0], eps)
+        case Dense(out_features, bias):
+            return nn.Linear(shape[0], out_features, bias)
+    return None
+
+
+class Network(nn.Module):
+    """The trainable network of a macroarchitecture: [N, C, H, W] float images, normalised, to [N, classes] logits."""
+
+    def __init__(self, network: Macroarchitecture) -> None:
+        super().__init__()
+        self.network = network
+        modules = {node.name: _module(network, node) for node in network.order}
+        self.layers = nn.ModuleDict({_key(name): module for name, module in modules.items() if module is not None})
+
+    def layer(self, name: str) -> nn.Module:
+        """The module of a node with parameters."""
+        return self.layers[_key(name)]
+
+    def _apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
+        key = _key(node.name)
+        if key not in self.layers:
+            return apply_stateless(node, inputs)
+        output: Tensor = self.layers[key](inputs[0])
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, x in walk(self.network, x, self._apply_node):  # noqa: B007 (the last output is the logits)
+            pass
+        return x
+
+
+def _key(name: str) -> str:
+    """Module names must not hold dots."""
+    return name.replace(".", "/")
+
+
+INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "glorot_uniform": nn.init.xavier_uniform_,
+    "he_normal": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def build(network: Macroarchitecture, initializer: str, seed: int) -> Network:
+    """A freshly initialised network, a function of (network, initializer, seed). Biases start at zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = Network(network)
+        for layer in module.layers.values():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                INITIALIZERS[initializer](layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+    return module

@@ -1,0 +1,303 @@
+"""Factorization plans: legal rates, named plans, and exact MACs and parameters, from arithmetic alone."""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tomli_w
+
+from fnet_search.errors import FnetError, unknown
+from fnet_search.macro import Activation, BatchNorm, Conv, Macroarchitecture, Node, Shape
+
+
+@dataclass(frozen=True)
+class FactorizationPlan:
+    """One factorization rate per factorizable layer, in the space's order. Hashable; make one with `make_plan`."""
+
+    rates: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def by_layer(self) -> Mapping[str, int]:
+        return dict(self.rates)
+
+    def __getitem__(self, layer: str) -> int:
+        return self.by_layer[layer]
+
+    def __str__(self) -> str:
+        return ",".join(f"{layer}={rate}" for layer, rate in self.rates)
+
+
+def rates_of(channels: int) -> tuple[int, ...]:
+    """Legal rates of a layer with `channels` input channels: the powers of two that divide it, and itself."""
+    powers = [1 << k for k in range(channels.bit_length()) if channels % (1 << k) == 0]
+    return tuple(powers) if powers[-1] == channels else (*powers, channels)
+
+
+@lru_cache(maxsize=64)
+def legal_rates(space: Macroarchitecture) -> Mapping[str, tuple[int, ...]]:
+    """Legal rates of every factorizable layer, in file order. An optimizer's parameter is the index in such a tuple."""
+    return {
+        node.name: rates_of(space.shapes[node.inputs[0]][0])
+        for node in space.nodes
+        if isinstance(node.layer, Conv) and node.layer.factorize
+    }
+
+
+def make_plan(space: Macroarchitecture, rates: Mapping[str, int]) -> FactorizationPlan:
+    """The plan with these rates; layers that are not named stay regular (rate 1).
+
+    Raises FnetError for an unknown layer (naming the nearest) or an illegal rate (listing the legal ones).
+    """
+    legal = legal_rates(space)
+    for layer, rate in rates.items():
+        if layer not in legal:
+            if layer in space.by_name:
+                raise FnetError(f"layer {layer!r} cannot be factorized; those that can: {', '.join(legal)}")
+            raise unknown("layer", layer, legal)
+        if rate not in legal[layer]:
+            raise FnetError(
+                f"illegal rate {rate} for layer {layer!r}; legal rates: {', '.join(map(str, legal[layer]))}"
+            )
+    return FactorizationPlan(tuple((layer, rates.get(layer, 1)) for layer in legal))
+
+
+def check_plan(space: Macroarchitecture, plan: FactorizationPlan) -> None:
+    """Raises FnetError unless `plan` names exactly the factorizable layers of `space`, in order, with legal rates."""
+    if make_plan(space, plan.by_layer) != plan:
+        raise FnetError(
+            f"plan {plan} does not name the layers of space {space.name!r} in order: {', '.join(legal_rates(space))}"
+        )
+
+
+def indices(space: Macroarchitecture, plan: FactorizationPlan) -> tuple[int, ...]:
+    """Index of each layer's rate among its legal rates: what an optimizer sees."""
+    return tuple(rates.index(plan[layer]) for layer, rates in legal_rates(space).items())
+
+
+def from_indices(space: Macroarchitecture, chosen: tuple[int, ...]) -> FactorizationPlan:
+    """Inverse of `indices`."""
+    rates = zip(legal_rates(space).items(), chosen, strict=True)
+    return FactorizationPlan(tuple((layer, legal[index]) for (layer, legal), index in rates))
+
+
+def regular(space: Macroarchitecture) -> FactorizationPlan:
+    """Rate 1 everywhere."""
+    return make_plan(space, {})
+
+
+def depthwise(space: Macroarchitecture) -> FactorizationPlan:
+    """Rate C_in everywhere: depthwise separable convolutions."""
+    return make_plan(space, {layer: rates[-1] for layer, rates in legal_rates(space).items()})
+
+
+def doublings(space: Macroarchitecture) -> tuple[int, ...]:
+    """The uniform rates of progressive doubling (paper, section 3): 1, 2, 4, ... until every layer is depthwise."""
+    return tuple(1 << k for k in range(max(map(len, legal_rates(space).values()))))
+
+
+def uniform(space: Macroarchitecture, rate: int) -> FactorizationPlan:
+    """``f<rate>``: one rate in every layer, a layer with fewer input channels at its C_in (paper, section 3)."""
+    if rate not in doublings(space):
+        steps = doublings(space)
+        raise FnetError(f"unknown plan 'f{rate}'; uniform rates are {', '.join(f'f{step}' for step in steps)}")
+    step = rate.bit_length() - 1
+    return make_plan(space, {layer: rates[min(step, len(rates) - 1)] for layer, rates in legal_rates(space).items()})
+
+
+def initial_rates(space: Macroarchitecture) -> tuple[int, ...]:
+    """Legal f_init of the reverse pyramid: the legal rates of the factorizable layer with the fewest input channels."""
+    return min(legal_rates(space).values(), key=lambda rates: rates[-1])
+
+
+def reverse_pyramid(space: Macroarchitecture, initial: int) -> FactorizationPlan:
+    """``init<initial>``: the rate grows with the input depth (paper, Figure 3).
+
+    Each layer gets its largest legal rate that keeps at least (fewest C_in) / initial channels per group.
+    """
+    if initial not in initial_rates(space):
+        known = ", ".join(f"init{rate}" for rate in initial_rates(space))
+        raise FnetError(f"unknown plan 'init{initial}'; reverse pyramids are {known}")
+    fewest = initial_rates(space)[-1]
+    return make_plan(
+        space,
+        {
+            layer: max(rate for rate in rates if rate == 1 or rates[-1] * initial >= fewest * rate)
+            for layer, rates in legal_rates(space).items()
+        },
+    )
+
+
+def named_plans(space: Macroarchitecture) -> dict[str, FactorizationPlan]:
+    """``regular``, ``f2``..., ``init1``..., ``dws``; where two are one plan, the first of these names comes first."""
+    return {
+        "regular": regular(space),
+        "dws": depthwise(space),
+        **{f"f{rate}": uniform(space, rate) for rate in doublings(space)},
+        **{f"init{rate}": reverse_pyramid(space, rate) for rate in initial_rates(space)},
+    }
+
+
+def label(space: Macroarchitecture, plan: FactorizationPlan) -> str:
+    """The plan's name if it has one, else its rates in order: ``1-2-4-4-8``."""
+    for name, known in named_plans(space).items():
+        if known == plan:
+            return name
+    return "-".join(str(rate) for _, rate in plan.rates)
+
+
+def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
+    """A plan from what a user wrote: a name, ``layer=rate,...``, or the path of a plan file (TOML).
+
+    Raises FnetError, saying what would be right.
+    """
+    if not legal_rates(space):
+        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+    if "=" in text and not text.endswith(".toml"):
+        return make_plan(space, dict(_assignment(part) for part in text.split(",") if part.strip()))
+    if text.endswith(".toml") or Path(text).is_file():
+        return load_plan(space, Path(text))
+    if text in ("regular", "dws"):
+        return named_plans(space)[text]
+    if match := re.fullmatch(r"(f|init)(\d{1,9})", text):
+        build = uniform if match[1] == "f" else reverse_pyramid
+        return build(space, int(match[2]))
+    raise unknown("plan", text, named_plans(space))
+
+
+def _assignment(part: str) -> tuple[str, int]:
+    layer, _, rate = part.strip().rpartition("=")
+    if not layer or not re.fullmatch(r"\d{1,9}", rate.strip()):
+        raise FnetError(f"malformed plan entry {part.strip()!r}; write layer=rate, as in: conv_64_1=2,conv_64_2=4")
+    return layer.strip(), int(rate)
+
+
+def load_plan(space: Macroarchitecture, path: Path) -> FactorizationPlan:
+    """Reads a plan file: a ``[rates]`` table of layer = rate."""
+    try:
+        rates = tomllib.loads(path.read_text(encoding="utf-8")).get("rates")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FnetError(f"cannot read plan {path}: {error}") from None
+    if not isinstance(rates, dict) or not all(type(rate) is int for rate in rates.values()):
+        raise FnetError(f"{path}: a plan file needs a [rates] table of layer = rate")
+    return make_plan(space, rates)
+
+
+def plan_toml(plan: FactorizationPlan) -> str:
+    """The text of a plan file."""
+    return tomli_w.dumps({"rates": dict(plan.rates)})
+
+
+def _replacement(space: Macroarchitecture, node: Node, rate: int) -> list[Node]:
+    """The nodes that stand for a convolution: at a rate above 1 grouped KxK, BatchNorm, ReLU, pointwise (section 3)."""
+    if rate == 1:
+        return [node]
+    conv, name = node.layer, node.name
+    assert isinstance(conv, Conv)
+    channels = space.shapes[node.inputs[0]][0]
+    norms = [reader.layer for reader in space.consumers(name) if isinstance(reader.layer, BatchNorm)]
+    return [
+        Node(
+            f"{name}.grouped", Conv(channels, conv.kernel, conv.stride, conv.padding, conv.dilation, rate), node.inputs
+        ),
+        Node(f"{name}.norm", norms[0] if norms else BatchNorm(), (f"{name}.grouped",)),
+        Node(f"{name}.relu", Activation("relu"), (f"{name}.norm",)),
+        Node(f"{name}.pointwise", Conv(conv.out_channels, (1, 1), bias=conv.bias), (f"{name}.relu",)),
+    ]
+
+
+def factorize(space: Macroarchitecture, plan: FactorizationPlan) -> Macroarchitecture:
+    """The network of a plan: every layer with a rate above 1 replaced by its groupwise separable convolution.
+
+    ``NAME`` becomes ``NAME.grouped``, ``NAME.norm``, ``NAME.relu``, ``NAME.pointwise``; what followed stays.
+    """
+    check_plan(space, plan)
+    renamed = {layer: f"{layer}.pointwise" for layer, rate in plan.rates if rate > 1}
+    nodes: list[Node] = []
+    for node in space.nodes:
+        new = _replacement(space, node, plan.by_layer.get(node.name, 1))
+        nodes += [
+            Node(part.name, part.layer, tuple(renamed.get(source, source) for source in part.inputs)) for part in new
+        ]
+    return Macroarchitecture(space.name, space.input_shape, tuple(nodes), space.description)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact counts. A budget limits `conv_macs` (convolutions only, stem included); `total_macs` adds dense layers."""
+
+    conv_macs: int = 0
+    total_macs: int = 0
+    params: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.conv_macs + other.conv_macs, self.total_macs + other.total_macs, self.params + other.params)
+
+
+def layer_cost(node: Node, inputs: list[Shape]) -> Cost:
+    """What one layer adds, for input shapes without the batch."""
+    macs = node.layer.macs(inputs)
+    return Cost(macs if isinstance(node.layer, Conv) else 0, macs, node.layer.params(inputs))
+
+
+def network_cost(network: Macroarchitecture) -> Cost:
+    """Cost of a network as it stands."""
+    return sum((layer_cost(node, network.input_shapes(node)) for node in network.nodes), Cost())
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Cost of every plan of a space as a sum: `fixed`, and per factorizable layer the cost at each legal rate."""
+
+    fixed: Cost
+    by_layer: Mapping[str, tuple[Cost, ...]]
+
+
+@lru_cache(maxsize=64)
+def cost_table(space: Macroarchitecture) -> CostTable:
+    """The additive cost model, exact: a layer's MACs and parameters depend on its own rate only."""
+    by_layer: dict[str, tuple[Cost, ...]] = {}
+    fixed = network_cost(space)
+    for layer, rates in legal_rates(space).items():
+        node = space.by_name[layer]
+        costs = []
+        for rate in rates:
+            shape = space.shapes[node.inputs[0]]
+            total = Cost()
+            for part in _replacement(space, node, rate):
+                total += layer_cost(part, [shape])
+                shape = part.layer.output_shape([shape])
+            costs.append(total)
+        by_layer[layer] = tuple(costs)
+        own = costs[0]
+        fixed += Cost(-own.conv_macs, -own.total_macs, -own.params)
+    return CostTable(fixed, by_layer)
+
+
+def plan_cost(space: Macroarchitecture, plan: FactorizationPlan) -> Cost:
+    """Exact MACs and parameters of a plan."""
+    table = cost_table(space)
+    costs = zip(table.by_layer.values(), indices(space, plan), strict=True)
+    return sum((costs_of_layer[index] for costs_of_layer, index in costs), table.fixed)
+
+
+def smallest_conv_macs(space: Macroarchitecture) -> int:
+    """conv_macs of the cheapest plan (not always depthwise: MACs are not monotone in the rate)."""
+    table = cost_table(space)
+    return table.fixed.conv_macs + sum(min(cost.conv_macs for cost in costs) for costs in table.by_layer.values())
+
+
+def all_conv_macs(space: Macroarchitecture) -> npt.NDArray[np.int64]:
+    """conv_macs of every plan, shape (rates of layer 1, rates of layer 2, ...), indexed as `indices`.
+
+    Eight bytes a plan: 114 MB for factorizenet's 14,224,896.
+    """
+    table = cost_table(space)
+    total = np.array(table.fixed.conv_macs, dtype=np.int64)
+    for costs in table.by_layer.values():
+        total = np.add.outer(total, np.array([cost.conv_macs for cost in costs], dtype=np.int64))
+    return np.asarray(total)

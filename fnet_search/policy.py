@@ -1,0 +1,221 @@
+"""What a policy sees and what it returns. No torch and no Optuna: a host needs this file, `plan` and `macro` only.
+
+A policy is a function of the past (design, section 5). It keeps no state that matters between calls, and its random
+numbers come from ``(history.seed, history.number)``; so a resumed search suggests what an uninterrupted one would
+have, and any number of workers can share one policy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from fnet_search.errors import FnetError, unknown
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import Cost, FactorizationPlan
+
+State = Literal["complete", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What one trained convolution or dense layer looks like (paper, section 2).
+
+    Precisions are average channel precisions, paper equation (3), between 0 and 1. Activations are those after the
+    layer's ReLU where one follows, clipped to the quantized range. SQNR in dB, None where there is no noise or no
+    signal. Channels whose values never change are dead: they count 0 in a precision, and are counted here.
+    """
+
+    layer: str
+    kind: str
+    macs: int
+    params: int
+    weight_min: float
+    weight_max: float
+    weight_precision: float
+    folded_min: float
+    folded_max: float
+    folded_precision: float
+    activation_min: float
+    activation_max: float
+    activation_precision: float
+    weight_sqnr_db: float | None
+    activation_sqnr_db: float | None
+    """Only this activation quantized."""
+    accumulated_sqnr_db: float | None
+    """This activation and everything before it quantized."""
+    sparsity: float
+    """Share of the activation's elements that are exactly zero."""
+    dead_weight_channels: int
+    dead_activation_channels: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured on one candidate. Accuracies and `relative_drop` are fractions of 1.
+
+    A refused plan (constraint, repeat) was never trained; a failed one could not be. Both say why in `reason`.
+    """
+
+    number: int
+    plan: FactorizationPlan
+    cost: Cost
+    state: State = "complete"
+    reason: str = ""
+    split: Literal["validation", "test"] = "validation"
+    ranges: str = ""
+    seed: int = 0
+    epochs: int = 0
+    trained_images: int = 0
+    fp32_accuracy: float | None = None
+    quint8_accuracy: float | None = None
+    qmse: float | None = None
+    """Mean of (y_fp32 - y_quint8)^2 over samples and classes, on the logits."""
+    qce: float | None = None
+    """Cross entropy of softmax(y_quint8) under softmax(y_fp32), natural log."""
+    kl: float | None = None
+    """`qce` less the entropy of softmax(y_fp32)."""
+    layers: tuple[LayerStats, ...] = ()
+
+    @property
+    def relative_drop(self) -> float | None:
+        """(fp32 - quint8) / fp32 accuracy."""
+        if not self.fp32_accuracy or self.quint8_accuracy is None:
+            return None
+        return (self.fp32_accuracy - self.quint8_accuracy) / self.fp32_accuracy
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form; `from_json` gives an equal Evaluation back."""
+        return {**asdict(self), "plan": dict(self.plan.rates)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Evaluation":
+        known = {option.name for option in fields(Evaluation)}
+        values = {key: value for key, value in data.items() if key in known}
+        return Evaluation(
+            **{
+                **values,
+                "plan": FactorizationPlan(tuple(data["plan"].items())),
+                "cost": Cost(**data["cost"]),
+                "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention).
+
+    `conv_macs` and `params` are ceilings known before training; `min_quint8` (accuracy) and `max_drop` (relative)
+    are known after.
+    """
+
+    conv_macs: int | None = None
+    params: int | None = None
+    min_quint8: float | None = None
+    max_drop: float | None = None
+
+    def of_cost(self, cost: Cost) -> dict[str, float]:
+        """Violations that need no training."""
+        limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
+        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
+
+    def of(self, evaluation: Evaluation) -> dict[str, float]:
+        """All violations of an evaluation, those after training only where it was trained."""
+        violations = self.of_cost(evaluation.cost)
+        if self.min_quint8 is not None and evaluation.quint8_accuracy is not None:
+            violations["min_quint8"] = (self.min_quint8 - evaluation.quint8_accuracy) / self.min_quint8
+        if self.max_drop is not None and evaluation.state == "complete":
+            drop = 1.0 if evaluation.relative_drop is None else evaluation.relative_drop
+            violations["max_drop"] = (drop - self.max_drop) / (self.max_drop or 1.0)
+        return violations
+
+    def refusal(self, cost: Cost) -> str:
+        """Why a plan of this cost must not be trained, or an empty string."""
+        reasons = []
+        if self.conv_macs is not None and cost.conv_macs > self.conv_macs:
+            reasons.append(f"{cost.conv_macs:,} conv MACs exceed the budget of {self.conv_macs:,}")
+        if self.params is not None and cost.params > self.params:
+            reasons.append(f"{cost.params:,} parameters exceed the limit of {self.params:,}")
+        return "; ".join(reasons)
+
+    def feasible(self, evaluation: Evaluation) -> bool:
+        """Trained, and every constraint met."""
+        return evaluation.state == "complete" and all(value <= 0 for value in self.of(evaluation).values())
+
+
+@dataclass(frozen=True)
+class History:
+    """The past of a search, as a policy sees it when suggestion `number` is asked for.
+
+    `evaluations` holds every finished one, refused and failed too, in order of their numbers; `running` the plans
+    whose evaluations are still to come. Take random numbers from `rng` only.
+    """
+
+    space: Macroarchitecture
+    constraints: Constraints = Constraints()
+    evaluations: tuple[Evaluation, ...] = ()
+    running: tuple[FactorizationPlan, ...] = ()
+    number: int = 0
+    seed: int = 0
+
+    @property
+    def seen(self) -> frozenset[FactorizationPlan]:
+        """Every plan suggested so far."""
+        return frozenset([evaluation.plan for evaluation in self.evaluations]).union(self.running)
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """A fresh generator, the same at every access: a function of (seed, number)."""
+        return np.random.default_rng((self.seed, self.number))
+
+
+class Policy(Protocol):
+    """Proposes the next plan."""
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        """The next plan to train. None with plans still running: ask again when one ends; else: done."""
+        ...
+
+
+def winner(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> Evaluation | None:
+    """The feasible evaluation with the highest quint8 accuracy, then the fewest conv MACs; else the nearest one.
+
+    The nearest has the least summed violation. None if nothing was trained. Whether it is feasible, ask `constraints`.
+    """
+    ranked = ranking(evaluations, constraints)
+    return ranked[0] if ranked else None
+
+
+def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
+    """The trained evaluations, best first: feasible ones by quint8 accuracy, then the others by violation."""
+
+    def key(evaluation: Evaluation) -> tuple[float, float, int, int]:
+        excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())
+        return excess, -(evaluation.quint8_accuracy or 0.0), evaluation.cost.conv_macs, evaluation.number
+
+    return sorted((evaluation for evaluation in evaluations if evaluation.state == "complete"), key=key)
+
+
+def policy_names() -> list[str]:
+    """Names of the installed policies: entry points of the group ``fnet_search.policies``."""
+    return sorted(entry_points(group="fnet_search.policies").names)
+
+
+def load_policy(name: str) -> Policy:
+    """The installed policy of that name, ours or a third party's.
+
+    Raises FnetError for an unknown name or a plug-in that cannot be loaded.
+    """
+    found = entry_points(group="fnet_search.policies", name=name)
+    if not found:
+        raise unknown("policy", name, policy_names())
+    try:
+        policy: Policy = next(iter(found)).load()()
+    except Exception as error:
+        raise FnetError(f"policy {name!r} cannot be loaded: {error}") from error
+    if not callable(getattr(policy, "suggest", None)):
+        raise FnetError(f"policy {name!r} has no method suggest(history)")
+    return policy

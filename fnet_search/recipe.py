@@ -1,0 +1,125 @@
+"""Recipes: how a candidate is trained, as data (``fnet_search/recipes/*.toml``, or a user's own file by path)."""
+
+import tomllib
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from fnet_search import resources
+from fnet_search.errors import FnetError, nearest, unknown
+
+Schedule = Literal["steps", "one-cycle"]
+Initializer = Literal["glorot_uniform", "he_normal", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image, drawn anew for every image and epoch."""
+
+    shift: float = 0.0
+    """Largest shift, as a fraction of the side; whole pixels."""
+    zoom: float = 0.0
+    """Scale between 1 - zoom and 1 + zoom."""
+    rotation: float = 0.0
+    """Largest angle in degrees."""
+    horizontal_flip: bool = False
+    vertical_flip: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with momentum; `steps` multiplies the rate by 0.1 at each epoch of `milestones`, scaled when the number of
+    epochs is changed; `one-cycle` rises linearly over the first `warmup` of the steps and falls linearly to zero."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """On weights; biases and norms are not decayed."""
+    label_smoothing: float = 0.0
+    initializer: Initializer = "glorot_uniform"
+    schedule: Schedule = "one-cycle"
+    milestones: tuple[float, ...] = ()
+    warmup: float = 0.2
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        problems = {
+            "epochs must be at least 1": self.epochs < 1,
+            "batch_size must be at least 2": self.batch_size < 2,
+            "learning_rate must be positive": not 0 < self.learning_rate < float("inf"),
+            "momentum must be in [0, 1)": not 0 <= self.momentum < 1,
+            "nesterov needs a momentum": self.nesterov and self.momentum == 0,
+            "weight_decay must not be negative": not 0 <= self.weight_decay < float("inf"),
+            "label_smoothing must be in [0, 1)": not 0 <= self.label_smoothing < 1,
+            "warmup must be in [0, 1)": not 0 <= self.warmup < 1,
+            "zoom must be in [0, 1)": not 0 <= self.augmentation.zoom < 1,
+            "shift must be in [0, 1)": not 0 <= self.augmentation.shift < 1,
+            "rotation must be finite": not isfinite(self.augmentation.rotation),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise FnetError(f"recipe {self.name!r}: {problem}")
+        for name, value, known in (
+            ("schedule", self.schedule, get_args(Schedule)),
+            ("initializer", self.initializer, get_args(Initializer)),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+
+    def with_epochs(self, epochs: int | None) -> "Recipe":
+        """The same recipe over another number of epochs; milestones move in proportion."""
+        if epochs is None or epochs == self.epochs:
+            return self
+        scaled = tuple(milestone * epochs / self.epochs for milestone in self.milestones)
+        return replace(self, epochs=epochs, milestones=scaled)
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if self.schedule == "steps":
+            passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
+            return float(self.learning_rate * 0.1**passed)
+        total = self.epochs * steps_per_epoch
+        peak = max(1.0, self.warmup * total)
+        rise, fall = (step + 1) / peak, (total - step) / max(1.0, total - peak + 1)
+        return float(self.learning_rate * min(1.0, rise, fall))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
+    path = resources.find("recipes", "recipe", name)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FnetError(f"cannot read recipe {path}: {error}") from None
+    try:
+        augmentation = _build(Augmentation, table.pop("augmentation", {}))
+        milestones = tuple(table.pop("milestones", ()))
+        return _build(Recipe, {"name": path.stem, **table}, augmentation=augmentation, milestones=milestones)
+    except (FnetError, TypeError) as error:
+        raise FnetError(f"{path}: {error}") from None
+
+
+def _build(kind: Any, table: dict[str, Any], **more: Any) -> Any:
+    options = {option.name: option for option in fields(kind)}
+    for key, value in table.items():
+        if key not in options or key in more:
+            raise FnetError(f"unknown key {key!r}{nearest(key, options)}")
+        wanted = options[key].type
+        accepted = {int: int, float: (int, float), bool: bool}.get(wanted, str)  # type: ignore[call-overload]
+        if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
+            raise FnetError(f"{key} has the wrong type: got {value!r}")
+    missing = [name for name, option in options.items() if _required(option) and name not in table]
+    if missing:
+        raise FnetError(f"needs {missing[0]!r}")
+    return kind(**table, **more)
+
+
+def _required(option: Any) -> bool:
+    return option.default is MISSING and option.default_factory is MISSING

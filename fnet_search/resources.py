@@ -1,0 +1,33 @@
+"""Where the data that ships with the package lies, in a wheel and in a checkout alike."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from fnet_search.errors import FnetError, unknown
+
+
+def folder(kind: str) -> Path:
+    """The folder of the shipped ``kind`` (``spaces``, ``recipes``): in the package, else in the checkout."""
+    installed = Path(str(files("fnet_search"))) / kind
+    return installed if installed.is_dir() else Path(__file__).parent.parent / kind
+
+
+def names(kind: str) -> list[str]:
+    """Names of the shipped TOML files of a kind, sorted."""
+    return sorted(path.stem for path in folder(kind).glob("*.toml"))
+
+
+def find(kind: str, singular: str, name: str) -> Path:
+    """The TOML file behind a shipped name or a path of the user's own.
+
+    Raises FnetError for a name that is neither, naming the nearest shipped one.
+    """
+    shipped = folder(kind) / f"{name}.toml"
+    if name in names(kind):
+        return shipped
+    path = Path(name)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise FnetError(f"{singular} file {name} does not exist")
+        return path
+    raise unknown(singular, name, names(kind))

@@ -1,0 +1,142 @@
+"""Training one candidate. Every random number is a function of (seed, epoch): a training that was cut off and goes on
+from its checkpoint gives, on the CPU, bit for bit the network of one that was not."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+
+from fnet_search.data import DataSet, Split, augment
+from fnet_search.errors import FnetError
+from fnet_search.files import read_tensors, write_tensors
+from fnet_search.network import Network
+from fnet_search.numerics import Numerics
+from fnet_search.recipe import Recipe
+
+
+class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded, not shown as a bug)
+    """The candidate could not be trained or quantized; the message says why and is recorded."""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a training stands. `accuracy` (a fraction) is of the last finished epoch, None before the first."""
+
+    epoch: int
+    epochs: int
+    done: float
+    """Share of all steps done, 0 to 1."""
+    loss: float
+    accuracy: float | None
+    split: str
+    """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
+
+
+Report = Callable[[TrainingProgress], None]
+
+WATCHED = 2000
+"""Images of the validation split that are looked at after an epoch; the last epoch is measured by `evaluate` anyway."""
+
+
+def train(
+    network: Network,
+    data: DataSet,
+    recipe: Recipe,
+    numerics: Numerics,
+    seed: int,
+    report: Report,
+    checkpoint: Path,
+    watch: Split | None,
+) -> int:
+    """Trains in place; returns the number of images trained on, earlier epochs of a resumed training included.
+
+    `checkpoint` is rewritten after each epoch, and read first if it is there. `watch` is the split whose accuracy is
+    reported after each epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
+    """
+    network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+    optimizer = _optimizer(network, recipe)
+    steps = math.ceil(len(data.train) / recipe.batch_size)
+    first = _resume(network, optimizer, checkpoint)
+    accuracy: float | None = None
+    for epoch in range(first, recipe.epochs):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(data.train), generator=generator).to(numerics.device)
+        network.train()
+        loss_sum = torch.zeros((), device=numerics.device)
+        correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
+        for step, chosen in enumerate(order.tensor_split(steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch * steps + step, steps)
+            batch = data.train.take(chosen)
+            images = augment(data.normalise(batch.images), recipe.augmentation, data.flips, generator)
+            with numerics.autocast():
+                logits = network(images.to(memory_format=numerics.memory_format))
+            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == batch.labels).sum()
+            if numerics.device == "cpu" or step % 20 == 0:
+                done = (epoch + (step + 1) / steps) / recipe.epochs
+                split = "training" if watch is None else "validation"
+                report(TrainingProgress(epoch, recipe.epochs, done, float(loss_sum) / (step + 1), accuracy, split))
+        if not math.isfinite(float(loss_sum)):
+            raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
+        seen = float(correct) / len(data.train)
+        accuracy = seen if watch is None else _accuracy(network, data, watch, numerics)
+        _save(network, optimizer, checkpoint, epoch + 1)
+        split = "training" if watch is None else "validation"
+        report(TrainingProgress(epoch + 1, recipe.epochs, (epoch + 1) / recipe.epochs, float(loss_sum) / steps, accuracy, split))
+    return recipe.epochs * len(data.train)
+
+
+def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
+    decayed = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+@torch.no_grad()
+def _accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numerics, batch: int = 500) -> float:
+    """Accuracy as trained (numerics of the training) on an evenly spread part of a split; for watching only."""
+    network.eval()
+    part = split.take(torch.arange(0, len(split), max(1, len(split) // WATCHED), device=numerics.device))
+    correct = 0
+    for images, labels in zip(part.images.split(batch), part.labels.split(batch), strict=True):
+        with numerics.autocast():
+            logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
+        correct += int((logits.argmax(1) == labels).sum())
+    return correct / len(part)
+
+
+def _save(network: Network, optimizer: torch.optim.SGD, path: Path, epoch: int) -> None:
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{name}"] = momentum
+    write_tensors(path, tensors, {"epoch": str(epoch)})
+
+
+def _resume(network: Network, optimizer: torch.optim.SGD, path: Path) -> int:
+    """Epochs already done: 0 without a usable checkpoint (a broken one is work to do again, not an error)."""
+    try:
+        tensors, metadata = read_tensors(path)
+        network.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
+    except (FnetError, RuntimeError):
+        return 0
+    for name, parameter in network.named_parameters():
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    return int(metadata["epoch"])

@@ -4,13 +4,14 @@ A plan's cost is a sum over layers (`plan.cost_table`). So the best plan under c
 layers too, is a multiple-choice knapsack: small enough to be solved exactly, on spaces of any size.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, cost_table, from_indices, indices, legal_rates
@@ -22,8 +23,8 @@ Scores = Mapping[str, Sequence[float] | npt.NDArray[np.float64]]
 _DRAWS, _BATCHES = 4096, 16
 """Plans drawn at once, and how often, before `sample_plan` leaves off drawing: 65,536 in about 10 ms."""
 
-_SCALE = 1e4
-"""Largest score difference that the solver sees. It stops within 1e-6 of the optimum: 1e-10 of that difference."""
+_STEPS = 4096
+"""Steps of a bound as a function of cost, at most."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,6 @@ class _Ceiling:
 
     limit: int
     costs: tuple[tuple[int, ...], ...]
-
-    def admits(self, chosen: tuple[int, ...]) -> bool:
-        return sum(costs[index] for costs, index in zip(self.costs, chosen, strict=True)) <= self.limit
 
 
 def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceiling]:
@@ -47,6 +45,36 @@ def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceili
     return ceilings
 
 
+@dataclass(frozen=True)
+class _Front:
+    """The most that some layers can score, as a step function of what they may cost: both lists ascend."""
+
+    costs: list[int]
+    scores: list[float]
+
+    def best(self, allowed: int) -> float:
+        step = bisect_right(self.costs, allowed)
+        return self.scores[step - 1] if step else -inf
+
+
+def _fronts(values: list[npt.NDArray[np.float64]], ceiling: _Ceiling) -> list[_Front]:
+    """For each layer the front of it and all layers after it; last, that of no layer."""
+    cost, score = np.zeros(1, dtype=np.int64), np.zeros(1)
+    fronts = [_Front([0], [0.0])]
+    for value, layer_costs in zip(reversed(values), reversed(ceiling.costs), strict=True):
+        cost = np.add.outer(np.array(layer_costs, dtype=np.int64), cost).ravel()
+        score = np.add.outer(value, score).ravel()
+        order = np.lexsort((-score, cost))
+        order = order[cost[order] <= ceiling.limit]
+        better = np.diff(np.maximum.accumulate(score[order]), prepend=-inf) > 0
+        cost, score = cost[order][better], score[order][better]
+        if len(cost) > _STEPS:  # coarser, but never lower: each run of steps becomes its cheapest cost and best score
+            ends = np.linspace(0, len(cost), _STEPS + 1, dtype=np.int64)
+            cost, score = cost[ends[:-1]], score[ends[1:] - 1]
+        fronts.append(_Front(cost.tolist(), score.tolist()))
+    return fronts[::-1]
+
+
 def best_plan(
     space: Macroarchitecture,
     constraints: Constraints,
@@ -55,57 +83,41 @@ def best_plan(
 ) -> FactorizationPlan | None:
     """The plan under the ceilings, not in `exclude`, whose summed scores are highest; None if there is no such plan.
 
-    Exact: an integer program with one binary per layer and rate (``scipy.optimize.milp``, HiGHS), where each excluded
-    plan is a cut. Raises ValueError unless there is one finite score per layer and legal rate.
+    Exact (A*): beginnings of plans are extended layer by layer, always the one that could still reach most. That bound
+    is itself exact under a single ceiling, so whole plans come up in order of their scores; costs are integers.
+    Raises ValueError unless there is one finite score per layer and legal rate.
     """
     legal = legal_rates(space)
     values = [np.asarray(scores[layer], dtype=np.float64) for layer in legal]
     for (layer, rates), value in zip(legal.items(), values, strict=True):
         if value.shape != (len(rates),) or not np.isfinite(value).all():
             raise ValueError(f"layer {layer!r} needs {len(rates)} finite scores, got {value.tolist()}")
-    ceilings = _ceilings(space, constraints)
-    # In a fixed order: which of two equally good plans comes out may depend on it.
-    cuts = sorted(indices(space, plan) for plan in exclude)
-    while (chosen := _solve(values, ceilings, cuts)) is not None:
-        if all(ceiling.admits(chosen) for ceiling in ceilings):
-            return from_indices(space, chosen)
-        cuts.append(chosen)  # over a ceiling by less than the solver's tolerance
+    free = _Ceiling(0, tuple((0,) * len(rates) for rates in legal.values()))
+    ceilings = _ceilings(space, constraints) or [free]
+    fronts = [_fronts(values, ceiling) for ceiling in ceilings]
+    seen = {indices(space, plan) for plan in exclude}
+    start = min(front[0].best(ceiling.limit) for front, ceiling in zip(fronts, ceilings, strict=True))
+    # Highest bound first, then the longest beginning; equals by their indices, so that the answer is always the same.
+    heap: list[tuple[float, int, tuple[int, ...], float, tuple[int, ...]]] = []
+    if start > -inf:
+        heap.append((-start, 0, (), 0.0, tuple(ceiling.limit for ceiling in ceilings)))
+    global POPS
+    POPS = 0
+    while heap:
+        _, _, chosen, score, left = heappop(heap)
+        POPS += 1
+        depth = len(chosen)
+        if depth == len(values):
+            if chosen not in seen:
+                return from_indices(space, chosen)
+            continue
+        for index, value in enumerate(values[depth].tolist()):
+            after = tuple(have - ceiling.costs[depth][index] for have, ceiling in zip(left, ceilings, strict=True))
+            rest = min(front[depth + 1].best(have) for front, have in zip(fronts, after, strict=True))
+            if rest > -inf:
+                reached = score + value
+                heappush(heap, (-(reached + rest), -depth - 1, (*chosen, index), reached, after))
     return None
-
-
-def _solve(
-    values: list[npt.NDArray[np.float64]], ceilings: list[_Ceiling], cuts: list[tuple[int, ...]]
-) -> tuple[int, ...] | None:
-    """The index of each layer's rate, or None if nothing is left."""
-    if not values:
-        return None if cuts else ()
-    layers = len(values)
-    first = np.cumsum([0, *map(len, values)])  # column of each layer's first rate
-    gain = np.concatenate([value - value.max() for value in values])
-    choice = csr_array((np.ones(first[-1]), np.arange(first[-1]), first))  # one rate a layer
-    rules = [LinearConstraint(choice, 1, 1)]
-    for ceiling in ceilings:
-        unit = max(1, abs(ceiling.limit))
-        share = np.concatenate([np.array(costs, dtype=np.float64) / unit for costs in ceiling.costs])
-        rules.append(LinearConstraint(share, -np.inf, ceiling.limit / unit))
-    if cuts:
-        columns = (np.array(cuts) + first[:-1]).ravel()
-        rows = np.arange(len(cuts) + 1) * layers
-        shape = (len(cuts), int(first[-1]))
-        excluded = csr_array((np.ones(columns.size), columns, rows), shape=shape)
-        rules.append(LinearConstraint(excluded, -np.inf, layers - 1))
-    result = milp(
-        -gain * (_SCALE / (-gain.min() or 1.0)),
-        integrality=1,
-        bounds=(0, 1),
-        constraints=rules,
-        options={"mip_rel_gap": 0.0},
-    )
-    if result.status == 2:
-        return None
-    if result.x is None:
-        raise RuntimeError(f"choosing a plan failed: {result.message}")
-    return tuple(int(part.argmax()) for part in np.split(result.x, first[1:-1]))
 
 
 def sample_plan(

@@ -1,6 +1,7 @@
 """Data sets as uint8 tensors in memory, in the shape of the space's input; splits; batched augmentation."""
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fnet_search.errors import FnetError, unknown
+from fnet_search.files import read_tensors, write_tensors
 from fnet_search.recipe import Augmentation
 
 Progress = Callable[[int, int], None]
@@ -41,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class DataSet:
-    """`mean` and `std` per channel, of the training images in [0, 1]; `flips`: whether a mirrored image keeps its class.
+    """`mean` and `std` are per channel, of the training images in [0, 1].
 
     `evaluation` is what candidates are compared on: a validation split held out of the training images in a search,
     the test split in a study of fixed plans.
@@ -55,6 +57,7 @@ class DataSet:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flips: bool
+    """Whether a mirrored image keeps its class."""
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
@@ -66,6 +69,16 @@ class DataSet:
         splits = {name: getattr(self, name).to(device) for name in ("train", "evaluation", "test")}
         return replace(self, **splits)
 
+    def save(self, path: Path) -> None:
+        """Writes everything to one safetensors file; `read_dataset` reads it."""
+        tensors = {
+            f"{name}.{part}": getattr(getattr(self, name), part)
+            for name in ("train", "evaluation", "test")
+            for part in ("images", "labels")
+        }
+        facts = {"name": self.name, "classes": self.classes, "mean": self.mean, "std": self.std, "flips": self.flips}
+        write_tensors(path, tensors, {"facts": json.dumps(facts)})
+
     def fingerprint(self) -> str:
         """SHA-256 over all images and labels, first 16 hex digits."""
         digest = hashlib.sha256()
@@ -73,6 +86,17 @@ class DataSet:
             digest.update(split.images.contiguous().numpy().data)
             digest.update(split.labels.contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+def read_dataset(path: Path) -> DataSet:
+    """Inverse of `DataSet.save`."""
+    tensors, metadata = read_tensors(path)
+    facts = json.loads(metadata["facts"])
+    splits = {
+        name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in ("train", "evaluation", "test")
+    }
+    tuples = {name: tuple(facts[name]) for name in ("classes", "mean", "std")}
+    return DataSet(name=facts["name"], flips=facts["flips"], **tuples, **splits)
 
 
 def load_dataset(
@@ -170,9 +194,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _imagefolder(
-    root: Path, shape: tuple[int, int, int], progress: Progress
-) -> tuple[tuple[str, ...], Split, Split]:
+def _imagefolder(root: Path, shape: tuple[int, int, int], progress: Progress) -> tuple[tuple[str, ...], Split, Split]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     folders = {part: root / part for part in ("train", "test")}

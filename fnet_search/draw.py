@@ -1,45 +1,21 @@
-"""A macroarchitecture as a picture: a box a layer, layered by longest path, long networks wrapped into columns.
-
-One unit of the drawing is an inch. The longest path runs straight down in lane 0; branches and skip connections
-run beside it in lanes of their own, so that no line passes under a box.
-"""
+"""A macroarchitecture as a picture: a box a layer, its colour the kind, branches side by side."""
 
 import math
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count, pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import networkx as nx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
-from matplotlib.path import Path as Curve
 
-from fnet_search.figures import mmac, save_png
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    BatchNorm,
-    Conv,
-    Dense,
-    Layer,
-    Macroarchitecture,
-    Pair,
-    Pool,
-    Shape,
-)
+from fnet_search.figures import DPI, mmac, save_png
+from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
+from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Layer, Macroarchitecture, Pair, Pool, Shape
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
-
-Place = str | tuple[str, str, int]
-"""A layer, or the waypoint of an edge (source, target) in a rank that it passes."""
-Point = tuple[float, float]
 
 FONT, FONT_POINTS = "DejaVu Sans Mono", 7.0
 CHARACTER = FONT_POINTS * 0.602 / 72  # every glyph of the font is 0.602 em wide
-BOX_HEIGHT, GAP, MARGIN, LANE_GAP, SKIP_LANE, GUTTER = 0.36, 0.2, 0.2, 0.2, 0.14, 0.5
-ASPECT = 0.85  # width / height that a page shows well
 
 COLOURS = {
     "input": "#ffffff",
@@ -124,185 +100,8 @@ def _boxes(network: Macroarchitecture, plan: FactorizationPlan | None) -> dict[s
     return boxes
 
 
-def _edges(network: Macroarchitecture, rank: Mapping[str, int]) -> list[list[Place]]:
-    """Every edge as the places it visits, one a rank."""
-    return [
-        [source, *((source, target, depth) for depth in range(rank[source] + 1, rank[target])), target]
-        for source, target in network.graph.edges
-    ]
-
-
-def _lanes(edges: Sequence[Sequence[Place]], rank: Mapping[Place, int]) -> dict[Place, int]:
-    """Splits the network into paths: the longest takes lane 0, the others the first lane free in their ranks."""
-    rest: nx.DiGraph[Place] = nx.DiGraph()
-    for edge in edges:
-        for source, target in pairwise(edge):
-            rest.add_edge(source, target, layers=1.0 if isinstance(target, str) else 1e-6)
-    paths: list[list[Place]] = []
-    while rest:
-        paths.append(nx.dag_longest_path(rest, weight="layers"))
-        rest.remove_nodes_from(paths[-1])
-    lane: dict[Place, int] = dict.fromkeys(paths[0], 0)
-    taken: set[tuple[int, int]] = set()
-    for path in sorted(paths[1:], key=len):  # short ones first: inner skips are drawn inside of outer ones
-        ranks = [rank[place] for place in path]
-        free = next(index for index in count(1) if not any((index, depth) in taken for depth in ranks))
-        taken.update((free, depth) for depth in ranks)
-        lane.update(dict.fromkeys(path, free))
-    return lane
-
-
-def _blocks(network: Macroarchitecture, rank: Mapping[str, int]) -> list[range]:
-    """Ranks that must stay in one column: it may end where a single tensor is alive, but not after a convolution
-    whose norm, activation or pointwise convolution follows."""
-    spans = [(source, rank[source], rank[target]) for source, target in network.graph.edges]
-    starts = [0]
-    for depth in range(max(rank.values())):
-        alive = {source for source, start, end in spans if start <= depth < end}
-        if len(alive) > 1:
-            continue
-        (source,) = alive
-        before = network.by_name[source].layer if source in network.by_name else None
-        tail = all(isinstance(node.layer, BatchNorm | Activation) for node in network.consumers(source))
-        inside = source.endswith(".relu") and f"{source.removesuffix('.relu')}.pointwise" in network.by_name
-        if not inside and not (tail and isinstance(before, Conv | Dense | BatchNorm)):
-            starts.append(depth + 1)
-    return [range(start, end) for start, end in pairwise([*starts, max(rank.values()) + 1])]
-
-
-def _wrapped(blocks: Sequence[range], height: int) -> list[range]:
-    columns = [blocks[0]]
-    for block in blocks[1:]:
-        if block.stop - columns[-1].start <= height:
-            columns[-1] = range(columns[-1].start, block.stop)
-        else:
-            columns.append(block)
-    return columns
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where everything stands: the left end of every (column, lane), and the columns' ranks."""
-
-    columns: Sequence[range]
-    left: Mapping[tuple[int, int], float]
-    right: Sequence[float]
-    """Right end of every column."""
-    box_width: float
-    top: float
-
-    @property
-    def width(self) -> float:
-        return self.right[-1] + MARGIN
-
-    @property
-    def bottom(self) -> float:
-        return self.top + max(map(len, self.columns)) * (BOX_HEIGHT + GAP) + GAP
-
-    def column(self, depth: int) -> int:
-        return next(index for index, ranks in enumerate(self.columns) if depth in ranks)
-
-    def y(self, depth: int) -> float:
-        """Upper end of the boxes of a rank; y grows downwards."""
-        return self.top + GAP + (depth - self.columns[self.column(depth)].start) * (BOX_HEIGHT + GAP)
-
-    def x(self, place: Place, depth: int, lane: int) -> float:
-        """Where a line enters: the middle of a box, the left end of a lane."""
-        return self.left[self.column(depth), lane] + (self.box_width / 2 if isinstance(place, str) else SKIP_LANE / 2)
-
-
-def _layout(columns: Sequence[range], rank: Mapping[Place, int], lane: Mapping[Place, int], box_width: float) -> _Layout:
-    left: dict[tuple[int, int], float] = {}
-    right: list[float] = []
-    x = MARGIN
-    for column, ranks in enumerate(columns):
-        wide: dict[int, bool] = {}
-        for place, depth in rank.items():
-            if depth in ranks:
-                wide[lane[place]] = wide.get(lane[place], False) or isinstance(place, str)
-        for index in sorted(wide):
-            left[column, index] = x
-            x += (box_width if wide[index] else SKIP_LANE) + LANE_GAP
-        right.append(x - LANE_GAP)
-        x = right[-1] + GUTTER
-    return _Layout(columns, left, right, box_width, 0.0)
-
-
-def _best_layout(
-    blocks: Sequence[range], rank: Mapping[Place, int], lane: Mapping[Place, int], box_width: float
-) -> _Layout:
-    """The wrapping that comes nearest to a page's aspect and wastes little of it."""
-    heights = range(max(map(len, blocks)), blocks[-1].stop + 1)
-    wrappings = dict.fromkeys(tuple(_wrapped(blocks, height)) for height in heights)
-    layouts = [_layout(columns, rank, lane, box_width) for columns in wrappings]
-    return min(
-        layouts,
-        key=lambda layout: abs(math.log(layout.width / layout.bottom / ASPECT)) + math.log(layout.width * layout.bottom),
-    )
-
-
-def _rounded(points: Sequence[Point], radius: float = 0.08) -> Iterator[tuple[Point, int]]:
-    """Vertices and codes of a polyline with round corners."""
-    yield points[0], Curve.MOVETO
-    for before, corner, after in zip(points, points[1:], points[2:], strict=False):
-        for end, codes in ((before, (Curve.LINETO, Curve.CURVE3)), (after, (Curve.CURVE3,))):
-            length = math.dist(corner, end)
-            share = min(radius, length / 2) / length if length else 0.0
-            near = (corner[0] + (end[0] - corner[0]) * share, corner[1] + (end[1] - corner[1]) * share)
-            yield from ((near, codes[0]), (corner, codes[1])) if len(codes) > 1 else ((near, codes[0]),)
-    yield points[-1], Curve.LINETO
-
-
-def _bend(start: Point, end: Point) -> list[tuple[Point, int]]:
-    """A vertical line, or a curve that leaves and arrives vertically."""
-    if abs(start[0] - end[0]) < 1e-6:
-        return [(end, Curve.LINETO)]
-    middle = (start[1] + end[1]) / 2
-    return [((start[0], middle), Curve.CURVE4), ((end[0], middle), Curve.CURVE4), (end, Curve.CURVE4)]
-
-
-def _route(
-    edge: Sequence[Place], layout: _Layout, rank: Mapping[Place, int], lane: Mapping[Place, int], shift: float
-) -> Curve:
-    """The line of an edge, from the lower end of its source to the upper end of its target (`shift` off its middle)."""
-
-    def x(place: Place) -> float:
-        return layout.x(place, rank[place], lane[place])
-
-    here: Point = (x(edge[0]), layout.y(rank[edge[0]]) + BOX_HEIGHT)
-    drawn: list[tuple[Point, int]] = [(here, Curve.MOVETO)]
-    for before, place in pairwise(edge):
-        column = layout.column(rank[place])
-        if column != layout.column(rank[before]):
-            gutter, above = layout.right[column - 1] + GUTTER / 2, layout.top
-            entry = layout.left[column, 0] + layout.box_width / 2
-            turn = here[1] + GAP / 2
-            corners = [here, (here[0], turn), (gutter, turn), (gutter, above), (entry, above), (entry, above + 0.06)]
-            drawn += list(_rounded(corners))[1:]
-            here = corners[-1]
-        end = (x(place) + (shift if place == edge[-1] else 0.0), layout.y(rank[place]))
-        drawn += _bend(here, end)
-        here = end
-        if place != edge[-1]:
-            here = (end[0], end[1] + BOX_HEIGHT)
-            drawn.append((here, Curve.LINETO))
-    vertices, codes = zip(*drawn, strict=True)
-    return Curve(vertices, codes)
-
-
-def _shifts(edges: Sequence[Sequence[Place]], lane: Mapping[Place, int]) -> list[float]:
-    """How far from the middle of its target each edge arrives: lines from the right arrive on the right."""
-    shifts = []
-    for edge in edges:
-        rivals = sorted({lane[other[-2]] for other in edges if other[-1] == edge[-1]})
-        straight = sum(index < lane[edge[-1]] for index in rivals)
-        if lane[edge[-1]] not in rivals and lane[edge[-2]] > lane[edge[-1]]:
-            straight -= 1
-        shifts.append(0.16 * (rivals.index(lane[edge[-2]]) - straight) if len(rivals) > 1 else 0.0)
-    return shifts
-
-
-def _draw_box(axes: Axes, box: _Box, x: float, y: float, width: float) -> None:
+def _draw_box(axes: Axes, box: _Box, corner: Point, width: float) -> None:
+    x, y = corner
     style = "round,pad=0,rounding_size=0.05"
     axes.add_patch(
         FancyBboxPatch(
@@ -341,21 +140,17 @@ def drawing(network: Macroarchitecture, plan: FactorizationPlan | None = None) -
     factorized = factorize(network, plan) if plan else network
     boxes = _boxes(factorized, plan)
     box_width = max(box.width for box in boxes.values())
-    depth = {name: rank for rank, names in enumerate(nx.topological_generations(factorized.graph)) for name in names}
-    edges = _edges(factorized, depth)
-    rank = {place: depth[place] if isinstance(place, str) else place[2] for edge in edges for place in edge}
-    lane = _lanes(edges, rank)
-    layout = _best_layout(_blocks(factorized, depth), rank, lane, box_width)
+    layout = lay_out(factorized, box_width)
 
     families = [family for family in COLOURS if any(box.family == family for box in boxes.values())]
     width = max(layout.width, 3.2)
     title = textwrap.wrap(_title(factorized, network, plan), int((width - 2 * MARGIN) / 0.085))
     legend_rows = math.ceil(len(families) * 1.55 / (width - 2 * MARGIN))
-    top = MARGIN + 0.18 * len(title) + 0.1
-    layout = _Layout(layout.columns, layout.left, layout.right, box_width, top)
+    layout = replace(layout, top=MARGIN + 0.18 * len(title) + 0.1)
     height = layout.bottom + 0.17 * legend_rows + MARGIN
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    dpi = min(DPI, 60_000 / max(width, height))  # Agg draws fewer than 65,536 pixels a side
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
@@ -363,12 +158,13 @@ def drawing(network: Macroarchitecture, plan: FactorizationPlan | None = None) -
         axes.text(
             MARGIN, MARGIN + 0.18 * line, text, verticalalignment="top", fontsize=9, fontweight="bold", parse_math=False
         )
-    for edge, shift in zip(edges, _shifts(edges, lane), strict=True):
-        route = _route(edge, layout, rank, lane, shift)
-        axes.add_patch(FancyArrowPatch(path=route, arrowstyle="-|>", mutation_scale=6, linewidth=0.8, color="#444444"))
+    for edge in layout.edges:
+        arrow = FancyArrowPatch(
+            path=layout.route(edge), arrowstyle="-|>", mutation_scale=6, linewidth=0.8, color="#444444"
+        )
+        axes.add_patch(arrow)
     for name, box in boxes.items():
-        x = layout.left[layout.column(depth[name]), lane[name]]
-        _draw_box(axes, box, x, layout.y(depth[name]), box_width)
+        _draw_box(axes, box, layout.corner(name), box_width)
     axes.legend(
         handles=[Patch(facecolor=COLOURS[family], edgecolor="#555555", label=family) for family in families],
         loc="lower left",

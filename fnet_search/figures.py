@@ -98,6 +98,7 @@ class Metric:
     series: Mapping[str, Callable[[Evaluation], float | None]]
     scale: float = 1.0
     limit: Callable[[Constraints], float | None] = lambda constraints: None
+    limit_name: str = ""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -107,6 +108,7 @@ METRICS: Mapping[str, Metric] = {
         {"fp32": lambda one: one.fp32_accuracy, "quint8": lambda one: one.quint8_accuracy},
         100,
         lambda constraints: constraints.min_quint8,
+        "quint8 at least",
     ),
     "qmse": Metric("QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda one: one.qmse}),
     "qce": Metric("QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda one: one.qce}),
@@ -116,6 +118,7 @@ METRICS: Mapping[str, Metric] = {
         {"relative drop": lambda one: one.relative_drop},
         100,
         lambda constraints: constraints.max_drop,
+        "at most",
     ),
 }
 
@@ -157,15 +160,16 @@ def macs_figure(
         axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
     limit = chosen.limit(constraints)
     if limit is not None:
-        axes.axhline(
-            limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=f"limit {limit * chosen.scale:g} %"
-        )
+        name = f"{chosen.limit_name} {limit * chosen.scale:g} %"
+        axes.axhline(limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=name)
     _log_if_wide(axes, [value for values in known for value in values])
     axes.margins(x=0.08, y=0.1)
     _legend(axes)
-    names = [dict.fromkeys([plan_name(space, one), f"#{one.number}"]) for one, _ in drawn]
-    sizes = [7.0] + [4.0] * len(drawn)
-    place_labels(axes, [Labelled(tuple(name), *rest) for name, *rest in zip(names, macs, known, sizes, strict=False)])
+    labels = []
+    for (one, _), x, ys in zip(drawn, macs, known, strict=True):
+        texts = dict.fromkeys([plan_name(space, one), f"#{one.number}"])
+        labels.append(Labelled(tuple(texts), x, ys, size=7.0 if one is best else 4.0))
+    place_labels(axes, labels)
     return figure
 
 
@@ -276,6 +280,8 @@ def _layers_figure(
             _log_if_wide(axes, [_finite(value(stats)) for one in shown for stats in one.layers])
         if axes.get_yscale() == "linear":
             axes.set_ylim(bottom=0)
+    if any(pointwise for _, pointwise in slots):
+        panels[0].plot([], [], "o", color=GREY, markerfacecolor="white", markersize=4.5, label="hollow: pointwise")
     _legend(panels[0])
     return figure
 
@@ -333,9 +339,7 @@ def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure
 # All of them
 
 
-def figures(
-    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]
-) -> dict[str, Figure]:
+def figures(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> dict[str, Figure]:
     """The figures of a run by name; those that would show nothing are left out."""
     trained = ranking(tuple(evaluations), constraints)
     drawn = {

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 Boxes = npt.NDArray[np.float64]
 """Rectangles (left, bottom, right, top) in pixels, one a row."""
@@ -96,9 +95,7 @@ def _markers(axes: Axes, one: Labelled, pixels: float) -> Boxes:
 
 def _size(axes: Axes, text: str) -> npt.NDArray[np.float64]:
     """Width and height of a label, pixels."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     probe = axes.text(0, 0, text, fontsize=FONT_POINTS, parse_math=False)
-    extent = probe.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    extent = probe.get_window_extent()
     probe.remove()
     return np.array(extent.size)

@@ -379,22 +379,25 @@ def load_space(name: str) -> Macroarchitecture:
 
     Raises FnetError, with the layer and its line, for whatever is wrong with it.
     """
-    return parse_space(resources.find("spaces", "space", name))
-
-
-def parse_space(path: Path) -> Macroarchitecture:
-    """Reads a space from a TOML file; see `to_toml` for the form."""
+    path = resources.find("spaces", "space", name)
     try:
-        text = path.read_text(encoding="utf-8")
+        return parse_space(path.read_text(encoding="utf-8"), str(path), path.stem)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FnetError(f"cannot read space {path}: {error}") from None
+
+
+def parse_space(text: str, path: str = "space", default_name: str = "") -> Macroarchitecture:
+    """A space from its TOML text; see `to_toml` for the form. `path` is what error messages call it."""
+    try:
         table = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
     extra = [key for key in table if key not in ("name", "description", "input", "layer")]
     if extra:
         raise FnetError(
             f"{path}: unknown key {extra[0]!r}{nearest(extra[0], ['name', 'description', 'input', 'layer'])}"
         )
-    name, description = table.get("name", path.stem), table.get("description", "")
+    name, description = table.get("name", default_name), table.get("description", "")
     if not isinstance(name, str) or not isinstance(description, str):
         raise FnetError(f"{path}: name and description must be strings")
     shape, layers = table.get("input"), table.get("layer")
@@ -494,5 +497,5 @@ def to_toml(space: Macroarchitecture) -> str:
 
 
 def save_space(space: Macroarchitecture, path: Path) -> None:
-    """Writes `space` as TOML; `parse_space` gives an equal one back."""
+    """Writes `space` as TOML; `load_space` gives an equal one back."""
     path.write_text(to_toml(space), encoding="utf-8")

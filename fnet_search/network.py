@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.macro import INPUT, Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.macro import (
+    INPUT,
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Macroarchitecture,
+    Node,
+    Pool,
+)
 
 T = TypeVar("T")
 
@@ -22,7 +34,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> Iterator[tuple[Node, T]]:
-    """Runs a graph: yields each node, in topological order, with its output. Outputs are dropped after their last use."""
+    """Runs a graph: yields each node, in topological order, with its output, which is dropped after its last use."""
     alive: dict[str, T] = {INPUT: x}
     readers = {name: network.graph.out_degree(name) for name in network.graph}
     for node in network.order:
@@ -33,6 +45,12 @@ def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) 
                 del alive[source]
         alive[node.name] = output
         yield node, output
+
+
+def run(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> T:
+    """What the last node of a graph gives for an input: the logits."""
+    outputs = [output for node, output in walk(network, x, apply) if node.name == network.output]
+    return outputs[0]
 
 
 def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
@@ -89,9 +107,7 @@ class Network(nn.Module):
         return output
 
     def forward(self, x: Tensor) -> Tensor:
-        for _, x in walk(self.network, x, self._apply_node):  # noqa: B007 (the last output is the logits)
-            pass
-        return x
+        return run(self.network, x, self._apply_node)
 
 
 def _key(name: str) -> str:

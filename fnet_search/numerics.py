@@ -35,7 +35,9 @@ class Numerics:
         return asdict(self)
 
     def __str__(self) -> str:
-        threads = "" if self.device.startswith("cuda") else f", {self.threads} thread{'s' * (self.threads > 1)} a worker"
+        threads = (
+            "" if self.device.startswith("cuda") else f", {self.threads} thread{'s' * (self.threads > 1)} a worker"
+        )
         return f"{self.device}, {self.dtype}, {'channels_last' if self.channels_last else 'channels_first'}{threads}"
 
 

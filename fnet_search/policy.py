@@ -17,6 +17,7 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import Cost, FactorizationPlan
 
 State = Literal["complete", "refused", "failed"]
+SplitName = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Evaluation:
     cost: Cost
     state: State = "complete"
     reason: str = ""
-    split: Literal["validation", "test"] = "validation"
+    split: SplitName = "validation"
     ranges: str = ""
     seed: int = 0
     epochs: int = 0
@@ -180,17 +181,9 @@ class Policy(Protocol):
         ...
 
 
-def winner(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> Evaluation | None:
-    """The feasible evaluation with the highest quint8 accuracy, then the fewest conv MACs; else the nearest one.
-
-    The nearest has the least summed violation. None if nothing was trained. Whether it is feasible, ask `constraints`.
-    """
-    ranked = ranking(evaluations, constraints)
-    return ranked[0] if ranked else None
-
-
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
-    """The trained evaluations, best first: feasible ones by quint8 accuracy, then the others by violation."""
+    """The trained evaluations, best first: feasible ones by quint8 accuracy, then fewest conv MACs; then the others,
+    least summed violation first. The first is a search's winner, if it is feasible; else the nearest to it."""
 
     def key(evaluation: Evaluation) -> tuple[float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())

@@ -24,14 +24,17 @@ class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training stands. `accuracy` (a fraction) is of the last finished epoch, None before the first."""
+    """Where a training stands, in epoch `epoch` (from 1) of `epochs`."""
 
     epoch: int
     epochs: int
+    ended: bool
+    """Whether this epoch has just ended."""
     done: float
     """Share of all steps done, 0 to 1."""
     loss: float
     accuracy: float | None
+    """Of the last epoch that ended, a fraction of 1; None before."""
     split: str
     """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
 
@@ -39,7 +42,7 @@ class TrainingProgress:
 Report = Callable[[TrainingProgress], None]
 
 WATCHED = 2000
-"""Images of the validation split that are looked at after an epoch; the last epoch is measured by `evaluate` anyway."""
+"""Images of the validation split that are looked at after an epoch; `evaluate` measures the end on all of them."""
 
 
 def train(
@@ -50,17 +53,19 @@ def train(
     seed: int,
     report: Report,
     checkpoint: Path,
+    key: str,
     watch: Split | None,
 ) -> int:
     """Trains in place; returns the number of images trained on, earlier epochs of a resumed training included.
 
-    `checkpoint` is rewritten after each epoch, and read first if it is there. `watch` is the split whose accuracy is
+    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`. `watch` is the split whose accuracy is
     reported after each epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     optimizer = _optimizer(network, recipe)
     steps = math.ceil(len(data.train) / recipe.batch_size)
-    first = _resume(network, optimizer, checkpoint)
+    first = _resume(network, optimizer, checkpoint, key)
+    split = "training" if watch is None else "validation"
     accuracy: float | None = None
     for epoch in range(first, recipe.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
@@ -83,15 +88,18 @@ def train(
             correct += (logits.argmax(1) == batch.labels).sum()
             if numerics.device == "cpu" or step % 20 == 0:
                 done = (epoch + (step + 1) / steps) / recipe.epochs
-                split = "training" if watch is None else "validation"
-                report(TrainingProgress(epoch, recipe.epochs, done, float(loss_sum) / (step + 1), accuracy, split))
+                report(
+                    TrainingProgress(
+                        epoch + 1, recipe.epochs, False, done, float(loss_sum) / (step + 1), accuracy, split
+                    )
+                )
         if not math.isfinite(float(loss_sum)):
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
         seen = float(correct) / len(data.train)
         accuracy = seen if watch is None else _accuracy(network, data, watch, numerics)
-        _save(network, optimizer, checkpoint, epoch + 1)
-        split = "training" if watch is None else "validation"
-        report(TrainingProgress(epoch + 1, recipe.epochs, (epoch + 1) / recipe.epochs, float(loss_sum) / steps, accuracy, split))
+        _save(network, optimizer, checkpoint, {"key": key, "epoch": str(epoch + 1)})
+        done = (epoch + 1) / recipe.epochs
+        report(TrainingProgress(epoch + 1, recipe.epochs, True, done, float(loss_sum) / steps, accuracy, split))
     return recipe.epochs * len(data.train)
 
 
@@ -120,19 +128,21 @@ def _accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numeric
     return correct / len(part)
 
 
-def _save(network: Network, optimizer: torch.optim.SGD, path: Path, epoch: int) -> None:
+def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: dict[str, str]) -> None:
     tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    write_tensors(path, tensors, {"epoch": str(epoch)})
+    write_tensors(path, tensors, metadata)
 
 
-def _resume(network: Network, optimizer: torch.optim.SGD, path: Path) -> int:
+def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) -> int:
     """Epochs already done: 0 without a usable checkpoint (a broken one is work to do again, not an error)."""
     try:
         tensors, metadata = read_tensors(path)
+        if metadata.get("key") != key:
+            return 0
         network.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
     except (FnetError, RuntimeError):
         return 0

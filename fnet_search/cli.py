@@ -1,0 +1,386 @@
+"""The command line. Heavy modules are imported inside the commands, so that ``--help`` answers at once."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search import __version__
+from fnet_search.errors import FnetError
+
+if TYPE_CHECKING:
+    from fnet_search.macro import Macroarchitecture
+    from fnet_search.plan import FactorizationPlan
+    from fnet_search.policy import Constraints, Policy
+    from fnet_search.run import Outcome, Request
+
+NOTHING_FEASIBLE = 3
+"""Exit code of a search in which no candidate met the constraints."""
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="fnet-search")
+def cli() -> None:
+    """Factorize a CNN layer by layer under a MAC budget and a quint8 accuracy floor.
+
+    \b
+    Start with:  fnet-search run --budget 120MMAC
+    Look at a space:  fnet-search show factorizenet --plan init2
+    """
+
+
+def _shared(command: Any) -> Any:
+    """Options that `run` and `evaluate` have in common."""
+    options = [
+        click.option("--space", default="factorizenet", help="A shipped space, or the path of a TOML file."),
+        click.option(
+            "--dataset",
+            default="digits",
+            help="digits, cifar10, cifar100, fashion-mnist or imagefolder:PATH, with class folders in PATH/train and PATH/test.",
+        ),
+        click.option(
+            "--recipe", default="quick", help="How candidates are trained: quick, paper, or the path of a TOML file."
+        ),
+        click.option("--epochs", type=click.IntRange(1), show_default="the recipe's", help="Epochs of each training."),
+        click.option(
+            "--ranges",
+            default="percentile:1",
+            help="Activation ranges: minmax, or percentile:P (P % clipped at the top and at the bottom).",
+        ),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Seed of policy and trainings."),
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            help="Arithmetic of the training; auto measures what this device is fast with.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            show_default="one a core; on CUDA 1",
+            help="Processes that train candidates at the same time, one thread each.",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(path_type=Path),
+            show_default="runs/<study name>",
+            help="Run folder; an earlier run in it goes on. Its name is the study's.",
+        ),
+        click.option("--storage", show_default="a journal file in the run folder", help="Optuna storage URL."),
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path),
+            default=Path("data"),
+            help="Where torchvision's data sets lie.",
+        ),
+        click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option(
+    "--budget", required=True, help="Most conv MACs: 120MMAC, 0.12GMAC, 120e6, or 45% of the unfactorized network."
+)
+@click.option("--min-quint8", help="Least quint8 accuracy on the validation split, as in 0.8 or 80%.")
+@click.option("--max-drop", help="Largest relative drop from fp32 to quint8 accuracy, as in 5%.")
+@click.option("--max-params", help="Most parameters, as in 2M.")
+@click.option(
+    "--policy",
+    default="reverse-pyramid",
+    help="What proposes plans: progressive-doubling, random, reverse-pyramid, tpe, or an installed plug-in.",
+)
+@click.option("--trials", type=click.IntRange(1), default=6, help="Candidates to train; refused plans do not count.")
+@_shared
+def run(**options: Any) -> None:
+    """Search the best network under a budget; the same command again goes on where it stopped.
+
+    Candidates are compared on a validation split held out of the training images; the winner is measured on the test
+    split once. Exit code 3: no candidate met the constraints, the nearest is named.
+    """
+    from fnet_search.macro import load_space
+    from fnet_search.policy import load_policy
+
+    space = load_space(options["space"])
+    constraints = _constraints(space, options)
+    policy = load_policy(options["policy"])
+    name = "-".join(
+        [space.name, _dataset_name(options["dataset"]), options["policy"], options["budget"].replace("%", "pct")]
+    )
+    _execute(
+        _request(space, constraints, options["policy"], "validation", options), policy, name, options["trials"], options
+    )
+
+
+@cli.command()
+@click.option(
+    "--plan",
+    "plans",
+    multiple=True,
+    required=True,
+    help="regular, f2, init2, dws, layer=rate,... or the path of a plan file; may be given several times.",
+)
+@_shared
+def evaluate(**options: Any) -> None:
+    """Train, quantize and profile given plans, with no policy.
+
+    Trains on all training images and measures each network on the test split. More plans may be added to an earlier
+    run in the same folder.
+    """
+    from fnet_search.macro import load_space
+    from fnet_search.plan import parse_plan
+    from fnet_search.policy import Constraints
+    from fnet_search.search import FixedPlans
+
+    space = load_space(options["space"])
+    plans = tuple(dict.fromkeys(parse_plan(space, text) for text in options["plans"]))
+    name = "-".join(["evaluate", space.name, _dataset_name(options["dataset"])])
+    _execute(_request(space, Constraints(), "fixed plans", "test", options), FixedPlans(plans), name, 10**9, options)
+
+
+@cli.command()
+@click.argument("space_name", metavar="SPACE")
+@click.option(
+    "--plan", "plan_text", default="regular", help="regular, f2, init2, dws, layer=rate,... or the path of a plan file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), help="Draw the network into this PNG file.")
+def show(space_name: str, plan_text: str, as_json: bool, draw: Path | None) -> None:
+    """Print a space under a plan: a row a layer with shapes, rates, MACs and parameters, and the totals."""
+    from fnet_search.macro import load_space
+    from fnet_search.plan import parse_plan
+
+    space = load_space(space_name)
+    plan = parse_plan(space, plan_text)
+    if draw is not None:
+        from fnet_search.draw import draw as draw_network
+
+        if draw.suffix.lower() != ".png":
+            raise FnetError(f"--draw {draw}: only PNG can be drawn; name it {draw.with_suffix('.png')}")
+        if not draw.parent.is_dir():
+            raise FnetError(f"--draw {draw}: the folder {draw.parent} does not exist")
+        draw_network(space, draw, plan)
+    if as_json:
+        click.echo(json.dumps(_described(space, plan), indent=2))
+    else:
+        _show_table(space, plan)
+        if draw is not None:
+            click.echo(f"drawn into {draw}")
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
+def report(folder: Path, storage: str | None) -> None:
+    """Make the figures and the report of a run again, and print its table."""
+    from fnet_search.run import report_again
+    from fnet_search.runfolder import RunFolder
+
+    _quiet()
+    _print_outcome(report_again(RunFolder(folder), storage), folder)
+
+
+def _constraints(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
+    from fnet_search.plan import cost_table, legal_rates, plan_cost, regular, smallest_conv_macs
+    from fnet_search.policy import Constraints
+    from fnet_search.quantities import mmac, parse_budget, parse_count, parse_share
+
+    if not legal_rates(space):
+        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+    budget = parse_budget(options["budget"], plan_cost(space, regular(space)).conv_macs)
+    smallest = smallest_conv_macs(space)
+    if budget < smallest:
+        raise FnetError(
+            f"budget {options['budget']} is below the smallest network of space {space.name!r}, "
+            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
+        )
+    limit = parse_count(options["max_params"], "--max-params") if options["max_params"] else None
+    table = cost_table(space)
+    fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
+    if limit is not None and limit < fewest:
+        raise FnetError(
+            f"--max-params {options['max_params']} is below the smallest network, which has {fewest:,} parameters"
+        )
+    floor = parse_share(options["min_quint8"], "--min-quint8") if options["min_quint8"] else None
+    drop = parse_share(options["max_drop"], "--max-drop") if options["max_drop"] else None
+    return Constraints(budget, limit, floor, drop)
+
+
+def _request(
+    space: "Macroarchitecture", constraints: "Constraints", policy: str, split: Any, options: dict[str, Any]
+) -> "Request":
+    from fnet_search.ranges import parse_ranges
+    from fnet_search.recipe import load_recipe
+    from fnet_search.run import Request
+
+    return Request(
+        space=space,
+        dataset=_absolute(options["dataset"]),
+        recipe=load_recipe(options["recipe"]).with_epochs(options["epochs"]),
+        policy_name=policy,
+        constraints=constraints,
+        ranges=parse_ranges(options["ranges"]),
+        seed=options["seed"],
+        split=split,
+        device=options["device"],
+        dtype=options["dtype"],
+        storage=options["storage"],
+        data_dir=options["data_dir"],
+        download=options["download"],
+    )
+
+
+def _absolute(dataset: str) -> str:
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
+
+
+def _dataset_name(dataset: str) -> str:
+    """What a run folder's name says of a data set."""
+    return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset
+
+
+def _execute(request: "Request", policy: "Policy", name: str, trials: int, options: dict[str, Any]) -> None:
+    from fnet_search.progress import TerminalDisplay
+    from fnet_search.run import run_study
+    from fnet_search.runfolder import RunFolder
+
+    _quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
+    workers = options["workers"] or (_cores() if on_cpu else 1)
+    folder = options["out"] or Path("runs") / name
+    with TerminalDisplay(_console()) as display:
+        outcome = run_study(request, policy, RunFolder(folder), trials, workers, display)
+    _print_outcome(outcome, folder)
+    if request.split == "validation" and not outcome.feasible:
+        sys.exit(NOTHING_FEASIBLE)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=150)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _quiet() -> None:
+    """Optuna reports each trial on its own; we have our own lines for that."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def _print_outcome(outcome: "Outcome", folder: Path) -> None:
+    from fnet_search.progress import candidates_table
+
+    console = _console()
+    console.print(candidates_table(outcome.space, outcome.constraints, outcome.evaluations))
+    click.echo(f"report: {outcome.report}")
+    click.echo(outcome.headline(folder))
+
+
+def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[str, Any]:
+    """A space under a plan as JSON-able data; shapes without the batch."""
+    from dataclasses import asdict
+
+    from fnet_search.plan import factorize, label, layer_cost, legal_rates, plan_cost
+
+    network = factorize(space, plan)
+    legal = legal_rates(space)
+    layers = []
+    for node in network.order:
+        origin = node.name.removesuffix(".grouped")
+        inputs = network.input_shapes(node)
+        layers.append(
+            {
+                "name": node.name,
+                "kind": node.layer.kind,
+                "inputs": list(node.inputs),
+                "input_shapes": [list(shape) for shape in inputs],
+                "output_shape": list(network.shapes[node.name]),
+                "legal_rates": list(legal[origin]) if origin in legal else None,
+                "rate": plan[origin] if origin in legal else None,
+                **{key: value for key, value in asdict(layer_cost(node, inputs)).items() if key != "conv_macs"},
+            }
+        )
+        layers[-1]["macs"] = layers[-1].pop("total_macs")
+    return {
+        "space": space.name,
+        "plan": {"label": label(space, plan), "rates": dict(plan.rates)},
+        "layers": layers,
+        **asdict(plan_cost(space, plan)),
+    }
+
+
+def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
+    from rich.table import Table
+
+    from fnet_search.quantities import mmac
+
+    shown = _described(space, plan)
+    table = Table(title=f"{space.name}: {space.description}; plan {shown['plan']['label']}", title_justify="left")
+    for name in ("layer", "kind", "input", "output", "legal rates", "rate", "MACs", "parameters"):
+        table.add_column(name, justify="right" if name in ("rate", "MACs", "parameters") else "left")
+    for layer in shown["layers"]:
+        shapes = [" + ".join("x".join(map(str, shape)) for shape in layer["input_shapes"])]
+        table.add_row(
+            layer["name"],
+            layer["kind"],
+            *shapes,
+            "x".join(map(str, layer["output_shape"])),
+            " ".join(map(str, layer["legal_rates"] or [])),
+            str(layer["rate"] or ""),
+            f"{layer['macs']:,}" if layer["macs"] else "",
+            f"{layer['params']:,}" if layer["params"] else "",
+        )
+    _console().print(table)
+    click.echo(
+        f"conv MACs {shown['conv_macs']:,} ({mmac(shown['conv_macs'])}), total MACs {shown['total_macs']:,}, "
+        f"parameters {shown['params']:,}"
+    )
+
+
+def main() -> None:
+    """Entry point: errors are one line on stderr, with exit code 2; Ctrl-C gives 130."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except FnetError as error:
+        code = _fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = 2
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; the same command goes on from here", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    click.echo(f"fnet-search: {' '.join(message.split())}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

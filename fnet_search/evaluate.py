@@ -1,0 +1,174 @@
+"""From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, profile."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from fnet_search.data import DataSet, Split
+from fnet_search.errors import FnetError
+from fnet_search.files import read_tensors, write_tensors
+from fnet_search.fold import FoldedNetwork, fold
+from fnet_search.macro import Macroarchitecture
+from fnet_search.network import Network, build
+from fnet_search.numerics import Numerics
+from fnet_search.plan import FactorizationPlan, factorize, plan_cost
+from fnet_search.policy import Evaluation, SplitName
+from fnet_search.profile import profile
+from fnet_search.quantize import QuantizedNetwork, quantize
+from fnet_search.ranges import Batches, RangeMethod, calibrate
+from fnet_search.recipe import Recipe
+from fnet_search.train import Report, TrainingFailed, train
+
+CALIBRATION_SAMPLES = 1024
+"""Random training samples for the activation ranges (paper, section 3)."""
+SQNR_SAMPLES = 256
+ATTEMPTS = 2
+
+WEIGHTS = "weights.safetensors"
+QUANTIZED = "quantized.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all candidates of a study have in common. `split` is what they are measured on."""
+
+    space: Macroarchitecture
+    recipe: Recipe
+    ranges: RangeMethod
+    numerics: Numerics
+    seed: int
+    split: SplitName
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Accuracies (fractions of 1) and distances between the float and the quantized logits; see `Evaluation`."""
+
+    fp32_accuracy: float
+    quint8_accuracy: float
+    qmse: float
+    qce: float
+    kl: float
+
+
+@torch.no_grad()
+def measure(folded: FoldedNetwork, quantized: QuantizedNetwork, data: DataSet, split: Split) -> Measures:
+    """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for images, labels in zip(split.images.split(250), split.labels.split(250), strict=True):
+        x = data.normalise(images)
+        y, y8 = folded(x), quantized(x)
+        log_p, log_q = F.log_softmax(y.double(), 1), F.log_softmax(y8.double(), 1)
+        qce = -(log_p.exp() * log_q).sum()
+        entropy = -(log_p.exp() * log_p).sum()
+        squares = (y.double() - y8.double()).square().mean(1).sum()
+        hits = ((logits.argmax(1) == labels).sum().double() for logits in (y, y8))
+        sums += torch.stack([*hits, squares, qce, qce - entropy]).cpu()
+    return Measures(*(sums / len(split)).tolist())
+
+
+def calibration(data: DataSet, seed: int, samples: int) -> Batches:
+    """The same random training samples, normalised, not augmented, in batches of 128, at each call."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data.train), generator=generator)[:samples]
+
+    def batches() -> Iterator[Tensor]:
+        for part in chosen.split(128):
+            yield data.normalise(data.train.images[part.to(data.train.images.device)])
+
+    return batches
+
+
+def evaluate(
+    setup: Setup, data: DataSet, number: int, plan: FactorizationPlan, folder: Path, report: Report
+) -> Evaluation:
+    """Trains and measures one candidate; leaves its weights, float and quantized, in `folder`.
+
+    A training that fails (loss not finite, out of memory, not quantizable) is tried once more with another seed, then
+    the evaluation is ``failed`` with the reason. Errors of files are raised.
+    """
+    reason = ""
+    for attempt in range(ATTEMPTS):
+        seed = setup.seed + 1_000_000 * attempt
+        try:
+            return _attempt(setup, data, number, plan, folder, seed, report)
+        except TrainingFailed as failure:
+            reason = str(failure)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = f"out of memory: {str(error).splitlines()[0]}" if str(error) else "out of memory"
+            if setup.numerics.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    cost = plan_cost(setup.space, plan)
+    return Evaluation(
+        number, plan, cost, "failed", f"{reason} (tried {ATTEMPTS} times)", setup.split, str(setup.ranges), setup.seed
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "enough memory" in text
+    )
+
+
+def _attempt(
+    setup: Setup, data: DataSet, number: int, plan: FactorizationPlan, folder: Path, seed: int, report: Report
+) -> Evaluation:
+    trained = build(factorize(setup.space, plan), setup.recipe.initializer, seed)
+    watch = data.evaluation if setup.split == "validation" else None
+    key = f"{plan} seed={seed}"
+    images = train(trained, data, setup.recipe, setup.numerics, seed, report, folder / CHECKPOINT, key, watch)
+    trained.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    folded = fold(trained)
+    samples = calibration(data, setup.seed, CALIBRATION_SAMPLES)
+    try:
+        stats = calibrate(folded, samples, setup.ranges)
+        quantized = quantize(folded, stats)
+    except FnetError as error:
+        raise TrainingFailed(f"cannot be quantized: {error}") from None
+    measures = measure(folded, quantized, data, data.evaluation)
+    layers = profile(trained, folded, quantized, stats, calibration(data, setup.seed, SQNR_SAMPLES))
+    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(plan)})
+    write_tensors(folder / QUANTIZED, quantized.to_tensors(), {"plan": str(plan), "ranges": str(setup.ranges)})
+    return Evaluation(
+        number=number,
+        plan=plan,
+        cost=plan_cost(setup.space, plan),
+        split=setup.split,
+        ranges=str(setup.ranges),
+        seed=seed,
+        epochs=setup.recipe.epochs,
+        trained_images=images,
+        fp32_accuracy=measures.fp32_accuracy,
+        quint8_accuracy=measures.quint8_accuracy,
+        qmse=measures.qmse,
+        qce=measures.qce,
+        kl=measures.kl,
+        layers=layers,
+    )
+
+
+def load_candidate(
+    space: Macroarchitecture, plan: FactorizationPlan, folder: Path
+) -> tuple[FoldedNetwork, QuantizedNetwork]:
+    """The folded float network and the quantized one that `evaluate` left in `folder`, on the CPU.
+
+    Raises FnetError, naming the file, where weights are missing, broken, or of another plan.
+    """
+    network = Network(factorize(space, plan))
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError:
+        raise FnetError(f"{folder / WEIGHTS} does not hold the weights of plan {plan}") from None
+    folded = fold(network.eval())
+    codes, _ = read_tensors(folder / QUANTIZED)
+    return folded, QuantizedNetwork.from_tensors(folded.network, codes)

@@ -1,0 +1,105 @@
+"""Layer statistics of a trained, folded, quantized network (paper, section 2; design, section 3)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import INPUT, Conv, Dense
+from fnet_search.network import Network, walk
+from fnet_search.plan import layer_cost
+from fnet_search.policy import LayerStats
+from fnet_search.quantize import QuantizedNetwork
+from fnet_search.ranges import Batches, TensorStats
+
+
+def channel_precision(low: Tensor, high: Tensor) -> tuple[float, int]:
+    """Paper equation (3): the mean over channels of (channel range / tensor range), and the number of dead channels.
+
+    `low` and `high` are the channels' extremes, [C]. A dead channel (range 0) counts 0 in the mean.
+    """
+    ranges = (high - low).double()
+    whole = float(high.max() - low.min())
+    dead = int((ranges == 0).sum())
+    return (float((ranges / whole).mean()) if whole > 0 else 0.0), dead
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10(sum x^2 / sum (x - x_q)^2) in dB; None where there is no noise or no signal."""
+    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+
+
+def profile(
+    trained: Network,
+    folded: FoldedNetwork,
+    quantized: QuantizedNetwork,
+    stats: Mapping[str, TensorStats],
+    batches: Batches,
+) -> tuple[LayerStats, ...]:
+    """One LayerStats per convolution and dense layer, in network order; SQNR over the samples of `batches`."""
+    energy = _energies(folded, quantized, batches)
+    carrier = quantized.carrier
+    found = []
+    for node in trained.network.order:
+        if not isinstance(node.layer, Conv | Dense):
+            continue
+        raw = trained.layer(node.name).get_parameter("weight").detach().cpu()
+        weight, layer = folded.weight[node.name].cpu(), quantized.layers[node.name]
+        weight_precision, dead_weights = channel_precision(*_extremes(raw))
+        folded_precision, _ = channel_precision(*_extremes(weight))
+        tensor = stats[carrier[node.name]]
+        clipped = (side.clamp(tensor.low, tensor.high) for side in (tensor.channel_min, tensor.channel_max))
+        activation_precision, dead_activations = channel_precision(*clipped)
+        error = layer.params.dequantize(layer.codes.cpu()).double() - weight.double()
+        signal, local, accumulated = energy[carrier[node.name]]
+        cost = layer_cost(node, trained.network.input_shapes(node))
+        found.append(
+            LayerStats(
+                layer=node.name,
+                kind=node.layer.kind,
+                macs=cost.total_macs,
+                params=cost.params,
+                weight_min=float(raw.min()),
+                weight_max=float(raw.max()),
+                weight_precision=weight_precision,
+                folded_min=float(weight.min()),
+                folded_max=float(weight.max()),
+                folded_precision=folded_precision,
+                activation_min=tensor.low,
+                activation_max=tensor.high,
+                activation_precision=activation_precision,
+                weight_sqnr_db=sqnr_db(float(weight.double().square().sum()), float(error.square().sum())),
+                activation_sqnr_db=sqnr_db(signal, local),
+                accumulated_sqnr_db=sqnr_db(signal, accumulated),
+                sparsity=tensor.sparsity,
+                dead_weight_channels=dead_weights,
+                dead_activation_channels=dead_activations,
+            )
+        )
+    return tuple(found)
+
+
+def _extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.flatten(1).amin(1), weight.flatten(1).amax(1)
+
+
+@torch.no_grad()
+def _energies(
+    folded: FoldedNetwork, quantized: QuantizedNetwork, batches: Batches
+) -> dict[str, tuple[float, float, float]]:
+    """Per carrier tensor: energy of the signal, of its own quantization noise, and of the accumulated noise."""
+    sums = dict.fromkeys(quantized.params, (0.0, 0.0, 0.0))
+    for batch in batches():
+        floats = walk(folded.network, batch, folded.apply_node)
+        for (node, x), (_, codes) in zip(floats, quantized.codes(batch), strict=True):
+            if node.name not in sums or node.name == INPUT:
+                continue
+            params = quantized.params[node.name]
+            local = params.dequantize(params.quantize(x)) - x
+            parts = (x, local, params.dequantize(codes) - x)
+            energies = (float(part.double().square().sum()) for part in parts)
+            a, b, c = (old + new for old, new in zip(sums[node.name], energies, strict=True))
+            sums[node.name] = (a, b, c)
+    return sums

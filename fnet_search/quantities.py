@@ -1,0 +1,61 @@
+"""What users write for budgets, shares and counts."""
+
+import re
+from decimal import Decimal, InvalidOperation
+
+from fnet_search.errors import FnetError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_NUMBER = r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?|[0-9]+\.)"
+
+
+def _decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        raise FnetError(f"{text!r} is not a number") from None
+
+
+def parse_budget(text: str, whole: int) -> int:
+    """conv MACs from ``120MMAC``, ``0.12GMAC``, ``120e6`` or ``45%`` (of `whole`), rounded down.
+
+    Raises FnetError for anything else, zero, negative and non-finite ones included.
+    """
+    text = text.strip()
+    if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
+        budget = int(_decimal(match[1]) * whole / 100)
+    elif match := re.fullmatch(rf"{_NUMBER}\s*(?:([KMG]?)MACs?)?", text, re.IGNORECASE):
+        budget = int(_decimal(match[1]) * _UNITS[(match[2] or "").upper()])
+    else:
+        raise FnetError(f"malformed budget {text!r}; write 120MMAC, 0.12GMAC, 120e6 or 45%")
+    if budget < 1:
+        raise FnetError(f"budget {text!r} is less than one MAC; write a positive one, as in 120MMAC")
+    return budget
+
+
+def parse_share(text: str, option: str) -> float:
+    """A fraction of 1 from ``0.8`` or ``80%``, above 0 and at most 1. Raises FnetError for anything else."""
+    match = re.fullmatch(rf"{_NUMBER}\s*(%?)", text.strip())
+    value = float(_decimal(match[1]) / (100 if match[2] else 1)) if match else -1.0
+    if not 0 < value <= 1:
+        raise FnetError(f"{option} {text!r} must be above 0 and at most 1; write 0.8 or 80%")
+    return value
+
+
+def parse_count(text: str, option: str) -> int:
+    """A positive count from ``2M``, ``250K``, ``2e6`` or ``2000000``. Raises FnetError for anything else."""
+    match = re.fullmatch(rf"{_NUMBER}\s*([KMG]?)", text.strip(), re.IGNORECASE)
+    value = int(_decimal(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if value < 1:
+        raise FnetError(f"{option} {text!r} must be a positive number; write 2M, 250K or 2000000")
+    return value
+
+
+def mmac(macs: int) -> str:
+    """MACs for people: ``104.3 MMAC``."""
+    return f"{macs / 1e6:,.1f} MMAC"
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A fraction of 1 for people: ``97.25 %``."""
+    return "" if share is None else f"{100 * share:.{digits}f} %"

@@ -1,0 +1,278 @@
+"""quint8, exactly as ONNX Runtime computes it (design, section 3): parameters, weights, and the integer simulator.
+
+Codes are uint8 tensors; every step below is an integer or a single float32 operation, in the runtime's order.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from fnet_search.errors import FnetError
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import INPUT, Activation, Add, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.network import FUNCTIONS, run, walk
+from fnet_search.ranges import TensorStats, carriers
+
+EXACT_IN_FLOAT32 = 1 << 24
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """real = scale (code - zero). `scale` is a float32 value held in a Python float; `zero` lies in 0..255."""
+
+    scale: float
+    zero: int
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Rule 5: clip(rint(x / s) + z, 0, 255)."""
+        return _clip(torch.round(x / _scalar(self.scale, x)) + self.zero)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Rule 9: s (q - z), float32."""
+        return (codes.float() - self.zero) * _scalar(self.scale, codes)
+
+
+def quant_params(low: float, high: float) -> QuantParams:
+    """Rule 2: the parameters of a range, widened to hold zero. A degenerate range gives scale 1, zero point 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    if not scale > 0 or not np.float32(scale) > 0:
+        return QuantParams(1.0, 0)
+    return QuantParams(float(np.float32(scale)), int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A convolution or dense layer: uint8 weight codes in torch's shape, their parameters, int32 bias codes."""
+
+    codes: Tensor
+    params: QuantParams
+    bias: Tensor
+
+
+def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams) -> QuantizedLayer:
+    """Rules 3, 6 and 10: weights by min and max per tensor, bias with scale f32(s_x s_w).
+
+    Raises FnetError where int32 accumulation could overflow, which the runtime would let wrap around.
+    """
+    params = quant_params(float(weight.min()), float(weight.max()))
+    codes = params.quantize(weight)
+    bias_scale = float(np.float32(source.scale) * np.float32(params.scale))
+    bias_codes = torch.round(bias.double() / bias_scale).clamp(-(2**31), 2**31 - 1)
+    reach = (codes.double() - params.zero).abs().flatten(1).sum(1) * 255 + bias_codes.abs()
+    if float(reach.max()) >= 2**31:
+        raise FnetError(
+            f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {float(reach.max()):.3g}"
+        )
+    return QuantizedLayer(codes, params, bias_codes.to(torch.int32))
+
+
+@dataclass(frozen=True)
+class QuantizedNetwork:
+    """The integer network. `params` holds scale and zero point of every carrier tensor, `layers` the weights."""
+
+    network: Macroarchitecture
+    params: Mapping[str, QuantParams]
+    layers: Mapping[str, QuantizedLayer]
+
+    @property
+    def carrier(self) -> Mapping[str, str]:
+        return carriers(self.network)
+
+    def codes(self, x: Tensor) -> Iterator[tuple[Node, Tensor]]:
+        """Yields every node with its output codes, uint8, for normalised float images [N, C, H, W]."""
+        return walk(self.network, self.params[INPUT].quantize(x), _Step(self))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] normalised images to [N, classes] logits: dequantized, float32."""
+        logits = run(self.network, self.params[INPUT].quantize(x), _Step(self))
+        return self.params[self.carrier[self.network.output]].dequantize(logits)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Codes, biases, scales and zero points, to be saved; `from_tensors` reads them."""
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = layer.codes, layer.bias
+            tensors |= _pack(f"{name}.weight", layer.params)
+        for name, params in self.params.items():
+            tensors |= _pack(f"{name}.output", params)
+        return tensors
+
+    @staticmethod
+    def from_tensors(network: Macroarchitecture, tensors: Mapping[str, Tensor]) -> "QuantizedNetwork":
+        """Inverse of `to_tensors` for the same folded network. Raises FnetError where something is missing."""
+        weighted = [node.name for node in network.order if isinstance(node.layer, Conv | Dense)]
+        try:
+            layers = {
+                name: QuantizedLayer(
+                    tensors[f"{name}.weight"], _unpack(f"{name}.weight", tensors), tensors[f"{name}.bias"]
+                )
+                for name in weighted
+            }
+            params = {name: _unpack(f"{name}.output", tensors) for name in set(carriers(network).values())}
+        except KeyError as error:
+            raise FnetError(f"the quantized weights do not fit the network: {error} is missing") from None
+        return QuantizedNetwork(network, params, layers)
+
+
+def _pack(name: str, params: QuantParams) -> dict[str, Tensor]:
+    return {f"{name}.scale": torch.tensor(params.scale), f"{name}.zero": torch.tensor(params.zero, dtype=torch.uint8)}
+
+
+def _unpack(name: str, tensors: Mapping[str, Tensor]) -> QuantParams:
+    return QuantParams(float(tensors[f"{name}.scale"]), int(tensors[f"{name}.zero"]))
+
+
+def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats]) -> QuantizedNetwork:
+    """The integer network of a folded one, with activation ranges from `ranges.calibrate`."""
+    carrier = carriers(folded.network)
+    params = {name: quant_params(tensor.low, tensor.high) for name, tensor in stats.items()}
+    layers = {}
+    for node in folded.network.order:
+        if isinstance(node.layer, Conv | Dense):
+            source = params[carrier[node.inputs[0]]]
+            try:
+                layers[node.name] = quantize_layer(folded.weight[node.name], folded.bias[node.name], source)
+            except FnetError as error:
+                raise FnetError(f"layer {node.name!r}: {error}") from None
+    return QuantizedNetwork(folded.network, params, layers)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """A float32 scalar as a tensor: torch may turn a division by a Python number into a multiplication."""
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def _clip(x: Tensor) -> Tensor:
+    return x.clamp_(0, 255).to(torch.uint8)
+
+
+def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 16: any function of one tensor as 256 codes; ``identity`` requantizes."""
+    x = source.dequantize(torch.arange(256))
+    y = x if function == "identity" else FUNCTIONS[function](x.double()).float()
+    return target.quantize(y)
+
+
+class _Step:
+    """Computes the output codes of a node; see the rules of the design for each case."""
+
+    def __init__(self, quantized: QuantizedNetwork) -> None:
+        self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier
+
+    def __call__(self, node: Node, inputs: list[Tensor]) -> Tensor:
+        layer, codes = node.layer, inputs[0]
+        sources = [self.params[self.carrier[name]] for name in node.inputs]
+        source, target = sources[0], self.params[self.carrier[node.name]]
+        match layer:
+            case Conv() | Dense():
+                weights = self.layers[node.name]
+                scale = np.float32(source.scale) * np.float32(weights.params.scale)
+                total = accumulate(layer, codes, source.zero, weights)
+                return requantize(total, scale / np.float32(target.scale), target)
+            case Activation() if self.carrier[node.inputs[0]] == node.name:
+                return codes  # fused: the layer before clipped at the zero point already
+            case Activation(function):
+                return _lookup(table(function, source, target), codes)
+            case Pool(reduction="max"):
+                padded = F.max_pool2d(codes.float(), layer.kernel, layer.step, layer.padding)
+                return padded.to(torch.uint8)
+            case Pool(reduction="average"):
+                return _average_pool(layer, codes, source, target)
+            case Pool():
+                pixels = codes.shape[2] * codes.shape[3]
+                total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
+                count = np.float32(target.scale) * np.float32(pixels)
+                return requantize(total, np.float32(source.scale) / count, target)
+            case Flatten():
+                return codes.flatten(1)
+            case Add():
+                return _add(codes, inputs[1], source, sources[1], target)
+            case Concat():
+                parts = zip(inputs, sources, strict=True)
+                same = [
+                    part if params == target else _lookup(table("identity", params, target), part)
+                    for part, params in parts
+                ]
+                return torch.cat(same, dim=1)
+        raise TypeError(f"{layer.kind} is not part of a folded network")
+
+
+def _lookup(codes: Tensor, index: Tensor) -> Tensor:
+    return codes.to(index.device)[index.int()]
+
+
+def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: QuantizedLayer) -> Tensor:
+    """Rule 7: sum (q_x - z_x)(q_w - z_w) + q_b, int32, exact.
+
+    Runs on float convolutions, which are exact while no partial sum leaves the float's integers: float32 where the
+    reach max over outputs of sum |q_w - z_w| 255 stays under 2^24, in slices of input channels where it does not;
+    float64 for groups with a longer reach, and on other devices, whose kernels may transform their inputs.
+    """
+    x = codes.float() - zero
+    weight = weights.codes.float() - weights.params.zero
+    dense = isinstance(layer, Dense)
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(layer, Dense):
+            return F.linear(x, weight)
+        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+    slices = _slices(weight)
+    if x.device.type != "cpu" or (not dense and layer.groups > 1 and len(slices) > 1):  # type: ignore[union-attr]
+        total = torch.round(apply(x.double(), weight.double())).to(torch.int32)
+    elif len(slices) == 1:
+        total = apply(x, weight).to(torch.int32)
+    else:
+        total = torch.stack([apply(x[:, part], weight[:, part]).to(torch.int32) for part in slices]).sum(
+            0, dtype=torch.int32
+        )
+    return total + weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2))
+
+
+def _slices(weight: Tensor) -> list[slice]:
+    """Consecutive slices of input channels, each with a reach that float32 sums exactly."""
+    reach = weight.abs().flatten(2).sum(2) * 255 if weight.ndim > 2 else weight.abs() * 255
+    found, start = [], 0
+    while start < reach.shape[1]:
+        sums = reach[:, start:].double().cumsum(1).amax(0)
+        fits = max(1, int((sums < EXACT_IN_FLOAT32).sum()))
+        found.append(slice(start, start + fits))
+        start += fits
+    return found
+
+
+def requantize(total: Tensor, multiplier: Any, target: QuantParams) -> Tensor:
+    """Rule 8: clip(rint(f32(acc) M) + z_y, 0, 255) with a float32 multiplier; clipping at z_y is the ReLU."""
+    scaled = total.float() * _scalar(float(np.float32(multiplier)), total)
+    return _clip(torch.round(scaled) + target.zero)
+
+
+def _average_pool(layer: Pool, codes: Tensor, source: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 12: float32 sums in row order, each rounded; the divisor counts the pixels inside the image."""
+    x = F.pad(source.dequantize(codes), (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]))
+    inside = F.pad(torch.ones_like(codes[:1, :1], dtype=torch.float32), [layer.padding[1]] * 2 + [layer.padding[0]] * 2)
+    height, width = ((n - k) // s + 1 for n, k, s in zip(x.shape[2:], layer.kernel, layer.step, strict=True))
+    total, count = torch.zeros(()), torch.zeros(())
+    for row in range(layer.kernel[0]):
+        for column in range(layer.kernel[1]):
+            rows = slice(row, row + layer.step[0] * (height - 1) + 1, layer.step[0])
+            columns = slice(column, column + layer.step[1] * (width - 1) + 1, layer.step[1])
+            total = total + x[:, :, rows, columns]
+            count = count + inside[:, :, rows, columns]
+    return _clip(torch.round(total / count / _scalar(target.scale, x) + target.zero))
+
+
+def _add(a: Tensor, b: Tensor, of_a: QuantParams, of_b: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 13: two fused multiply-adds, each rounded once (float64, then cast)."""
+    ratio_a = float(np.float32(of_a.scale) / np.float32(target.scale))
+    ratio_b = float(np.float32(of_b.scale) / np.float32(target.scale))
+    product = float(np.float32(ratio_b * of_b.zero))
+    offset = float(np.float32(target.zero - np.float64(np.float32(ratio_a * of_a.zero + product))))
+    inner = (b.double() * ratio_b + offset).float()
+    return _clip(torch.round((a.double() * ratio_a + inner.double()).float()))

@@ -1,0 +1,393 @@
+"""The report of a run: its tables as pandas frames, and one HTML page that needs nothing but itself."""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from html import escape
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fnet_search.draw import drawing
+from fnet_search.figures import candidate_figure, figures, mmac, plan_name
+from fnet_search.files import write_text
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import label, plan_cost, regular
+from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+
+DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
+NONE = "-"
+
+# The tables: candidates.csv and layers.csv
+
+COLUMNS = {
+    "number": "int64",
+    "plan": "str",
+    "label": "str",
+    "state": "str",
+    "reason": "str",
+    "feasible": "bool",
+    "split": "str",
+    "ranges": "str",
+    "epochs": "int64",
+    "trained_images": "int64",
+    "conv_macs": "int64",
+    "total_macs": "int64",
+    "params": "int64",
+    "fp32_accuracy": "float64",
+    "quint8_accuracy": "float64",
+    "qmse": "float64",
+    "qce": "float64",
+    "kl": "float64",
+    "relative_drop": "float64",
+}
+
+
+def candidates_frame(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Iterable[Evaluation]
+) -> pd.DataFrame:
+    """One row an evaluation, in order of their numbers. Accuracies and drop are fractions of 1; NaN: not measured."""
+    rows = []
+    for one in sorted(evaluations, key=lambda one: one.number):
+        derived = {
+            "plan": str(one.plan),
+            "label": label(space, one.plan),
+            "feasible": constraints.feasible(one),
+            **asdict(one.cost),
+        }
+        rows.append([derived[name] if name in derived else getattr(one, name) for name in COLUMNS])
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+def layers_frame(evaluation: Evaluation) -> pd.DataFrame:
+    """One row a convolution or dense layer, every field of LayerStats a column; NaN: no noise or no signal."""
+    types = {"str": "str", "int": "int64"}
+    columns = {field.name: types.get(getattr(field.type, "__name__", ""), "float64") for field in fields(LayerStats)}
+    rows = [asdict(layer) for layer in evaluation.layers]
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+# The page
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6470; --line: #d8dde3; --back: #fff; --band: #f4f6f8;
+  --mark: #fff4d6; --accent: #0b62a8; }
+@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4b0; --line: #39414b; --back: #15181c;
+  --band: #1e2329; --mark: #3a3216; --accent: #6db7f2; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 74rem; background: var(--back); color: var(--text);
+  font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1, h2, h3 { line-height: 1.25; text-wrap: balance; overflow-wrap: anywhere; }
+h1 { font-size: 1.7rem; margin: 0; }
+h2 { font-size: 1.25rem; margin: 3rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+p { max-width: 46rem; }
+a { color: var(--accent); }
+.soft, figcaption, .plan, .reason { color: var(--soft); }
+.verdict { font-size: 1.2rem; margin: 1rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
+.cards div { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; background: var(--band); }
+.cards dt { color: var(--soft); font-size: .85rem; }
+.cards dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
+.cards small { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+thead th { border-bottom: 2px solid var(--line); background: var(--band); vertical-align: bottom; }
+td.number { white-space: nowrap; }
+.number { text-align: right; }
+tr.best { background: var(--mark); }
+.plan { display: block; font: .72rem/1.4 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+.reason { display: block; font-size: .78rem; max-width: 12rem; }
+td:has(.plan) { min-width: 13rem; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1.5rem; }
+figure { margin: 1rem 0; break-inside: avoid; }
+figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
+  border-radius: .4rem; }
+figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
+details { margin: .5rem 0; }
+summary { cursor: pointer; }
+.glossary dt { font-weight: 600; margin-top: .6rem; }
+.glossary dd { margin: 0; max-width: 46rem; }
+@media print { :root { color-scheme: light; --text: #000; --soft: #444; --line: #bbb; --back: #fff; --band: #fff;
+  --mark: #eee; --accent: #000; } body { padding: 0; max-width: none; font-size: 10pt; } .wide { overflow: visible; }
+  table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; } tr { break-inside: avoid; } details { display: none; } }
+"""
+
+CAPTIONS = {
+    "accuracy_vs_macs": "High and far to the left is good. The line between a candidate's two markers is what quint8 "
+    "costs it: look for long ones, and for quint8 markers that change the order of the fp32 ones.",
+    "qmse_vs_macs": "How far the 8-bit logits are from the float ones. A candidate far above its neighbours is hurt by "
+    "quantization, not by having few MACs.",
+    "qce_vs_macs": "How much the 8-bit network disagrees with the float one about the classes. Low is good; the floor "
+    "is the float network's own uncertainty, so look at KL in the table too.",
+    "drop_vs_macs": "The share of the float accuracy that quint8 takes away. Flat is good: a jump between neighbours "
+    "is worth a look at their layers below.",
+    "layer_ranges": "The wider a range, the coarser its 255 steps. Look for layers where the folded range is much "
+    "wider than the trained one, above all early in the network: their errors pass through everything after.",
+    "layer_precisions": "The share of the tensor's range that an average channel uses. A wide range and a low "
+    "precision in one layer mean that most channels have only a few of the 256 codes.",
+    "best_layers": "The same for one network, with signal to quantization noise. Where the accumulated SQNR falls well "
+    "below the local one, the noise comes from before that layer; about 6 dB is one bit.",
+}
+
+GLOSSARY = {
+    "plan, rate": "One factorization rate f per layer: 1 is the regular convolution; above 1 a convolution with f "
+    "groups, batch norm, ReLU and a pointwise (1x1) convolution stand in its place; f = input channels is depthwise "
+    "separable.",
+    "conv MMAC": "Millions of multiply-accumulates for one image in the convolutions, stem included, dense layers "
+    "not. This is what a budget limits.",
+    "fp32, quint8": "Accuracy of the float network, and of the same network with weights and activations in unsigned "
+    "8-bit integers, batch norm folded in.",
+    "QMSE": "Mean over images and classes of (fp32 logit - quint8 logit) squared.",
+    "QCE": "Cross entropy, in nats, of the quint8 class probabilities under the fp32 ones.",
+    "KL": "QCE less the entropy of the fp32 probabilities: 0 when both networks say the same.",
+    "relative drop": "(fp32 - quint8) / fp32 accuracy.",
+    "folded weights": "Weights after batch norm's scale went into them: those that are quantized.",
+    "channel precision": "Mean over output channels of (channel's range / tensor's range).",
+    "SQNR": "Signal to quantization noise in dB: local with only this tensor quantized, accumulated with everything "
+    "before it too.",
+    "dead channel": "A channel that never changes. It counts 0 in a precision.",
+    "range method": "How activation ranges are found on the calibration images, such as percentile:1, which clips the "
+    "top and bottom 1 %.",
+    "feasible": "Trained, and within every constraint.",
+}
+
+
+def _percent(value: float | None) -> str:
+    return NONE if value is None else f"{100 * value:.2f}"
+
+
+def _tenths(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4g}"
+
+
+def _png(figure: Figure, caption: str, alt: str) -> str:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode()
+    width = round(figure.get_figwidth() * 100)
+    image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" width="{width}">'
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    body = "\n".join(rows)
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _cells(cells: Iterable[str], numbers: bool = True) -> str:
+    """Table cells of plain text."""
+    kind = ' class="number"' if numbers else ""
+    return "".join(f"<td{kind}>{escape(cell)}</td>" for cell in cells)
+
+
+def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
+    """What an evaluation misses, in words."""
+    words = {
+        "conv_macs": f"{mmac(one.cost.conv_macs)} MMAC are above the budget of {mmac(constraints.conv_macs or 0)} MMAC",
+        "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
+        "min_quint8": f"{_percent(one.quint8_accuracy)} % in quint8 are below {_percent(constraints.min_quint8)} %",
+        "max_drop": f"a relative drop of {_percent(one.relative_drop)} % is above {_percent(constraints.max_drop)} %",
+    }
+    return [words[name] for name, value in constraints.of(one).items() if value > 0]
+
+
+def _limits(constraints: Constraints) -> dict[str, str]:
+    known = {
+        "budget": constraints.conv_macs and f"{mmac(constraints.conv_macs)} MMAC ({constraints.conv_macs:,} conv MACs)",
+        "parameters at most": constraints.params and f"{constraints.params:,}",
+        "quint8 accuracy at least": constraints.min_quint8 is not None and f"{_percent(constraints.min_quint8)} %",
+        "relative drop at most": constraints.max_drop is not None and f"{_percent(constraints.max_drop)} %",
+    }
+    return {name: text for name, text in known.items() if text} or {"constraints": "none"}
+
+
+def _headline(
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    best: Evaluation | None,
+    best_test: Evaluation | None,
+    split: str,
+) -> str:
+    counts = [(state, sum(one.state == state for one in evaluations)) for state in ("complete", "refused", "failed")]
+    words = {"complete": "trained", "refused": "refused before training", "failed": "failed"}
+    summary = ", ".join(f"{count} {words[state]}" for state, count in counts if count) or "none yet"
+    candidates = f'<p class="soft">Candidates: {summary}.</p>'
+    if best is None:
+        return f'<p class="verdict">No candidate was trained.</p>{candidates}'
+    name = f"<strong>{escape(label(space, best.plan))}</strong>"
+    if constraints.feasible(best):
+        verdict = f"{name} won: {_percent(best.quint8_accuracy)} % in quint8 at {mmac(best.cost.conv_macs)} MMAC."
+        verdict += " It meets every constraint." if constraints != Constraints() else ""
+    else:
+        missed = "; ".join(_violations(constraints, best))
+        verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
+    whole = plan_cost(space, regular(space))
+    cards = [
+        ("MACs in convolutions", f"{mmac(best.cost.conv_macs)} MMAC", f"{_part(best.cost.conv_macs, whole.conv_macs)}"),
+        ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
+    ]
+    for one, where in ((best, split), (best_test, "test")):
+        if one is not None and (one is best or split != "test"):
+            cards += [
+                (f"quint8 accuracy, {where}", f"{_percent(one.quint8_accuracy)} %", f"ranges {one.ranges or NONE}"),
+                (
+                    f"fp32 accuracy, {where}",
+                    f"{_percent(one.fp32_accuracy)} %",
+                    f"drop {_percent(one.relative_drop)} %",
+                ),
+            ]
+    shown = "".join(
+        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        for term, value, note in cards
+    )
+    plan = f'<p class="plan">{_breakable(str(best.plan))}</p>'
+    return f'<p class="verdict">{verdict}</p>{plan}<dl class="cards">{shown}</dl>{candidates}'
+
+
+def _part(value: int, whole: int) -> str:
+    return f"{100 * value / whole:.1f} % of the unfactorized network"
+
+
+def _breakable(plan: str) -> str:
+    return escape(plan).replace(",", ",<wbr>")
+
+
+def _candidates(
+    space: Macroarchitecture, constraints: Constraints, ranked: Sequence[Evaluation], others: Sequence[Evaluation]
+) -> str:
+    """Trained candidates by rank, then the others by number."""
+    names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "feasible")
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in ("rank", "no.", "plan", "state"))
+    head += "".join(f'<th class="number">{name}</th>' for name in ("conv MMAC", "parameters", *names)) + "</tr>"
+    rows = []
+    for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
+        feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
+        number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
+        state = "trained" if one.state == "complete" else one.state
+        rows.append(
+            f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
+            f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
+            f'<td>{escape(label(space, one.plan))}<span class="plan">{_breakable(str(one.plan))}</span></td>'
+            f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td>'
+            f'<td class="number" title="{one.cost.conv_macs:,}">{mmac(one.cost.conv_macs)}</td>'
+            + _cells(
+                [
+                    f"{one.cost.params:,}",
+                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)),
+                    *map(_number, (one.qmse, one.qce, one.kl)),
+                    feasible,
+                ]
+            )
+            + "</tr>"
+        )
+    return _table(head, rows)
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g}"
+
+
+def _layers(evaluation: Evaluation) -> str:
+    groups = {
+        "": ("layer", "kind"),
+        "size": ("MMAC", "parameters"),
+        "trained weights": ("range", "precision %"),
+        "folded weights": ("range", "precision %"),
+        "activations, clipped": ("range", "precision %", "zero %"),
+        "SQNR, dB": ("weights", "local", "accumulated"),
+        "dead channels": ("weights", "activations"),
+    }
+    head = "".join(f'<th colspan="{len(names)}">{group}</th>' for group, names in groups.items())
+    names = [name for names in groups.values() for name in names]
+    second = "".join(f"<th{'' if name in groups[''] else ' class=number'}>{name}</th>" for name in names)
+    rows = [
+        "<tr>"
+        + _cells((one.layer, one.kind), numbers=False)
+        + _cells(
+            (
+                mmac(one.macs),
+                f"{one.params:,}",
+                _span(one.weight_min, one.weight_max),
+                _tenths(100 * one.weight_precision),
+                _span(one.folded_min, one.folded_max),
+                _tenths(100 * one.folded_precision),
+                _span(one.activation_min, one.activation_max),
+                *map(_tenths, (100 * one.activation_precision, 100 * one.sparsity)),
+                *map(_tenths, (one.weight_sqnr_db, one.activation_sqnr_db, one.accumulated_sqnr_db)),
+                str(one.dead_weight_channels),
+                str(one.dead_activation_channels),
+            )
+        )
+        + "</tr>"
+        for one in evaluation.layers
+    ]
+    return _table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
+
+
+def _figures(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], best: Evaluation | None
+) -> str:
+    drawn = figures(space, constraints, evaluations)
+    if best is not None and best.layers:  # of its final training, where there was one
+        drawn["best_layers"] = candidate_figure(space, best)
+    shown = [_png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
+    return f'<div class="pair">{"".join(shown)}</div>' if shown else '<p class="soft">Nothing was trained yet.</p>'
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    settings: Mapping[str, str],
+    best: Evaluation | None,
+    best_test: Evaluation | None,
+    split: str,
+) -> Path:
+    """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
+    how it was found; every candidate; the figures. The page loads nothing and runs nothing."""
+    ranked = ranking(tuple(evaluations), constraints)
+    others = sorted((one for one in evaluations if one.state != "complete"), key=lambda one: one.number)
+    known = {**_limits(constraints), **settings}
+    rows = [f"<tr><th>{escape(name)}</th>{_cells([value], numbers=False)}</tr>" for name, value in known.items()]
+    sections = [
+        ("", _headline(space, constraints, evaluations, best, best_test, split)),
+        ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
+        ("Candidates", _candidates(space, constraints, ranked, others)),
+        ("Figures", _figures(space, constraints, evaluations, best)),
+    ]
+    layers = []
+    if best is not None:
+        name = escape(plan_name(space, best))
+        caption = f"The network as built: {space.name}, plan {best.plan}."
+        picture = _png(drawing(space, best.plan), caption, "graph of the network")
+        layers.append(f"<h3>{name}</h3>{_layers(best)}{picture}")
+    for one in ranked[:DETAILED]:
+        summary = f"{one.number}: {escape(label(space, one.plan))}, {_percent(one.quint8_accuracy)} % in quint8"
+        layers.append(f'<details id="layers-{one.number}"><summary>{summary}</summary>{_layers(one)}</details>')
+    if len(ranked) > DETAILED:
+        layers.append(f'<p class="soft">The best {DETAILED} of {len(ranked)}; layers.csv of each has the others.</p>')
+    sections.append(("Layers", "".join(layers) or '<p class="soft">Nothing was trained yet.</p>'))
+    terms = "".join(f"<dt>{term}</dt><dd>{escape(meaning)}</dd>" for term, meaning in GLOSSARY.items())
+    sections.append(("Terms", f'<dl class="glossary">{terms}</dl>'))
+    body = "".join(f"<section>{f'<h2>{head}</h2>' if head else ''}{text}</section>" for head, text in sections)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    path = folder / "report.html"
+    write_text(
+        path,
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n",
+    )
+    return path

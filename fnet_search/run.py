@@ -1,0 +1,241 @@
+"""A whole run: configuration, data, workers and record brought together; the winner named, tested and reported."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import Setup, load_candidate, measure
+from fnet_search.figures import save_figures
+from fnet_search.macro import Macroarchitecture, parse_space, to_toml
+from fnet_search.numerics import Numerics, check_device, resolve
+from fnet_search.plan import label
+from fnet_search.policy import Constraints, Evaluation, Policy, SplitName
+from fnet_search.quantities import mmac, percent
+from fnet_search.ranges import RangeMethod
+from fnet_search.recipe import Recipe
+from fnet_search.report import write_report
+from fnet_search.runfolder import RunFolder, differences, versions
+from fnet_search.search import Event, search
+from fnet_search.study import StudyRecord, open_storage
+from fnet_search.workers import WorkerPool
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for, checked as far as it can be without data. All of it but the last two lines decides the
+    result and cannot change between runs in one folder."""
+
+    space: Macroarchitecture
+    dataset: str
+    recipe: Recipe
+    policy_name: str
+    constraints: Constraints
+    ranges: RangeMethod
+    seed: int
+    split: SplitName
+    device: str
+    dtype: str
+    storage: str | None
+    data_dir: Path
+    download: bool
+
+    def config(self) -> dict[str, Any]:
+        """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
+        return {
+            "space": to_toml(self.space),
+            "dataset": self.dataset,
+            "recipe": self.recipe.to_json(),
+            "policy": self.policy_name,
+            "constraints": asdict(self.constraints),
+            "ranges": str(self.ranges),
+            "seed": self.seed,
+            "split": self.split,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. `winner` is None in a study of fixed plans and where nothing was trained."""
+
+    space: Macroarchitecture
+    constraints: Constraints
+    evaluations: tuple[Evaluation, ...]
+    winner: Evaluation | None
+    feasible: bool
+    test: Evaluation | None
+    report: Path
+
+    def headline(self, folder: Path) -> str:
+        """One line: which network won, its conv MACs, its accuracies, and where its files are."""
+        if self.winner is None:
+            trained = sum(evaluation.state == "complete" for evaluation in self.evaluations)
+            return (
+                f"{trained} networks measured; files in {folder}" if trained else f"nothing was trained; see {folder}"
+            )
+        one = self.winner
+        which = f"candidate {one.number} ({label(self.space, one.plan)})"
+        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
+        if self.test is not None:
+            found += f"; {_accuracies(self.test)}"
+        missed = [name for name, value in self.constraints.of(one).items() if value > 0]
+        verdict = (
+            "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {', '.join(missed)}:"
+        )
+        return f"{verdict} {found}; files in {folder / 'best'}"
+
+
+def _accuracies(one: Evaluation) -> str:
+    return f"{one.split} fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"
+
+
+class Display(Protocol):
+    """Shows a user what goes on."""
+
+    def status(self, text: str) -> None:
+        """What is being done now."""
+        ...
+
+    def loading(self, done: int, total: int) -> None:
+        """Images of the data set read so far."""
+        ...
+
+    def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
+        """The search starts, or goes on with `done` candidates trained before."""
+        ...
+
+    def show(self, event: Event) -> None:
+        """Something happened in the search."""
+        ...
+
+
+def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, workers: int, display: Display) -> Outcome:
+    """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
+
+    Raises FnetError, before anything is written, for data that cannot be read, a device that is not there, or a folder
+    that was made with another configuration.
+    """
+    if run.exists:
+        _compare(run, request.config())
+    if request.device != "auto":
+        check_device(request.device)
+    display.status(f"reading {request.dataset}")
+    data = load_dataset(request.dataset, request.space.input_shape, request.data_dir, request.download, display.loading)
+    if request.split == "validation":
+        data = hold_out(data)
+    space = request.space.with_classes(len(data.classes))
+    facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
+    with run.locked():
+        numerics = _numerics(run, request, display)
+        config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
+        if run.exists:
+            _compare(run, config)
+        else:
+            run.write_config(config)
+        storage = open_storage(request.storage, run.journal)
+        record = StudyRecord(storage, run, space, request.constraints, request.seed, request.split)
+        setup = Setup(space, request.recipe, request.ranges, numerics, request.seed, request.split)
+        trained = sum(evaluation.state != "refused" for evaluation in record.evaluations)
+        display.begin(run, numerics, space, trials, trained)
+        with WorkerPool(workers, setup, data, run.path) as pool:
+            for event in search(policy, record, pool, trials):
+                display.show(event)
+        return _conclude(record, data, display)
+
+
+def _compare(run: RunFolder, config: dict[str, Any]) -> None:
+    found = differences(run.config(), config)
+    if found:
+        raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
+
+
+def _json(facts: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+
+
+def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:
+    """The recorded numerics where there are some and nothing else is wanted, else those this machine is fast with."""
+    if run.exists:
+        recorded = Numerics(**run.config()["numerics"])
+        if request.device in ("auto", recorded.device) and request.dtype in ("auto", recorded.dtype):
+            check_device(recorded.device)
+            return recorded
+    display.status("measuring which dtype this device is fast with")
+    return resolve(request.device, request.dtype)
+
+
+def _conclude(record: StudyRecord, data: DataSet, display: Display) -> Outcome:
+    run, winner = record.run, record.winner
+    test = None
+    if winner is not None:
+        test = run.read_test(winner)
+        if test is None:
+            display.status(f"measuring the winner on {len(data.test):,} test images")
+            test = _test(record.space, winner, run, data)
+        run.write_best(winner, test)
+    display.status("drawing figures and the report")
+    return _outcome(record, test)
+
+
+def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
+    """Figures and report of a run from what was recorded."""
+    run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
+    figures = save_figures(space, constraints, record.evaluations, run.path / "figures")
+    record.attach(figures)
+    settings = dict(_settings(run.config(), space, constraints))
+    report = write_report(
+        run.path, run.name, space, constraints, record.evaluations, settings, winner, test, record.split
+    )
+    feasible = winner is not None and constraints.feasible(winner)
+    return Outcome(space, constraints, record.evaluations, winner, feasible, test, report)
+
+
+def _test(space: Macroarchitecture, winner: Evaluation, run: RunFolder, data: DataSet) -> Evaluation:
+    """The winner on the test split, as the very network that was evaluated: its codes are read, not made again."""
+    folded, quantized = load_candidate(space, winner.plan, run.candidate(winner.number))
+    measures = measure(folded, quantized, data, data.test)
+    return replace(winner, split="test", layers=(), **asdict(measures))
+
+
+def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Constraints) -> Iterator[tuple[str, str]]:
+    recipe = config["recipe"]
+    limits = {
+        "conv MACs": constraints.conv_macs and f"at most {mmac(constraints.conv_macs)}",
+        "parameters": constraints.params and f"at most {constraints.params:,}",
+        "quint8 accuracy": constraints.min_quint8 and f"at least {percent(constraints.min_quint8)}",
+        "relative drop": constraints.max_drop is not None and f"at most {percent(constraints.max_drop)}",
+    }
+    yield "space", f"{space.name}: {space.description}"
+    yield (
+        "data set",
+        f"{config['dataset']} (fingerprint {config['data']['fingerprint']}), {len(config['data']['classes'])} classes",
+    )
+    yield "policy", config["policy"]
+    yield from ((f"limit on {name}", text) for name, text in limits.items() if text)
+    yield (
+        "recipe",
+        f"{recipe['name']}: {recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}, rate {recipe['learning_rate']}",
+    )
+    yield "activation ranges", config["ranges"]
+    yield "seed", str(config["seed"])
+    yield "numerics", str(Numerics(**config["numerics"]))
+    yield "versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items())
+
+
+def report_again(run: RunFolder, storage: str | None) -> Outcome:
+    """Makes candidates.csv, figures and report of a run again, from its study.
+
+    Raises FnetError for a folder that is not a run.
+    """
+    config = run.config()
+    space = parse_space(config["space"], str(run.config_path)).with_classes(len(config["data"]["classes"]))
+    constraints = Constraints(**config["constraints"])
+    with run.locked():
+        record = StudyRecord(
+            open_storage(storage, run.journal), run, space, constraints, config["seed"], config["split"]
+        )
+        run.write_candidates(space, constraints, record.evaluations)
+        test = run.read_test(record.winner) if record.winner is not None else None
+        return _outcome(record, test)

@@ -1,0 +1,179 @@
+"""The run folder: what a search leaves on disk. Every file is whole or not there.
+
+config.json        the resolved configuration, with versions
+journal.log        the Optuna study (unless another storage was given)
+artifacts/         files attached to the study and its trials
+candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
+timings.csv        seconds a candidate took
+candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
+best/              the winner's files, and its test.json
+figures/, report.html
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from fnet_search import __version__
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS
+from fnet_search.files import read_json, write_json, write_text
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import plan_toml
+from fnet_search.policy import Constraints, Evaluation, ranking
+from fnet_search.report import candidates_frame, layers_frame
+
+KEPT = 3
+"""Candidates whose weights are kept: the best so many."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run. `name` is the study's."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.log"
+
+    @property
+    def artifacts(self) -> Path:
+        folder = self.path / "artifacts"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def candidate(self, number: int) -> Path:
+        return self.path / "candidates" / f"{number:03d}"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here. Raises FnetError for a folder of something else."""
+        if self.config_path.is_file():
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
+            raise FnetError(f"{self.path} exists and is not a run folder; choose another --out")
+        return False
+
+    def _foreign(self) -> Iterator[Path]:
+        return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+
+    def config(self) -> dict[str, Any]:
+        """The recorded configuration. Raises FnetError where there is none."""
+        if not self.config_path.is_file():
+            raise FnetError(f"{self.path} is not a run folder: it has no config.json")
+        config = read_json(self.config_path)
+        if not isinstance(config, dict) or "space" not in config:
+            raise FnetError(f"{self.config_path} is not the configuration of a run")
+        return config
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises FnetError where another one has it, or it cannot be written."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise FnetError(
+                f"{self.path} is in use by another fnet-search process; wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            raise FnetError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_json(self.config_path, {**config, "versions": versions()})
+
+    def write_candidates(
+        self, space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
+    ) -> None:
+        frame = candidates_frame(space, constraints, evaluations)
+        write_text(self.path / "candidates.csv", frame.to_csv(index=False, lineterminator="\n"))
+
+    def write_timings(self, seconds: Mapping[int, float]) -> None:
+        frame = pd.DataFrame({"number": list(seconds), "seconds": list(seconds.values())}).sort_values("number")
+        write_text(self.path / "timings.csv", frame.to_csv(index=False, lineterminator="\n"))
+
+    def write_candidate(self, evaluation: Evaluation) -> list[Path]:
+        """Everything about a candidate but its weights; returns the files worth looking at."""
+        folder = self.candidate(evaluation.number)
+        write_text(folder / "plan.toml", plan_toml(evaluation.plan))
+        write_json(folder / "evaluation.json", evaluation.to_json())
+        write_text(folder / "layers.csv", layers_frame(evaluation).to_csv(index=False, lineterminator="\n"))
+        return [folder / "layers.csv", folder / "plan.toml"]
+
+    def prune(self, evaluations: tuple[Evaluation, ...], constraints: Constraints) -> None:
+        """Drops the checkpoints of finished candidates, and the weights of all but the best."""
+        best = {evaluation.number for evaluation in ranking(evaluations, constraints)[:KEPT]}
+        for evaluation in evaluations:
+            folder = self.candidate(evaluation.number)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            if evaluation.number not in best:
+                (folder / WEIGHTS).unlink(missing_ok=True)
+                (folder / QUANTIZED).unlink(missing_ok=True)
+
+    def write_best(self, winner: Evaluation, test: Evaluation | None) -> None:
+        """Copies the winner's files to ``best/``, with what it reached on the test split."""
+        fresh = self.path / ".best"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(self.candidate(winner.number), fresh)
+        if test is not None:
+            write_json(fresh / "test.json", test.to_json())
+        shutil.rmtree(self.best, ignore_errors=True)
+        fresh.rename(self.best)
+
+    def read_test(self, winner: Evaluation) -> Evaluation | None:
+        """The winner's test result, if this very network was measured before."""
+        path = self.best / "test.json"
+        if not path.is_file():
+            return None
+        test = Evaluation.from_json(read_json(path))
+        return test if (test.number, test.plan, test.seed) == (winner.number, winner.plan, winner.seed) else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"fnet-search": __version__}
+    for package in ("torch", "torchvision", "optuna", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # torch under another distribution name
+            found[package] = "unknown"
+    return found
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two configurations, key by key, as ``seed: 0 recorded, 1 wanted``."""
+    found = []
+    for key in wanted:
+        name = f"{path}{key}"
+        old, new = recorded.get(key), wanted[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            short = [f"{value!r}"[:60] for value in (old, new)]
+            found.append(name if "\n" in f"{old}{new}" else f"{name}: {short[0]} recorded, {short[1]} wanted")
+    return found

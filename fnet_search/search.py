@@ -1,0 +1,141 @@
+"""The search: a policy proposes plans, refused ones are recorded, the others trained, until nothing is left to do.
+
+This is the file to read first. Around it: `policy` (what a policy sees), `evaluate` (from a plan to an Evaluation),
+`workers` (who trains), `study` (where it is recorded), `cli` (who calls).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fnet_search.errors import FnetError
+from fnet_search.plan import FactorizationPlan, check_plan, plan_cost
+from fnet_search.policy import Evaluation, History, Policy
+from fnet_search.train import TrainingProgress
+from fnet_search.workers import Finished, Job, Progressed, WorkerPool
+
+REFUSALS_IN_A_ROW = 1000
+"""After so many refused plans, one after the other, a policy is taken to have no other."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A plan that was recorded, and will not be trained."""
+
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Started:
+    """A plan that a worker trains now."""
+
+    number: int
+    plan: FactorizationPlan
+
+
+Event = Refused | Started | Progressed | Finished
+
+
+class Record(Protocol):
+    """Where a search is recorded."""
+
+    def history(self) -> History:
+        """The past, with the number of the next suggestion."""
+        ...
+
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
+        """Records a plan that is not trained."""
+        ...
+
+    def start(self, plan: FactorizationPlan) -> int:
+        """Records that a plan is being trained; returns its number."""
+        ...
+
+    def progress(self, number: int, progress: TrainingProgress) -> None:
+        """Takes note of how far a training is."""
+        ...
+
+    def finish(self, evaluation: Evaluation, seconds: float) -> None:
+        """Records an evaluation, complete or failed."""
+        ...
+
+    def folder(self, number: int) -> Path:
+        """Where the files of a candidate go."""
+        ...
+
+
+def search(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iterator[Event]:
+    """Runs until `trials` candidates are trained (failed ones count) or the policy is done; yields what happens.
+
+    Raises FnetError for a policy that fails or suggests a plan that is not of the space.
+    """
+    while True:
+        yield from _fill(policy, record, pool, trials)
+        if not pool.busy:
+            return
+        for event in pool.events():
+            if isinstance(event, Finished):
+                record.finish(event.evaluation, event.seconds)
+            else:
+                record.progress(event.number, event.progress)
+            yield event
+
+
+def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iterator[Event]:
+    """Asks for plans until every worker is busy, all trials are out, or the policy has none for now."""
+    refusals = 0
+    while pool.busy < pool.count:
+        history = record.history()
+        trained = sum(evaluation.state != "refused" for evaluation in history.evaluations)
+        if trained + len(history.running) >= trials:
+            return
+        plan = _suggest(policy, history)
+        if plan is None:
+            return
+        if reason := refusal(history, plan):
+            refusals += 1
+            yield Refused(record.refuse(plan, reason))
+            if refusals == REFUSALS_IN_A_ROW:
+                raise FnetError(
+                    f"the policy suggested {refusals} plans in a row that had to be refused, lastly: {reason}"
+                )
+            continue
+        refusals = 0
+        number = record.start(plan)
+        yield Started(number, plan)
+        pool.submit(Job(number, plan, record.folder(number)))
+
+
+def _suggest(policy: Policy, history: History) -> FactorizationPlan | None:
+    try:
+        plan = policy.suggest(history)
+        if plan is not None:
+            check_plan(history.space, plan)
+    except Exception as error:
+        name = type(policy).__name__
+        raise FnetError(
+            f"policy {name} failed at suggestion {history.number}: {type(error).__name__}: {error}"
+        ) from error
+    return plan
+
+
+def refusal(history: History, plan: FactorizationPlan) -> str:
+    """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
+    for evaluation in history.evaluations:
+        if evaluation.plan == plan:
+            return f"repeats candidate {evaluation.number}"
+    if plan in history.running:
+        return "repeats a plan that is being trained"
+    return history.constraints.refusal(plan_cost(history.space, plan))
+
+
+@dataclass(frozen=True)
+class FixedPlans:
+    """The policy of a study of given plans: each once, in order."""
+
+    plans: tuple[FactorizationPlan, ...]
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        seen = history.seen
+        return next((plan for plan in self.plans if plan not in seen), None)

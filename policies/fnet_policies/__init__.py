@@ -1,0 +1,12 @@
+"""The policy pack: policies that ship with fnet-search, each a plug-in like any third party's.
+
+One file a policy, registered by name as entry points of the group ``fnet_search.policies``. A policy is a class that
+is made with no arguments and has ``suggest(history)``, a pure function of the history: start from `random`.
+"""
+
+from fnet_policies.progressive_doubling import ProgressiveDoubling
+from fnet_policies.random import Random
+from fnet_policies.reverse_pyramid import ReversePyramid
+from fnet_policies.tpe import TPE
+
+__all__ = ["TPE", "ProgressiveDoubling", "Random", "ReversePyramid"]

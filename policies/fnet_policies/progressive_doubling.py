@@ -1,0 +1,19 @@
+"""Progressive doubling (paper, section 3): one rate for all layers, doubled until every layer is depthwise."""
+
+from dataclasses import dataclass
+
+from fnet_search.plan import FactorizationPlan, doublings, uniform
+from fnet_search.policy import History
+
+
+@dataclass(frozen=True)
+class ProgressiveDoubling:
+    """``f1`` (regular), ``f2``, ``f4``, ... to depthwise everywhere: the first that was not suggested yet.
+
+    It walks plans over the ceilings too: the host records them as refused.
+    """
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        plans = (uniform(history.space, rate) for rate in doublings(history.space))
+        seen = history.seen
+        return next((plan for plan in plans if plan not in seen), None)

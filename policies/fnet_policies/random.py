@@ -1,0 +1,15 @@
+"""Random search: the baseline that every other policy has to beat."""
+
+from dataclasses import dataclass
+
+from fnet_search.choose import sample_plan
+from fnet_search.plan import FactorizationPlan
+from fnet_search.policy import History
+
+
+@dataclass(frozen=True)
+class Random:
+    """A plan under the ceilings that was not suggested yet, drawn uniformly from ``history.rng``; None when all were."""
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        return sample_plan(history.space, history.constraints, history.seen, history.rng)

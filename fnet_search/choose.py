@@ -1,7 +1,7 @@
 """Choosing plans under the ceilings that need no training: conv MACs and parameters. No torch and no Optuna.
 
 A plan's cost is a sum over layers (`plan.cost_table`). So the best plan under ceilings, by a score that is a sum over
-layers too, is a multiple-choice knapsack: small enough to be solved exactly, on spaces of any size.
+layers too, is a multiple-choice knapsack, and can be found exactly without looking at every plan.
 """
 
 from bisect import bisect_right
@@ -20,11 +20,17 @@ from fnet_search.policy import Constraints
 Scores = Mapping[str, Sequence[float] | npt.NDArray[np.float64]]
 """A number per layer and legal rate, in the order of `legal_rates`."""
 
-_DRAWS, _BATCHES = 4096, 16
-"""Plans drawn at once, and how often, before `sample_plan` leaves off drawing: 65,536 in about 10 ms."""
+Values = npt.NDArray[np.float64]
+"""A layer's scores."""
 
 _STEPS = 4096
-"""Steps of a bound as a function of cost, at most."""
+"""Most steps that a bound keeps: deep networks would have millions."""
+
+_PRICES = 16
+"""Most prices tried for a bound; a handful are needed."""
+
+_DRAWS, _BATCHES = 4096, 16
+"""Plans drawn at once, and how often, before `sample_plan` leaves off drawing: 10 ms in all."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,24 @@ def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceili
 
 
 @dataclass(frozen=True)
-class _Front:
-    """The most that some layers can score, as a step function of what they may cost: both lists ascend."""
+class _Steps:
+    """The most that some layers can score, as a step function of what they may cost. Both lists ascend."""
 
     costs: list[int]
     scores: list[float]
 
-    def best(self, allowed: int) -> float:
-        step = bisect_right(self.costs, allowed)
-        return self.scores[step - 1] if step else -inf
+    def at(self, allowed: int) -> float:
+        steps = bisect_right(self.costs, allowed)
+        return self.scores[steps - 1] if steps else -inf
 
 
-def _fronts(values: list[npt.NDArray[np.float64]], ceiling: _Ceiling) -> list[_Front]:
-    """For each layer the front of it and all layers after it; last, that of no layer."""
+def _steps(values: list[Values], ceiling: _Ceiling) -> list[_Steps]:
+    """For each layer, the steps of it and all layers after it; last, those of no layer.
+
+    From the back, a layer at a time: all sums of its costs with the steps so far, less those that another beats.
+    """
     cost, score = np.zeros(1, dtype=np.int64), np.zeros(1)
-    fronts = [_Front([0], [0.0])]
+    steps = [_Steps([0], [0.0])]
     for value, layer_costs in zip(reversed(values), reversed(ceiling.costs), strict=True):
         cost = np.add.outer(np.array(layer_costs, dtype=np.int64), cost).ravel()
         score = np.add.outer(value, score).ravel()
@@ -68,11 +77,75 @@ def _fronts(values: list[npt.NDArray[np.float64]], ceiling: _Ceiling) -> list[_F
         order = order[cost[order] <= ceiling.limit]
         better = np.diff(np.maximum.accumulate(score[order]), prepend=-inf) > 0
         cost, score = cost[order][better], score[order][better]
-        if len(cost) > _STEPS:  # coarser, but never lower: each run of steps becomes its cheapest cost and best score
+        if len(cost) > _STEPS:  # coarser but never lower: of each run of steps, its lowest cost and its highest score
             ends = np.linspace(0, len(cost), _STEPS + 1, dtype=np.int64)
             cost, score = cost[ends[:-1]], score[ends[1:] - 1]
-        fronts.append(_Front(cost.tolist(), score.tolist()))
-    return fronts[::-1]
+        steps.append(_Steps(cost.tolist(), score.tolist()))
+    return steps[::-1]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The most that the layers from a depth on can score under ceiling `kept`, with a price on the `other` one.
+
+    Lagrange: each unit used of the other is paid for, all that may be used is given back; so no plan under it loses.
+    `score` and `used` (of the other) are those of the plan that comes out best after paying.
+    """
+
+    kept: int
+    other: int
+    price: float
+    steps: list[_Steps]
+    score: float
+    used: int
+
+    def at(self, depth: int, allowed: list[int]) -> float:
+        return self.steps[depth].at(allowed[self.kept]) + self.price * allowed[self.other]
+
+
+def _bound(values: list[Values], ceilings: list[_Ceiling], kept: int, price: float = 0.0) -> _Bound:
+    other = len(ceilings) - 1 - kept
+    costs, prices = ceilings[kept].costs, ceilings[other].costs
+    paid = [value - price * np.array(layer) for value, layer in zip(values, prices, strict=True)]
+    steps = _steps(paid, ceilings[kept])
+    left, score, used = ceilings[kept].limit, 0.0, 0
+    for depth, value in enumerate(paid):  # the best plan, down the steps
+        rest = [steps[depth + 1].at(left - cost) for cost in costs[depth]]
+        index = int(np.argmax(value + rest))
+        left, score, used = left - costs[depth][index], score + values[depth][index], used + prices[depth][index]
+    return _Bound(kept, other, price, steps, float(score), used)
+
+
+def _bounds(values: list[Values], ceilings: list[_Ceiling]) -> list[_Bound]:
+    """Bounds whose least is close enough to keep the search short: see `_priced`."""
+    return [bound for kept in range(len(ceilings)) for bound in _priced(values, ceilings, kept)]
+
+
+def _priced(values: list[Values], ceilings: list[_Ceiling], kept: int) -> list[_Bound]:
+    """The bound of one ceiling alone; and if its best plan breaks the other one, those with two prices on that.
+
+    A forbidding price tells what cannot meet both. The other one bounds the whole plan lowest: it is where the lines
+    (score against price) of a plan over the ceiling and of one under it cross, and no other line passes above.
+    """
+    above = _bound(values, ceilings, kept)
+    limit = ceilings[above.other].limit
+    if len(ceilings) == 1 or above.used <= limit:
+        return [above]
+    below = _bound(values, ceilings, kept, price=2 * _spread(values))
+    alone, forbidding, best = above, below, below
+    for _ in range(_PRICES):
+        if not (above.used > limit >= below.used and above.score > below.score):
+            break
+        best = _bound(values, ceilings, kept, price=(above.score - below.score) / (above.used - below.used))
+        if best.used in (above.used, below.used):
+            break
+        above, below = (best, below) if best.used > limit else (above, best)
+    return [alone, forbidding, best]
+
+
+def _spread(values: list[Values]) -> float:
+    """More than the scores of two plans can differ."""
+    return 1.0 + sum(float(np.ptp(value)) for value in values)
 
 
 def best_plan(
@@ -81,11 +154,11 @@ def best_plan(
     scores: Scores,
     exclude: Collection[FactorizationPlan] = (),
 ) -> FactorizationPlan | None:
-    """The plan under the ceilings, not in `exclude`, whose summed scores are highest; None if there is no such plan.
+    """The plan under the ceilings, not in `exclude`, with the highest sum of ``scores[layer][rate index]``, or None.
 
-    Exact (A*): beginnings of plans are extended layer by layer, always the one that could still reach most. That bound
-    is itself exact under a single ceiling, so whole plans come up in order of their scores; costs are integers.
-    Raises ValueError unless there is one finite score per layer and legal rate.
+    Exact, by A* search: of the beginnings of plans, the one that could still reach most is extended by a layer. Under
+    one ceiling that bound is met, so whole plans come up best first. Costs are integers, so a ceiling holds to the MAC.
+    Raises ValueError unless there is one finite score per legal rate.
     """
     legal = legal_rates(space)
     values = [np.asarray(scores[layer], dtype=np.float64) for layer in legal]
@@ -94,29 +167,25 @@ def best_plan(
             raise ValueError(f"layer {layer!r} needs {len(rates)} finite scores, got {value.tolist()}")
     free = _Ceiling(0, tuple((0,) * len(rates) for rates in legal.values()))
     ceilings = _ceilings(space, constraints) or [free]
-    fronts = [_fronts(values, ceiling) for ceiling in ceilings]
-    seen = {indices(space, plan) for plan in exclude}
-    start = min(front[0].best(ceiling.limit) for front, ceiling in zip(fronts, ceilings, strict=True))
-    # Highest bound first, then the longest beginning; equals by their indices, so that the answer is always the same.
-    heap: list[tuple[float, int, tuple[int, ...], float, tuple[int, ...]]] = []
-    if start > -inf:
-        heap.append((-start, 0, (), 0.0, tuple(ceiling.limit for ceiling in ceilings)))
-    global POPS
-    POPS = 0
+    bounds = _bounds(values, ceilings)
+    hopeless = sum(float(value.min()) for value in values) - _spread(values) / 2
+    excluded = {indices(space, plan) for plan in exclude}
+    # Minus the bound, minus the depth, the indices so far, their score, and what the other layers may cost. At equal
+    # bounds the longest beginning comes first, then the lowest indices: the answer never hangs on the order of a set.
+    heap: list[tuple[float, int, tuple[int, ...], float, list[int]]]
+    heap = [(-inf, 0, (), 0.0, [ceiling.limit for ceiling in ceilings])]
     while heap:
-        _, _, chosen, score, left = heappop(heap)
-        POPS += 1
+        _, _, chosen, score, allowed = heappop(heap)
         depth = len(chosen)
         if depth == len(values):
-            if chosen not in seen:
+            if chosen not in excluded and min(allowed) >= 0:
                 return from_indices(space, chosen)
             continue
         for index, value in enumerate(values[depth].tolist()):
-            after = tuple(have - ceiling.costs[depth][index] for have, ceiling in zip(left, ceilings, strict=True))
-            rest = min(front[depth + 1].best(have) for front, have in zip(fronts, after, strict=True))
-            if rest > -inf:
-                reached = score + value
-                heappush(heap, (-(reached + rest), -depth - 1, (*chosen, index), reached, after))
+            left = [limit - ceiling.costs[depth][index] for limit, ceiling in zip(allowed, ceilings, strict=True)]
+            reach = score + value + min(bound.at(depth + 1, left) for bound in bounds)
+            if reach > hopeless:
+                heappush(heap, (-reach, -depth - 1, (*chosen, index), score + value, left))
     return None
 
 
@@ -128,24 +197,24 @@ def sample_plan(
 ) -> FactorizationPlan | None:
     """A plan under the ceilings and not in `exclude`, drawn uniformly; None if there is no such plan.
 
-    Where such plans are too rare to be drawn (far under one in 65,536), the best plan by random scores.
+    Where such plans are too rare for that (fewer than about one in 65,536), `best_plan` by random scores.
     """
     legal = legal_rates(space)
-    sizes = np.array([len(rates) for rates in legal.values()], dtype=np.int64)
+    sizes = [len(rates) for rates in legal.values()]
     layers = np.arange(len(sizes))
-    tables = []
+    ceilings = []
     for ceiling in _ceilings(space, constraints):
-        table = np.zeros((len(sizes), max(sizes, default=0)), dtype=np.int64)
-        for layer, costs in enumerate(ceiling.costs):
-            table[layer, : len(costs)] = costs
-        tables.append((table, ceiling.limit))
-    seen = {indices(space, plan) for plan in exclude}
+        costs = np.zeros((len(sizes), max(sizes, default=0)), dtype=np.int64)
+        for layer, layer_costs in enumerate(ceiling.costs):
+            costs[layer, : len(layer_costs)] = layer_costs
+        ceilings.append((costs, ceiling.limit))
+    excluded = {indices(space, plan) for plan in exclude}
     for _ in range(_BATCHES):
-        drawn = rng.integers(sizes, size=(_DRAWS, len(sizes)))
+        drawn = rng.integers(np.array(sizes, dtype=np.int64), size=(_DRAWS, len(sizes)))
         admitted = np.ones(_DRAWS, dtype=bool)
-        for table, limit in tables:
-            admitted &= table[layers, drawn].sum(axis=1) <= limit
-        for row in map(tuple, drawn[admitted].tolist()):
-            if row not in seen:
-                return from_indices(space, row)
+        for costs, limit in ceilings:
+            admitted &= costs[layers, drawn].sum(axis=1) <= limit
+        for chosen in map(tuple, drawn[admitted].tolist()):
+            if chosen not in excluded:
+                return from_indices(space, chosen)
     return best_plan(space, constraints, {layer: rng.random(len(rates)) for layer, rates in legal.items()}, exclude)

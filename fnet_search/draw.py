@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
-from fnet_search.figures import DPI, mmac, save_png
+from fnet_search.figures import DPI, millions, save_png
 from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
 from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Layer, Macroarchitecture, Pair, Pool, Shape
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
@@ -132,7 +132,7 @@ def _title(network: Macroarchitecture, space: Macroarchitecture, plan: Factoriza
     cost = network_cost(network)
     name = label(space, plan) if plan else ""
     named = f", plan {name}" if 0 < len(name) <= 40 else ""
-    return f"{space.name}{named}: {mmac(cost.conv_macs)} MMAC in convolutions, {cost.params:,} parameters"
+    return f"{space.name}{named}: {millions(cost.conv_macs)} MMAC in convolutions, {cost.params:,} parameters"
 
 
 def drawing(network: Macroarchitecture, plan: FactorizationPlan | None = None) -> Figure:

@@ -25,7 +25,7 @@ from fnet_search.train import Report, TrainingFailed, train
 
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
-SQNR_SAMPLES = 256
+SQNR_SAMPLES = 128
 ATTEMPTS = 2
 
 WEIGHTS = "weights.safetensors"

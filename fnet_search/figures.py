@@ -32,10 +32,10 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})
 
 
-def mmac(macs: float) -> str:
-    """MACs in millions: one decimal, below ten three digits."""
-    millions = macs / 1e6
-    return f"{millions:,.1f}" if millions >= 10 else f"{millions:.3g}"
+def millions(macs: float) -> str:
+    """MACs in MMAC, without the unit: one decimal, below ten three digits."""
+    value = macs / 1e6
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:
@@ -156,7 +156,7 @@ def macs_figure(
         macs[0], known[0][-1], "*", color=STAR, markeredgecolor="black", markeredgewidth=0.7, markersize=13, label=title
     )
     if constraints.conv_macs is not None:
-        budget = f"budget {mmac(constraints.conv_macs)} MMAC"
+        budget = f"budget {millions(constraints.conv_macs)} MMAC"
         axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
     limit = chosen.limit(constraints)
     if limit is not None:

@@ -99,7 +99,7 @@ def _energies(
             params = quantized.params[node.name]
             local = params.dequantize(params.quantize(x)) - x
             parts = (x, local, params.dequantize(codes) - x)
-            energies = (float(part.double().square().sum()) for part in parts)
+            energies = (float(part.square().sum(dtype=torch.float64)) for part in parts)
             a, b, c = (old + new for old, new in zip(sums[node.name], energies, strict=True))
             sums[node.name] = (a, b, c)
     return sums

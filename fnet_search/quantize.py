@@ -5,6 +5,7 @@ Codes are uint8 tensors; every step below is an integer or a single float32 oper
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,23 @@ class QuantizedLayer:
     codes: Tensor
     params: QuantParams
     bias: Tensor
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """q_w - z_w as float32."""
+        return self.codes.float() - self.params.zero
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """Consecutive slices of input channels (within a group), each with a reach that float32 sums exactly."""
+        reach = self.centred.abs().flatten(2).sum(2) * 255 if self.codes.ndim > 2 else self.centred.abs() * 255
+        found, start = [], 0
+        while start < reach.shape[1]:
+            sums = reach[:, start:].double().cumsum(1).amax(0)
+            fits = max(1, int((sums < EXACT_IN_FLOAT32).sum()))
+            found.append(slice(start, start + fits))
+            start += fits
+        return found
 
 
 def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams) -> QuantizedLayer:
@@ -215,16 +233,15 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
     float64 for groups with a longer reach, and on other devices, whose kernels may transform their inputs.
     """
     x = codes.float() - zero
-    weight = weights.codes.float() - weights.params.zero
-    dense = isinstance(layer, Dense)
+    weight, slices = weights.centred.to(x.device), weights.slices
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
         if isinstance(layer, Dense):
             return F.linear(x, weight)
         return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
-    slices = _slices(weight)
-    if x.device.type != "cpu" or (not dense and layer.groups > 1 and len(slices) > 1):  # type: ignore[union-attr]
+    grouped = isinstance(layer, Conv) and layer.groups > 1
+    if x.device.type != "cpu" or (grouped and len(slices) > 1):
         total = torch.round(apply(x.double(), weight.double())).to(torch.int32)
     elif len(slices) == 1:
         total = apply(x, weight).to(torch.int32)
@@ -233,18 +250,6 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
             0, dtype=torch.int32
         )
     return total + weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2))
-
-
-def _slices(weight: Tensor) -> list[slice]:
-    """Consecutive slices of input channels, each with a reach that float32 sums exactly."""
-    reach = weight.abs().flatten(2).sum(2) * 255 if weight.ndim > 2 else weight.abs() * 255
-    found, start = [], 0
-    while start < reach.shape[1]:
-        sums = reach[:, start:].double().cumsum(1).amax(0)
-        fits = max(1, int((sums < EXACT_IN_FLOAT32).sum()))
-        found.append(slice(start, start + fits))
-        start += fits
-    return found
 
 
 def requantize(total: Tensor, multiplier: Any, target: QuantParams) -> Tensor:

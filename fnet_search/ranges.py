@@ -85,7 +85,7 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> M
     observers = {name: _Observer(method if name not in ends else RangeMethod(Fraction(0))) for name in carrier.values()}
     for name, tensor in _tensors(folded, batches, observers):
         observers[name].first_pass(tensor)
-    if any(observer.method.percentile for observer in observers.values()):
+    if any(observer.open_ranks() for observer in observers.values()):
         for name, tensor in _tensors(folded, batches, observers):
             observers[name].second_pass(tensor)
     return {name: observer.stats(name) for name, observer in observers.items()}
@@ -122,15 +122,19 @@ class _Observer:
             self.coarse += torch.bincount((_keys(tensor) >> 16) + (1 << 15), minlength=1 << 16).cpu()
 
     def second_pass(self, tensor: Tensor) -> None:
-        if not self.method.percentile:
-            return
-        keys = _keys(tensor)
-        coarse = keys >> 16
-        for rank in self.ranks():
+        for rank in self.open_ranks():
             bucket, _ = _locate(self.coarse, rank)
-            inside = keys[coarse == bucket - (1 << 15)] & 0xFFFF
-            found = torch.bincount(inside, minlength=1 << 16).cpu()
+            key = (bucket - (1 << 15)) << 16
+            inside = tensor[(tensor >= _float(key)) & (tensor <= _float(key | 0xFFFF))]
+            found = torch.bincount(_keys(inside) & 0xFFFF, minlength=1 << 16).cpu()
             self.fine[rank] = self.fine[rank] + found if rank in self.fine else found
+
+    def open_ranks(self) -> tuple[int, ...]:
+        """Ranks that the first pass has not settled: the zeros at the bottom of a ReLU's output are settled."""
+        if not self.method.percentile:
+            return ()
+        zeros = self.zeros if float(self.channel_min.min()) >= 0 else 0
+        return tuple(rank for rank in self.ranks() if rank > zeros)
 
     def ranks(self) -> tuple[int, ...]:
         """Nearest ranks, from 1, of the lower and the upper percentile; one entry where they are the same."""
@@ -146,16 +150,23 @@ class _Observer:
         return TensorStats(low, high, self.channel_min, self.channel_max, self.zeros / self.count)
 
     def _value(self, rank: int) -> float:
+        if rank not in self.fine:
+            return 0.0
         bucket, before = _locate(self.coarse, rank)
         low_bits, _ = _locate(self.fine[rank], rank - before)
-        key = torch.tensor([((bucket - (1 << 15)) << 16) | low_bits], dtype=torch.int64).to(torch.int32)
-        return float((key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32))
+        return _float(((bucket - (1 << 15)) << 16) | low_bits)
 
 
 def _keys(tensor: Tensor) -> Tensor:
     """Flat int32 keys that order as the floats do."""
     bits = tensor.contiguous().view(torch.int32).flatten()
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _float(key: int) -> float:
+    """Inverse of `_keys`. NaN for keys beyond infinity, which no finite tensor has."""
+    bits = torch.tensor([key], dtype=torch.int64).to(torch.int32)
+    return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))
 
 
 def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:

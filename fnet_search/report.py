@@ -11,11 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fnet_search.draw import drawing
-from fnet_search.figures import candidate_figure, figures, mmac, plan_name
+from fnet_search.figures import candidate_figure, figures, millions, plan_name
 from fnet_search.files import write_text
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+from fnet_search.quantities import percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
 NONE = "-"
@@ -98,6 +99,8 @@ th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; border-bo
 thead th { border-bottom: 2px solid var(--line); background: var(--band); vertical-align: bottom; }
 td.number { white-space: nowrap; }
 .number { text-align: right; }
+.layers table { font-size: .76rem; }
+.layers :is(th, td) { padding: .25rem .3rem; }
 tr.best { background: var(--mark); }
 .plan { display: block; font: .72rem/1.4 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .reason { display: block; font-size: .78rem; max-width: 12rem; }
@@ -190,23 +193,14 @@ def _cells(cells: Iterable[str], numbers: bool = True) -> str:
 
 def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
     """What an evaluation misses, in words."""
+    budget = f"{millions(constraints.conv_macs or 0)} MMAC"
     words = {
-        "conv_macs": f"{mmac(one.cost.conv_macs)} MMAC are above the budget of {mmac(constraints.conv_macs or 0)} MMAC",
+        "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
         "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
-        "min_quint8": f"{_percent(one.quint8_accuracy)} % in quint8 are below {_percent(constraints.min_quint8)} %",
-        "max_drop": f"a relative drop of {_percent(one.relative_drop)} % is above {_percent(constraints.max_drop)} %",
+        "min_quint8": f"{percent(one.quint8_accuracy)} in quint8 are below {percent(constraints.min_quint8)}",
+        "max_drop": f"a relative drop of {percent(one.relative_drop)} is above {percent(constraints.max_drop)}",
     }
     return [words[name] for name, value in constraints.of(one).items() if value > 0]
-
-
-def _limits(constraints: Constraints) -> dict[str, str]:
-    known = {
-        "budget": constraints.conv_macs and f"{mmac(constraints.conv_macs)} MMAC ({constraints.conv_macs:,} conv MACs)",
-        "parameters at most": constraints.params and f"{constraints.params:,}",
-        "quint8 accuracy at least": constraints.min_quint8 is not None and f"{_percent(constraints.min_quint8)} %",
-        "relative drop at most": constraints.max_drop is not None and f"{_percent(constraints.max_drop)} %",
-    }
-    return {name: text for name, text in known.items() if text} or {"constraints": "none"}
 
 
 def _headline(
@@ -225,24 +219,28 @@ def _headline(
         return f'<p class="verdict">No candidate was trained.</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if constraints.feasible(best):
-        verdict = f"{name} won: {_percent(best.quint8_accuracy)} % in quint8 at {mmac(best.cost.conv_macs)} MMAC."
+        verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
         verdict += " It meets every constraint." if constraints != Constraints() else ""
     else:
         missed = "; ".join(_violations(constraints, best))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
     whole = plan_cost(space, regular(space))
     cards = [
-        ("MACs in convolutions", f"{mmac(best.cost.conv_macs)} MMAC", f"{_part(best.cost.conv_macs, whole.conv_macs)}"),
+        (
+            "MACs in convolutions",
+            f"{millions(best.cost.conv_macs)} MMAC",
+            f"{_part(best.cost.conv_macs, whole.conv_macs)}",
+        ),
         ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
     ]
     for one, where in ((best, split), (best_test, "test")):
         if one is not None and (one is best or split != "test"):
             cards += [
-                (f"quint8 accuracy, {where}", f"{_percent(one.quint8_accuracy)} %", f"ranges {one.ranges or NONE}"),
+                (f"quint8 accuracy, {where}", percent(one.quint8_accuracy) or NONE, f"ranges {one.ranges or NONE}"),
                 (
                     f"fp32 accuracy, {where}",
-                    f"{_percent(one.fp32_accuracy)} %",
-                    f"drop {_percent(one.relative_drop)} %",
+                    percent(one.fp32_accuracy) or NONE,
+                    f"drop {percent(one.relative_drop)}",
                 ),
             ]
     shown = "".join(
@@ -278,7 +276,7 @@ def _candidates(
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
             f'<td>{escape(label(space, one.plan))}<span class="plan">{_breakable(str(one.plan))}</span></td>'
             f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td>'
-            f'<td class="number" title="{one.cost.conv_macs:,}">{mmac(one.cost.conv_macs)}</td>'
+            f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
             + _cells(
                 [
                     f"{one.cost.params:,}",
@@ -303,8 +301,8 @@ def _layers(evaluation: Evaluation) -> str:
         "trained weights": ("range", "precision %"),
         "folded weights": ("range", "precision %"),
         "activations, clipped": ("range", "precision %", "zero %"),
-        "SQNR, dB": ("weights", "local", "accumulated"),
-        "dead channels": ("weights", "activations"),
+        "SQNR, dB": ("weights", "local", "with all before"),
+        "dead channels": ("weights / activations",),
     }
     head = "".join(f'<th colspan="{len(names)}">{group}</th>' for group, names in groups.items())
     names = [name for names in groups.values() for name in names]
@@ -314,7 +312,7 @@ def _layers(evaluation: Evaluation) -> str:
         + _cells((one.layer, one.kind), numbers=False)
         + _cells(
             (
-                mmac(one.macs),
+                millions(one.macs),
                 f"{one.params:,}",
                 _span(one.weight_min, one.weight_max),
                 _tenths(100 * one.weight_precision),
@@ -323,8 +321,7 @@ def _layers(evaluation: Evaluation) -> str:
                 _span(one.activation_min, one.activation_max),
                 *map(_tenths, (100 * one.activation_precision, 100 * one.sparsity)),
                 *map(_tenths, (one.weight_sqnr_db, one.activation_sqnr_db, one.accumulated_sqnr_db)),
-                str(one.dead_weight_channels),
-                str(one.dead_activation_channels),
+                f"{one.dead_weight_channels} / {one.dead_activation_channels}",
             )
         )
         + "</tr>"
@@ -358,8 +355,7 @@ def write_report(
     how it was found; every candidate; the figures. The page loads nothing and runs nothing."""
     ranked = ranking(tuple(evaluations), constraints)
     others = sorted((one for one in evaluations if one.state != "complete"), key=lambda one: one.number)
-    known = {**_limits(constraints), **settings}
-    rows = [f"<tr><th>{escape(name)}</th>{_cells([value], numbers=False)}</tr>" for name, value in known.items()]
+    rows = [f"<tr><th>{escape(name)}</th>{_cells([value], numbers=False)}</tr>" for name, value in settings.items()]
     sections = [
         ("", _headline(space, constraints, evaluations, best, best_test, split)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
@@ -371,10 +367,12 @@ def write_report(
         name = escape(plan_name(space, best))
         caption = f"The network as built: {space.name}, plan {best.plan}."
         picture = _png(drawing(space, best.plan), caption, "graph of the network")
-        layers.append(f"<h3>{name}</h3>{_layers(best)}{picture}")
+        layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{picture}')
     for one in ranked[:DETAILED]:
-        summary = f"{one.number}: {escape(label(space, one.plan))}, {_percent(one.quint8_accuracy)} % in quint8"
-        layers.append(f'<details id="layers-{one.number}"><summary>{summary}</summary>{_layers(one)}</details>')
+        summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"
+        layers.append(
+            f'<details class="layers" id="layers-{one.number}"><summary>{summary}</summary>{_layers(one)}</details>'
+        )
     if len(ranked) > DETAILED:
         layers.append(f'<p class="soft">The best {DETAILED} of {len(ranked)}; layers.csv of each has the others.</p>')
     sections.append(("Layers", "".join(layers) or '<p class="soft">Nothing was trained yet.</p>'))

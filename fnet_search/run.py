@@ -1,5 +1,6 @@
 """A whole run: configuration, data, workers and record brought together; the winner named, tested and reported."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ class Request:
         return {
             "space": to_toml(self.space),
             "dataset": self.dataset,
-            "recipe": self.recipe.to_json(),
+            "recipe": _json(self.recipe.to_json()),
             "policy": self.policy_name,
             "constraints": asdict(self.constraints),
             "ranges": str(self.ranges),
@@ -151,8 +152,9 @@ def _compare(run: RunFolder, config: dict[str, Any]) -> None:
         raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
 
 
-def _json(facts: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
+def _json(facts: dict[str, Any]) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(facts))
 
 
 def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -119,16 +119,8 @@ class WorkerPool:
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.setup, self._data), daemon=True)
-        # OpenMP reads this when torch is imported, before `set_num_threads` could be called.
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(self.setup.numerics.threads)
-        try:
+        with _environment(self.setup.numerics.threads):
             process.start()
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
         theirs.close()
         return _Worker(process, ours)
 
@@ -147,6 +139,26 @@ class WorkerPool:
         setup, plan = self.setup, dead.job.plan
         failed = Evaluation(dead.job.number, plan, plan_cost(setup.space, plan), "failed", reason, setup.split)
         yield Finished(replace(failed, ranges=str(setup.ranges), seed=setup.seed), 0.0)
+
+
+@contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """What a worker must find in its environment from the start.
+
+    OpenMP reads its threads when torch is imported. glibc gives every large tensor fresh pages and takes them back,
+    which costs a training a quarter of its time in page faults; a heap that is kept avoids that.
+    """
+    wanted = {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:

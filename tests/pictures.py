@@ -1,11 +1,11 @@
 """What tests ask of a picture: is it a PNG, does one text cover another, does anything stick out."""
 
-from collections.abc import Sequence
-from itertools import combinations
+import math
+from collections.abc import Mapping
+from itertools import combinations, product
 from pathlib import Path
 
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
@@ -23,10 +23,9 @@ def png_size(path: Path) -> tuple[int, int]:
 def texts(figure: Figure) -> dict[Text, Bbox]:
     """Every text that is drawn with its box in pixels, as laid out for saving."""
     figure.draw_without_rendering()
-    renderer = FigureCanvasAgg(figure).get_renderer()
     hidden = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in _hidden_ticks(axis)}
     return {
-        text: Text.get_window_extent(text, renderer)
+        text: Text.get_window_extent(text)
         for text in figure.findobj(Text)
         if isinstance(text, Text) and text.get_text().strip() and text.get_visible() and text not in hidden
     }
@@ -44,16 +43,36 @@ def _hidden_ticks(axis: Axis) -> list[Text]:
     ]
 
 
-def overlapping(boxes: Sequence[tuple[str, Bbox]]) -> list[tuple[str, str]]:
-    """Pairs whose boxes share more than a pixel."""
-    return [(a, b) for (a, one), (b, two) in combinations(boxes, 2) if one.padded(-0.5).overlaps(two.padded(-0.5))]
+def overlapping(boxes: Mapping[Text, Bbox], others: Mapping[str, Bbox] | None = None) -> list[tuple[str, str]]:
+    """Pairs of texts, and of a text and another thing, that share more than a pixel."""
+    found = []
+    for (one, box), (two, other) in combinations(boxes.items(), 2):
+        angle = one.get_rotation()
+        if angle == two.get_rotation() and angle % 90:
+            box, other = _upright(box, angle), _upright(other, angle)
+        if box.padded(-0.5).overlaps(other.padded(-0.5)):
+            found.append((one.get_text(), two.get_text()))
+    for (text, box), (name, other) in product(boxes.items(), (others or {}).items()):
+        if box.padded(-0.5).overlaps(other.padded(-0.5)):
+            found.append((text.get_text(), name))
+    return found
 
 
-def outside(figure: Figure, boxes: Sequence[tuple[str, Bbox]]) -> list[str]:
-    """Those that stick out of the figure."""
-    page = figure.bbox
-    return [
-        name
-        for name, box in boxes
-        if box.x0 < page.x0 - 1 or box.y0 < page.y0 - 1 or box.x1 > page.x1 + 1 or box.y1 > page.y1 + 1
-    ]
+def _upright(box: Bbox, degrees: float) -> Bbox:
+    """The box of a slanted text, turned back about the origin by its angle."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    width, height = (
+        (a * cos - b * sin) / (cos**2 - sin**2) for a, b in ((box.width, box.height), (box.height, box.width))
+    )
+    x, y = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    return Bbox.from_bounds(x * cos + y * sin - width / 2, y * cos - x * sin - height / 2, width, height)
+
+
+def outside(figure: Figure, boxes: Mapping[Text, Bbox]) -> list[str]:
+    """Texts that stick out of the figure."""
+    page = figure.bbox.padded(1)
+    return [text.get_text() for text, box in boxes.items() if not _within(box, page)]
+
+
+def _within(box: Bbox, page: Bbox) -> bool:
+    return bool(page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1)

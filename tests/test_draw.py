@@ -73,17 +73,21 @@ def test_the_title_names_the_plan_and_its_cost() -> None:
     assert title.startswith("factorizenet, plan init2: 104.3 MMAC")
 
 
-@pytest.mark.parametrize("space", [load_space("tiny"), load_space("factorizenet"), residual_space()], ids=lambda space: space.name)
+@pytest.mark.parametrize(
+    "space", [load_space("tiny"), load_space("factorizenet"), residual_space()], ids=lambda space: space.name
+)
 @pytest.mark.parametrize("plan", [None, regular, lambda space: uniform(space, 4)], ids=["as is", "regular", "f4"])
 def test_nothing_overlaps_or_sticks_out(space: Macroarchitecture, plan: object) -> None:
     chosen = plan(space) if callable(plan) else None
     assert chosen is None or isinstance(chosen, FactorizationPlan)
     figure = drawing(space, chosen)
-    boxes = [(text.get_text(), box) for text, box in texts(figure).items()]
+    boxes = texts(figure)
     assert overlapping(boxes) == []
     assert outside(figure, boxes) == []
     cards = [patch.get_window_extent() for patch in figure.axes[0].patches if isinstance(patch, FancyBboxPatch)]
-    inside = [box for card in cards for _, box in boxes if card.x0 < box.x0 and box.x1 < card.x1 and box.overlaps(card)]
+    inside = [
+        box for card in cards for box in boxes.values() if card.x0 < box.x0 and box.x1 < card.x1 and box.overlaps(card)
+    ]
     assert len(inside) >= 3 * len(cards)  # name, shape and description, none wider than its box
 
 

@@ -1,4 +1,5 @@
 import networkx as nx
+import numpy as np
 import pytest
 from evaluations import residual_space
 from matplotlib.path import Path
@@ -103,7 +104,7 @@ def test_every_edge_runs_from_its_source_to_its_target(laid_out: tuple[Macroarch
     network, layout = laid_out
     assert {(edge[0], edge[-1]) for edge in layout.edges} == set(network.graph.edges)
     for edge in layout.edges:
-        points = layout.route(edge).vertices
+        points = np.asarray(layout.route(edge).vertices)
         x, y = layout.entry(edge[0])
         assert tuple(points[0]) == pytest.approx((x, y + BOX_HEIGHT))
         left, top = layout.corner(edge[-1])
@@ -116,7 +117,7 @@ def test_no_line_passes_under_a_box_or_out_of_the_picture(laid_out: tuple[Macroa
     corners = [layout.corner(name) for name in network.graph]
     for edge in layout.edges:
         (line,) = layout.route(edge).to_polygons(closed_only=False)
-        for x, y in Path(line).interpolated(8).vertices:
+        for x, y in np.asarray(Path(line).interpolated(8).vertices):
             assert 0 <= x <= layout.width
             assert 0 <= y <= layout.bottom
             assert not any(

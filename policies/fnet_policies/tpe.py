@@ -60,20 +60,22 @@ class TPE:
 def _past(history: History, indexed: Space) -> Iterator[FrozenTrial]:
     """The history as trials. Failed evaluations tell nothing about accuracy and are left out."""
 
-    def trial(plan: FactorizationPlan, state: TrialState, value: float | None, **violations: float) -> FrozenTrial:
+    def trial(
+        plan: FactorizationPlan, state: TrialState, value: float | None, violations: Mapping[str, float]
+    ) -> FrozenTrial:
         params = dict(zip(indexed, indices(history.space, plan), strict=True))
         return create_trial(
-            state=state, value=value, params=params, distributions=dict(indexed), constraints=violations
+            state=state, value=value, params=params, distributions=dict(indexed), constraints=dict(violations)
         )
 
     for evaluation in history.evaluations:
         violations = history.constraints.of(evaluation)
         if evaluation.state == "complete" and evaluation.quint8_accuracy is not None:
-            yield trial(evaluation.plan, TrialState.COMPLETE, evaluation.quint8_accuracy, **violations)
+            yield trial(evaluation.plan, TrialState.COMPLETE, evaluation.quint8_accuracy, violations)
         elif evaluation.state == "refused":
-            yield trial(evaluation.plan, TrialState.PRUNED, None, **violations)
+            yield trial(evaluation.plan, TrialState.PRUNED, None, violations)
     for plan in history.running:
-        yield trial(plan, TrialState.RUNNING, None)
+        yield trial(plan, TrialState.RUNNING, None, {})
 
 
 def _scores(study: optuna.Study, sampler: TPESampler, indexed: Space) -> dict[str, npt.NDArray[np.float64]]:

@@ -40,6 +40,9 @@ class _Ceiling:
     limit: int
     costs: tuple[tuple[int, ...], ...]
 
+    def cost(self, plan: tuple[int, ...]) -> int:
+        return sum(costs[index] for costs, index in zip(self.costs, plan, strict=True))
+
 
 def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceiling]:
     table, ceilings = cost_table(space), []
@@ -88,16 +91,15 @@ def _steps(values: list[Values], ceiling: _Ceiling) -> list[_Steps]:
 class _Bound:
     """The most that the layers from a depth on can score under ceiling `kept`, with a price on the `other` one.
 
-    Lagrange: each unit used of the other is paid for, all that may be used is given back; so no plan under it loses.
-    `score` and `used` (of the other) are those of the plan that comes out best after paying.
+    Lagrange: what is used of the other is paid for, all that may be used is given back, so no plan under it loses.
+    `best` has the indices of the plan that comes out best after paying.
     """
 
     kept: int
     other: int
     price: float
     steps: list[_Steps]
-    score: float
-    used: int
+    best: tuple[int, ...]
 
     def at(self, depth: int, allowed: list[int]) -> float:
         return self.steps[depth].at(allowed[self.kept]) + self.price * allowed[self.other]
@@ -105,47 +107,36 @@ class _Bound:
 
 def _bound(values: list[Values], ceilings: list[_Ceiling], kept: int, price: float = 0.0) -> _Bound:
     other = len(ceilings) - 1 - kept
-    costs, prices = ceilings[kept].costs, ceilings[other].costs
-    paid = [value - price * np.array(layer) for value, layer in zip(values, prices, strict=True)]
+    paid = [value - price * np.array(costs) for value, costs in zip(values, ceilings[other].costs, strict=True)]
     steps = _steps(paid, ceilings[kept])
-    left, score, used = ceilings[kept].limit, 0.0, 0
-    for depth, value in enumerate(paid):  # the best plan, down the steps
-        rest = [steps[depth + 1].at(left - cost) for cost in costs[depth]]
-        index = int(np.argmax(value + rest))
-        left, score, used = left - costs[depth][index], score + values[depth][index], used + prices[depth][index]
-    return _Bound(kept, other, price, steps, float(score), used)
+    left, best = ceilings[kept].limit, []
+    for value, costs, rest in zip(paid, ceilings[kept].costs, steps[1:], strict=True):
+        best.append(int(np.argmax(value + [rest.at(left - cost) for cost in costs])))
+        left -= costs[best[-1]]
+    return _Bound(kept, other, price, steps, tuple(best))
 
 
-def _bounds(values: list[Values], ceilings: list[_Ceiling]) -> list[_Bound]:
-    """Bounds whose least is close enough to keep the search short: see `_priced`."""
-    return [bound for kept in range(len(ceilings)) for bound in _priced(values, ceilings, kept)]
+def _at_best_price(values: list[Values], ceilings: list[_Ceiling], alone: _Bound, sparing: _Bound) -> _Bound:
+    """The bound of ``alone.kept`` with that price on the other ceiling at which it bounds whole plans lowest.
 
-
-def _priced(values: list[Values], ceilings: list[_Ceiling], kept: int) -> list[_Bound]:
-    """The bound of one ceiling alone; and if its best plan breaks the other one, those with two prices on that.
-
-    A forbidding price tells what cannot meet both. The other one bounds the whole plan lowest: it is where the lines
-    (score against price) of a plan over the ceiling and of one under it cross, and no other line passes above.
+    Drawn as score against price, each plan is a line that falls if the plan is over the other ceiling and rises if it
+    is under it; the bound is the highest of them. So its lowest point is where two such lines cross with none above.
     """
-    above = _bound(values, ceilings, kept)
-    limit = ceilings[above.other].limit
-    if len(ceilings) == 1 or above.used <= limit:
-        return [above]
-    below = _bound(values, ceilings, kept, price=2 * _spread(values))
-    alone, forbidding, best = above, below, below
+
+    def score(plan: tuple[int, ...]) -> float:
+        return float(sum(value[index] for value, index in zip(values, plan, strict=True)))
+
+    other = ceilings[alone.other]
+    bound, over, under = alone, alone.best, sparing.best
     for _ in range(_PRICES):
-        if not (above.used > limit >= below.used and above.score > below.score):
+        if not (other.cost(over) > other.limit >= other.cost(under) and score(over) > score(under)):
             break
-        best = _bound(values, ceilings, kept, price=(above.score - below.score) / (above.used - below.used))
-        if best.used in (above.used, below.used):
+        price = (score(over) - score(under)) / (other.cost(over) - other.cost(under))
+        bound = _bound(values, ceilings, alone.kept, price)
+        if bound.best in (over, under):
             break
-        above, below = (best, below) if best.used > limit else (above, best)
-    return [alone, forbidding, best]
-
-
-def _spread(values: list[Values]) -> float:
-    """More than the scores of two plans can differ."""
-    return 1.0 + sum(float(np.ptp(value)) for value in values)
+        over, under = (bound.best, under) if other.cost(bound.best) > other.limit else (over, bound.best)
+    return bound
 
 
 def best_plan(
@@ -167,8 +158,12 @@ def best_plan(
             raise ValueError(f"layer {layer!r} needs {len(rates)} finite scores, got {value.tolist()}")
     free = _Ceiling(0, tuple((0,) * len(rates) for rates in legal.values()))
     ceilings = _ceilings(space, constraints) or [free]
-    bounds = _bounds(values, ceilings)
-    hopeless = sum(float(value.min()) for value in values) - _spread(values) / 2
+    bounds = [_bound(values, ceilings, kept) for kept in range(len(ceilings))]
+    spare: list[_Bound] = []  # how much of the other ceiling can be left: less than none where both cannot be met
+    if len(ceilings) == 2:
+        nothing = [np.zeros_like(value) for value in values]
+        spare = [_bound(nothing, ceilings, kept, price=1.0) for kept in (0, 1)]
+        bounds += [_at_best_price(values, ceilings, *pair) for pair in zip(bounds, spare, strict=True)]
     excluded = {indices(space, plan) for plan in exclude}
     # Minus the bound, minus the depth, the indices so far, their score, and what the other layers may cost. At equal
     # bounds the longest beginning comes first, then the lowest indices: the answer never hangs on the order of a set.
@@ -184,7 +179,7 @@ def best_plan(
         for index, value in enumerate(values[depth].tolist()):
             left = [limit - ceiling.costs[depth][index] for limit, ceiling in zip(allowed, ceilings, strict=True)]
             reach = score + value + min(bound.at(depth + 1, left) for bound in bounds)
-            if reach > hopeless:
+            if reach > -inf and all(bound.at(depth + 1, left) >= 0 for bound in spare):
                 heappush(heap, (-reach, -depth - 1, (*chosen, index), score + value, left))
     return None
 

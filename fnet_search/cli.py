@@ -42,7 +42,7 @@ def _shared(command: Any) -> Any:
         click.option(
             "--dataset",
             default="digits",
-            help="digits, cifar10, cifar100, fashion-mnist or imagefolder:PATH, with class folders in PATH/train and PATH/test.",
+            help="digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (class folders in train/ and test/).",
         ),
         click.option(
             "--recipe", default="quick", help="How candidates are trained: quick, paper, or the path of a TOML file."

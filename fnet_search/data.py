@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fnet_search.errors import FnetError, unknown
-from fnet_search.files import read_tensors, write_tensors
 from fnet_search.recipe import Augmentation
+from fnet_search.weights import read_tensors, write_tensors
 
 Progress = Callable[[int, int], None]
 """Called with (images read, images in all)."""
@@ -36,6 +36,11 @@ class Split:
 
     def take(self, chosen: Tensor) -> "Split":
         return Split(self.images[chosen], self.labels[chosen])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images[start : start + size], self.labels[start : start + size]
 
     def to(self, device: str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
@@ -71,10 +76,11 @@ class DataSet:
 
     def save(self, path: Path) -> None:
         """Writes everything to one safetensors file; `read_dataset` reads it."""
+        splits = {"train": self.train, "test": self.test}
+        if self.evaluation is not self.test:
+            splits["evaluation"] = self.evaluation
         tensors = {
-            f"{name}.{part}": getattr(getattr(self, name), part)
-            for name in ("train", "evaluation", "test")
-            for part in ("images", "labels")
+            f"{name}.{part}": getattr(split, part) for name, split in splits.items() for part in ("images", "labels")
         }
         facts = {"name": self.name, "classes": self.classes, "mean": self.mean, "std": self.std, "flips": self.flips}
         write_tensors(path, tensors, {"facts": json.dumps(facts)})
@@ -92,11 +98,14 @@ def read_dataset(path: Path) -> DataSet:
     """Inverse of `DataSet.save`."""
     tensors, metadata = read_tensors(path)
     facts = json.loads(metadata["facts"])
-    splits = {
-        name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in ("train", "evaluation", "test")
-    }
-    tuples = {name: tuple(facts[name]) for name in ("classes", "mean", "std")}
-    return DataSet(name=facts["name"], flips=facts["flips"], **tuples, **splits)
+    train, test, evaluation = (
+        Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) if f"{name}.images" in tensors else None
+        for name in ("train", "test", "evaluation")
+    )
+    assert train is not None
+    assert test is not None
+    classes, mean, std = (tuple(facts[name]) for name in ("classes", "mean", "std"))
+    return DataSet(facts["name"], classes, train, evaluation or test, test, mean, std, facts["flips"])
 
 
 def load_dataset(
@@ -208,17 +217,17 @@ def _imagefolder(root: Path, shape: tuple[int, int, int], progress: Progress) ->
     if extra:
         raise FnetError(f"imagefolder {root}: class {extra[0]!r} is in test/ but not in train/")
     files: dict[str, list[tuple[Path, int]]] = {}
-    for part, folder in folders.items():
-        files[part] = [
+    for split, folder in folders.items():
+        files[split] = [
             (path, label)
             for label, name in enumerate(classes)
             for path in sorted((folder / name).rglob("*"))
             if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
         ]
-        empty = [name for label, name in enumerate(classes) if not any(found == label for _, found in files[part])]
-        if part == "train" and empty:
+        empty = [name for label, name in enumerate(classes) if not any(found == label for _, found in files[split])]
+        if split == "train" and empty:
             raise FnetError(f"imagefolder {root}: {folder / empty[0]} holds no image ({', '.join(IMG_EXTENSIONS)})")
-        if not files[part]:
+        if not files[split]:
             raise FnetError(f"imagefolder {root}: {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
     total, done = sum(map(len, files.values())), 0
     splits = []

@@ -9,10 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
-from fnet_search.figures import DPI, millions, save_png
+from fnet_search.figures import DPI, save_png
 from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Layer, Macroarchitecture, Pair, Pool, Shape
+from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Layer, Macroarchitecture, Pool, Shape
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
+from fnet_search.quantities import millions
+from fnet_search.tables import Pair
 
 FONT, FONT_POINTS = "DejaVu Sans Mono", 7.0
 CHARACTER = FONT_POINTS * 0.602 / 72  # every glyph of the font is 0.602 em wide

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fnet_search.data import DataSet, Split
 from fnet_search.errors import FnetError
-from fnet_search.files import read_tensors, write_tensors
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build
@@ -22,6 +21,7 @@ from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import Batches, RangeMethod, calibrate
 from fnet_search.recipe import Recipe
 from fnet_search.train import Report, TrainingFailed, train
+from fnet_search.weights import read_tensors, write_tensors
 
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
@@ -60,7 +60,7 @@ class Measures:
 def measure(folded: FoldedNetwork, quantized: QuantizedNetwork, data: DataSet, split: Split) -> Measures:
     """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class."""
     sums = torch.zeros(5, dtype=torch.float64)
-    for images, labels in zip(split.images.split(250), split.labels.split(250), strict=True):
+    for images, labels in split.batches(250):
         x = data.normalise(images)
         y, y8 = folded(x), quantized(x)
         log_p, log_q = F.log_softmax(y.double(), 1), F.log_softmax(y8.double(), 1)
@@ -78,8 +78,8 @@ def calibration(data: DataSet, seed: int, samples: int) -> Batches:
     chosen = torch.randperm(len(data.train), generator=generator)[:samples]
 
     def batches() -> Iterator[Tensor]:
-        for part in chosen.split(128):
-            yield data.normalise(data.train.images[part.to(data.train.images.device)])
+        for start in range(0, len(chosen), 128):
+            yield data.normalise(data.train.images[chosen[start : start + 128].to(data.train.images.device)])
 
     return batches
 
@@ -126,7 +126,7 @@ def _attempt(
     watch = data.evaluation if setup.split == "validation" else None
     key = f"{plan} seed={seed}"
     images = train(trained, data, setup.recipe, setup.numerics, seed, report, folder / CHECKPOINT, key, watch)
-    trained.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    trained.eval().to(memory_format=torch.contiguous_format)
     folded = fold(trained)
     samples = calibration(data, setup.seed, CALIBRATION_SAMPLES)
     try:

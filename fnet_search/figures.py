@@ -18,6 +18,7 @@ from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import label
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+from fnet_search.quantities import millions
 
 DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000")  # Okabe and Ito: safe for the colour-blind
@@ -30,12 +31,6 @@ def save_png(figure: Figure, path: Path) -> None:
     """Writes a PNG; whoever reads `path` meanwhile sees the old file or the new one, whole."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})
-
-
-def millions(macs: float) -> str:
-    """MACs in MMAC, without the unit: one decimal, below ten three digits."""
-    value = macs / 1e6
-    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:

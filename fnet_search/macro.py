@@ -6,7 +6,7 @@ and feature maps, ``(K,)`` for vectors.
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -17,9 +17,9 @@ import tomli_w
 
 from fnet_search import resources
 from fnet_search.errors import FnetError, nearest, unknown
+from fnet_search.tables import Pair, build, is_int
 
 Shape = tuple[int, ...]
-Pair = tuple[int, int]
 Function = Literal["relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu"]
 Reduction = Literal["max", "average", "global_average"]
 
@@ -401,7 +401,7 @@ def parse_space(text: str, path: str = "space", default_name: str = "") -> Macro
     if not isinstance(name, str) or not isinstance(description, str):
         raise FnetError(f"{path}: name and description must be strings")
     shape, layers = table.get("input"), table.get("layer")
-    if not isinstance(shape, list) or len(shape) != 3 or not all(_is_int(n) and n > 0 for n in shape):
+    if not isinstance(shape, list) or len(shape) != 3 or not all(is_int(n) and n > 0 for n in shape):
         raise FnetError(f"{path}: input must be three positive integers, as in: input = [3, 32, 32]")
     if not isinstance(layers, list) or not layers or not all(isinstance(entry, dict) for entry in layers):
         raise FnetError(f"{path}: a space needs [[layer]] tables, at least one")
@@ -440,41 +440,8 @@ def _layer(entry: dict[str, Any]) -> Layer:
     kind = entry.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise unknown("layer kind", str(kind), KINDS)
-    options = {option.name: option for option in fields(KINDS[kind])}
-    values: dict[str, Any] = {}
-    for key, value in entry.items():
-        if key in ("name", "kind", "inputs"):
-            continue
-        if key not in options:
-            raise FnetError(f"a {kind} layer has no {key!r}{nearest(key, options)}")
-        values[key] = _value(key, value, options[key].type)
-    missing = [name for name, option in options.items() if option.default is MISSING and name not in values]
-    if missing:
-        raise FnetError(f"a {kind} layer needs {missing[0]!r}")
-    return KINDS[kind](**values)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _value(key: str, value: object, wanted: object) -> object:
-    if wanted in (Pair, Pair | None):
-        pair = [value, value] if _is_int(value) else value
-        if isinstance(pair, list) and len(pair) == 2 and all(map(_is_int, pair)):
-            return tuple(pair)
-        raise FnetError(f"{key} must be an integer or two of them [height, width], got {value!r}")
-    if wanted is bool:
-        good = isinstance(value, bool)
-    elif wanted is float:
-        good = isinstance(value, float) or _is_int(value)
-    elif wanted is int:
-        good = _is_int(value)
-    else:
-        good = isinstance(value, str)
-    if not good:
-        raise FnetError(f"{key} has the wrong type: got {value!r}")
-    return value
+    options = {key: value for key, value in entry.items() if key not in ("name", "kind", "inputs")}
+    return build(KINDS[kind], options, f"a {kind} layer")
 
 
 def to_toml(space: Macroarchitecture) -> str:

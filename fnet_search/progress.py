@@ -13,10 +13,11 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics
 from fnet_search.plan import label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
-from fnet_search.quantities import mmac, percent
+from fnet_search.quantities import millions, mmac, percent
 from fnet_search.runfolder import RunFolder
-from fnet_search.search import Event, Finished, Progressed, Refused, Started
+from fnet_search.search import Event, Refused, Started
 from fnet_search.train import TrainingProgress
+from fnet_search.workers import Finished, Progressed
 
 
 def clock(seconds: float) -> str:
@@ -107,7 +108,8 @@ class TerminalDisplay:
     def _describe(self, number: int, progress: TrainingProgress) -> str:
         place = f"{self._before + self._finished + sorted(self._running).index(number) + 1} of {self._trials}"
         accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if progress.accuracy else ""
-        return f"candidate {number} ({self._labels[number]}), {place}: epoch {progress.epoch} of {progress.epochs}{accuracy}"
+        epoch = f"epoch {progress.epoch} of {progress.epochs}"
+        return f"candidate {number} ({self._labels[number]}), {place}: {epoch}{accuracy}"
 
     def _share(self) -> float:
         """Of what this run has to do, done: candidates and parts of them."""
@@ -165,6 +167,6 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
         if one.state == "complete" and not constraints.feasible(one):
             missed = [name for name, value in constraints.of(one).items() if value > 0]
             state = f"infeasible: {', '.join(missed)}"
-        macs, params = f"{one.cost.conv_macs / 1e6:,.1f}", f"{one.cost.params / 1e3:,.0f}"
+        macs, params = millions(one.cost.conv_macs), f"{one.cost.params / 1e3:,.0f}"
         table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, Text(state))
     return table

@@ -51,9 +51,15 @@ def parse_count(text: str, option: str) -> int:
     return value
 
 
+def millions(macs: float) -> str:
+    """MACs in MMAC, without the unit: one decimal, below ten three digits."""
+    value = macs / 1e6
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
 def mmac(macs: int) -> str:
     """MACs for people: ``104.3 MMAC``."""
-    return f"{macs / 1e6:,.1f} MMAC"
+    return f"{millions(macs)} MMAC"
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -1,12 +1,13 @@
 """Recipes: how a candidate is trained, as data (``fnet_search/recipes/*.toml``, or a user's own file by path)."""
 
 import tomllib
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from typing import Any, Literal, get_args
 
 from fnet_search import resources
-from fnet_search.errors import FnetError, nearest, unknown
+from fnet_search.errors import FnetError, unknown
+from fnet_search.tables import build
 
 Schedule = Literal["steps", "one-cycle"]
 Initializer = Literal["glorot_uniform", "he_normal", "orthogonal"]
@@ -99,27 +100,10 @@ def load_recipe(name: str) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FnetError(f"cannot read recipe {path}: {error}") from None
     try:
-        augmentation = _build(Augmentation, table.pop("augmentation", {}))
-        milestones = tuple(table.pop("milestones", ()))
-        return _build(Recipe, {"name": path.stem, **table}, augmentation=augmentation, milestones=milestones)
-    except (FnetError, TypeError) as error:
+        changes = table.pop("augmentation", {})
+        if not isinstance(changes, dict):
+            raise FnetError("augmentation must be a table, as in [augmentation]")
+        augmentation = build(Augmentation, changes, "an augmentation")
+        return build(Recipe, {"name": path.stem, **table, "augmentation": augmentation}, "a recipe")
+    except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
-
-
-def _build(kind: Any, table: dict[str, Any], **more: Any) -> Any:
-    options = {option.name: option for option in fields(kind)}
-    for key, value in table.items():
-        if key not in options or key in more:
-            raise FnetError(f"unknown key {key!r}{nearest(key, options)}")
-        wanted = options[key].type
-        accepted = {int: int, float: (int, float), bool: bool}.get(wanted, str)  # type: ignore[call-overload]
-        if not isinstance(value, accepted) or (wanted is not bool and isinstance(value, bool)):
-            raise FnetError(f"{key} has the wrong type: got {value!r}")
-    missing = [name for name, option in options.items() if _required(option) and name not in table]
-    if missing:
-        raise FnetError(f"needs {missing[0]!r}")
-    return kind(**table, **more)
-
-
-def _required(option: Any) -> bool:
-    return option.default is MISSING and option.default_factory is MISSING

@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fnet_search.draw import drawing
-from fnet_search.figures import candidate_figure, figures, millions, plan_name
+from fnet_search.figures import candidate_figure, figures, plan_name
 from fnet_search.files import write_text
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
-from fnet_search.quantities import percent
+from fnet_search.quantities import millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
 NONE = "-"

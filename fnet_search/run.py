@@ -216,10 +216,8 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
     )
     yield "policy", config["policy"]
     yield from ((f"limit on {name}", text) for name, text in limits.items() if text)
-    yield (
-        "recipe",
-        f"{recipe['name']}: {recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}, rate {recipe['learning_rate']}",
-    )
+    training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
+    yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
     yield "activation ranges", config["ranges"]
     yield "seed", str(config["seed"])
     yield "numerics", str(Numerics(**config["numerics"]))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fnet_search.data import DataSet, Split, augment
 from fnet_search.errors import FnetError
-from fnet_search.files import read_tensors, write_tensors
 from fnet_search.network import Network
 from fnet_search.numerics import Numerics
 from fnet_search.recipe import Recipe
+from fnet_search.weights import read_tensors, write_tensors
 
 
 class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded, not shown as a bug)
@@ -58,8 +58,9 @@ def train(
 ) -> int:
     """Trains in place; returns the number of images trained on, earlier epochs of a resumed training included.
 
-    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`. `watch` is the split whose accuracy is
-    reported after each epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
+    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`. `watch` is
+    the split whose accuracy is reported after each epoch; None reports the training accuracy. Raises TrainingFailed
+    when the loss is not finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     optimizer = _optimizer(network, recipe)
@@ -121,7 +122,7 @@ def _accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numeric
     network.eval()
     part = split.take(torch.arange(0, len(split), max(1, len(split) // WATCHED), device=numerics.device))
     correct = 0
-    for images, labels in zip(part.images.split(batch), part.labels.split(batch), strict=True):
+    for images, labels in part.batches(batch):
         with numerics.autocast():
             logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
         correct += int((logits.argmax(1) == labels).sum())

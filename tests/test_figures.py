@@ -19,7 +19,6 @@ from fnet_search.figures import (
     figures,
     layer_axis,
     macs_figure,
-    millions,
     plan_name,
     precisions_figure,
     ranges_figure,
@@ -29,6 +28,7 @@ from fnet_search.figures import (
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import depthwise, from_indices, legal_rates, make_plan, named_plans, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats
+from fnet_search.quantities import millions
 
 SPACE = load_space("factorizenet")
 PAPER = paper_evaluations(SPACE)

@@ -9,7 +9,10 @@ from fnet_search.policy import History
 
 @dataclass(frozen=True)
 class Random:
-    """A plan under the ceilings that was not suggested yet, drawn uniformly from ``history.rng``; None when all were."""
+    """A plan under the ceilings that was not suggested yet, drawn uniformly by ``history.rng``.
+
+    None if there is none left.
+    """
 
     def suggest(self, history: History) -> FactorizationPlan | None:
         return sample_plan(history.space, history.constraints, history.seen, history.rng)

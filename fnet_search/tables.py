@@ -1,0 +1,55 @@
+"""Frozen dataclasses from TOML tables, with errors that say what would be right."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from fnet_search.errors import FnetError, nearest
+
+T = TypeVar("T")
+Pair = tuple[int, int]
+
+
+def is_int(value: object) -> bool:
+    """An integer, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def build(kind: type[T], table: Mapping[str, Any], what: str) -> T:
+    """`kind` from the entries of a table; `what` is what messages call it, as in "a conv layer".
+
+    Raises FnetError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
+    """
+    options = {option.name: option for option in fields(cast(Any, kind))}
+    values = {}
+    for key, value in table.items():
+        if key not in options:
+            raise FnetError(f"{what} has no {key!r}{nearest(key, options)}")
+        values[key] = _value(key, value, options[key].type)
+    for name, option in options.items():
+        if option.default is MISSING and option.default_factory is MISSING and name not in values:
+            raise FnetError(f"{what} needs {name!r}")
+    return kind(**values)
+
+
+def _value(key: str, value: object, wanted: object) -> object:
+    if wanted in (Pair, Pair | None):
+        pair = [value, value] if is_int(value) else value
+        if isinstance(pair, list) and len(pair) == 2 and all(map(is_int, pair)):
+            return tuple(pair)
+        raise FnetError(f"{key} must be an integer or two of them [height, width], got {value!r}")
+    if wanted == tuple[float, ...]:
+        if isinstance(value, list) and all(isinstance(part, float) or is_int(part) for part in value):
+            return tuple(value)
+        raise FnetError(f"{key} must be a list of numbers, got {value!r}")
+    if is_dataclass(wanted):
+        return value  # a table that was built before
+    kinds: dict[object, tuple[bool, str]] = {
+        bool: (isinstance(value, bool), "true or false"),
+        float: (isinstance(value, float) or is_int(value), "a number"),
+        int: (is_int(value), "an integer"),
+    }
+    good, name = kinds.get(wanted, (isinstance(value, str), "a string"))
+    if not good:
+        raise FnetError(f"{key} must be {name}, got {value!r}")
+    return value

@@ -118,6 +118,13 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+def _role(constraints: Constraints, best: Evaluation) -> str:
+    """What the best candidate is called: given plans measured on the test split have no winner."""
+    if best.split == "test":
+        return "highest"
+    return "winner" if constraints.feasible(best) else "nearest"
+
+
 def macs_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], metric: str
 ) -> Figure:
@@ -146,7 +153,7 @@ def macs_figure(
             macs, [values[index] for _, values in drawn], MARKERS[index], color=COLOURS[index], markersize=5, label=name
         )
     best = drawn[0][0]
-    title = f"{'winner' if constraints.feasible(best) else 'nearest'}: {plan_name(space, best)}"
+    title = f"{_role(constraints, best)}: {plan_name(space, best)}"
     axes.plot(
         macs[0], known[0][-1], "*", color=STAR, markeredgecolor="black", markeredgewidth=0.7, markersize=13, label=title
     )
@@ -255,7 +262,7 @@ def _layers_figure(
     for axes, (name, value) in zip(panels, values.items(), strict=True):
         axes.set_ylabel(name, fontsize=8.5)
         for index, one in enumerate(shown):
-            role = (" (winner)" if constraints.feasible(best) else " (nearest)") if one is best else ""
+            role = f" ({_role(constraints, best)})" if one is best else ""
             for pointwise in (False, True):
                 points = [
                     (slots.index(slot), _finite(value(stats))) for slot, stats in _slots(one) if slot[1] == pointwise

@@ -438,6 +438,8 @@ def _sources(entry: dict[str, Any], before: str) -> tuple[str, ...]:
 
 def _layer(entry: dict[str, Any]) -> Layer:
     kind = entry.get("kind")
+    if kind is None:
+        raise FnetError(f"needs a kind: {', '.join(KINDS)}")
     if not isinstance(kind, str) or kind not in KINDS:
         raise unknown("layer kind", str(kind), KINDS)
     options = {key: value for key, value in entry.items() if key not in ("name", "kind", "inputs")}

@@ -158,7 +158,11 @@ def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
     if not legal_rates(space):
         raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
     if "=" in text and not text.endswith(".toml"):
-        return make_plan(space, dict(_assignment(part) for part in text.split(",") if part.strip()))
+        entries = [_assignment(part) for part in text.split(",") if part.strip()]
+        rates = dict(entries)
+        if len(rates) < len(entries):
+            raise FnetError(f"a layer is named twice in plan {text!r}; give each layer one rate")
+        return make_plan(space, rates)
     if text.endswith(".toml") or Path(text).is_file():
         return load_plan(space, Path(text))
     if text in ("regular", "dws"):

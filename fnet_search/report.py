@@ -216,7 +216,9 @@ def _headline(
     summary = ", ".join(f"{count} {words[state]}" for state, count in counts if count) or "none yet"
     candidates = f'<p class="soft">Candidates: {summary}.</p>'
     if best is None:
-        return f'<p class="verdict">No candidate was trained.</p>{candidates}'
+        trained = any(one.state == "complete" for one in evaluations)
+        given = "Given plans, each measured on the test split: none of them is a winner."
+        return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if constraints.feasible(best):
         verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."

@@ -1,0 +1,255 @@
+from pathlib import Path
+
+import pytest
+
+from fnet_search.errors import FnetError
+from fnet_search.macro import (
+    INPUT,
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Macroarchitecture,
+    Node,
+    Pool,
+    load_space,
+    parse_space,
+    save_space,
+    to_toml,
+)
+
+BRANCHED = Macroarchitecture(
+    "branched",
+    (3, 32, 24),
+    (
+        Node("stem", Conv(8, (3, 5), (2, 1), (1, 2), bias=True), (INPUT,)),
+        Node("norm", BatchNorm(1e-5), ("stem",)),
+        Node("act", Activation("hardswish"), ("norm",)),
+        Node("left", Conv(8, (3, 3), padding=(2, 2), dilation=(2, 2), groups=4), ("act",)),
+        Node("right", Conv(8, (1, 1), factorize=True), ("act",)),
+        Node("sum", Add(), ("left", "right")),
+        Node("both", Concat(), ("sum", "left", "act")),
+        Node("pool", Pool("average", (3, 3), (2, 2), (1, 1)), ("both",)),
+        Node("gap", Pool("global_average"), ("pool",)),
+        Node("flat", Flatten(), ("gap",)),
+        Node("out", Dense(7, bias=False), ("flat",)),
+    ),
+    'a "quoted" line\nand another',
+)
+
+HEAD = """name = "mine"
+input = [3, 8, 8]
+
+[[layer]]
+name = "stem"
+kind = "conv"
+out_channels = 8
+padding = 1
+
+"""
+TAIL = """
+[[layer]]
+name = "flat"
+kind = "flatten"
+
+[[layer]]
+name = "out"
+kind = "dense"
+out_features = 10
+"""
+
+
+def fault(tmp_path: Path, text: str) -> str:
+    """What is said of a space with this text, less the path of its file."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FnetError) as caught:
+        load_space(str(path))
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message.replace(str(path), "FILE")
+
+
+def test_shapes_are_inferred() -> None:
+    assert BRANCHED.shapes == {
+        INPUT: (3, 32, 24),
+        "stem": (8, (32 + 2 * 1 - 3) // 2 + 1, 24 + 2 * 2 - 5 + 1),
+        "norm": (8, 16, 24),
+        "act": (8, 16, 24),
+        "left": (8, 16 + 2 * 2 - 2 * 2, 24 + 2 * 2 - 2 * 2),
+        "right": (8, 16, 24),
+        "sum": (8, 16, 24),
+        "both": (8 + 8 + 8, 16, 24),
+        "pool": (24, (16 + 2 - 3) // 2 + 1, (24 + 2 - 3) // 2 + 1),
+        "gap": (24, 1, 1),
+        "flat": (24,),
+        "out": (7,),
+    }
+    assert (BRANCHED.output, BRANCHED.classes) == ("out", 7)
+
+
+def test_macs_and_parameters_of_a_layer() -> None:
+    conv = Conv(8, (3, 5), padding=(1, 2), groups=4, bias=True)
+    assert conv.macs([(16, 10, 12)]) == 3 * 5 * (16 // 4) * 8 * 10 * 12
+    assert conv.params([(16, 10, 12)]) == 8 * (3 * 5 * (16 // 4) + 1)
+    assert Dense(10).macs([(64,)]) == 64 * 10
+    assert Dense(10).params([(64,)]) == 10 * (64 + 1)
+    assert Dense(10, bias=False).params([(64,)]) == 10 * 64
+    assert BatchNorm().params([(64, 8, 8)]) == 2 * 64
+    for layer in (BatchNorm(), Activation(), Pool(), Flatten(), Add(), Concat()):
+        assert layer.macs([(64, 8, 8), (64, 8, 8)]) == 0
+
+
+def test_the_order_of_the_nodes_does_not_matter() -> None:
+    shuffled = Macroarchitecture(BRANCHED.name, BRANCHED.input_shape, BRANCHED.nodes[::-1])
+    assert shuffled.shapes == BRANCHED.shapes
+    names = [node.name for node in shuffled.order]
+    assert all(
+        names.index(source) < names.index(node.name)
+        for node in shuffled.nodes
+        for source in node.inputs[:1]
+        if source != INPUT
+    )
+    assert shuffled.output == "out"
+
+
+def test_consumers_and_inputs() -> None:
+    assert [node.name for node in BRANCHED.consumers("act")] == ["left", "right", "both"]
+    assert BRANCHED.input_shapes(BRANCHED.by_name["both"]) == [(8, 16, 24)] * 3
+
+
+@pytest.mark.parametrize("name", ["factorizenet", "factorizenet-gap", "tiny"])
+def test_shipped_spaces_survive_toml(name: str, tmp_path: Path) -> None:
+    space = load_space(name)
+    assert space.name == name
+    assert space.input_shape == (3, 32, 32)
+    save_space(space, tmp_path / "again.toml")
+    assert load_space(str(tmp_path / "again.toml")) == space
+
+
+def test_every_option_survives_toml(tmp_path: Path) -> None:
+    save_space(BRANCHED, tmp_path / "branched.toml")
+    again = load_space(str(tmp_path / "branched.toml"))
+    assert again == BRANCHED
+    assert again.shapes == BRANCHED.shapes
+    assert parse_space(to_toml(again)) == BRANCHED
+
+
+def test_a_space_takes_its_name_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "my-net.toml").write_text((HEAD + TAIL).removeprefix('name = "mine"\n'))
+    space = load_space(str(tmp_path / "my-net.toml"))
+    assert space.name == "my-net"
+    assert space.shapes["flat"] == (8 * 8 * 8,)
+
+
+def test_classes_follow_the_data_set() -> None:
+    space = load_space("tiny")
+    assert space.with_classes(10) is space
+    wider = space.with_classes(100)
+    assert (wider.classes, wider.nodes[:-1]) == (100, space.nodes[:-1])
+    headless = Macroarchitecture(
+        "headless", (3, 1, 1), (Node("c", Conv(4, (1, 1)), (INPUT,)), Node("f", Flatten(), ("c",)))
+    )
+    with pytest.raises(FnetError, match="has 4 outputs and the data set 10 classes; end the space with a dense layer"):
+        headless.with_classes(10)
+
+
+def test_unknown_space_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(FnetError, match=r"unknown space 'factorisenet'; did you mean 'factorizenet'\?"):
+        load_space("factorisenet")
+    with pytest.raises(FnetError, match=r"space file .*gone\.toml does not exist"):
+        load_space(str(tmp_path / "gone.toml"))
+
+
+def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
+    text = HEAD + '[[layer]]\nname = "sum"\nkind = "add"\ninputs = ["stem", "back"]\n\n'
+    text += '[[layer]]\nname = "back"\nkind = "activation"\n' + TAIL
+    message = fault(tmp_path, text)
+    assert message.startswith("FILE, line 10: layer 'sum' (number 2): lies on a cycle: ")
+    assert message.endswith(("sum -> back -> sum", "back -> sum -> back"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "complaint"),
+    [
+        ('kind = "convv"\nout_channels = 8', "unknown layer kind 'convv'; did you mean 'conv'?"),
+        ("out_channels = 8", "needs a kind: conv, batch_norm, activation, pool, dense, flatten, add, concat"),
+        (
+            'kind = "activation"\ninputs = ["stm"]',
+            "takes its input from 'stm', which is not a layer; did you mean 'stem'?",
+        ),
+        ('kind = "add"', "add layer takes 2 inputs, got 1: ['stem']"),
+        ('kind = "concat"', "concat layer takes at least 2 inputs, got 1: ['stem']"),
+        ('kind = "activation"\ninputs = ["stem", "stem"]', "activation layer takes 1 input, got 2: ['stem', 'stem']"),
+        ('kind = "activation"\ninputs = "stem"', 'inputs must be a list of layer names, as in: inputs = ["stem"]'),
+        ('kind = "add"\ninputs = ["stem", "input"]', "cannot add shapes (8, 8, 8) and (3, 8, 8); they must be equal"),
+        ('kind = "dense"\nout_features = 4', "needs a vector as input, got shape (8, 8, 8); put a flatten before it"),
+        ('kind = "conv"\nout_channels = 8\nkernel = 9', "its 9x9 window does not fit into the 8x8 input"),
+        ('kind = "conv"\nout_channels = 8\ngroups = 3', "groups = 3 does not divide its 8 input and 8 output channels"),
+        ('kind = "conv"', "a conv layer needs 'out_channels'"),
+        ('kind = "conv"\nout_channels = 0', "out_channels must be at least 1, got 0"),
+        ('kind = "conv"\nout_channels = 8.5', "out_channels must be an integer, got 8.5"),
+        ('kind = "conv"\nout_channels = true', "out_channels must be an integer, got True"),
+        ('kind = "conv"\nout_channels = 8\nkernel = [3]', "kernel must be an integer or two of them [height, width]"),
+        ('kind = "conv"\nout_channels = 8\npadding = -1', "padding must not be negative"),
+        ('kind = "conv"\nout_channels = 8\nstride = 0', "stride must be at least 1"),
+        ('kind = "conv"\nout_channels = 8\ngroups = 2\nfactorize = true', "with groups cannot be factorized"),
+        ('kind = "conv"\nout_channel = 8', "a conv layer has no 'out_channel'; did you mean 'out_channels'?"),
+        ('kind = "activation"\nfunction = "rleu"', "unknown activation function 'rleu'; did you mean 'relu'?"),
+        ('kind = "pool"\nreduction = "mean"', "unknown pool reduction 'mean'; did you mean 'max'?"),
+        ('kind = "pool"\npadding = 2', "padding must be between 0 and half the kernel"),
+        ('kind = "batch_norm"\neps = 0', "eps must be positive, got 0"),
+    ],
+)
+def test_a_bad_layer_is_named_with_its_line(layer: str, complaint: str, tmp_path: Path) -> None:
+    message = fault(tmp_path, f'{HEAD}[[layer]]\nname = "bad"\n{layer}\n{TAIL}')
+    assert message.startswith("FILE, line 10: layer 'bad' (number 2): ")
+    assert complaint in message
+
+
+def test_lines_of_inline_layers(tmp_path: Path) -> None:
+    text = 'input = [3, 8, 8]\n\nlayer = [\n    # a comment\n    { name = "flat", kind = "flatten" },\n'
+    message = fault(tmp_path, text + '    { name = "out", kind = "pool" },\n]\n')
+    assert message.startswith("FILE, line 6: layer 'out' (number 2): needs a feature map (C, H, W) as input")
+
+
+def test_names_must_differ(tmp_path: Path) -> None:
+    message = fault(tmp_path, HEAD + '[[layer]]\nname = "stem"\nkind = "activation"\n' + TAIL)
+    assert message.startswith("FILE, line 10: layer 'stem' (number 2): this name is taken")
+    assert "layer 'input'" in fault(tmp_path, HEAD.replace("stem", "input") + TAIL)
+    assert "layer '?' (number 2): needs a name" in fault(tmp_path, HEAD + '[[layer]]\nkind = "activation"\n' + TAIL)
+
+
+def test_a_loose_end_is_named(tmp_path: Path) -> None:
+    message = fault(
+        tmp_path,
+        HEAD
+        + '[[layer]]\nname = "loose"\nkind = "activation"\n'
+        + TAIL.replace('kind = "flatten"', 'kind = "flatten"\ninputs = ["stem"]'),
+    )
+    assert message.startswith("FILE, line 10: layer 'loose' (number 2): leads nowhere: only 'out' may end the network")
+
+
+def test_the_end_must_be_a_vector(tmp_path: Path) -> None:
+    assert "layer 'stem' (number 1): ends the network with shape (8, 8, 8)" in fault(tmp_path, HEAD)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("input = [3, 8", "cannot read space FILE: "),
+        ("input = [3, 8, 8]\nlayers = []", "unknown key 'layers'; did you mean 'layer'?"),
+        ("input = [3, 8]\nlayer = []", "input must be three positive integers, as in: input = [3, 32, 32]"),
+        ("input = [3, 8, 0]", "input must be three positive integers"),
+        ("layer = []", "input must be three positive integers"),
+        ("input = [3, 8, 8]", "a space needs [[layer]] tables, at least one"),
+        ("input = [3, 8, 8]\nlayer = [1]", "a space needs [[layer]] tables, at least one"),
+        ("name = 3\ninput = [3, 8, 8]", "name and description must be strings"),
+    ],
+)
+def test_a_file_that_is_no_space(text: str, complaint: str, tmp_path: Path) -> None:
+    assert complaint in fault(tmp_path, text)

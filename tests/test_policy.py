@@ -1,0 +1,164 @@
+import json
+import tomllib
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fnet_search.errors import FnetError
+from fnet_search.macro import load_space
+from fnet_search.plan import Cost, depthwise, plan_cost, regular, uniform
+from fnet_search.policy import Constraints, Evaluation, History, LayerStats, load_policy, policy_names, ranking
+
+TINY = load_space("tiny")
+REGULAR = Evaluation(
+    0, regular(TINY), plan_cost(TINY, regular(TINY)), epochs=2, fp32_accuracy=0.8, quint8_accuracy=0.6, qmse=0.5
+)
+STATS = LayerStats(
+    layer="conv_in",
+    kind="conv",
+    macs=10,
+    params=20,
+    weight_min=-1.5,
+    weight_max=1.5,
+    weight_precision=0.5,
+    folded_min=-2.0,
+    folded_max=2.0,
+    folded_precision=0.25,
+    activation_min=0.0,
+    activation_max=6.0,
+    activation_precision=0.75,
+    weight_sqnr_db=30.5,
+    activation_sqnr_db=None,
+    accumulated_sqnr_db=20.25,
+    sparsity=0.5,
+    dead_weight_channels=1,
+    dead_activation_channels=2,
+)
+
+
+def test_an_evaluation_survives_json() -> None:
+    evaluation = replace(REGULAR, ranges="percentile:1", layers=(STATS, replace(STATS, layer="conv_8")))
+    assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
+    later = {**evaluation.to_json(), "added in a later version": 1}
+    assert Evaluation.from_json(later) == evaluation
+
+
+def test_relative_drop() -> None:
+    assert REGULAR.relative_drop == (0.8 - 0.6) / 0.8
+    assert replace(REGULAR, quint8_accuracy=None).relative_drop is None
+    assert replace(REGULAR, fp32_accuracy=0.0).relative_drop is None
+
+
+def test_violations_are_normalised() -> None:
+    cost = REGULAR.cost
+    constraints = Constraints(conv_macs=cost.conv_macs // 2, params=cost.params * 2, min_quint8=0.8, max_drop=0.2)
+    assert constraints.of_cost(cost) == {
+        "conv_macs": cost.conv_macs / (cost.conv_macs // 2) - 1,
+        "params": cost.params / (cost.params * 2) - 1,
+    }
+    assert constraints.of(REGULAR) == pytest.approx(
+        {"conv_macs": 1.0, "params": -0.5, "min_quint8": (0.8 - 0.6) / 0.8, "max_drop": (0.25 - 0.2) / 0.2}
+    )
+    refused = replace(REGULAR, state="refused", fp32_accuracy=None, quint8_accuracy=None)
+    assert constraints.of(refused) == constraints.of_cost(cost)
+    assert Constraints().of(REGULAR) == {}
+
+
+def test_a_limit_is_met_exactly() -> None:
+    cost = REGULAR.cost
+    at = Constraints(conv_macs=cost.conv_macs, params=cost.params, min_quint8=0.6, max_drop=0.25 + 1e-12)
+    assert at.feasible(REGULAR)
+    assert at.refusal(cost) == ""
+    assert not at.feasible(replace(REGULAR, state="failed"))
+    below = Constraints(conv_macs=cost.conv_macs - 1, params=cost.params - 1)
+    assert not below.feasible(REGULAR)
+    assert below.refusal(cost) == (
+        f"{cost.conv_macs:,} conv MACs exceed the budget of {cost.conv_macs - 1:,}; "
+        f"{cost.params:,} parameters exceed the limit of {cost.params - 1:,}"
+    )
+
+
+def test_no_drop_at_all_may_be_asked_for() -> None:
+    assert Constraints(max_drop=0.0).of(REGULAR) == {"max_drop": pytest.approx(0.25)}
+    assert Constraints(max_drop=0.0).feasible(replace(REGULAR, quint8_accuracy=0.8))
+    # Nothing was measured on it that would show a small drop.
+    assert not Constraints(max_drop=0.5).feasible(replace(REGULAR, fp32_accuracy=0.0))
+
+
+def test_ranking() -> None:
+    def evaluation(number: int, quint8: float, macs: int) -> Evaluation:
+        return replace(REGULAR, number=number, quint8_accuracy=quint8, fp32_accuracy=0.9, cost=Cost(macs, macs, 1))
+
+    best, equal, heavier, worse = (evaluation(*row) for row in [(3, 0.8, 90), (4, 0.8, 90), (0, 0.8, 95), (1, 0.7, 10)])
+    over, far_over = evaluation(2, 0.9, 110), evaluation(5, 0.9, 150)
+    failed = replace(best, number=6, state="failed")
+    constraints = Constraints(conv_macs=100)
+    everything = (heavier, worse, over, best, equal, far_over, failed)
+    assert ranking(everything, constraints) == [best, equal, heavier, worse, over, far_over]
+    assert ranking((far_over, over), constraints) == [over, far_over]
+    assert ranking((failed,), constraints) == []
+
+
+def test_history_knows_what_was_suggested() -> None:
+    refused = replace(REGULAR, number=1, plan=uniform(TINY, 2), state="refused")
+    history = History(TINY, evaluations=(REGULAR, refused), running=(depthwise(TINY),))
+    assert history.seen == {regular(TINY), uniform(TINY, 2), depthwise(TINY)}
+
+
+def test_random_numbers_come_from_seed_and_number() -> None:
+    history = History(TINY, number=3, seed=7)
+    assert history.rng.random() == history.rng.random() == np.random.default_rng((7, 3)).random()
+    others = {replace(history, number=4).rng.random(), replace(history, seed=8).rng.random(), history.rng.random()}
+    assert len(others) == 3
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed third-party distribution with policies, good and bad."""
+    (tmp_path / "someones_policies.py").write_text(
+        "class Steady:\n    def suggest(self, history):\n        return None\n"
+        "class Mute:\n    pass\n"
+        "class Broken:\n    def __init__(self):\n        raise ValueError('no licence')\n"
+    )
+    info = tmp_path / "someones_policies-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-policies\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[fnet_search.policies]\nsteady = someones_policies:Steady\nmute = someones_policies:Mute\n"
+        "broken = someones_policies:Broken\ngone = someones_policies:Gone\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_a_third_partys_policy_is_found_by_name() -> None:
+    assert {"steady", "mute", "broken", "gone"} <= set(policy_names())
+    assert load_policy("steady").suggest(History(TINY)) is None
+
+
+@pytest.mark.usefixtures("plugin")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("steadi", "unknown policy 'steadi'; did you mean 'steady'?"),
+        ("mute", "policy 'mute' has no method suggest(history)"),
+        ("broken", "policy 'broken' cannot be loaded: no licence"),
+        ("gone", "policy 'gone' cannot be loaded: "),
+    ],
+)
+def test_bad_policies(name: str, complaint: str) -> None:
+    with pytest.raises(FnetError) as caught:
+        load_policy(name)
+    assert complaint in str(caught.value)
+
+
+def test_our_entry_points_lead_to_policies() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    targets = project["entry-points"]["fnet_search.policies"]
+    assert set(targets) == {"progressive-doubling", "random", "reverse-pyramid", "tpe"}
+    for target in targets.values():
+        module, _, name = target.partition(":")
+        assert getattr(import_module(module), name)().suggest(History(TINY)) is not None

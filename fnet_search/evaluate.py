@@ -1,7 +1,7 @@
 """From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, profile."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from fnet_search.profile import profile
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import Batches, RangeMethod, calibrate
 from fnet_search.recipe import Recipe
-from fnet_search.train import Report, TrainingFailed, train
+from fnet_search.train import Report, TrainingFailed, TrainingProgress, train
 from fnet_search.weights import read_tensors, write_tensors
 
 CALIBRATION_SAMPLES = 1024
@@ -57,9 +57,18 @@ class Measures:
 
 
 @torch.no_grad()
-def measure(folded: FoldedNetwork, quantized: QuantizedNetwork, data: DataSet, split: Split) -> Measures:
-    """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class."""
-    sums = torch.zeros(5, dtype=torch.float64)
+def measure(
+    folded: FoldedNetwork,
+    quantized: QuantizedNetwork,
+    data: DataSet,
+    split: Split,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Measures:
+    """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class.
+
+    `seen` is told after each batch how many images were measured.
+    """
+    sums, count = torch.zeros(5, dtype=torch.float64), 0
     for images, labels in split.batches(250):
         x = data.normalise(images)
         y, y8 = folded(x), quantized(x)
@@ -69,6 +78,8 @@ def measure(folded: FoldedNetwork, quantized: QuantizedNetwork, data: DataSet, s
         squares = (y.double() - y8.double()).square().mean(1).sum()
         hits = ((logits.argmax(1) == labels).sum().double() for logits in (y, y8))
         sums += torch.stack([*hits, squares, qce, qce - entropy]).cpu()
+        count += len(labels)
+        seen(count)
     return Measures(*(sums / len(split)).tolist())
 
 
@@ -125,16 +136,18 @@ def _attempt(
     trained = build(factorize(setup.space, plan), setup.recipe.initializer, seed)
     watch = data.evaluation if setup.split == "validation" else None
     key = f"{plan} seed={seed}"
-    images = train(trained, data, setup.recipe, setup.numerics, seed, report, folder / CHECKPOINT, key, watch)
+    stages = _Stages(report, setup.recipe.epochs * len(data.train), CALIBRATION_SAMPLES, len(data.evaluation))
+    images = train(trained, data, setup.recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
     trained.eval().to(memory_format=torch.contiguous_format)
     folded = fold(trained)
     samples = calibration(data, setup.seed, CALIBRATION_SAMPLES)
+    stages.after("calibrating", 0)
     try:
         stats = calibrate(folded, samples, setup.ranges)
         quantized = quantize(folded, stats)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
-    measures = measure(folded, quantized, data, data.evaluation)
+    measures = measure(folded, quantized, data, data.evaluation, lambda count: stages.after("measuring", count))
     layers = profile(trained, folded, quantized, stats, calibration(data, setup.seed, SQNR_SAMPLES))
     write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(plan)})
     write_tensors(folder / QUANTIZED, quantized.to_tensors(), {"plan": str(plan), "ranges": str(setup.ranges)})
@@ -154,6 +167,26 @@ def _attempt(
         kl=measures.kl,
         layers=layers,
     )
+
+
+class _Stages:
+    """Passes on the progress of a training, and of what comes after it, as shares of the whole.
+
+    The unit is an image trained on; one calibrated with or measured costs about as much (each passes twice).
+    """
+
+    def __init__(self, report: Report, trained: int, calibrated: int, measured: int) -> None:
+        self.report, self.trained, self.calibrated = report, trained, calibrated
+        self.whole = trained + calibrated + measured
+        self.last = TrainingProgress(1, 1, False, 0.0, 0.0, None, "")
+
+    def training(self, progress: TrainingProgress) -> None:
+        self.last = progress
+        self.report(replace(progress, done=progress.done * self.trained / self.whole))
+
+    def after(self, stage: str, measured: int) -> None:
+        done = self.trained + (self.calibrated + measured if stage == "measuring" else 0)
+        self.report(replace(self.last, ended=False, done=done / self.whole, stage=stage))
 
 
 def load_candidate(

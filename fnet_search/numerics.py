@@ -44,8 +44,8 @@ class Numerics:
 def check_device(device: str) -> str:
     """Raises FnetError for a device that is not there or cannot be named."""
     try:
-        torch.empty(1, device=torch.device(device))
-    except (RuntimeError, AssertionError, ValueError):
+        torch.zeros(1, device=torch.device(device)).item()
+    except (RuntimeError, AssertionError, ValueError, ImportError):
         found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise FnetError(f"device {device!r} is not there; this machine has: {', '.join(['cpu', *found])}") from None
     return device

@@ -108,7 +108,7 @@ class TerminalDisplay:
     def _describe(self, number: int, progress: TrainingProgress) -> str:
         place = f"{self._before + self._finished + sorted(self._running).index(number) + 1} of {self._trials}"
         accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if progress.accuracy else ""
-        epoch = f"epoch {progress.epoch} of {progress.epochs}"
+        epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
         return f"candidate {number} ({self._labels[number]}), {place}: {epoch}{accuracy}"
 
     def _share(self) -> float:

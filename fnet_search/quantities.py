@@ -6,7 +6,7 @@ from decimal import Decimal, InvalidOperation
 from fnet_search.errors import FnetError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-_NUMBER = r"([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]{1,3})?|[0-9]+\.)"
+_NUMBER = r"([0-9]{0,30}\.?[0-9]{1,30}(?:[eE][+-]?[0-9]{1,2})?|[0-9]{1,30}\.)"  # none too large for a float
 
 
 def _decimal(text: str) -> Decimal:

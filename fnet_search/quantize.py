@@ -62,12 +62,15 @@ class QuantizedLayer:
 
     @cached_property
     def slices(self) -> list[slice]:
-        """Consecutive slices of input channels (within a group), each with a reach that float32 sums exactly."""
+        """Consecutive slices of input channels (within a group), each with a reach that float32 sums exactly; none
+        where one channel alone reaches further (kernels of 17x17 and more)."""
         reach = self.centred.abs().flatten(2).sum(2) * 255 if self.codes.ndim > 2 else self.centred.abs() * 255
         found, start = [], 0
         while start < reach.shape[1]:
             sums = reach[:, start:].double().cumsum(1).amax(0)
-            fits = max(1, int((sums < EXACT_IN_FLOAT32).sum()))
+            fits = int((sums < EXACT_IN_FLOAT32).sum())
+            if not fits:
+                return []
             found.append(slice(start, start + fits))
             start += fits
         return found
@@ -83,7 +86,7 @@ def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams) -> Quantiz
     bias_scale = float(np.float32(source.scale) * np.float32(params.scale))
     bias_codes = torch.round(bias.double() / bias_scale).clamp(-(2**31), 2**31 - 1)
     reach = (codes.double() - params.zero).abs().flatten(1).sum(1) * 255 + bias_codes.abs()
-    if float(reach.max()) >= 2**31:
+    if not float(reach.max()) < 2**31:  # NaN where the bias scale is too small for a float32
         raise FnetError(
             f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {float(reach.max()):.3g}"
         )
@@ -230,7 +233,7 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
 
     Runs on float convolutions, which are exact while no partial sum leaves the float's integers: float32 where the
     reach max over outputs of sum |q_w - z_w| 255 stays under 2^24, in slices of input channels where it does not;
-    float64 for groups with a longer reach, and on other devices, whose kernels may transform their inputs.
+    float64 for groups and kernels with a longer reach, and on other devices, whose kernels may transform their inputs.
     """
     x = codes.float() - zero
     weight, slices = weights.centred.to(x.device), weights.slices
@@ -241,7 +244,7 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
         return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
     grouped = isinstance(layer, Conv) and layer.groups > 1
-    if x.device.type != "cpu" or (grouped and len(slices) > 1):
+    if x.device.type != "cpu" or not slices or (grouped and len(slices) > 1):
         total = torch.round(apply(x.double(), weight.double())).to(torch.int32)
     elif len(slices) == 1:
         total = apply(x, weight).to(torch.int32)

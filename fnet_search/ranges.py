@@ -125,8 +125,9 @@ class _Observer:
         for rank in self.open_ranks():
             bucket, _ = _locate(self.coarse, rank)
             key = (bucket - (1 << 15)) << 16
-            inside = tensor[(tensor >= _float(key)) & (tensor <= _float(key | 0xFFFF))]
-            found = torch.bincount(_keys(inside) & 0xFFFF, minlength=1 << 16).cpu()
+            near = _keys(tensor[(tensor >= _float(key)) & (tensor <= _float(key | 0xFFFF))])
+            inside = near[near >> 16 == key >> 16]  # 0.0 and -0.0 are equal, but not in one bucket
+            found = torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
             self.fine[rank] = self.fine[rank] + found if rank in self.fine else found
 
     def open_ranks(self) -> tuple[int, ...]:

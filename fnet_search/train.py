@@ -24,19 +24,21 @@ class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training stands, in epoch `epoch` (from 1) of `epochs`."""
+    """Where a candidate stands: in epoch `epoch` (from 1) of `epochs`, or, when `stage` is set, after the training."""
 
     epoch: int
     epochs: int
     ended: bool
     """Whether this epoch has just ended."""
     done: float
-    """Share of all steps done, 0 to 1."""
+    """Share of the work done, 0 to 1; what comes after the training included once `evaluate` has passed it on."""
     loss: float
     accuracy: float | None
     """Of the last epoch that ended, a fraction of 1; None before."""
     split: str
     """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
+    stage: str = ""
+    """What is done after the training, as in ``measuring``."""
 
 
 Report = Callable[[TrainingProgress], None]
@@ -64,7 +66,7 @@ def train(
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     optimizer = _optimizer(network, recipe)
-    steps = math.ceil(len(data.train) / recipe.batch_size)
+    steps = min(math.ceil(len(data.train) / recipe.batch_size), len(data.train) // 2)  # no batch of one: BatchNorm
     first = _resume(network, optimizer, checkpoint, key)
     split = "training" if watch is None else "validation"
     accuracy: float | None = None

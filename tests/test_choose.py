@@ -123,6 +123,33 @@ def test_ceilings_that_cannot_both_be_met() -> None:
     assert best_plan(TINY, tight, random_scores(TINY, 0)) == next(iter(allowed(tight)), None)
 
 
+def test_prices_change_how_long_the_search_takes_and_not_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide layers hold the parameters and large maps the MACs, so that both ceilings bind."""
+    nodes = [Node("stem", Conv(16, padding=(1, 1)), (INPUT,))]
+    for number in range(18):
+        width, stride = 16 << number // 6, (2, 2) if number in (6, 12) else (1, 1)
+        conv = Conv(width, stride=stride, padding=(1, 1), factorize=True)
+        nodes += [Node(f"c{number}", conv, (nodes[-1].name,)), Node(f"n{number}", BatchNorm(), (f"c{number}",))]
+    nodes += [Node("f", Flatten(), (nodes[-1].name,)), Node("d", Dense(10), ("f",))]
+    space = Macroarchitecture("deep", (3, 32, 32), tuple(nodes))
+    most, least = plan_cost(space, regular(space)), plan_cost(space, depthwise(space))
+    both = Constraints(
+        least.conv_macs + (most.conv_macs - least.conv_macs) // 3, least.params + (most.params - least.params) // 4
+    )
+    rng = np.random.default_rng(0)
+    scores = {
+        layer: (-rng.gamma(1.0) * np.arange(len(legal)) ** rng.uniform(0.5, 2.0)).tolist()
+        for layer, legal in legal_rates(space).items()
+    }
+    priced = best_plan(space, both, scores)
+    assert priced is not None
+    assert not both.refusal(plan_cost(space, priced))
+    for one in (Constraints(conv_macs=both.conv_macs), Constraints(params=both.params)):
+        assert best_plan(space, one, scores) != priced
+    monkeypatch.setattr(choose, "_at_best_price", lambda values, ceilings, alone, sparing: alone)
+    assert best_plan(space, both, scores) == priced
+
+
 def test_excluded_plans_that_are_over_a_ceiling_change_nothing() -> None:
     constraints, scores = LIMITS[2], random_scores(TINY, 3)
     rest = set(EVERY) - set(allowed(constraints))
@@ -174,9 +201,9 @@ def test_sampling_ends_when_nothing_is_left() -> None:
 def test_sampling_finds_what_is_too_rare_to_draw() -> None:
     space = load_space("factorizenet-gap")
     macs = all_conv_macs(space)
-    tight = Constraints(conv_macs=int(np.partition(macs, 20, axis=None)[20]))
-    rare = int((macs <= tight.conv_macs).sum())
-    assert 20 < rare < 100
+    ceiling = int(np.partition(macs, 20, axis=None)[20])
+    assert 20 < int((macs <= ceiling).sum()) < 100
+    tight = Constraints(conv_macs=ceiling)
     found = {sample_plan(space, tight, (), np.random.default_rng(seed)) for seed in range(10)}
     assert len(found) > 3
     assert all(plan is not None and not tight.refusal(plan_cost(space, plan)) for plan in found)

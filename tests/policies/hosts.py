@@ -1,0 +1,67 @@
+"""A host for policies: the smallest loop around `suggest`, with accuracies from a formula instead of training."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+
+from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.plan import FactorizationPlan, from_indices, indices, legal_rates, plan_cost
+from fnet_search.policy import Constraints, Evaluation, History, Policy
+
+TINY = load_space("tiny")
+GAP = load_space("factorizenet-gap")
+
+
+def every_plan(space: Macroarchitecture, constraints: Constraints) -> set[FactorizationPlan]:
+    """All plans under the ceilings."""
+    plans = (from_indices(space, chosen) for chosen in product(*map(range, map(len, legal_rates(space).values()))))
+    return {plan for plan in plans if not constraints.refusal(plan_cost(space, plan))}
+
+
+def evaluate(space: Macroarchitecture, plan: FactorizationPlan, number: int, constraints: Constraints) -> Evaluation:
+    """Refused over the ceilings; else each layer costs accuracy as it is factorized, the middle ones most."""
+    cost = plan_cost(space, plan)
+    if reason := constraints.refusal(cost):
+        return Evaluation(number, plan, cost, "refused", reason)
+    deepest = np.array([len(rates) - 1 for rates in legal_rates(space).values()])
+    weights = np.hanning(len(deepest) + 2)[1:-1]
+    loss = float((weights * np.array(indices(space, plan)) / deepest).sum() / weights.sum())
+    return Evaluation(number, plan, cost, fp32_accuracy=0.95 - 0.1 * loss, quint8_accuracy=0.9 - 0.2 * loss)
+
+
+def run(
+    policy: Policy, space: Macroarchitecture, constraints: Constraints, trials: int = 1000, seed: int = 0
+) -> list[Evaluation]:
+    """What one worker records until the policy is done, or after so many suggestions."""
+    past: list[Evaluation] = []
+    while len(past) < trials:
+        plan = policy.suggest(History(space, constraints, tuple(past), number=len(past), seed=seed))
+        if plan is None:
+            break
+        past.append(evaluate(space, plan, len(past), constraints))
+    return past
+
+
+def resumed_elsewhere(target: str, evaluations: list[Evaluation], constraints: Constraints, seed: int) -> str:
+    """What the policy class ``module:Class`` suggests next on `tiny`, in a new process with other string hashes."""
+    module, _, name = target.partition(":")
+    code = (
+        f"import json, sys; from {module} import {name}; from fnet_search.macro import load_space\n"
+        "from fnet_search.policy import Constraints, Evaluation, History\n"
+        "past = tuple(map(Evaluation.from_json, json.load(sys.stdin)))\n"
+        f"history = History(load_space('tiny'), {constraints!r}, past, number=len(past), seed={seed})\n"
+        f"print({name}().suggest(history))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([evaluation.to_json() for evaluation in evaluations]),
+        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from fnet_search import __version__
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, unknown
 
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
@@ -18,21 +20,35 @@ if TYPE_CHECKING:
     from fnet_search.policy import Constraints, Policy
     from fnet_search.run import Outcome, Request
 
+T = TypeVar("T")
+
 NOTHING_FEASIBLE = 3
 """Exit code of a search in which no candidate met the constraints."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
 
-@click.group(context_settings=_SETTINGS)
+class _Commands(click.Group):
+    """Commands; of an unknown one, the nearest is named."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fnet-search")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Factorize a CNN layer by layer under a MAC budget and a quint8 accuracy floor.
 
     \b
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _shared(command: Any) -> Any:
@@ -53,7 +69,7 @@ def _shared(command: Any) -> Any:
             default="percentile:1",
             help="Activation ranges: minmax, or percentile:P (P % clipped at the top and at the bottom).",
         ),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Seed of policy and trainings."),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of policy and trainings."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
             "--dtype",
@@ -113,12 +129,10 @@ def run(**options: Any) -> None:
     space = load_space(options["space"])
     constraints = _constraints(space, options)
     policy = load_policy(options["policy"])
-    name = "-".join(
-        [space.name, _dataset_name(options["dataset"]), options["policy"], options["budget"].replace("%", "pct")]
-    )
-    _execute(
-        _request(space, constraints, options["policy"], "validation", options), policy, name, options["trials"], options
-    )
+    budget = options["budget"].replace("%", "pct")
+    name = "-".join([space.name, _dataset_name(options["dataset"]), options["policy"], budget])
+    request = _request(space, constraints, options["policy"], "validation", options)
+    _execute(request, policy, name, options["trials"], options)
 
 
 @cli.command()
@@ -144,7 +158,8 @@ def evaluate(**options: Any) -> None:
     space = load_space(options["space"])
     plans = tuple(dict.fromkeys(parse_plan(space, text) for text in options["plans"]))
     name = "-".join(["evaluate", space.name, _dataset_name(options["dataset"])])
-    _execute(_request(space, Constraints(), "fixed plans", "test", options), FixedPlans(plans), name, 10**9, options)
+    request = _request(space, Constraints(), "fixed plans", "test", options)
+    _execute(request, FixedPlans(plans), name, len(plans), options)
 
 
 @cli.command()
@@ -190,7 +205,7 @@ def report(folder: Path, storage: str | None) -> None:
 
 
 def _constraints(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
-    from fnet_search.plan import cost_table, legal_rates, plan_cost, regular, smallest_conv_macs
+    from fnet_search.plan import legal_rates, plan_cost, regular, smallest_conv_macs
     from fnet_search.policy import Constraints
     from fnet_search.quantities import mmac, parse_budget, parse_count, parse_share
 
@@ -203,16 +218,17 @@ def _constraints(space: "Macroarchitecture", options: dict[str, Any]) -> "Constr
             f"budget {options['budget']} is below the smallest network of space {space.name!r}, "
             f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
         )
-    limit = parse_count(options["max_params"], "--max-params") if options["max_params"] else None
-    table = cost_table(space)
-    fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
-    if limit is not None and limit < fewest:
-        raise FnetError(
-            f"--max-params {options['max_params']} is below the smallest network, which has {fewest:,} parameters"
-        )
-    floor = parse_share(options["min_quint8"], "--min-quint8") if options["min_quint8"] else None
-    drop = parse_share(options["max_drop"], "--max-drop") if options["max_drop"] else None
-    return Constraints(budget, limit, floor, drop)
+    return Constraints(
+        budget,
+        _given(options, "max_params", parse_count),
+        _given(options, "min_quint8", parse_share),
+        _given(options, "max_drop", parse_share),
+    )
+
+
+def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -> T | None:
+    text = options[name]
+    return None if text is None else parse(text, f"--{name.replace('_', '-')}")
 
 
 def _request(
@@ -222,6 +238,8 @@ def _request(
     from fnet_search.recipe import load_recipe
     from fnet_search.run import Request
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
+        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
     return Request(
         space=space,
         dataset=_absolute(options["dataset"]),
@@ -258,7 +276,7 @@ def _execute(request: "Request", policy: "Policy", name: str, trials: int, optio
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     workers = options["workers"] or (_cores() if on_cpu else 1)
-    folder = options["out"] or Path("runs") / name
+    folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
     with TerminalDisplay(_console()) as display:
         outcome = run_study(request, policy, RunFolder(folder), trials, workers, display)
     _print_outcome(outcome, folder)
@@ -334,17 +352,19 @@ def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[st
 
 def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from fnet_search.quantities import mmac
 
     shown = _described(space, plan)
-    table = Table(title=f"{space.name}: {space.description}; plan {shown['plan']['label']}", title_justify="left")
+    title = Text(f"{space.name}: {space.description}; plan {shown['plan']['label']}")
+    table = Table(title=title, title_justify="left")
     for name in ("layer", "kind", "input", "output", "legal rates", "rate", "MACs", "parameters"):
         table.add_column(name, justify="right" if name in ("rate", "MACs", "parameters") else "left")
     for layer in shown["layers"]:
         shapes = [" + ".join("x".join(map(str, shape)) for shape in layer["input_shapes"])]
         table.add_row(
-            layer["name"],
+            Text(layer["name"]),
             layer["kind"],
             *shapes,
             "x".join(map(str, layer["output_shape"])),
@@ -366,11 +386,10 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
     except FnetError as error:
         code = _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = 2
     except click.ClickException as error:
         code = _fail(error.format_message())
+    except OSError as error:  # a full disk, a folder that may not be written
+        code = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; the same command goes on from here", err=True)
         code = 130

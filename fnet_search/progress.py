@@ -55,7 +55,7 @@ class TerminalDisplay:
         if self._live:
             self._live.update(Text(f"{text} ..."), refresh=True)
         else:
-            self.console.print(f"{text} ...", highlight=False)
+            self._print(f"{text} ...")
 
     def loading(self, done: int, total: int) -> None:
         if self._read < 0:
@@ -65,15 +65,13 @@ class TerminalDisplay:
         if self._live:
             self._live.update(Text(text))
         elif 4 * done // total > self._read:  # a line a quarter
-            self.console.print(text, highlight=False)
+            self._print(text)
         self._read = 4 * done // total
 
     def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
         self._space, self._trials, self._before, self._start = space, trials, done, time.monotonic()
         going_on = f", {done} trained before" if done else ""
-        self.console.print(
-            f"study [bold]{run.name}[/] in {run.path}: up to {trials} candidates{going_on}; {numerics}", highlight=False
-        )
+        self._print(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {numerics}")
 
     def show(self, event: Event) -> None:
         match event:
@@ -103,11 +101,13 @@ class TerminalDisplay:
         return label(self._space, evaluation.plan)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, number: int, progress: TrainingProgress) -> str:
         place = f"{self._before + self._finished + sorted(self._running).index(number) + 1} of {self._trials}"
-        accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if progress.accuracy else ""
+        accuracy = (
+            f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if progress.accuracy is not None else ""
+        )
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
         return f"candidate {number} ({self._labels[number]}), {place}: {epoch}{accuracy}"
 

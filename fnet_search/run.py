@@ -1,10 +1,13 @@
 """A whole run: configuration, data, workers and record brought together; the winner named, tested and reported."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from optuna.storages import BaseStorage
 
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
@@ -12,22 +15,22 @@ from fnet_search.evaluate import Setup, load_candidate, measure
 from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, parse_space, to_toml
 from fnet_search.numerics import Numerics, check_device, resolve
-from fnet_search.plan import label
+from fnet_search.plan import cost_table, label
 from fnet_search.policy import Constraints, Evaluation, Policy, SplitName
 from fnet_search.quantities import mmac, percent
 from fnet_search.ranges import RangeMethod
 from fnet_search.recipe import Recipe
 from fnet_search.report import write_report
 from fnet_search.runfolder import RunFolder, differences, versions
-from fnet_search.search import Event, search
-from fnet_search.study import StudyRecord, open_storage
-from fnet_search.workers import WorkerPool
+from fnet_search.search import Event, FixedPlans, search
+from fnet_search.study import StudyRecord, has_study, open_journal, open_url
+from fnet_search.workers import Job, WorkerPool
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, checked as far as it can be without data. All of it but the last two lines decides the
-    result and cannot change between runs in one folder."""
+    """What a user asks for, checked as far as it can be without data. All of it but the last two lines cannot change
+    between runs in one folder."""
 
     space: Macroarchitecture
     dataset: str
@@ -54,6 +57,7 @@ class Request:
             "ranges": str(self.ranges),
             "seed": self.seed,
             "split": self.split,
+            "storage": self.storage and re.sub(r"(?<=:)[^:@/]+(?=@)", "***", self.storage),  # a password is not kept
         }
 
 
@@ -73,9 +77,8 @@ class Outcome:
         """One line: which network won, its conv MACs, its accuracies, and where its files are."""
         if self.winner is None:
             trained = sum(evaluation.state == "complete" for evaluation in self.evaluations)
-            return (
-                f"{trained} networks measured; files in {folder}" if trained else f"nothing was trained; see {folder}"
-            )
+            measured = f"{trained} network{'s' * (trained > 1)} measured; files in {folder}"
+            return measured if trained else f"nothing was trained; see {folder}"
         one = self.winner
         which = f"candidate {one.number} ({label(self.space, one.plan)})"
         found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
@@ -115,8 +118,9 @@ class Display(Protocol):
 def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, workers: int, display: Display) -> Outcome:
     """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
 
-    Raises FnetError, before anything is written, for data that cannot be read, a device that is not there, or a folder
-    that was made with another configuration.
+    Of `FixedPlans`, all are trained. Raises FnetError, before anything is written, for data or a storage that cannot be
+    read, a device that is not there, a limit that no network of the space meets, or a folder that was made with another
+    configuration.
     """
     if run.exists:
         _compare(run, request.config())
@@ -127,23 +131,50 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
     if request.split == "validation":
         data = hold_out(data)
     space = request.space.with_classes(len(data.classes))
+    _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
+    numerics = _numerics(run, request, display)
+    config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
+    storage = _storage(request.storage, run)
     with run.locked():
-        numerics = _numerics(run, request, display)
-        config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
         if run.exists:
             _compare(run, config)
         else:
             run.write_config(config)
-        storage = open_storage(request.storage, run.journal)
-        record = StudyRecord(storage, run, space, request.constraints, request.seed, request.split)
+        record = StudyRecord(
+            storage or open_journal(run.journal), run, space, request.constraints, request.seed, request.split
+        )
         setup = Setup(space, request.recipe, request.ranges, numerics, request.seed, request.split)
         trained = sum(evaluation.state != "refused" for evaluation in record.evaluations)
+        if isinstance(policy, FixedPlans):
+            trials = trained + len(set(policy.plans) - record.history().seen)
         display.begin(run, numerics, space, trials, trained)
         with WorkerPool(workers, setup, data, run.path) as pool:
             for event in search(policy, record, pool, trials):
                 display.show(event)
-        return _conclude(record, data, display)
+            test = _test(record, data, pool, display)
+        display.status("drawing figures and the report")
+        return _outcome(record, test)
+
+
+def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
+    table = cost_table(space)
+    fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
+    if constraints.params is not None and constraints.params < fewest:
+        raise FnetError(
+            f"a limit of {constraints.params:,} parameters is below the smallest network of space {space.name!r}, "
+            f"which has {fewest:,}"
+        )
+
+
+def _storage(url: str | None, run: RunFolder) -> BaseStorage | None:
+    """The storage that was asked for. A new run does not go on with what another one has left in it."""
+    if url is None:
+        return None
+    storage = open_url(url)
+    if not run.exists and has_study(storage, run.name):
+        raise FnetError(f"the storage has a study {run.name!r} of another run folder; choose another --out")
+    return storage
 
 
 def _compare(run: RunFolder, config: dict[str, Any]) -> None:
@@ -168,19 +199,6 @@ def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:
     return resolve(request.device, request.dtype)
 
 
-def _conclude(record: StudyRecord, data: DataSet, display: Display) -> Outcome:
-    run, winner = record.run, record.winner
-    test = None
-    if winner is not None:
-        test = run.read_test(winner)
-        if test is None:
-            display.status(f"measuring the winner on {len(data.test):,} test images")
-            test = _test(record.space, winner, run, data)
-        run.write_best(winner, test)
-    display.status("drawing figures and the report")
-    return _outcome(record, test)
-
-
 def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     """Figures and report of a run from what was recorded."""
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
@@ -194,11 +212,32 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     return Outcome(space, constraints, record.evaluations, winner, feasible, test, report)
 
 
-def _test(space: Macroarchitecture, winner: Evaluation, run: RunFolder, data: DataSet) -> Evaluation:
-    """The winner on the test split, as the very network that was evaluated: its codes are read, not made again."""
-    folded, quantized = load_candidate(space, winner.plan, run.candidate(winner.number))
-    measures = measure(folded, quantized, data, data.test)
-    return replace(winner, split="test", layers=(), **asdict(measures))
+def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
+    """The winner on the test split, as the very network that was evaluated: its codes are read, not made again.
+
+    What was measured before is in ``best/``; where that is not of this winner, it is now.
+    """
+    run, winner = record.run, record.winner
+    if winner is None:
+        return None
+    if known := run.read_test(winner):
+        return known
+    folder = run.candidate(winner.number)
+    try:
+        networks = load_candidate(record.space, winner.plan, folder)
+    except FnetError as error:  # the same training gives the same network again
+        display.status(f"training candidate {winner.number} once more ({error})")
+        run.write_candidate(winner)
+        pool.submit(Job(winner.number, winner.plan, folder))
+        while pool.busy:
+            for _ in pool.events():
+                pass
+        run.prune(record.evaluations, record.constraints)
+        networks = load_candidate(record.space, winner.plan, folder)
+    display.status(f"measuring the winner on {len(data.test):,} test images")
+    test = replace(winner, split="test", layers=(), **asdict(measure(*networks, data, data.test)))
+    run.write_best(winner, test)
+    return test
 
 
 def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Constraints) -> Iterator[tuple[str, str]]:
@@ -227,15 +266,19 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
 def report_again(run: RunFolder, storage: str | None) -> Outcome:
     """Makes candidates.csv, figures and report of a run again, from its study.
 
-    Raises FnetError for a folder that is not a run.
+    `storage` is the URL of another place to find the study than the recorded one. Raises FnetError for a folder that is
+    not a run, or a storage without its study.
     """
     config = run.config()
+    url = storage or config.get("storage")
+    elsewhere = None if url is None else open_url(url)
+    if elsewhere is not None and not has_study(elsewhere, run.name):
+        raise FnetError(f"storage {url} has no study {run.name!r}; give the URL that the run had as --storage")
     space = parse_space(config["space"], str(run.config_path)).with_classes(len(config["data"]["classes"]))
     constraints = Constraints(**config["constraints"])
     with run.locked():
         record = StudyRecord(
-            open_storage(storage, run.journal), run, space, constraints, config["seed"], config["split"]
+            elsewhere or open_journal(run.journal), run, space, constraints, config["seed"], config["split"]
         )
-        run.write_candidates(space, constraints, record.evaluations)
         test = run.read_test(record.winner) if record.winner is not None else None
         return _outcome(record, test)

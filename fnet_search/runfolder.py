@@ -33,16 +33,25 @@ from fnet_search.report import candidates_frame, layers_frame
 KEPT = 3
 """Candidates whose weights are kept: the best so many."""
 
+_RECORDED = {
+    **dict.fromkeys(("space", "dataset", "policy", "ranges", "split"), str),
+    **dict.fromkeys(("recipe", "constraints", "data", "numerics"), dict),
+    "seed": int,
+}
+"""What a configuration must have."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of one run. `name` is the study's."""
+    """Paths and files of one run."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        """The study's: what the folder was called when the run began, so that it may be moved."""
+        recorded = self.config() if self.config_path.is_file() else {}
+        return str(recorded.get("study", self.path.resolve().name))
 
     @property
     def journal(self) -> Path:
@@ -82,13 +91,19 @@ class RunFolder:
         if not self.config_path.is_file():
             raise FnetError(f"{self.path} is not a run folder: it has no config.json")
         config = read_json(self.config_path)
-        if not isinstance(config, dict) or "space" not in config:
+        if not isinstance(config, dict):
             raise FnetError(f"{self.config_path} is not the configuration of a run")
+        for key, kind in _RECORDED.items():
+            if not isinstance(config.get(key), kind):
+                raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         return config
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process. Raises FnetError where another one has it, or it cannot be written."""
+        """Holds the folder for this process, and clears away what a killed one was writing.
+
+        Raises FnetError where another process has it, or it cannot be written.
+        """
         lock = FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -100,12 +115,14 @@ class RunFolder:
         except OSError as error:
             raise FnetError(f"cannot write to {self.path}: {error.strerror}") from None
         try:
+            for unfinished in self.path.rglob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_json(self.config_path, {**config, "versions": versions()})
+        write_json(self.config_path, {**config, "study": self.name, "versions": versions()})
 
     def write_candidates(
         self, space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
@@ -139,7 +156,7 @@ class RunFolder:
         """Copies the winner's files to ``best/``, with what it reached on the test split."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(self.candidate(winner.number), fresh)
+        shutil.copytree(self.candidate(winner.number), fresh, ignore=shutil.ignore_patterns(".*", CHECKPOINT))
         if test is not None:
             write_json(fresh / "test.json", test.to_json())
         shutil.rmtree(self.best, ignore_errors=True)

@@ -26,16 +26,12 @@ from fnet_search.train import TrainingProgress
 
 EVALUATION = "evaluation"
 """User attribute with the whole evaluation as JSON: what `history` is rebuilt from."""
+SECONDS = "train_seconds"
+"""User attribute of candidates that were trained: how long it took, failed ones too."""
 
 
-def open_storage(url: str | None, journal: Path) -> BaseStorage:
-    """The storage of a URL, or the journal file of the run folder, repaired if its last line was cut off.
-
-    Raises FnetError for a URL that cannot be opened.
-    """
-    if url is None:
-        _repair(journal)
-        return JournalStorage(JournalFileBackend(str(journal)))
+def open_url(url: str) -> BaseStorage:
+    """The storage behind an Optuna URL. Raises FnetError for one that cannot be opened."""
     try:
         return optuna.storages.get_storage(url)
     except Exception as error:  # whatever SQLAlchemy and its drivers raise for a bad URL
@@ -43,15 +39,24 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
         raise FnetError(f"cannot open storage ({reason}); an Optuna URL is wanted, as in sqlite:///study.db") from None
 
 
-def _repair(journal: Path) -> None:
-    """Cuts a torn last line off, and drops the lock of a process that was killed; the run folder's own lock is held."""
+def open_journal(journal: Path) -> BaseStorage:
+    """The journal file of a run folder whose lock is held.
+
+    A torn last line is cut off, and the lock of a process that was killed is dropped. Raises FnetError for a file of
+    something else.
+    """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
-    if not journal.exists():
-        return
-    with journal.open("r+b") as opened:
-        content = opened.read()
-        if content and not content.endswith(b"\n"):
-            opened.truncate(content.rfind(b"\n") + 1)
+    with journal.open("a+b") as opened:
+        opened.seek(0)
+        opened.truncate(opened.read().rfind(b"\n") + 1)
+    try:
+        return JournalStorage(JournalFileBackend(str(journal)))
+    except Exception as error:  # whatever Optuna raises for lines that it did not write
+        raise FnetError(f"cannot read journal {journal}: {type(error).__name__}: {error}") from None
+
+
+def has_study(storage: BaseStorage, name: str) -> bool:
+    return name in optuna.get_all_study_names(storage)
 
 
 class _GivenPlan(optuna.samplers.BaseSampler):
@@ -110,11 +115,13 @@ class StudyRecord:
             if EVALUATION in trial.user_attrs:
                 evaluation = Evaluation.from_json(trial.user_attrs[EVALUATION])
                 self._evaluations[evaluation.number] = evaluation
-                self._seconds[evaluation.number] = trial.user_attrs.get("train_seconds", 0.0)
+                if SECONDS in trial.user_attrs:
+                    self._seconds[evaluation.number] = trial.user_attrs[SECONDS]
                 if not trial.state.is_finished():  # cut off between the two last writes
                     self.study.tell(trial.number, *_outcome(evaluation))
             elif not trial.state.is_finished():  # of a run that was cut off; its number is issued again
                 self.study.tell(trial.number, state=TrialState.FAIL)
+        self._write()
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -142,6 +149,7 @@ class StudyRecord:
         number = self.history().number
         evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, self.split)
         self._tell(self._ask(plan, number), evaluation)
+        self.run.write_candidates(self.space, self.constraints, self.evaluations)
         return evaluation
 
     def start(self, plan: FactorizationPlan) -> int:
@@ -158,15 +166,14 @@ class StudyRecord:
 
     def finish(self, evaluation: Evaluation, seconds: float) -> None:
         trial = self._trials[evaluation.number]
-        trial.set_user_attr("train_seconds", round(seconds, 1))
+        self._seconds[evaluation.number] = round(seconds, 1)
+        trial.set_user_attr(SECONDS, self._seconds[evaluation.number])
         if evaluation.state == "complete":
             for path in self.run.write_candidate(evaluation):
                 upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
-        self._seconds[evaluation.number] = seconds
         self._tell(trial, evaluation)
         del self._trials[evaluation.number], self._plans[evaluation.number]
-        self.run.write_timings(self._seconds)
-        self.run.prune(self.evaluations, self.constraints)
+        self._write()
 
     def attach(self, paths: Iterable[Path]) -> None:
         """Attaches files to the study; one that was attached before under the same name is replaced."""
@@ -194,7 +201,7 @@ class StudyRecord:
             "total_macs": cost.total_macs,
             "params": cost.params,
             "reason": evaluation.reason or None,
-            "feasible": self.constraints.feasible(evaluation) if evaluation.state == "complete" else None,
+            "feasible": self.constraints.feasible(evaluation),
             **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
             "relative_drop": evaluation.relative_drop,
         }
@@ -208,7 +215,12 @@ class StudyRecord:
         trial.set_user_attr(EVALUATION, evaluation.to_json())
         self.study.tell(trial, *_outcome(evaluation))
         self._evaluations[evaluation.number] = evaluation
+
+    def _write(self) -> None:
+        """Brings the run folder in line with the study, also after a run that was cut off between the two."""
         self.run.write_candidates(self.space, self.constraints, self.evaluations)
+        self.run.write_timings(self._seconds)
+        self.run.prune(self.evaluations, self.constraints)
 
 
 def _outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:

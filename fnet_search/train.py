@@ -144,11 +144,13 @@ def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) 
     """Epochs already done: 0 without a usable checkpoint (a broken one is work to do again, not an error)."""
     try:
         tensors, metadata = read_tensors(path)
-        if metadata.get("key") != key:
-            return 0
-        network.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
-    except (FnetError, RuntimeError):
+    except FnetError:
         return 0
+    weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    shapes, own = ({name: t.shape for name, t in state.items()} for state in (weights, network.state_dict()))
+    if metadata.get("key") != key or shapes != own:
+        return 0
+    network.load_state_dict(weights)
     for name, parameter in network.named_parameters():
         if (momentum := tensors.get(f"momentum.{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -119,7 +120,7 @@ class WorkerPool:
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.setup, self._data), daemon=True)
-        with _environment(self.setup.numerics.threads):
+        with _environment(self.setup.numerics.threads), _uninterrupted():
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -161,9 +162,19 @@ def _environment(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C goes to all processes of a terminal, but one that is started here never sees it: the host ends it."""
+    resource_tracker.ensure_running()  # its start, else part of that of the first process, would let Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
     """A worker's life: jobs in, news out, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the host ends us
     torch.set_num_threads(setup.numerics.threads)
     try:
         data = read_dataset(data_path).to(setup.numerics.device)

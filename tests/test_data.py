@@ -1,0 +1,439 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from fnet_search.data import DataSet, Split, augment, hold_out, load_dataset, read_dataset
+from fnet_search.errors import FnetError
+from fnet_search.recipe import Augmentation
+
+RED, GREY = (255, 0, 0), (90, 90, 90)
+
+
+def counts(split: Split) -> list[int]:
+    return torch.bincount(split.labels, minlength=10).tolist()
+
+
+def rows(*splits: Split) -> list[bytes]:
+    """Every image with its label, sorted."""
+    return sorted(
+        bytes([int(label)]) + image.numpy().tobytes()
+        for split in splits
+        for image, label in zip(split.images, split.labels, strict=True)
+    )
+
+
+def test_digits_are_all_there_in_stratified_splits() -> None:
+    data = load_dataset("digits", (1, 8, 8))
+    whole = load_digits()
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert data.evaluation is data.test
+    assert data.classes == tuple("0123456789")
+    expected = np.bincount(whole.target)
+    assert np.array_equal(np.add(counts(data.train), counts(data.test)), expected)
+    assert np.abs(counts(data.test) - 0.2 * expected).max() < 1
+    images = np.rint(whole.images * (255 / 16)).astype(np.uint8)
+    assert rows(data.train, data.test) == sorted(
+        bytes([label]) + image.tobytes() for label, image in zip(whole.target, images, strict=True)
+    )
+    assert not data.flips
+
+
+def test_digits_in_the_shape_of_the_input() -> None:
+    data = load_dataset("digits", (3, 32, 24))
+    assert data.train.images.shape == (1437, 3, 32, 24)
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert torch.equal(data.train.images[:, 0], data.train.images[:, 2])
+    small = load_dataset("digits", (1, 8, 8))
+    assert torch.equal(small.train.labels, data.train.labels)
+    down, across = ((np.arange(side) + 0.5) * 8 / side - 0.5 for side in (32, 24))
+    for large, image in zip(data.train.images[:20, 0], small.train.images[:20, 0], strict=True):
+        wide = [np.interp(across, range(8), row) for row in image]
+        expected = np.transpose([np.interp(down, range(8), column) for column in np.transpose(wide)])
+        assert np.abs(large.numpy() - expected).max() <= 0.5 + 1e-3
+
+
+def test_normalised_training_images_have_zero_mean_and_unit_variance() -> None:
+    data = load_dataset("digits", (3, 8, 8))
+    x = data.normalise(data.train.images)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
+    image = data.test.images[:1]
+    expected = (image[0, 1, 3, 3] / 255 - data.mean[1]) / data.std[1]
+    torch.testing.assert_close(data.normalise(image)[0, 1, 3, 3], expected)
+
+
+def test_held_out_images_are_stratified_disjoint_and_always_the_same() -> None:
+    data = load_dataset("digits", (1, 8, 8))
+    held = hold_out(data)
+    assert rows(held.train, held.evaluation) == rows(data.train)
+    assert len(held.train) + len(held.evaluation) == len(data.train)
+    assert counts(held.evaluation) == [round(0.2 * count) for count in counts(data.train)]
+    assert held.test is data.test
+    assert (held.mean, held.std) == (data.mean, data.std)
+    assert held.fingerprint() == hold_out(data).fingerprint() != data.fingerprint()
+    torch.manual_seed(1234)
+    assert torch.equal(hold_out(data).evaluation.images, held.evaluation.images)
+
+
+@pytest.mark.parametrize(("images", "held"), [(2, 1), (3, 1), (7, 1), (8, 2), (4999, 1000), (5000, 500)])
+def test_how_many_are_held_out(images: int, held: int) -> None:
+    """Of two classes with as many images each: 20 % below 10,000 images, then 10 %; of every class at least one."""
+    labels = torch.arange(2).repeat(images)
+    split = Split(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels)
+    data = DataSet("d", ("a", "b"), split, split, split, (0.0,), (1.0,), True)
+    assert counts(hold_out(data).evaluation)[:2] == [held, held]
+    assert counts(hold_out(data).train)[:2] == [images - held, images - held]
+
+
+def test_a_class_with_one_image_cannot_be_held_out() -> None:
+    split = Split(torch.zeros(3, 1, 1, 1, dtype=torch.uint8), torch.tensor([0, 1, 0]))
+    data = DataSet("d", ("cat", "dog"), split, split, split, (0.0,), (1.0,), True)
+    with pytest.raises(FnetError, match="class 'dog' has 1 training images; validation needs at least 2"):
+        hold_out(data)
+
+
+@pytest.mark.parametrize("change", [lambda data: data, hold_out])
+def test_a_data_set_comes_back_from_its_file(tmp_path: Path, change: Callable[[DataSet], DataSet]) -> None:
+    data = change(load_dataset("digits", (1, 8, 8)))
+    data.save(tmp_path / "data.safetensors")
+    found = read_dataset(tmp_path / "data.safetensors")
+    for name in ("train", "evaluation", "test"):
+        assert torch.equal(getattr(found, name).images, getattr(data, name).images)
+        assert torch.equal(getattr(found, name).labels, getattr(data, name).labels)
+    assert (found.evaluation is found.test) == (data.evaluation is data.test)
+    assert [getattr(found, fact) for fact in ("name", "classes", "mean", "std", "flips")] == [
+        getattr(data, fact) for fact in ("name", "classes", "mean", "std", "flips")
+    ]
+    assert found.fingerprint() == data.fingerprint()
+
+
+def test_a_fingerprint_is_of_every_image_and_label() -> None:
+    data = load_dataset("digits", (1, 8, 8))
+    images, labels = data.test.images.clone(), data.test.labels.clone()
+    images[-1, 0, 7, 7] += 1
+    labels[0] = (labels[0] + 1) % 10
+    others = [replace(data, test=Split(images, data.test.labels)), replace(data, test=Split(data.test.images, labels))]
+    others.append(replace(data, train=data.test))
+    assert len({one.fingerprint() for one in [data, *others]}) == 4
+
+
+def test_batches_cover_a_split_in_order() -> None:
+    split = Split(torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), torch.arange(7))
+    assert [labels.tolist() for _, labels in split.batches(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [images.flatten().tolist() for images, _ in split.batches(3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_unknown_data_sets_and_inputs() -> None:
+    with pytest.raises(FnetError, match=r"unknown data set 'digit'; did you mean 'digits'\?"):
+        load_dataset("digit", (3, 32, 32))
+    with pytest.raises(FnetError, match="data sets give 1 or 3 channels, but the space's input has 4"):
+        load_dataset("digits", (4, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
+def test_missing_files_say_how_to_get_them(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FnetError) as caught:
+        load_dataset(name, (3, 32, 32), tmp_path)
+    assert f"data set {name} is not in {tmp_path}/ (pass --download" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.rglob("*-ubyte")) == []
+
+
+def test_fashion_mnist_in_the_shape_of_the_input(tmp_path: Path) -> None:
+    folder = tmp_path / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    shades = {"train": [0, 200], "t10k": [10, 20, 30]}
+    for part, values in shades.items():
+        images = np.repeat(np.array(values, dtype=np.uint8), 28 * 28)
+        head = [(0x803, len(values), 28, 28), (0x801, len(values))]
+        for kind, numbers, content in zip(
+            ("images-idx3", "labels-idx1"), head, (images, np.arange(len(values), dtype=np.uint8)), strict=True
+        ):
+            (folder / f"{part}-{kind}-ubyte").write_bytes(np.array(numbers, dtype=">i4").tobytes() + content.tobytes())
+    data = load_dataset("fashion-mnist", (3, 32, 32), tmp_path)
+    assert data.train.images.shape == (2, 3, 32, 32)
+    assert data.test.images.flatten(1).unique(dim=1).tolist() == [[10], [20], [30]]
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert data.mean == pytest.approx([100 / 255] * 3)
+    assert (len(data.classes), data.flips) == (10, True)
+
+
+def image_folder(root: Path, *others: tuple[str, Image.Image]) -> str:
+    """Two classes with an image each in train/ and test/, all 4x6 (width x height), and other files."""
+    for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 6), GREY).save(root / path)
+    for path, image in others:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / path)
+    return f"imagefolder:{root}"
+
+
+def loaded(root: Path, name: str, image: Image.Image, channels: int = 3) -> list[list[list[int]]]:
+    """The pixels of an image that stands alone in class b of test/, as [C, 6, 4]."""
+    source = image_folder(root, (f"test/b/{name}", image))
+    (root / "test/b/1.png").unlink()
+    pixels: list[list[list[int]]] = load_dataset(source, (channels, 6, 4)).test.images[1].tolist()
+    return pixels
+
+
+def solid(*channels: int) -> list[list[list[int]]]:
+    return [[[value] * 4] * 6 for value in channels]
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (4, 6), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return image
+
+
+def transparent_palette() -> Image.Image:
+    image = palette()
+    image.info["transparency"] = 0
+    return image
+
+
+def sixteen_bits(value: int) -> Image.Image:
+    return Image.fromarray(np.full((6, 4), value, dtype=np.uint16))
+
+
+MODES = [
+    ("L.png", Image.new("L", (4, 6), 77), [77, 77, 77], 77),
+    ("RGB.bmp", Image.new("RGB", (4, 6), RED), [255, 0, 0], 76),
+    ("RGBA.png", Image.new("RGBA", (4, 6), (*RED, 128)), [255, 0, 0], 76),
+    ("P.png", palette(), [255, 0, 0], 76),
+    ("P.PNG", transparent_palette(), [255, 0, 0], 76),
+    ("CMYK.tif", Image.new("CMYK", (4, 6), (0, 255, 255, 0)), [255, 0, 0], 76),
+    ("CMYK.jpg", Image.new("CMYK", (4, 6), (0, 0, 0, 0)), [255, 255, 255], 255),
+    ("one.png", Image.new("1", (4, 6), 1), [255, 255, 255], 255),
+    ("zero.tiff", Image.new("1", (4, 6), 0), [0, 0, 0], 0),
+    ("LA.png", Image.new("LA", (4, 6), (77, 200)), [77, 77, 77], 77),
+    ("I;16.png", sixteen_bits(65535), [255, 255, 255], 255),
+    ("I;16.tif", sixteen_bits(7 * 257), [7, 7, 7], 7),
+    ("I;16.pgm", sixteen_bits(65535), [255, 255, 255], 255),
+    ("lossless.webp", Image.new("RGB", (4, 6), GREY), [90, 90, 90], 90),
+    ("L.pgm", Image.new("L", (4, 6), 3), [3, 3, 3], 3),
+]
+
+
+@pytest.mark.parametrize(("name", "image", "colour", "grey"), MODES, ids=[name for name, *_ in MODES])
+def test_every_mode(tmp_path: Path, name: str, image: Image.Image, colour: list[int], grey: int) -> None:
+    assert loaded(tmp_path / "colour", name, image) == solid(*colour)
+    assert loaded(tmp_path / "grey", name, image, 1) == solid(grey)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (40, 3), (3, 40), (8, 12), (5, 7)])
+def test_any_size_is_resized(tmp_path: Path, size: tuple[int, int]) -> None:
+    assert loaded(tmp_path, "x.png", Image.new("RGB", size, (10, 20, 30))) == solid(10, 20, 30)
+
+
+def test_height_and_width_stay_apart(tmp_path: Path) -> None:
+    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
+    assert loaded(tmp_path / "same", "x.png", Image.fromarray(pixels)) == pixels.transpose(2, 0, 1).tolist()
+    large = pixels.repeat(5, axis=0).repeat(3, axis=1)
+    found = np.array(loaded(tmp_path / "large", "x.png", Image.fromarray(large)))
+    assert np.abs(found - pixels.transpose(2, 0, 1)).max() <= 3
+
+
+def test_orientation_of_a_photograph(tmp_path: Path) -> None:
+    upright = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4)
+    path = tmp_path / "test/b/x.png"
+    expected = loaded(tmp_path, path.name, Image.fromarray(upright), 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera was turned: show it turned by 90 degrees clockwise.
+    Image.fromarray(np.rot90(upright).copy()).save(path, exif=exif)
+    assert load_dataset(f"imagefolder:{tmp_path}", (1, 6, 4)).test.images[1].tolist() == expected == [upright.tolist()]
+
+
+def test_classes_are_folders_in_order(tmp_path: Path) -> None:
+    source = image_folder(
+        tmp_path,
+        ("train/b/deeper/2.png", Image.new("L", (4, 6), 1)),
+        ("train/a/0.png", Image.new("L", (4, 6), 2)),
+        ("train/Z/0.png", Image.new("L", (4, 6), 3)),
+    )
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    (tmp_path / "train/README.md").write_text("no folder")
+    data = load_dataset(source, (1, 6, 4))
+    assert data.classes == ("Z", "a", "b")
+    assert data.train.labels.tolist() == [0, 1, 1, 2, 2]
+    assert data.train.images[:, 0, 0, 0].tolist() == [3, 2, 90, 90, 1]
+    assert data.test.labels.tolist() == [1, 2]
+    assert data.flips
+    again = load_dataset(source, (1, 6, 4))
+    assert again.fingerprint() == data.fingerprint()
+
+
+def test_progress_counts_every_image(tmp_path: Path) -> None:
+    source = image_folder(tmp_path, *((f"train/a/{n}.png", Image.new("L", (4, 6))) for n in range(300)))
+    seen: list[tuple[int, int]] = []
+    load_dataset(source, (1, 6, 4), progress=lambda done, total: seen.append((done, total)))
+    total = len(list(tmp_path.rglob("*.png")))
+    assert seen[-1] == (total, total)
+    assert seen == sorted(set(seen))
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
+    for name in ("x.png", "x.jpg", "x.tif", "x.webp", "x.bmp", "x.ppm"):
+        path = tmp_path / name / "train/a" / name
+        source = image_folder(tmp_path / name, (f"train/a/{name}", noise))
+        whole = path.read_bytes()
+        load_dataset(source, (3, 6, 4))
+        for content in (whole[: len(whole) // 2], b"", b"no image at all"):
+            path.write_bytes(content)
+            with pytest.raises(FnetError) as caught:
+                load_dataset(source, (3, 6, 4))
+            assert str(caught.value).startswith(f"cannot read image {path}: ")
+            assert "\n" not in str(caught.value)
+
+
+def test_folders_that_are_wrong(tmp_path: Path) -> None:
+    def fault(root: Path) -> str:
+        with pytest.raises(FnetError) as caught:
+            load_dataset(f"imagefolder:{root}", (3, 6, 4))
+        return str(caught.value).replace(str(root), "ROOT")
+
+    root = tmp_path / "root"
+    wanted = "class folders must lie in train/ and test/"
+    assert fault(root) == f"imagefolder ROOT: ROOT/train does not exist; {wanted}"
+    (root / "train").mkdir(parents=True)
+    assert fault(root) == f"imagefolder ROOT: ROOT/test does not exist; {wanted}"
+    (root / "test").mkdir()
+    assert fault(root) == "imagefolder ROOT: train/ holds 0 class folders; at least 2 are needed"
+    (root / "train/a").mkdir()
+    assert fault(root) == "imagefolder ROOT: train/ holds 1 class folders; at least 2 are needed"
+    (root / "train/b").mkdir()
+    assert fault(root).startswith("imagefolder ROOT: ROOT/train/a holds no image (.jpg, .jpeg, .png")
+    image_folder(root)
+    (root / "test/c").mkdir()
+    assert fault(root) == "imagefolder ROOT: class 'c' is in test/ but not in train/"
+    (root / "test/c").rmdir()
+    for name in ("a", "b"):
+        (root / f"test/{name}/1.png").unlink()
+    assert fault(root).startswith("imagefolder ROOT: ROOT/test holds no image (.jpg")
+
+
+def test_a_class_may_be_missing_from_the_test_images(tmp_path: Path) -> None:
+    source = image_folder(tmp_path)
+    (tmp_path / "test/a/1.png").unlink()
+    (tmp_path / "test/a").rmdir()
+    assert load_dataset(source, (3, 6, 4)).test.labels.tolist() == [1]
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(9))
+
+
+def changed(images: Tensor, how: Augmentation, flips: bool = True, seed: int = 0) -> Tensor:
+    return augment(images, how, flips, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (28, 28), (24, 40)])
+def test_nothing_changes_where_nothing_is_asked_for(size: tuple[int, int]) -> None:
+    images = noise(8, 3, *size)
+    torch.testing.assert_close(changed(images, Augmentation()), images, rtol=0, atol=1e-5)
+    everything = Augmentation(horizontal_flip=True, vertical_flip=True)
+    torch.testing.assert_close(changed(images, everything, flips=False), images, rtol=0, atol=1e-5)
+
+
+def test_shifts_move_whole_pixels_and_reflect_the_edge() -> None:
+    images = noise(200, 2, 16, 24)
+    reach_y, reach_x = round(0.125 * 16), round(0.125 * 24)
+    found = changed(images, Augmentation(shift=0.125))
+    padded = torch.from_numpy(
+        np.pad(images.numpy(), ((0, 0), (0, 0), (reach_y, reach_y), (reach_x, reach_x)), mode="symmetric")
+    )
+    seen = set()
+    for image, wide in zip(found, padded, strict=True):
+        fits = [
+            (y - reach_y, x - reach_x)
+            for y in range(2 * reach_y + 1)
+            for x in range(2 * reach_x + 1)
+            if (wide[:, y : y + 16, x : x + 24] - image).abs().max() < 1e-5
+        ]
+        assert len(fits) == 1
+        seen.add(fits[0])
+    assert {y for y, _ in seen} == set(range(-reach_y, reach_y + 1))
+    assert {x for _, x in seen} == set(range(-reach_x, reach_x + 1))
+
+
+@pytest.mark.parametrize(
+    ("how", "axes"),
+    [
+        (Augmentation(horizontal_flip=True), [(), (2,)]),
+        (Augmentation(vertical_flip=True), [(), (1,)]),
+        (Augmentation(horizontal_flip=True, vertical_flip=True), [(), (1,), (2,), (1, 2)]),
+    ],
+)
+def test_mirrors_are_exact(how: Augmentation, axes: list[tuple[int, ...]]) -> None:
+    images = noise(100, 3, 12, 20)
+    times = [0] * len(axes)
+    for image, found in zip(images, changed(images, how), strict=True):
+        near = [float((image.flip(axis) - found).abs().max()) < 1e-5 for axis in axes]
+        assert sum(near) == 1
+        times[near.index(True)] += 1
+    assert min(times) > 0.6 * len(images) / len(axes)
+
+
+def test_the_generator_decides() -> None:
+    images = noise(16, 3, 32, 32)
+    how = Augmentation(0.1, 0.1, 15, True, True)
+    assert torch.equal(changed(images, how), changed(images, how))
+    assert not torch.equal(changed(images, how), changed(images, how, seed=1))
+    generator = torch.Generator().manual_seed(0)
+    first, second = (augment(images, how, True, generator) for _ in range(2))
+    assert torch.equal(first, changed(images, how))
+    assert not torch.equal(first, second)
+
+
+def test_the_draws_of_one_change_do_not_depend_on_the_others() -> None:
+    images = noise(16, 3, 32, 32)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    augment(images, Augmentation(), False, generators[0])
+    augment(images, Augmentation(0.1, 0.1, 15, True, True), True, generators[1])
+    assert torch.equal(*(torch.rand(4, generator=generator) for generator in generators))
+
+
+def spots(height: int, width: int, places: list[tuple[float, float]]) -> Tensor:
+    """An image of smooth spots, at (x, y) from its centre, in pixels."""
+    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    return sum((torch.exp(-((x - a) ** 2 + (y - b) ** 2) / 8) for a, b in places), torch.zeros(height, width))
+
+
+@pytest.mark.parametrize("size", [(48, 96), (96, 48), (64, 64)])
+def test_a_rotation_keeps_shapes(size: tuple[int, int]) -> None:
+    """A spot turns about the centre, always as far from it, whatever the sides of the image."""
+    images = spots(*size, [(9, 0)])[None, None].expand(60, 1, -1, -1)
+    ground = torch.stack(torch.meshgrid(*(torch.arange(side) - (side - 1) / 2 for side in size), indexing="ij"), dim=-1)
+    angles = []
+    for found in changed(images, Augmentation(rotation=30))[:, 0]:
+        y, x = ((found[..., None] * ground).sum((0, 1)) / found.sum()).tolist()
+        assert math.hypot(x, y) == pytest.approx(9, abs=0.05)
+        angles.append(math.degrees(math.atan2(y, x)))
+    assert max(map(abs, angles)) <= 30.5
+    assert min(angles) < -25
+    assert max(angles) > 25
+
+
+def test_zoom_scales_about_the_centre() -> None:
+    images = spots(64, 64, [(12, 0), (-12, 0), (0, 9), (0, -9)])[None, None].expand(60, 1, -1, -1)
+    ground = torch.arange(64) - 63 / 2
+    scales = []
+    for found in changed(images, Augmentation(zoom=0.2))[:, 0]:
+        across, down = (float((found.sum(axis) * ground**2).sum() / found.sum()) for axis in (0, 1))
+        # Of each spot two lie on the axis that is looked at; a spot's own spread is 4.
+        scales.append((math.sqrt(across / (12**2 / 2 + 4)), math.sqrt(down / (9**2 / 2 + 4))))
+    assert all(across == pytest.approx(down, rel=0.02) for across, down in scales)
+    assert 0.79 < min(scales)[0] < 0.86
+    assert 1.14 < max(scales)[0] < 1.21

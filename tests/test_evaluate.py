@@ -1,0 +1,309 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from networks import CPU, batches_of, digits, normal, randomized, sequence
+
+from fnet_search.data import DataSet, Split, load_dataset
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import (
+    CALIBRATION_SAMPLES,
+    CHECKPOINT,
+    QUANTIZED,
+    WEIGHTS,
+    Setup,
+    calibration,
+    evaluate,
+    load_candidate,
+    measure,
+)
+from fnet_search.fold import fold
+from fnet_search.macro import Conv, Dense, Flatten, load_space
+from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
+from fnet_search.policy import Evaluation
+from fnet_search.quantize import quantize
+from fnet_search.ranges import RangeMethod, calibrate, parse_ranges
+from fnet_search.recipe import Augmentation, Recipe
+from fnet_search.train import TrainingProgress
+from fnet_search.weights import read_tensors
+
+TINY = load_space("tiny")
+PLAN = parse_plan(TINY, "f2")
+RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
+SETUP = Setup(TINY, RECIPE, parse_ranges("percentile:1"), CPU, 7, "validation")
+
+
+def silent(progress: TrainingProgress) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return digits(400)
+
+
+class Outcome:
+    """An evaluation, its folder, and what was reported on the way."""
+
+    def __init__(self, data: DataSet, folder: Path, setup: Setup = SETUP, plan: FactorizationPlan = PLAN) -> None:
+        self.folder, self.seen = folder, list[TrainingProgress]()
+        self.evaluation = evaluate(setup, data, 12, plan, folder, self.seen.append)
+
+
+@pytest.fixture(scope="module")
+def outcome(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return Outcome(data, tmp_path_factory.mktemp("candidate"))
+
+
+def test_what_is_recorded(outcome: Outcome, data: DataSet) -> None:
+    found = outcome.evaluation
+    assert (found.number, found.plan, found.cost) == (12, PLAN, plan_cost(TINY, PLAN))
+    assert (found.state, found.reason) == ("complete", "")
+    assert (found.split, found.ranges, found.seed, found.epochs) == ("validation", "percentile:1", 7, 3)
+    assert found.trained_images == 3 * 400
+    assert [layer.layer for layer in found.layers][:3] == ["conv_in", "conv_8.grouped", "conv_8.pointwise"]
+    assert Evaluation.from_json(found.to_json()) == found
+
+
+def test_it_measures_what_it_saved(outcome: Outcome, data: DataSet) -> None:
+    folded, quantized = load_candidate(TINY, PLAN, outcome.folder)
+    x, labels = data.normalise(data.evaluation.images), data.evaluation.labels.numpy()
+    y, y8 = (network(x).double().numpy() for network in (folded, quantized))
+    found = outcome.evaluation
+    assert found.fp32_accuracy is not None
+    assert found.quint8_accuracy is not None
+    assert found.qce is not None
+    assert found.kl is not None
+
+    def log_softmax(
+        logits: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
+    ) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        return np.asarray(logits - np.log(np.exp(logits).sum(1, keepdims=True)))
+
+    p, log_p, log_q = np.exp(log_softmax(y)), log_softmax(y), log_softmax(y8)
+    assert found.fp32_accuracy == pytest.approx((y.argmax(1) == labels).mean(), abs=1e-12)
+    assert found.quint8_accuracy == pytest.approx((y8.argmax(1) == labels).mean(), abs=1e-12)
+    assert found.fp32_accuracy > 0.3
+    assert found.qmse == pytest.approx(np.square(y - y8).mean(), rel=1e-4)
+    assert found.qce == pytest.approx(-(p * log_q).sum(1).mean(), rel=1e-4)
+    assert found.kl == pytest.approx((p * (log_p - log_q)).sum(1).mean(), rel=1e-3)
+    assert found.qce > found.kl > 0
+    assert found.relative_drop == (found.fp32_accuracy - found.quint8_accuracy) / found.fp32_accuracy
+
+
+def test_ranges_come_from_the_training_images(outcome: Outcome, data: DataSet) -> None:
+    folded, quantized = load_candidate(TINY, PLAN, outcome.folder)
+    stats = calibrate(folded, calibration(data, 7, CALIBRATION_SAMPLES), RangeMethod())
+    assert quantize(folded, stats).params == quantized.params
+    low, high = (float(value) for value in data.normalise(data.train.images).aminmax())
+    assert (stats["input"].low, stats["input"].high) == (low, high)
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Files may differ: safetensors writes metadata in any order."""
+    (tensors, metadata), (others, other_metadata) = read_tensors(one), read_tensors(other)
+    assert (tensors.keys(), metadata) == (others.keys(), other_metadata)
+    return all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_the_same_evaluation_twice(outcome: Outcome, data: DataSet, tmp_path: Path) -> None:
+    again = Outcome(data, tmp_path)
+    assert again.evaluation == outcome.evaluation
+    assert again.seen == outcome.seen
+    for name in (WEIGHTS, QUANTIZED):
+        assert same_tensors(tmp_path / name, outcome.folder / name)
+
+
+def test_progress_runs_from_the_first_step_to_the_last_measurement(outcome: Outcome) -> None:
+    shares = [progress.done for progress in outcome.seen]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.1
+    assert shares[-1] == 1
+    assert [progress.epoch for progress in outcome.seen if progress.ended] == [1, 2, 3]
+    assert {progress.split for progress in outcome.seen} == {"validation"}
+    stages = [progress.stage for progress in outcome.seen]
+    assert list(dict.fromkeys(stages)) == ["", "calibrating", "measuring"]
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [("", 1), ("", 2), ("calibrating", 3), ("measuring", 3)])
+def test_an_interrupted_evaluation_goes_on(
+    outcome: Outcome, data: DataSet, tmp_path: Path, stage: str, epoch: int
+) -> None:
+    def report(progress: TrainingProgress) -> None:
+        if (progress.stage, progress.epoch) == (stage, epoch) and (stage or progress.ended):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(SETUP, data, 12, PLAN, tmp_path, report)
+    assert not (tmp_path / WEIGHTS).exists()
+    resumed = Outcome(data, tmp_path)
+    assert resumed.evaluation == outcome.evaluation
+    assert [progress.epoch for progress in resumed.seen if progress.ended] == list(range(epoch + 1, 4))
+
+
+def test_a_study_of_fixed_plans_is_measured_on_the_test_images(data: DataSet, tmp_path: Path) -> None:
+    whole = load_dataset("digits", (3, 32, 32))
+    small = replace(whole, train=data.train, test=whole.test.take(torch.arange(60)))
+    small = replace(small, evaluation=small.test)
+    result = Outcome(small, tmp_path, replace(SETUP, split="test", recipe=RECIPE.with_epochs(1)))
+    found = result.evaluation
+    assert found.split == "test"
+    assert {progress.split for progress in result.seen} == {"training"}
+    folded, _ = load_candidate(TINY, PLAN, tmp_path)
+    hits = folded(small.normalise(small.test.images)).argmax(1) == small.test.labels
+    assert found.fp32_accuracy == pytest.approx(float(hits.double().mean()))
+
+
+def test_a_training_that_fails_is_tried_twice_and_recorded(data: DataSet, tmp_path: Path) -> None:
+    result = Outcome(data, tmp_path, replace(SETUP, recipe=replace(RECIPE, learning_rate=1e30)))
+    found = result.evaluation
+    assert found.state == "failed"
+    assert found.reason == "the loss was not finite in epoch 1 of 3 (tried 2 times)"
+    assert (found.number, found.plan, found.cost, found.split) == (12, PLAN, plan_cost(TINY, PLAN), "validation")
+    assert (found.fp32_accuracy, found.quint8_accuracy, found.layers) == (None, None, ())
+    steps = 400 // 32 + 1
+    assert len(result.seen) == 2 * steps
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_quantized_is_recorded(data: DataSet, tmp_path: Path) -> None:
+    """Its only step is one too far, after a finite loss."""
+    recipe = replace(RECIPE, epochs=1, batch_size=400, learning_rate=1e30)
+    found = Outcome(data, tmp_path, replace(SETUP, recipe=recipe)).evaluation
+    assert found.state == "failed"
+    assert found.reason.startswith("cannot be quantized: the activations of ")
+    assert found.reason.endswith(" are not finite (tried 2 times)")
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory (tried 2 times)"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: CUDA out of memory. (tried 2 times)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes (tried 2 times)",
+        ),
+    ],
+)
+def test_out_of_memory_is_recorded(data: DataSet, tmp_path: Path, error: Exception, reason: str) -> None:
+    def report(progress: TrainingProgress) -> None:
+        raise error
+
+    found = evaluate(SETUP, data, 0, PLAN, tmp_path, report)
+    assert (found.state, found.reason) == ("failed", reason)
+
+
+def test_a_second_try_has_another_seed(data: DataSet, tmp_path: Path) -> None:
+    steps = []
+
+    def report(progress: TrainingProgress) -> None:
+        steps.append(progress)
+        if len(steps) == 5:
+            raise MemoryError
+
+    setup = replace(SETUP, recipe=RECIPE.with_epochs(1))
+    found = evaluate(setup, data, 0, PLAN, tmp_path, report)
+    assert (found.state, found.seed, found.trained_images) == ("complete", 7 + 1_000_000, 400)
+    direct = evaluate(replace(setup, seed=7 + 1_000_000), data, 0, PLAN, tmp_path / "direct", silent)
+    assert same_tensors(tmp_path / WEIGHTS, tmp_path / "direct" / WEIGHTS)
+    assert direct.fp32_accuracy == found.fp32_accuracy
+
+
+def test_other_errors_are_raised(data: DataSet, tmp_path: Path) -> None:
+    def report(progress: TrainingProgress) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluate(SETUP, data, 0, PLAN, tmp_path, report)
+    (tmp_path / "file").write_text("where the folder should be")
+    with pytest.raises(OSError, match="file"):
+        evaluate(SETUP, data, 0, PLAN, tmp_path / "file", silent)
+
+
+def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> None:
+    def fault(plan: FactorizationPlan = PLAN) -> str:
+        with pytest.raises(FnetError) as caught:
+            load_candidate(TINY, plan, tmp_path)
+        return str(caught.value).replace(str(tmp_path), "FOLDER")
+
+    assert fault().startswith("cannot read weights FOLDER/weights.safetensors")
+    shutil.copy(outcome.folder / WEIGHTS, tmp_path / WEIGHTS)
+    assert fault().startswith("cannot read weights FOLDER/quantized.safetensors")
+    regular = parse_plan(TINY, "regular")
+    assert fault(regular) == f"FOLDER/weights.safetensors does not hold the weights of plan {regular}"
+    shutil.copy(tmp_path / WEIGHTS, tmp_path / QUANTIZED)
+    assert fault().startswith("the quantized weights do not fit the network: ")
+    shutil.copy(outcome.folder / QUANTIZED, tmp_path / QUANTIZED)
+    load_candidate(TINY, PLAN, tmp_path)
+
+
+def test_calibration_samples_are_random_training_images_and_always_the_same(data: DataSet) -> None:
+    batches = calibration(data, 3, 300)
+    first, second = torch.cat(list(batches())), torch.cat(list(batches()))
+    assert [len(batch) for batch in batches()] == [128, 128, 44]
+    assert torch.equal(first, second)
+    training = {image.numpy().tobytes() for image in data.normalise(data.train.images)}
+    drawn = {image.numpy().tobytes() for image in first}
+    assert drawn <= training
+    assert len(drawn) > 290
+    assert not torch.equal(first, torch.cat(list(calibration(data, 4, 300)())))
+    assert sum(map(len, calibration(data, 3, CALIBRATION_SAMPLES)())) == 400
+
+
+def test_metrics_by_hand() -> None:
+    """One weight that 8 bits do not hold, two classes, three images."""
+    folded = fold(randomized(sequence((1, 1, 1), f=Flatten(), d=Dense(2))))
+    folded.weight["d"].copy_(torch.tensor([[1.0], [-0.3]]))
+    folded.bias["d"].copy_(torch.tensor([0.0, 0.5]))
+    split = Split(torch.tensor([0, 100, 255], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1]))
+    data = DataSet("d", ("a", "b"), split, split, split, (0.0,), (1.0,), True)
+    x = data.normalise(split.images)
+    quantized = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()))
+    counts: list[int] = []
+    found = measure(folded, quantized, data, split, counts.append)
+    y, y8 = folded(x).double(), quantized(x).double()
+    assert not torch.equal(y, y8)
+    p, q = y.exp() / y.exp().sum(1, True), y8.exp() / y8.exp().sum(1, True)
+    assert found.qmse == pytest.approx(sum(float(d) ** 2 for d in (y - y8).flatten()) / 6)
+    assert found.qce == pytest.approx(
+        -sum(float(a * b.log()) for a, b in zip(p.flatten(), q.flatten(), strict=True)) / 3
+    )
+    assert found.kl == pytest.approx(float((p * (p / q).log()).sum()) / 3, rel=1e-6)
+    assert found.fp32_accuracy == pytest.approx(1 / 3)  # 0 < 0.5, but 0.39 > 0.38 and 1 > 0.2
+    assert counts == [3]
+
+
+def test_ties_go_to_the_lowest_class() -> None:
+    """All logits are zero, in both networks; a tenth of the labels are 0."""
+    folded = fold(randomized(sequence((1, 2, 2), f=Flatten(), d=Dense(10))))
+    folded.weight["d"].zero_()
+    folded.bias["d"].zero_()
+    split = Split(torch.zeros(600, 1, 2, 2, dtype=torch.uint8), torch.arange(600) % 10)
+    data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,), (1.0,), True)
+    quantized = quantize(folded, calibrate(folded, batches_of(data.normalise(split.images)), RangeMethod()))
+    counts: list[int] = []
+    found = measure(folded, quantized, data, split, counts.append)
+    assert (found.fp32_accuracy, found.quint8_accuracy) == (0.1, 0.1)
+    assert found.qmse == 0
+    assert found.kl == pytest.approx(0, abs=1e-12)
+    assert found.qce == pytest.approx(np.log(10))
+    assert counts == [250, 500, 600]
+
+
+def test_measuring_takes_an_uneven_number_of_images() -> None:
+    """The mean over all images, not over batches."""
+    space = sequence((3, 8, 8), c=Conv(4), f=Flatten(), d=Dense(5))
+    folded = fold(randomized(space))
+    images = torch.randint(0, 256, (263, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(263) % 5)
+    data = DataSet("d", tuple("abcde"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+    quantized = quantize(folded, calibrate(folded, batches_of(normal(50, 3, 8, 8)), RangeMethod()))
+    x = data.normalise(images)
+    found = measure(folded, quantized, data, split)
+    assert found.qmse == pytest.approx(float((folded(x).double() - quantized(x).double()).square().mean()), rel=1e-5)
+    assert found.fp32_accuracy == pytest.approx(float((folded(x).argmax(1) == split.labels).double().mean()))

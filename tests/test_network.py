@@ -1,0 +1,165 @@
+import weakref
+from math import prod, sqrt
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from networks import MIXED, normal, randomized, sequence
+from torch import Tensor
+
+from fnet_search.macro import INPUT, Activation, Add, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.network import FUNCTIONS, Network, apply_stateless, build, run, walk
+from fnet_search.plan import factorize, make_plan, network_cost
+
+
+class Value:
+    """Something that can be watched."""
+
+
+def test_a_walk_drops_what_is_no_longer_needed() -> None:
+    nodes = (
+        Node("a", Flatten(), (INPUT,)),
+        Node("b", Flatten(), ("a",)),
+        Node("c", Add(), ("b", "b")),
+        Node("d", Add(), ("c", "a")),
+        Node("e", Flatten(), ("d",)),
+    )
+    network = Macroarchitecture("n", (3, 2, 2), nodes)
+    alive: dict[str, weakref.ref[Value]] = {}
+    seen = {}
+    for node, output in walk(network, Value(), lambda node, inputs: Value()):
+        alive[node.name] = weakref.ref(output)
+        del output
+        seen[node.name] = {name for name, value in alive.items() if value() is not None}
+    assert seen == {"a": {"a"}, "b": {"a", "b"}, "c": {"a", "c"}, "d": {"d"}, "e": {"e"}}
+
+
+def test_a_walk_hands_inputs_over_in_order() -> None:
+    nodes = (
+        Node("b", Flatten(), ("a",)),
+        Node("a", Flatten(), (INPUT,)),
+        Node("c", Add(), ("b", "a")),
+        Node("d", Add(), ("c", "c")),
+        Node("e", Add(), ("d", "c")),
+    )
+    network = Macroarchitecture("n", (3, 2, 2), nodes)
+    written = {
+        node.name: text for node, text in walk(network, "x", lambda node, inputs: f"{node.name}({', '.join(inputs)})")
+    }
+    assert written["a"] == "a(x)"
+    assert written["c"] == "c(b(a(x)), a(x))"
+    assert written["e"] == f"e(d({written['c']}, {written['c']}), {written['c']})"
+    assert run(network, "x", lambda node, inputs: f"{node.name}({', '.join(inputs)})") == written["e"]
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("relu", [0, 0, 0, 0, 0.5, 4, 8]),
+        ("relu6", [0, 0, 0, 0, 0.5, 4, 6]),
+        ("hardsigmoid", [0, 0, 1 / 3, 1 / 2, 3.5 / 6, 1, 1]),
+        ("hardswish", [0, 0, -1 / 3, 0, 0.5 * 3.5 / 6, 4, 8]),
+        ("sigmoid", [3.353501e-4, 0.01798621, 0.26894142, 0.5, 0.62245933, 0.98201379, 0.99966465]),
+        ("silu", [-2.682801e-3, -0.07194484, -0.26894142, 0, 0.31122967, 3.92805516, 7.99731720]),
+    ],
+)
+def test_functions(function: str, expected: list[float]) -> None:
+    x = torch.tensor([-8, -4, -1, 0, 0.5, 4, 8], dtype=torch.float64)
+    assert FUNCTIONS[function](x).tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_the_padding_of_an_average_pool_is_not_counted() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    node = Node("pool", Pool("average", (2, 3), (2, 2), (1, 1)), (INPUT,))
+    expected = [[(0 + 1) / 2, (1 + 2 + 3) / 3], [(4 + 5 + 8 + 9) / 4, (5 + 6 + 7 + 9 + 10 + 11) / 6]]
+    assert torch.equal(apply_stateless(node, [x]), torch.tensor(expected).view(1, 1, 2, 2))
+
+
+def test_the_other_pools() -> None:
+    x = -torch.arange(1.0, 13).view(1, 1, 3, 4)
+    most = Node("pool", Pool("max", (2, 2), (1, 2), (1, 0)), (INPUT,))
+    assert apply_stateless(most, [x]).tolist() == [[[[-1, -3], [-1, -3], [-5, -7], [-9, -11]]]]
+    mean = Node("pool", Pool("global_average"), (INPUT,))
+    assert apply_stateless(mean, [torch.cat([x, x + 1], 1)]).tolist() == [[[[-6.5]], [[-5.5]]]]
+
+
+def test_layers_with_parameters_are_not_stateless() -> None:
+    with pytest.raises(TypeError, match="conv has parameters"):
+        apply_stateless(Node("c", Conv(3), (INPUT,)), [torch.zeros(1, 3, 4, 4)])
+
+
+def test_every_layer_does_what_it_says() -> None:
+    network = randomized(MIXED)
+    weights = {name.replace("/", "."): tensor for name, tensor in network.layers.state_dict().items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var, gain, offset = (
+            weights[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, var, gain, offset, training=False, eps=1e-3)
+
+    x = normal(4, *MIXED.input_shape)
+    stem = F.relu(norm(F.conv2d(x, weights["stem.weight"], padding=1), "stem.norm"))
+    grouped = F.conv2d(stem, weights["grouped.weight"], weights["grouped.bias"], padding=2, dilation=2, groups=4)
+    total = (grouped + stem).clamp(0, 6)
+    two = F.conv2d(total, weights["two.weight"])
+    joined = torch.cat([norm(two, "two.norm"), two * (two + 3).clamp(0, 6) / 6, total], 1)
+    average = F.relu(norm(F.avg_pool2d(joined, 3, 2, 1, count_include_pad=False), "average.norm"))
+    most = F.max_pool2d(average, (3, 2), 1, 1)
+    deep = F.conv2d(most, weights["deep.weight"], stride=(2, 1), padding=(1, 0), groups=20)
+    dense = F.linear((deep * deep.sigmoid()).mean((2, 3)), weights["dense.weight"], weights["dense.bias"])
+    last = norm(F.relu(norm(dense, "dense.norm")), "last.norm")
+    torch.testing.assert_close(network(x), last @ weights["out.weight"].T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_has_the_parameters_that_were_counted() -> None:
+    space = sequence(
+        (4, 6, 6), stem=Conv(8, bias=True), c=Conv(6, factorize=True), n=BatchNorm(), f=Flatten(), d=Dense(3, False)
+    )
+    for rate in (1, 2, 8):
+        network = factorize(space, make_plan(space, {"c": rate}))
+        counted = sum(parameter.numel() for parameter in Network(network).parameters())
+        assert counted == network_cost(network).params
+
+
+def test_a_layer_is_found_by_its_name() -> None:
+    space = sequence((3, 6, 6), c=Conv(4, factorize=True), f=Flatten(), d=Dense(3))
+    network = Network(factorize(space, make_plan(space, {"c": 3})))
+    assert network.layer("c.grouped").get_parameter("weight").shape == (3, 1, 3, 3)
+    assert network.layer("c.pointwise").get_parameter("weight").shape == (4, 3, 1, 1)
+    with pytest.raises(KeyError):
+        network.layer("c.relu")
+
+
+def state(network: Network) -> list[Tensor]:
+    return list(network.state_dict().values())
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    before = torch.get_rng_state()
+    one, same, other = (build(MIXED, "he_normal", seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(state(one), state(same), strict=True))
+    assert not torch.equal(one.layer("stem").get_parameter("weight"), other.layer("stem").get_parameter("weight"))
+
+
+def test_biases_start_at_zero_and_norms_at_one() -> None:
+    network = build(MIXED, "glorot_uniform", 3)
+    assert not network.layer("grouped").get_parameter("bias").any()
+    assert not network.layer("dense").get_parameter("bias").any()
+    assert torch.equal(network.layer("dense.norm").get_parameter("weight"), torch.ones(12))
+
+
+def test_initializers() -> None:
+    space = sequence((32, 8, 8), c=Conv(64, (3, 3), groups=2), a=Activation(), f=Flatten(), d=Dense(16))
+    ins, outs, within = 16 * 9, 64 * 9, 64 * 6 * 6
+    glorot = build(space, "glorot_uniform", 0)
+    for name, limit in {"c": sqrt(6 / (ins + outs)), "d": sqrt(6 / (within + 16))}.items():
+        weight = glorot.layer(name).get_parameter("weight")
+        assert 0.98 * limit < weight.abs().max() <= limit * (1 + 1e-6)
+        assert float(weight.detach().std()) == pytest.approx(limit / sqrt(3), rel=0.05)
+    he = build(space, "he_normal", 0).layer("c").get_parameter("weight")
+    assert float(he.detach().std()) == pytest.approx(sqrt(2 / ins), rel=0.05)
+    rows = build(space, "orthogonal", 0).layer("c").get_parameter("weight").flatten(1)
+    assert rows.shape == (64, prod((16, 3, 3)))
+    torch.testing.assert_close(rows @ rows.T, torch.eye(64), rtol=0, atol=1e-5)

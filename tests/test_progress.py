@@ -1,0 +1,195 @@
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from evaluations import failed, refused, trained
+from rich.console import Console
+
+from fnet_search import progress as module
+from fnet_search.macro import load_space
+from fnet_search.numerics import Numerics
+from fnet_search.plan import depthwise, make_plan, regular, uniform
+from fnet_search.policy import Constraints
+from fnet_search.progress import TerminalDisplay, candidates_table, clock
+from fnet_search.runfolder import RunFolder
+from fnet_search.search import Refused, Started
+from fnet_search.train import TrainingProgress
+from fnet_search.workers import Finished, Progressed
+
+TINY = load_space("tiny")
+CPU = Numerics("cpu", "bfloat16", True, 1)
+F2, F4 = uniform(TINY, 2), uniform(TINY, 4)
+ENDED = TrainingProgress(1, 4, True, 0.25, 1.5, 0.5, "validation")
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What time it is, in the only element."""
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def display(terminal: bool = False) -> tuple[TerminalDisplay, io.StringIO]:
+    out = io.StringIO()
+    return TerminalDisplay(Console(file=out, width=100, force_terminal=terminal, color_system=None)), out
+
+
+def begun(trials: int = 4, done: int = 0) -> tuple[TerminalDisplay, io.StringIO]:
+    shown, out = display()
+    shown.begin(RunFolder(Path("runs/one")), CPU, TINY, trials, done)
+    return shown, out
+
+
+def last(out: io.StringIO) -> str:
+    return out.getvalue().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (0.6, "0:01"),
+        (59.6, "1:00"),
+        (245, "4:05"),
+        (3599, "59:59"),
+        (3599.5, "1:00:00"),
+        (90061, "25:01:01"),
+    ],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
+    shown, out = display()
+    with shown:
+        shown.status("reading digits")
+        shown.begin(RunFolder(Path("runs/one")), CPU, TINY, 2, 0)
+        shown.show(Refused(refused(TINY, regular(TINY), 0, "811,008 conv MACs exceed the budget of 507,904")))
+        shown.show(Started(1, F2))
+        time[0] += 10
+        shown.show(Progressed(1, replace(ENDED, ended=False, done=0.2, accuracy=None)))
+        shown.show(Progressed(1, ENDED))
+        shown.show(Progressed(1, replace(ENDED, ended=False, stage="measuring", done=0.9)))
+        time[0] += 55
+        shown.show(Finished(trained(TINY, F2, 1, 0.975, 0.9251), 65.4))
+        shown.show(Started(2, make_plan(TINY, {"conv_8": 4})))
+        shown.show(Finished(failed(TINY, make_plan(TINY, {"conv_8": 4}), 2, "no luck"), 3.2))
+        shown.status("drawing figures and the report")
+    assert out.getvalue().splitlines() == [
+        "reading digits ...",
+        "study one in runs/one: up to 2 candidates; cpu, bfloat16, channels_last, 1 thread a worker",
+        "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 507,904",
+        "candidate 1 (f2, 0.508 MMAC) starts",
+        "candidate 1 (f2), 1 of 2: epoch 1 of 4, validation accuracy 50.0 %; 1:10 left",
+        "candidate 1 (f2) fp32 97.50 %, quint8 92.51 % (validation), 1:05",
+        "candidate 2 (4-1-1, 0.586 MMAC) starts",
+        "candidate 2 (4-1-1) failed: no luck, 0:03",
+        "drawing figures and the report ...",
+    ]
+
+
+def test_which_candidate_of_how_many_with_some_trained_before_and_several_at_once(time: list[float]) -> None:
+    shown, out = begun(trials=5, done=2)
+    assert last(out).startswith("study one in runs/one: up to 5 candidates, 2 trained before; ")
+    shown.show(Started(3, F2))
+    shown.show(Started(4, F4))
+    time[0] += 30
+    shown.show(Progressed(4, ENDED))
+    assert last(out) == "candidate 4 (f4), 4 of 5: epoch 1 of 4, validation accuracy 50.0 %; 5:30 left"
+    shown.show(Progressed(3, replace(ENDED, done=0.5)))
+    assert last(out).startswith("candidate 3 (f2), 3 of 5: ")
+    assert last(out).endswith("; 1:30 left"), "three quarters of three in 30 seconds"
+    shown.show(Finished(trained(TINY, F4, 4, 0.9, 0.8), 40))
+    shown.show(Progressed(3, replace(ENDED, epoch=2, accuracy=0.0)))
+    assert last(out).startswith("candidate 3 (f2), 4 of 5: epoch 2 of 4, validation accuracy 0.0 %; ")
+
+
+def test_before_anything_is_done_no_time_is_guessed(time: list[float]) -> None:
+    shown, out = begun()
+    shown.show(Started(0, F2))
+    shown.show(Progressed(0, replace(ENDED, done=0.0)))
+    assert last(out).endswith("; time left: measuring")
+
+
+def test_reading_images_is_a_line_a_quarter(time: list[float]) -> None:
+    shown, out = display()
+    for done in range(100, 1100, 100):
+        shown.loading(done, 1000)
+        time[0] += 1
+    assert out.getvalue().splitlines() == [
+        "reading images: 100 of 1,000, 0:00 left",
+        "reading images: 300 of 1,000, 0:05 left",
+        "reading images: 500 of 1,000, 0:04 left",
+        "reading images: 800 of 1,000, 0:02 left",
+        "reading images: 1,000 of 1,000, 0:00 left",
+    ]
+
+
+def test_names_are_shown_as_they_are_and_lines_are_not_broken() -> None:
+    """Brackets are markup to Rich."""
+    shown, out = display()
+    name = "[/b][red]" + "-long" * 40
+    shown.status(name)
+    shown.begin(RunFolder(Path(f"runs/{name}")), CPU, TINY, 1, 0)
+    assert out.getvalue().splitlines() == [
+        f"{name} ...",
+        f"study {Path(name).name} in runs/{name}: up to 1 candidates; {CPU}",
+    ]
+
+
+def test_a_terminal_shows_a_live_table(time: list[float]) -> None:
+    shown, out = display(terminal=True)
+    with shown:
+        shown.status("reading digits")
+        shown.loading(256, 1000)
+        shown.begin(RunFolder(Path("runs/one")), CPU, TINY, 4, 1)
+        shown.show(Started(1, F2))
+        shown.show(Started(2, F4))
+        time[0] += 30
+        shown.show(Progressed(1, ENDED))
+        shown.show(Finished(trained(TINY, F2, 1, 0.9, 0.8), 40))
+    seen = out.getvalue()
+    for words in (
+        "reading digits ...",
+        "candidate 1 (f2, 0.508 MMAC) starts",
+        "candidate 1 (f2) fp32 90.00 %, quint8 80.00 % (validation), 0:40",
+        "candidate 2 (f4)",
+        "worker starting",
+        "2 of 4 candidates trained",
+    ):
+        assert words in seen, words
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") == 1, "the cursor is hidden, and shown again"
+
+
+def test_the_table_of_candidates() -> None:
+    constraints = Constraints(conv_macs=507_904, min_quint8=0.7)
+    evaluations = (
+        refused(TINY, regular(TINY), 0, "811,008 conv MACs exceed the budget of 507,904"),
+        trained(TINY, F2, 1, 0.9, 0.81),
+        trained(TINY, F4, 2, 0.8, 0.6),
+        replace(trained(TINY, make_plan(TINY, {"conv_8": 8, "conv_16_1": 8}), 3, 0.8, 0.8), fp32_accuracy=0.0),
+        failed(TINY, depthwise(TINY), 4, "no [luck]"),
+    )
+    out = io.StringIO()
+    Console(file=out, width=150).print(candidates_table(TINY, constraints, evaluations))
+    title, *lines = out.getvalue().splitlines()
+    assert title.strip() == "candidates (accuracies on the validation split)"
+    rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+    assert rows == [
+        ["#", "plan", "conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "state"],
+        ["0", "regular", "0.811", "6", *[""] * 5, "refused: 811,008 conv MACs exceed the budget of 507,904"],
+        ["1", "f2", "0.508", "4", "90.00", "81.00", "10.00", "4.4000", "0.8500", "complete"],
+        ["2", "f4", "0.397", "3", "80.00", "60.00", "25.00", "10.4000", "1.4500", "infeasible: min_quint8"],
+        ["3", "8-8-1", "0.455", "4", "0.00", "80.00", "", "0.4000", "0.4500", "complete"],
+        ["4", "dws", "0.324", "2", *[""] * 5, "failed: no [luck]"],
+    ]
+
+
+def test_the_table_of_nothing() -> None:
+    out = io.StringIO()
+    Console(file=out, width=150).print(candidates_table(TINY, Constraints(), ()))
+    assert "candidates" in out.getvalue()

@@ -1,0 +1,626 @@
+"""The integer network against an oracle in plain numpy: int64 sums, one float32 operation at a time, and fractions
+where the runtime fuses two."""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from networks import MIXED, REUSED, batches_of, normal, randomized, sequence
+
+from fnet_search.errors import FnetError
+from fnet_search.fold import fold
+from fnet_search.macro import (
+    INPUT,
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Function,
+    Layer,
+    Macroarchitecture,
+    Node,
+    Pool,
+    load_space,
+)
+from fnet_search.plan import factorize, parse_plan
+from fnet_search.quantize import (
+    QuantizedLayer,
+    QuantizedNetwork,
+    QuantParams,
+    accumulate,
+    quant_params,
+    quantize,
+    quantize_layer,
+    requantize,
+    table,
+)
+from fnet_search.ranges import RangeMethod, calibrate, carriers
+from fnet_search.weights import read_tensors, write_tensors
+
+Array = npt.NDArray[Any]
+F32 = np.float32
+
+
+def clipped(x: Array) -> Array:
+    return np.clip(x, 0, 255).astype(np.int64)
+
+
+def dequantized(codes: Array, params: QuantParams) -> Array:
+    return F32(params.scale) * (codes - params.zero).astype(F32)
+
+
+def quantized(x: Array, params: QuantParams) -> Array:
+    assert x.dtype == F32
+    return clipped(np.rint(x / F32(params.scale)) + params.zero)
+
+
+def summed(layer: Conv | Dense, codes: Array, zero: int, weights: QuantizedLayer) -> Array:
+    """Rule 7, in int64."""
+    x, bias = codes.astype(np.int64) - zero, weights.bias.numpy().astype(np.int64)
+    w = weights.codes.numpy().astype(np.int64) - weights.params.zero
+    if isinstance(layer, Dense):
+        return np.asarray(x @ w.T + bias)
+    (high, wide), (down, across), (deep, broad) = layer.kernel, layer.stride, layer.dilation
+    x = np.pad(x, ((0, 0), (0, 0), (layer.padding[0],) * 2, (layer.padding[1],) * 2))
+    rows = (x.shape[2] - deep * (high - 1) - 1) // down + 1
+    columns = (x.shape[3] - broad * (wide - 1) - 1) // across + 1
+    total = np.zeros((len(x), len(w), rows, columns), dtype=np.int64)
+    ins, outs = w.shape[1], len(w) // layer.groups
+    for group in range(layer.groups):
+        mine, theirs = slice(group * outs, (group + 1) * outs), slice(group * ins, (group + 1) * ins)
+        for i in range(high):
+            for j in range(wide):
+                seen = x[:, theirs, i * deep :: down, j * broad :: across][:, :, :rows, :columns]
+                total[:, mine] += np.einsum("nchw,kc->nkhw", seen, w[mine, :, i, j])
+    return np.asarray(total + bias[:, None, None])
+
+
+def requantized(total: Array, multiplier: np.float32, target: QuantParams) -> Array:
+    """Rule 8."""
+    return clipped(np.rint(total.astype(F32) * multiplier) + target.zero)
+
+
+def averaged(layer: Pool, codes: Array, source: QuantParams, target: QuantParams) -> Array:
+    """Rule 12, a pixel at a time."""
+    x = dequantized(codes, source)
+    (high, wide), (down, across), (top, left) = layer.kernel, layer.step, layer.padding
+    rows, columns = (
+        (n + 2 * p - k) // s + 1
+        for n, k, s, p in zip(x.shape[2:], layer.kernel, layer.step, layer.padding, strict=True)
+    )
+    y = np.empty((*x.shape[:2], rows, columns), dtype=F32)
+    for row in range(rows):
+        for column in range(columns):
+            total, count = np.zeros(x.shape[:2], dtype=F32), 0
+            for i in range(row * down - top, row * down - top + high):
+                for j in range(column * across - left, column * across - left + wide):
+                    if 0 <= i < x.shape[2] and 0 <= j < x.shape[3]:
+                        total, count = total + x[:, :, i, j], count + 1
+            y[:, :, row, column] = total / F32(count)
+    return clipped(np.rint(y / F32(target.scale) + F32(target.zero)))
+
+
+def rounded(value: Fraction) -> Fraction:
+    """To float32, once, ties to even."""
+    guess = F32(float(value))
+    near = [np.nextafter(guess, F32(side)) for side in (-np.inf, np.inf)] + [guess]
+    return min((abs(Fraction(float(x)) - value), int(x.view(np.int32)) & 1, Fraction(float(x))) for x in near)[2]
+
+
+def added(a: Array, b: Array, of_a: QuantParams, of_b: QuantParams, target: QuantParams) -> Array:
+    """Rule 13, with each fma rounded once."""
+    r_a, r_b = (Fraction(float(F32(one.scale) / F32(target.scale))) for one in (of_a, of_b))
+    c = rounded(target.zero - rounded(r_a * of_a.zero + rounded(r_b * of_b.zero)))
+    inner = [rounded(q * r_b + c) for q in range(256)]
+    codes = [round(rounded(int(x) * r_a + inner[int(y)])) for x, y in zip(a.flat, b.flat, strict=True)]
+    return clipped(np.array(codes, dtype=object).reshape(a.shape))
+
+
+FORMULAS: Mapping[str, Any] = {
+    "identity": lambda x: x,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "hardsigmoid": lambda x: np.clip(x + 3, 0, 6) / 6,
+    "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+
+
+def looked_up(function: str, codes: Array, source: QuantParams, target: QuantParams) -> Array:
+    """Rule 16."""
+    with np.errstate(over="ignore"):
+        return quantized(FORMULAS[function](dequantized(codes, source).astype(np.float64)).astype(F32), target)
+
+
+def most(layer: Pool, codes: Array) -> Array:
+    (high, wide), (down, across), (top, left) = layer.kernel, layer.step, layer.padding
+    x = np.pad(codes, ((0, 0), (0, 0), (top, top), (left, left)), constant_values=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(x, (high, wide), axis=(2, 3))
+    return np.asarray(windows[:, :, ::down, ::across].max((4, 5)))
+
+
+def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Array:
+    """What a node must give for the codes of its inputs."""
+    carrier = carriers(network.network)
+    sources = [network.params[carrier[name]] for name in node.inputs]
+    target, source, codes = network.params[carrier[node.name]], sources[0], inputs[0]
+    match node.layer:
+        case Conv() | Dense() as layer:
+            weights = network.layers[node.name]
+            scale = F32(source.scale) * F32(weights.params.scale)
+            total = summed(layer, codes, source.zero, weights)
+            return requantized(total, F32(scale / F32(target.scale)), target)
+        case Activation(function):
+            return codes if carrier[node.inputs[0]] == node.name else looked_up(function, codes, source, target)
+        case Pool(reduction="max") as layer:
+            return most(layer, codes)
+        case Pool(reduction="average") as layer:
+            return averaged(layer, codes, source, target)
+        case Pool():
+            pixels = codes.shape[2] * codes.shape[3]
+            multiplier = F32(source.scale) / (F32(target.scale) * F32(pixels))
+            return requantized((codes - source.zero).sum((2, 3), keepdims=True), multiplier, target)
+        case Flatten():
+            return codes.reshape(len(codes), -1)
+        case Add():
+            return added(codes, inputs[1], source, sources[1], target)
+        case Concat():
+            parts = zip(inputs, sources, strict=True)
+            return np.concatenate([looked_up("identity", part, params, target) for part, params in parts], 1)
+    raise AssertionError(node)
+
+
+def check(network: QuantizedNetwork, x: torch.Tensor) -> dict[str, Array]:
+    """Compares every node with the oracle; returns the codes."""
+    codes = {INPUT: quantized(x.numpy(), network.params[INPUT])}
+    for node, output in network.codes(x):
+        assert output.dtype == torch.uint8
+        codes[node.name] = output.numpy().astype(np.int64)
+        wanted = expected(network, node, [codes[name] for name in node.inputs])
+        assert np.array_equal(codes[node.name], wanted), (node, np.abs(codes[node.name] - wanted).max())
+    last = network.network.output
+    logits = dequantized(codes[last], network.params[carriers(network.network)[last]])
+    assert np.array_equal(network(x).numpy(), logits)
+    return codes
+
+
+def integer(space: Macroarchitecture, x: torch.Tensor, percentile: str = "1", seed: int = 0) -> QuantizedNetwork:
+    folded = fold(randomized(space, seed))
+    return quantize(folded, calibrate(folded, batches_of(x), RangeMethod(Fraction(percentile))))
+
+
+@pytest.mark.parametrize("percentile", ["0", "1", "20"])
+@pytest.mark.parametrize("space", [MIXED, REUSED], ids=["mixed", "reused"])
+def test_whole_networks(space: Macroarchitecture, percentile: str) -> None:
+    for seed in range(2):
+        x = normal(4, *space.input_shape, seed=seed)
+        codes = check(integer(space, x[:3], percentile, seed), x)
+        assert all(len(np.unique(values)) > 3 for values in codes.values())
+
+
+@pytest.mark.parametrize("plan", ["regular", "init2", "dws"])
+def test_factorized_networks(plan: str) -> None:
+    space = load_space("tiny")
+    x = normal(2, *space.input_shape)
+    check(integer(factorize(space, parse_plan(space, plan)), x), x)
+
+
+def weights_of(layer: Conv | Dense, channels: int, kind: str, rng: np.random.Generator) -> QuantizedLayer:
+    """Codes: random ones with an odd zero point, all 255, or 0 and 255 about 128."""
+    if isinstance(layer, Conv):
+        shape: tuple[int, ...] = (layer.out_channels, channels // layer.groups, *layer.kernel)
+    else:
+        shape = (layer.out_features, channels)
+    codes = {
+        "random": lambda: rng.integers(0, 256, shape),
+        "full": lambda: np.full(shape, 255),
+        "signs": lambda: rng.choice([0, 255], shape),
+    }[kind]()
+    zero = {"random": 77, "full": 0, "signs": 128}[kind]
+    bias = torch.from_numpy(rng.integers(-9999, 9999, shape[0]).astype(np.int32))
+    return QuantizedLayer(torch.from_numpy(codes.astype(np.uint8)), QuantParams(float(F32(0.013)), zero), bias)
+
+
+KINDS = ["random", "full", "signs"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("layer", "channels", "size"),
+    [
+        (Conv(5), 3, (7, 6)),
+        (Conv(4, (1, 1)), 9, (5, 5)),
+        (Conv(6, (3, 2), (2, 1), (1, 2), (1, 2)), 4, (9, 8)),
+        (Conv(8, (3, 3), (2, 2), (2, 1), groups=2), 6, (9, 8)),
+        (Conv(24, (3, 3), (1, 1), (1, 1), groups=12), 12, (5, 5)),
+        (Conv(64, (3, 3), (1, 1), (1, 1), groups=64), 64, (4, 4)),
+        (Conv(5, (3, 3), padding=(1, 1)), 256, (4, 4)),
+        (Conv(4, (3, 3), padding=(1, 1), groups=2), 128, (4, 4)),
+        (Conv(4, (5, 5), (1, 1), (2, 2)), 100, (5, 5)),
+        (Conv(2, (17, 17), padding=(1, 1)), 2, (17, 17)),
+        (Conv(2, (18, 18), padding=(1, 1), groups=2), 2, (18, 17)),
+        (Dense(7), 40, None),
+        (Dense(3), 4096, None),
+    ],
+    ids=str,
+)
+def test_sums_are_exact(layer: Conv | Dense, channels: int, size: tuple[int, int] | None, kind: str) -> None:
+    """Those whose sums leave the integers of float32 too: with 29 full 3x3 channels, 259 full inputs, 17x17 windows."""
+    rng = np.random.default_rng(1)
+    weights = weights_of(layer, channels, kind, rng)
+    shape = (3, channels, *(size or ()))
+    codes = rng.integers(0, 256, shape).astype(np.uint8)
+    codes[0] = 255
+    for zero in (0, 13, 255):
+        total = accumulate(layer, torch.from_numpy(codes), zero, weights)
+        assert total.dtype == torch.int32
+        assert np.array_equal(total.numpy(), summed(layer, codes, zero, weights))
+
+
+def test_these_sums_leave_the_integers_of_float32() -> None:
+    """What the test above is about: there a plain float32 sum is wrong."""
+    rng = np.random.default_rng(1)
+    layer = Dense(3)
+    weights = weights_of(layer, 4096, "random", rng)
+    codes = rng.integers(0, 256, (3, 4096)).astype(np.uint8)
+    total = summed(layer, codes, 0, weights)
+    assert np.abs(total).max() > 1 << 24
+    assert not np.array_equal(total.astype(F32).astype(np.int64), total)
+
+
+def given(rng: np.random.Generator, scale: float, zero: int) -> QuantParams:
+    return QuantParams(float(F32(scale * rng.uniform(0.7, 1.4))), zero)
+
+
+ZEROS = [(0, 0), (255, 0), (0, 255), (3, 101), (127, 128), (201, 77)]
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Conv(6, padding=(1, 1)),
+        Conv(8, padding=(2, 2), dilation=(2, 2), groups=4),
+        Conv(8, stride=(2, 2), padding=(1, 1), groups=8),
+        Dense(20),
+    ],
+    ids=str,
+)
+def test_layers_with_weights_and_any_zero_points(layer: Conv | Dense, kind: str, zeros: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 256, (6, 8, 9, 8))
+    codes[0], codes[1] = 255, 0
+    seen = codes.reshape(6, -1) if isinstance(layer, Dense) else codes
+    weights, source = weights_of(layer, seen.shape[1], kind, rng), given(rng, 0.03, zeros[0])
+    reach = np.abs(summed(layer, seen, source.zero, weights)).max()
+    target = given(rng, source.scale * weights.params.scale * reach / 200, zeros[1])
+    layers: dict[str, Layer] = (
+        {"f": Flatten(), "op": layer} if isinstance(layer, Dense) else {"op": layer, "f": Flatten()}
+    )
+    network = QuantizedNetwork(sequence((8, 9, 8), **layers), {INPUT: source, "op": target}, {"op": weights})
+    check(network, torch.from_numpy(dequantized(codes, source)))
+
+
+FUNCTIONS: tuple[Function, ...] = ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Pool("global_average"),
+        Pool("average"),
+        Pool("average", (3, 2), (2, 1), (1, 1)),
+        Pool("max", (3, 3), (2, 2), (1, 1)),
+        *(Activation(function) for function in FUNCTIONS),
+    ],
+    ids=str,
+)
+def test_layers_without_weights_and_any_zero_points(layer: Layer, zeros: tuple[int, int]) -> None:
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 256, (6, 8, 9, 8))
+    codes[0], codes[1] = 255, 0
+    source, target = given(rng, 0.03, zeros[0]), given(rng, 0.02, zeros[1])
+    network = QuantizedNetwork(sequence((8, 9, 8), op=layer, f=Flatten()), {INPUT: source, "op": target}, {})
+    check(network, torch.from_numpy(dequantized(codes, source)))
+
+
+@pytest.mark.parametrize("zeros", ZEROS)
+@pytest.mark.parametrize("joint", [Add(), Concat()], ids=str)
+@pytest.mark.parametrize("order", [("other", INPUT), (INPUT, "other"), (INPUT, INPUT)])
+@pytest.mark.parametrize("function", [None, "relu", "relu6"])
+def test_joints_with_any_zero_points(
+    joint: Layer, order: tuple[str, str], function: Function | None, zeros: tuple[int, int]
+) -> None:
+    rng = np.random.default_rng(6)
+    depthwise = Conv(8, (1, 1), groups=8)
+    nodes = [Node("other", depthwise, (INPUT,)), Node("joint", joint, order)]
+    if INPUT == order[0] == order[1]:
+        nodes = nodes[1:]
+    params = {INPUT: given(rng, 0.03, zeros[0]), "other": given(rng, 0.04, zeros[1])}
+    if function:
+        nodes.append(Node("act", Activation(function), ("joint",)))
+    params[nodes[-1].name] = given(rng, 0.05, 0 if function else zeros[0])
+    nodes.append(Node("f", Flatten(), (nodes[-1].name,)))
+    codes = rng.integers(0, 256, (3, 8, 5, 5))
+    layers = {"other": weights_of(depthwise, 8, "random", rng)}
+    network = QuantizedNetwork(Macroarchitecture("n", (8, 5, 5), tuple(nodes)), params, layers)
+    check(network, torch.from_numpy(dequantized(codes, params[INPUT])))
+
+
+def test_a_concat_of_equal_parameters_copies() -> None:
+    params = QuantParams(float(F32(0.1)), 9)
+    nodes = (Node("c", Concat(), (INPUT, INPUT)), Node("f", Flatten(), ("c",)))
+    network = QuantizedNetwork(Macroarchitecture("n", (1, 16, 16), nodes), {INPUT: params, "c": params}, {})
+    codes = torch.arange(256).view(1, 1, 16, 16)
+    assert check(network, params.dequantize(codes))["f"].tolist() == [[*range(256), *range(256)]]
+
+
+def test_a_concat_of_equal_scales_moves_the_zero_point() -> None:
+    source, target = QuantParams(float(F32(0.1)), 9), QuantParams(float(F32(0.1)), 12)
+    nodes = (Node("c", Concat(), (INPUT, INPUT)), Node("f", Flatten(), ("c",)))
+    network = QuantizedNetwork(Macroarchitecture("n", (1, 2, 2), nodes), {INPUT: source, "c": target}, {})
+    x = source.dequantize(torch.tensor([0, 9, 251, 255]).view(1, 1, 2, 2))
+    assert check(network, x)["f"].tolist() == [[3, 12, 254, 255] * 2]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "zero"),
+    [
+        (0.0, 255.0, 1.0, 0),
+        (-255.0, 0.0, 1.0, 255),
+        (-3.0, 252.0, 1.0, 3),
+        (-2.5, 252.5, 1.0, 2),  # halves go to the even
+        (-3.5, 251.5, 1.0, 4),
+        (-0.4, 254.6, 1.0, 0),
+        (3.0, 510.0, 2.0, 0),  # widened to hold zero
+        (-510.0, -7.0, 2.0, 255),
+        (5.1, 5.1, 0.02, 0),
+        (-5.1, -5.1, 0.02, 255),
+        (0.0, 0.0, 1.0, 0),  # nothing to tell apart
+        (-0.0, 0.0, 1.0, 0),
+        (0.0, 1e-50, 1.0, 0),
+        (-1e30, 1e30, 2e30 / 255, 128),
+        (0.0, 1e-30, 1e-30 / 255, 0),
+    ],
+)
+def test_parameters_of_a_range(low: float, high: float, scale: float, zero: int) -> None:
+    assert quant_params(low, high) == QuantParams(float(F32(scale)), zero)
+
+
+def test_the_zero_point_is_computed_with_the_scale_before_it_is_rounded() -> None:
+    """A step of 1 + 2^-30 is 1 in float32; the zero point is just below a half, or just above."""
+    step = 1 + 2**-30
+    for halves in (5, 7, 201, 203):
+        low = -halves / 2 * 1.0
+        exact, coarse = np.rint(-low / step), np.rint(-low / F32(step))
+        assert quant_params(low, 255 * step + low) == QuantParams(1.0, int(exact))
+        assert exact == halves // 2
+        assert coarse == round(halves / 2)
+
+
+def test_zero_is_always_exact() -> None:
+    rng = np.random.default_rng(0)
+    for low, high in rng.normal(size=(200, 2)) * 10.0 ** rng.integers(-9, 9, (200, 1)):
+        params = quant_params(float(low), float(high))
+        assert 0 <= params.zero <= 255
+        assert params.scale == float(F32(params.scale))
+        assert params.dequantize(params.quantize(torch.zeros(1))).item() == 0
+
+
+def test_quantizing_rounds_halves_to_even_and_clips() -> None:
+    params = QuantParams(0.5, 3)
+    x = torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75, 0.0, 1e30, -1e30, float("inf"), -float("inf"), 126.0, 126.25])
+    assert params.quantize(x).tolist() == [3, 5, 5, 3, 1, 3, 255, 0, 255, 0, 255, 255]
+    assert params.dequantize(torch.tensor([0, 3, 255], dtype=torch.uint8)).tolist() == [-1.5, 0, 126]
+
+
+def test_quantizing_divides() -> None:
+    """The runtime divides by the scale; a product with its reciprocal gives another code now and then."""
+    params = QuantParams(float(F32(0.1)), 0)
+    halves = (np.arange(0, 255) + F32(0.5)).astype(F32) * F32(0.1)
+    x = np.concatenate([np.nextafter(halves, F32(0)), halves, np.nextafter(halves, F32(99))])
+    assert np.array_equal(params.quantize(torch.from_numpy(x)).numpy(), quantized(x, params))
+    assert not np.array_equal(clipped(np.rint(x * (F32(1) / F32(0.1)))), quantized(x, params))
+
+
+def test_requantizing_adds_the_zero_point_after_rounding() -> None:
+    total = torch.tensor([-3, -1, 0, 1, 3, 5, 600, -600], dtype=torch.int32)
+    assert requantize(total, 0.5, QuantParams(1.0, 3)).tolist() == [1, 3, 3, 3, 5, 5, 255, 0]
+    assert requantize(total, 0.5, QuantParams(1.0, 0)).tolist() == [0, 0, 0, 0, 2, 2, 255, 0]
+
+
+def test_requantizing_multiplies_in_float32() -> None:
+    """With a float64 product a few of these would differ by one."""
+    rng = np.random.default_rng(0)
+    target = QuantParams(1.0, 100)
+    differ = 0
+    for multiplier in rng.uniform(1e-6, 1e-5, 50).astype(F32):
+        halves = ((rng.integers(-100, 155, 2000) + 0.5) / float(multiplier)).astype(np.int64)
+        total = np.concatenate([halves, halves + 1, halves - 1]).astype(np.int32)
+        found = requantize(torch.from_numpy(total), multiplier, target).numpy()
+        assert np.array_equal(found, requantized(total, multiplier, target))
+        differ += int((found != clipped(np.rint(total * float(multiplier)) + 100)).sum())
+    assert differ > 10
+
+
+def test_an_average_pool_adds_the_zero_point_before_rounding() -> None:
+    """The mean of 1 and 2 is 1.5, and 1.5 + 1 rounds to 2, though 1.5 rounds to 2 and 2 + 1 is 3."""
+    nodes = (Node("p", Pool("average", (1, 2)), (INPUT,)), Node("f", Flatten(), ("p",)))
+    params = {INPUT: QuantParams(1.0, 0), "p": QuantParams(1.0, 1)}
+    network = QuantizedNetwork(Macroarchitecture("n", (1, 1, 2), nodes), params, {})
+    assert check(network, torch.tensor([[[[1.0, 2.0]]]]))["p"].tolist() == [[[[2]]]]
+
+
+def test_a_global_average_divides_by_a_rounded_product() -> None:
+    """0.3 / (0.1 * 6) is 0.5 in float32, 0.3 / 0.1 / 6 a little less: halves tell."""
+    nodes = (Node("p", Pool("global_average"), (INPUT,)), Node("f", Flatten(), ("p",)))
+    params = {INPUT: QuantParams(float(F32(0.3)), 0), "p": QuantParams(float(F32(0.1)), 0)}
+    network = QuantizedNetwork(Macroarchitecture("n", (3, 2, 3), nodes), params, {})
+    codes = torch.zeros(1, 3, 2, 3)
+    codes[0, :, 0, 0] = torch.tensor([3.0, 7.0, 11.0])
+    assert check(network, params[INPUT].dequantize(codes))["f"].tolist() == [[2, 4, 6]]  # of 1.5, 3.5, 5.5
+
+
+@pytest.mark.parametrize("order", [(INPUT, "b"), ("b", INPUT)])
+def test_an_add_fuses_in_the_order_of_its_inputs(order: tuple[str, str]) -> None:
+    """With these scales a tenth of all sums are halves in real numbers; rounding decides."""
+    of_a, of_b, target = (QuantParams(float(F32(scale)), zero) for scale, zero in ((1.0, 110), (0.3, 179), (0.6, 162)))
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (1, 4, 30, 30))
+    other = Conv(4, (1, 1))
+    weights = QuantizedLayer(
+        torch.from_numpy(rng.integers(0, 256, (4, 4, 1, 1)).astype(np.uint8)),
+        QuantParams(float(F32(0.001)), 128),
+        torch.zeros(4, dtype=torch.int32),
+    )
+    nodes = (Node("b", other, (INPUT,)), Node("sum", Add(), order), Node("f", Flatten(), ("sum",)))
+    params = {INPUT: of_a, "b": of_b, "sum": target}
+    network = QuantizedNetwork(Macroarchitecture("n", (4, 30, 30), nodes), params, {"b": weights})
+    found = check(network, torch.from_numpy(dequantized(codes, of_a)))
+    (a, b), (of_a, of_b) = ([values[name] for name in order] for values in (found, params))
+    assert (added(b, a, of_b, of_a, target) != found["sum"]).mean() > 0.03
+    r_a, r_b = (F32(one.scale) / F32(target.scale) for one in (of_a, of_b))
+    c = F32(target.zero) - (r_a * F32(of_a.zero) + r_b * F32(of_b.zero))
+    one_by_one = clipped(np.rint(a.astype(F32) * r_a + (b.astype(F32) * r_b + c)))
+    assert (one_by_one != found["sum"]).sum() > 10
+
+
+def test_tables() -> None:
+    source, target = QuantParams(0.0625, 128), QuantParams(0.03125, 10)
+    assert table("identity", source, source).tolist() == list(range(256))
+    assert table("identity", QuantParams(1.0, 0), QuantParams(2.0, 7)).tolist()[:6] == [7, 7, 8, 9, 9, 9]
+    assert table("relu", source, target).tolist() == [min(255, 10 + 2 * max(0, q - 128)) for q in range(256)]
+    assert table("relu6", source, target).tolist() == [10 + min(192, 2 * max(0, q - 128)) for q in range(256)]
+    assert table("hardsigmoid", source, target).tolist()[128] == 10 + 16
+
+
+def test_weights_by_min_and_max_and_biases_in_their_scale() -> None:
+    weight = torch.tensor([[-1.0, 0.5], [126.5, 3.0], [0.25, -0.75]])
+    layer = quantize_layer(weight, torch.tensor([0.625, 0.875, -0.625]), QuantParams(0.5, 99))
+    assert layer.params == QuantParams(0.5, 2)
+    assert layer.codes.tolist() == [[0, 3], [255, 8], [2, 0]]
+    assert layer.bias.dtype == torch.int32
+    assert layer.bias.tolist() == [2, 4, -2]  # in steps of 0.25, halves to the even
+
+
+def test_biases_are_rounded_in_float64() -> None:
+    """A float32 quotient has no odd numbers above 2^24."""
+    weight = torch.tensor([[127.5], [255.0]])
+    source = QuantParams(float(F32(1e-7)), 0)
+    bias = torch.tensor([12.345678, -34.56789])
+    layer = quantize_layer(weight, bias, source)
+    scale = float(F32(1e-7) * F32(1.0))
+    exact = [int(np.rint(value / scale)) for value in bias.double().tolist()]
+    assert layer.bias.tolist() == exact
+    assert any(value != int(F32(value)) for value in exact)
+
+
+def test_sums_that_could_leave_int32_are_refused() -> None:
+    count = 2**31 // (255 * 255)
+    room = 2**31 - 1 - count * 255 * 255
+    weight = torch.full((1, count), 127.5)
+    for sign in (1, -1):
+        layer = quantize_layer(weight * sign, torch.tensor([sign * room * 0.5]), QuantParams(1.0, 0))
+        assert layer.params == QuantParams(0.5, 0 if sign == 1 else 255)
+        assert layer.bias.tolist() == [sign * room]
+        with pytest.raises(FnetError, match=r"int32 accumulation can overflow: .* reaches 2\.15e\+09"):
+            quantize_layer(weight * sign, torch.tensor([sign * (room + 1) * 0.5]), QuantParams(1.0, 0))
+    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
+        quantize_layer(torch.ones(1, count + 1), torch.zeros(1), QuantParams(1.0, 0))
+    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
+        quantize_layer(torch.ones(1, 1), torch.tensor([1e30]), QuantParams(1.0, 0))
+
+
+def test_a_bias_scale_that_vanishes_is_refused() -> None:
+    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
+        quantize_layer(torch.full((1, 1), 1e-30), torch.zeros(1), QuantParams(float(F32(1e-30)), 0))
+
+
+def test_the_layer_that_cannot_be_quantized_is_named() -> None:
+    space = sequence((3, 4, 4), c=Conv(4), r=Activation(), d=Conv(4, (1, 1)), f=Flatten())
+    folded = fold(randomized(space))
+    stats = calibrate(folded, batches_of(normal(4, 3, 4, 4)), RangeMethod())
+    folded.bias["d"].fill_(1e30)
+    with pytest.raises(FnetError, match="layer 'd': int32 accumulation can overflow"):
+        quantize(folded, stats)
+
+
+def test_ranges_become_parameters() -> None:
+    folded = fold(randomized(MIXED))
+    stats = calibrate(folded, batches_of(normal(8, *MIXED.input_shape)), RangeMethod())
+    network = quantize(folded, stats)
+    assert network.params == {name: quant_params(tensor.low, tensor.high) for name, tensor in stats.items()}
+    assert network.params["stem.act"].zero == network.params["sum.act"].zero == 0
+    assert network.params["sum.act"].scale <= F32(6 / 255)
+    for name, layer in network.layers.items():
+        weight = folded.weight[name]
+        assert layer.params == quant_params(float(weight.min()), float(weight.max()))
+        assert np.array_equal(layer.codes.numpy(), quantized(weight.numpy(), layer.params))
+        source = network.params[carriers(folded.network)[folded.network.by_name[name].inputs[0]]]
+        scale = float(F32(source.scale) * F32(layer.params.scale))
+        assert np.array_equal(layer.bias.numpy(), np.rint(folded.bias[name].double().numpy() / scale))
+
+
+DEGENERATE: dict[str, tuple[float, float, float]] = {
+    "dead weights": (0.0, 1.0, 1.0),
+    "dead ReLU": (0.0, -1.0, 1.0),
+    "constant image": (1.0, 0.5, 0.0),
+    "dead weights and biases": (0.0, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize(("weight", "bias", "spread"), DEGENERATE.values(), ids=DEGENERATE.keys())
+def test_degenerate_layers(weight: float, bias: float, spread: float) -> None:
+    space = sequence((3, 6, 6), c=Conv(4, bias=True), r=Activation(), n=BatchNorm(), d=Conv(4, (2, 2)), f=Flatten())
+    folded = fold(randomized(space))
+    folded.weight["c"].mul_(weight)
+    folded.bias["c"].fill_(bias)
+    x = 3 + spread * normal(4, 3, 6, 6)
+    network = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()))
+    check(network, x)
+    if bias < 0:
+        assert network.params["r"] == QuantParams(1.0, 0)
+
+
+def test_quantized_networks_come_near_the_float_one() -> None:
+    folded = fold(randomized(MIXED))
+    x = normal(16, *MIXED.input_shape)
+    network = quantize(folded, calibrate(folded, batches_of(x), RangeMethod(Fraction(0))))
+    y = folded(x)
+    assert (network(x) - y).square().mean() < 0.01 * y.var()
+
+
+def test_a_quantized_network_comes_back_from_its_file(tmp_path: Path) -> None:
+    x = normal(4, *MIXED.input_shape)
+    network = integer(MIXED, x)
+    write_tensors(tmp_path / "q", network.to_tensors(), {})
+    tensors, _ = read_tensors(tmp_path / "q")
+    found = QuantizedNetwork.from_tensors(network.network, tensors)
+    assert found.params == network.params
+    assert {name: layer.params for name, layer in found.layers.items()} == {
+        name: layer.params for name, layer in network.layers.items()
+    }
+    assert torch.equal(found(x), network(x))
+    assert found.to_tensors().keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["input.output.zero", "deep.act.output.scale", "out.bias", "stem.weight", "stem.weight.zero"]
+)
+def test_a_file_that_lacks_something_is_refused(name: str) -> None:
+    network = integer(MIXED, normal(2, *MIXED.input_shape))
+    tensors = network.to_tensors()
+    del tensors[name]
+    with pytest.raises(FnetError, match=rf"do not fit the network: '{name}' is missing"):
+        QuantizedNetwork.from_tensors(network.network, tensors)

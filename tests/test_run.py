@@ -1,0 +1,390 @@
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from fnet_policies import Random
+from fnet_search.data import hold_out, load_dataset
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import load_candidate, measure
+from fnet_search.macro import load_space
+from fnet_search.numerics import Numerics
+from fnet_search.plan import parse_plan
+from fnet_search.policy import Constraints, Evaluation, Policy
+from fnet_search.ranges import parse_ranges
+from fnet_search.recipe import load_recipe
+from fnet_search.run import Outcome, Request, report_again, run_study
+from fnet_search.runfolder import RunFolder
+from fnet_search.search import Event, FixedPlans, Started
+from fnet_search.weights import read_tensors
+
+TINY = load_space("tiny")
+SEARCH = Request(
+    space=TINY,
+    dataset="digits",
+    recipe=load_recipe("quick").with_epochs(1),
+    policy_name="random",
+    constraints=Constraints(conv_macs=600_000),
+    ranges=parse_ranges("percentile:1"),
+    seed=3,
+    split="validation",
+    device="cpu",
+    dtype="float32",
+    storage=None,
+    data_dir=Path("data"),
+    download=False,
+)
+GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), split="test")
+
+
+class Notes:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.begun: list[tuple[int, int]] = []
+        self.events: list[Event] = []
+
+    def status(self, text: str) -> None:
+        self.texts.append(text)
+
+    def loading(self, done: int, total: int) -> None:
+        self.texts.append(f"{done} of {total}")
+
+    def begin(self, run: RunFolder, numerics: Numerics, space: object, trials: int, done: int) -> None:
+        self.begun.append((trials, done))
+
+    def show(self, event: Event) -> None:
+        self.events.append(event)
+
+    @property
+    def started(self) -> list[int]:
+        return [event.number for event in self.events if isinstance(event, Started)]
+
+
+def go(
+    folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = Random(), workers: int = 1
+) -> tuple[Outcome, Notes]:
+    notes = Notes()
+    return run_study(request, policy, RunFolder(folder), trials, workers, notes), notes
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """An uninterrupted search for two candidates. Copy it before anything is changed."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return folder, go(folder)[0]
+
+
+@pytest.fixture
+def run(whole: tuple[Path, Outcome], tmp_path: Path) -> Path:
+    """A copy of the uninterrupted search."""
+    return Path(shutil.copytree(whole[0], tmp_path / "copy"))
+
+
+def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evaluated(
+    whole: tuple[Path, Outcome],
+) -> None:
+    folder, outcome = whole
+    winner, test = outcome.winner, outcome.test
+    assert winner is not None
+    assert test is not None
+    assert [one.number for one in outcome.evaluations] == [0, 1]
+    assert winner == max(outcome.evaluations, key=lambda one: one.quint8_accuracy or 0)
+    assert outcome.feasible
+    assert (winner.split, test.split, test.number, test.layers) == ("validation", "test", winner.number, ())
+    data = hold_out(load_dataset("digits", TINY.input_shape))
+    networks = load_candidate(outcome.space, winner.plan, folder / "best")
+    assert asdict(measure(*networks, data, data.evaluation)) == {
+        name: getattr(winner, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")
+    }
+    assert test.quint8_accuracy == measure(*networks, data, data.test).quint8_accuracy
+    assert Evaluation.from_json(json.loads((folder / "best" / "test.json").read_text())) == test
+    line = outcome.headline(Path("here"))
+    assert line.startswith(f"winner: candidate {winner.number} (")
+    assert line.endswith("; files in here/best")
+    assert f"validation fp32 {100 * (winner.fp32_accuracy or 0):.2f} %" in line
+    assert f"test fp32 {100 * (test.fp32_accuracy or 0):.2f} %" in line
+
+
+def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> None:
+    config = json.loads((whole[0] / "config.json").read_text())
+    assert config["numerics"] == {"device": "cpu", "dtype": "float32", "channels_last": True, "threads": 1}
+    assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
+    assert (config["seed"], config["split"], config["study"], config["storage"]) == (3, "validation", "whole", None)
+    assert config["recipe"]["epochs"] == 1
+    assert config["data"]["classes"] == list("0123456789")
+    assert {"fnet-search", "torch", "optuna"} <= config["versions"].keys()
+
+
+def test_a_finished_run_does_nothing_again(run: Path, whole: tuple[Path, Outcome]) -> None:
+    """In a folder of another name, too."""
+    before = files_in(run)
+    outcome, notes = go(run)
+    assert (notes.started, notes.begun) == ([], [(2, 2)])
+    assert not any("measuring the winner" in text for text in notes.texts)
+    assert replace(outcome, report=whole[1].report) == whole[1]
+    after = files_in(run)
+    assert after.keys() == before.keys()
+    assert [name for name in after if after[name] != before[name]] in ([], ["journal.log"])
+
+
+def test_more_trials_go_on_and_more_workers_may(run: Path, whole: tuple[Path, Outcome]) -> None:
+    outcome, notes = go(run, 4, workers=2)
+    assert (notes.started, notes.begun) == ([2, 3], [(4, 2)])
+    assert outcome.evaluations[:2] == whole[1].evaluations
+    assert len({one.plan for one in outcome.evaluations}) == 4
+    assert all(one.cost.conv_macs <= 600_000 for one in outcome.evaluations)
+
+
+def tear_journal(run: Path) -> None:
+    """The last candidate is lost, and half a line and a lock are left."""
+    journal = run / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    second = [index for index, line in enumerate(lines) if b'"number":1' in line or b'"number": 1' in line][0]
+    journal.write_bytes(b"".join(lines[: second + 3]) + lines[second + 3][:20])
+    (run / "journal.log.lock").symlink_to(journal)
+
+
+def leave_temporary_files(run: Path) -> None:
+    tear_journal(run)
+    (run / ".candidates.csv.99.tmp").write_text("number,pl")
+    (run / ".dataset.safetensors").write_text("half")
+    (run / "candidates" / "001" / ".weights.safetensors.99.tmp").write_text("half")
+    (run / ".best").mkdir()
+
+
+def leave_the_configuration_only(run: Path) -> None:
+    for path in run.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "config.json":
+            path.unlink()
+
+
+def truncate_checkpoint(run: Path) -> None:
+    tear_journal(run)
+    candidate = run / "candidates" / "001"
+    whole = (candidate / "weights.safetensors").read_bytes()
+    for path in candidate.iterdir():
+        path.unlink()
+    (candidate / "checkpoint.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def lose_the_winner(run: Path) -> None:
+    shutil.rmtree(run / "best")
+    shutil.rmtree(run / "candidates")
+
+
+def truncate_the_winner(run: Path) -> None:
+    for path in (*run.glob("best/test.json"), *run.glob("candidates/*/quantized.safetensors")):
+        path.write_bytes(path.read_bytes()[:100]) if path.suffix == ".safetensors" else path.unlink()
+
+
+def lose_candidates_but_not_best(run: Path) -> None:
+    shutil.rmtree(run / "candidates")
+
+
+def lose_tables(run: Path) -> None:
+    for name in ("candidates.csv", "timings.csv", "report.html"):
+        (run / name).unlink()
+    shutil.rmtree(run / "figures")
+    shutil.rmtree(run / "artifacts")
+
+
+@pytest.mark.parametrize(
+    ("cut_off", "trained"),
+    [
+        (leave_temporary_files, [1]),
+        (leave_the_configuration_only, [0, 1]),
+        (truncate_checkpoint, [1]),
+        (lose_the_winner, []),
+        (truncate_the_winner, []),
+        (lose_candidates_but_not_best, []),
+        (lose_tables, []),
+    ],
+)
+def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
+    run: Path, whole: tuple[Path, Outcome], cut_off: Callable[[Path], None], trained: list[int]
+) -> None:
+    cut_off(run)
+    outcome, notes = go(run)
+    assert notes.started == trained
+    assert (run / "candidates.csv").read_bytes() == (whole[0] / "candidates.csv").read_bytes()
+    assert replace(outcome, report=whole[1].report) == whole[1]
+    files = [
+        {name for name in files_in(folder) if not name.startswith(("artifacts", "candidates/"))}
+        for folder in (run, whole[0])
+    ]
+    assert files[0] == files[1]
+    best = [read_tensors(folder / "best" / "quantized.safetensors")[0] for folder in (run, whole[0])]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+
+
+def test_a_folder_in_use_is_refused(run: Path) -> None:
+    before = files_in(run)
+    with RunFolder(run).locked(), pytest.raises(FnetError, match="is in use by another fnet-search process"):
+        go(run)
+    assert files_in(run) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 4}, "seed: 3 recorded, 4 wanted"),
+        ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
+        ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
+        ({"constraints": Constraints(conv_macs=1)}, "constraints.conv_macs: 600000 recorded, 1 wanted"),
+        ({"recipe": load_recipe("quick")}, "recipe.epochs: 1 recorded, 8 wanted"),
+        ({"ranges": parse_ranges("minmax")}, "ranges: 'percentile:1' recorded, 'minmax' wanted"),
+        ({"space": load_space("factorizenet")}, "space"),
+        ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
+        ({"storage": "sqlite:///x.db"}, "storage: None recorded, 'sqlite:///x.db' wanted"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_configuration_is_refused(run: Path, change: dict[str, object], named: str) -> None:
+    before = files_in(run)
+    with pytest.raises(FnetError) as caught:
+        go(run, request=replace(SEARCH, **change))
+    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out"
+    assert files_in(run) == before
+
+
+def test_recorded_numerics_are_used_again(run: Path) -> None:
+    """Where nothing else is wanted, they are not measured anew."""
+    _, notes = go(run, request=replace(SEARCH, device="auto", dtype="auto"))
+    assert not any("measuring which dtype" in text for text in notes.texts)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of small grey images in three classes."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 20), ("test", 5)):
+        for label, level in (("dark", 30), ("grey", 120), ("light", 210)):
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(rng.normal(level, 20, (9, 7)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_other_images_under_the_same_name_are_refused(images: Path, tmp_path: Path) -> None:
+    """And the classes of a data set decide how many parameters there are."""
+    request = replace(SEARCH, dataset=f"imagefolder:{images}", constraints=Constraints(params=1_459))
+    fewest = 1_578 - 7 * (16 + 1)
+    with pytest.raises(FnetError, match=rf"^a limit of 1,458 parameters is below .* which has {fewest:,}$"):
+        go(tmp_path / "run", request=replace(request, constraints=Constraints(params=fewest - 1)))
+    assert not (tmp_path / "run").exists()
+    outcome, notes = go(tmp_path / "run", 1, request)
+    assert outcome.space.classes == 3
+    assert [one.cost.params for one in outcome.evaluations] == [fewest]
+    assert "75 of 75" in notes.texts
+    Image.new("L", (9, 7), 255).save(images / "train" / "dark" / "0.png")
+    with pytest.raises(FnetError, match=r"made with another configuration \(data\.fingerprint: '\w{16}' recorded"):
+        go(tmp_path / "run", 1, request)
+
+
+def test_no_candidate_meets_the_constraints(run: Path, whole: tuple[Path, Outcome], tmp_path: Path) -> None:
+    strict = replace(SEARCH, constraints=Constraints(conv_macs=600_000, min_quint8=0.999))
+    outcome, _ = go(tmp_path / "strict", request=strict)
+    assert not outcome.feasible
+    assert outcome.winner == replace(whole[1].winner, seed=3)
+    assert outcome.headline(Path("x")).startswith("no candidate met the constraints; nearest, missing min_quint8: cand")
+    assert not pd.read_csv(tmp_path / "strict" / "candidates.csv")["feasible"].any()
+
+
+def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
+    """The first candidate fails at every attempt; nothing of it is trained again."""
+    wild = replace(SEARCH, recipe=replace(SEARCH.recipe, learning_rate=1e30))
+    outcome, _ = go(tmp_path / "wild", request=wild)
+    assert [one.state for one in outcome.evaluations] == ["failed", "failed"]
+    assert {one.reason for one in outcome.evaluations} == {
+        "the loss was not finite in epoch 1 of 1 (tried 2 times)",
+    }
+    assert (outcome.winner, outcome.feasible, outcome.test) == (None, False, None)
+    assert outcome.headline(Path("x")) == "nothing was trained; see x"
+    table = pd.read_csv(tmp_path / "wild" / "candidates.csv")
+    assert table["state"].tolist() == ["failed", "failed"]
+    assert table["reason"].str.contains("not finite").all()
+    _, notes = go(tmp_path / "wild", request=wild)
+    assert notes.started == []
+
+
+def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path: Path) -> None:
+    plans = tuple(parse_plan(TINY, text) for text in ("init2", "conv_8=8", "dws"))
+    outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[:1]))
+    assert notes.begun == [(1, 0)]
+    assert outcome.headline(Path("x")) == "1 network measured; files in x"
+    (one,) = outcome.evaluations
+    assert one.split == "test"
+    assert one.trained_images == len(load_dataset("digits", TINY.input_shape).train), "all of them"
+    assert (outcome.winner, outcome.test) == (None, None)
+    assert not (tmp_path / "given" / "best").exists()
+    outcome, notes = go(tmp_path / "given", 3, GIVEN, FixedPlans((plans[1], plans[0], plans[2])), workers=2)
+    assert (notes.begun, notes.started) == ([(3, 1)], [1, 2])
+    assert outcome.evaluations[0] == one
+    assert [found.plan for found in outcome.evaluations] == list(plans)
+    assert outcome.headline(Path("x")) == "3 networks measured; files in x"
+    assert (tmp_path / "given" / "candidates" / "002" / "weights.safetensors").is_file()
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(before)
+
+
+def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet: None) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    request = replace(SEARCH, storage=url)
+    outcome, _ = go(tmp_path / "one" / "name", 1, request)
+    assert outcome.evaluations == whole[1].evaluations[:1]
+    outcome, notes = go(tmp_path / "one" / "name", 2, request)
+    assert notes.started == [1]
+    assert not (tmp_path / "one" / "name" / "journal.log").exists()
+    assert (tmp_path / "one" / "name" / "candidates.csv").read_bytes() == (whole[0] / "candidates.csv").read_bytes()
+    assert [study.study_name for study in optuna.get_all_study_summaries(url)] == ["name"]
+
+    again = report_again(RunFolder(tmp_path / "one" / "name"), None)
+    assert again.evaluations == outcome.evaluations, "the recorded storage is read"
+    with pytest.raises(
+        FnetError, match=r"^the storage has a study 'name' of another run folder; choose another --out$"
+    ):
+        go(tmp_path / "two" / "name", 1, replace(request, seed=4))
+    assert not (tmp_path / "two").exists()
+    before = files_in(tmp_path / "one")
+    with pytest.raises(FnetError, match=r"^storage sqlite:///.*other\.db has no study 'name'; give the URL that"):
+        report_again(RunFolder(tmp_path / "one" / "name"), f"sqlite:///{tmp_path}/other.db")
+    assert files_in(tmp_path / "one") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "digit"}, "unknown data set 'digit'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"storage": "garbage"}, "an Optuna URL is wanted"),
+        ({"constraints": Constraints(params=1_577)}, "a limit of 1,577 parameters is below the smallest network"),
+    ],
+)
+def test_what_cannot_be_run_leaves_no_folder(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(FnetError, match=message):
+        go(tmp_path / "run", request=replace(SEARCH, **change))
+    assert list(tmp_path.iterdir()) == []

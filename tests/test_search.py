@@ -1,0 +1,253 @@
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluations import failed, trained
+
+from fnet_policies import TPE, ProgressiveDoubling, Random
+from fnet_search.errors import FnetError
+from fnet_search.macro import load_space
+from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
+from fnet_search.policy import Constraints, Evaluation, History, Policy
+from fnet_search.search import REFUSALS_IN_A_ROW, FixedPlans, Refused, Started, refusal, search
+from fnet_search.train import TrainingProgress
+from fnet_search.workers import Finished, Job, Progressed
+
+TINY = load_space("tiny")
+REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
+HALF = Constraints(conv_macs=507_904)
+"""What f2 has; regular has 811,008."""
+HALFWAY = TrainingProgress(1, 2, True, 0.5, 1.0, 0.5, "validation")
+
+
+@dataclass
+class Listed:
+    """A search recorded in memory."""
+
+    constraints: Constraints = HALF
+    seed: int = 0
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    running: dict[int, FactorizationPlan] = field(default_factory=dict)
+    progressed: list[int] = field(default_factory=list)
+
+    def history(self) -> History:
+        taken = self.evaluations.keys() | self.running.keys()
+        number = next(number for number in range(len(taken) + 1) if number not in taken)
+        past = tuple(self.evaluations[number] for number in sorted(self.evaluations))
+        return History(TINY, self.constraints, past, tuple(self.running.values()), number, self.seed)
+
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
+        number = self.history().number
+        self.evaluations[number] = Evaluation(number, plan, plan_cost(TINY, plan), "refused", reason)
+        return self.evaluations[number]
+
+    def start(self, plan: FactorizationPlan) -> int:
+        number = self.history().number
+        self.running[number] = plan
+        return number
+
+    def progress(self, number: int, progress: TrainingProgress) -> None:
+        assert number in self.running
+        self.progressed.append(number)
+
+    def finish(self, evaluation: Evaluation, seconds: float) -> None:
+        assert self.running.pop(evaluation.number) == evaluation.plan
+        self.evaluations[evaluation.number] = evaluation
+
+    def folder(self, number: int) -> Path:
+        return Path(f"{number:03d}")
+
+    @property
+    def plans(self) -> list[FactorizationPlan]:
+        return [self.evaluations[number].plan for number in sorted(self.evaluations)]
+
+
+@dataclass
+class Clocked:
+    """Workers that are done after two events each, the last one that began first; accuracy falls with the MACs."""
+
+    count: int = 1
+    failing: tuple[FactorizationPlan, ...] = ()
+    jobs: list[list[Any]] = field(default_factory=list)
+    submitted: list[Job] = field(default_factory=list)
+
+    @property
+    def busy(self) -> int:
+        return len(self.jobs)
+
+    def submit(self, job: Job) -> None:
+        assert self.busy < self.count
+        self.jobs.append([job, 0])
+        self.submitted.append(job)
+
+    def events(self) -> Iterator[Progressed | Finished]:
+        entry = self.jobs[-1]
+        job, entry[1] = entry[0], entry[1] + 1
+        if entry[1] < 2:
+            yield Progressed(job.number, HALFWAY)
+            return
+        self.jobs.remove(entry)
+        accuracy = 0.5 + plan_cost(TINY, job.plan).conv_macs / 2_000_000
+        good = trained(TINY, job.plan, job.number, accuracy + 0.05, accuracy, layers=False)
+        yield Finished(failed(TINY, job.plan, job.number) if job.plan in self.failing else good, 1.0)
+
+
+@dataclass
+class Scripted:
+    """Suggests what it was given, and remembers what it was shown."""
+
+    plans: list[FactorizationPlan | None]
+    seen: list[History] = field(default_factory=list)
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        self.seen.append(history)
+        return self.plans.pop(0) if self.plans else None
+
+
+def test_what_happens_is_told_in_order() -> None:
+    record, pool = Listed(), Clocked()
+    events = list(search(Scripted([REGULAR, F4]), record, pool, 5))
+    assert [type(event) for event in events] == [Refused, Started, Progressed, Finished]
+    assert events[0].evaluation.reason == "811,008 conv MACs exceed the budget of 507,904"
+    assert (events[1].number, events[1].plan) == (1, F4)
+    assert events[3].evaluation == record.evaluations[1]
+    assert pool.submitted == [Job(1, F4, Path("001"))]
+    assert record.progressed == [1]
+
+
+def test_nothing_over_a_ceiling_and_nothing_twice_is_trained() -> None:
+    flat = make_plan(TINY, {"conv_8": 8, "conv_16_1": 4})  # within the MACs, but 3,882 parameters
+    record, pool = Listed(Constraints(conv_macs=507_904, params=3_000)), Clocked()
+    list(search(Scripted([F4, REGULAR, F4, F2, flat, REGULAR, DWS]), record, pool, 10))
+    assert [job.plan for job in pool.submitted] == [F4, DWS]
+    assert [evaluation.reason for evaluation in record.evaluations.values()] == [
+        "",
+        "811,008 conv MACs exceed the budget of 507,904; 6,258 parameters exceed the limit of 3,000",
+        "repeats candidate 0",
+        "3,810 parameters exceed the limit of 3,000",
+        "3,882 parameters exceed the limit of 3,000",
+        "repeats candidate 1",
+        "",
+    ]
+
+
+def test_trials_are_candidates_trained() -> None:
+    """Failed ones count, refused ones do not."""
+    record, pool = Listed(), Clocked(failing=(F4,))
+    policy = Scripted([REGULAR, F4, F2, DWS])
+    list(search(policy, record, pool, 2))
+    assert [evaluation.state for evaluation in record.evaluations.values()] == ["refused", "failed", "complete"]
+    assert policy.plans == [DWS], "the policy is not asked for more than is trained"
+    list(search(policy, record, pool, 3))
+    assert record.plans == [REGULAR, F4, F2, DWS]
+    before = dict(record.evaluations)
+    assert list(search(Random(), record, pool, 3)) == []
+    assert record.evaluations == before
+
+
+def test_workers_are_kept_busy_and_trials_are_not_exceeded() -> None:
+    record, pool = Listed(Constraints()), Clocked(3)
+    most = 0
+    for event in search(Random(), record, pool, 7):
+        most = max(most, pool.busy)
+        if isinstance(event, Started) and event.number < 3:
+            assert pool.busy == event.number
+    assert most == 3
+    assert len(record.evaluations) == 7
+    assert len(set(record.plans)) == 7
+    assert record.running == {}
+
+
+def test_a_policy_sees_what_is_running_and_what_is_done() -> None:
+    record, policy = Listed(Constraints()), Scripted([F4, F2, DWS, None])
+    list(search(policy, record, Clocked(2), 10))
+    shown = [(one.number, [plan.number for plan in one.evaluations], one.running) for one in policy.seen]
+    assert shown[:3] == [(0, [], ()), (1, [], (F4,)), (2, [1], (F4,))]
+    assert all(one.seed == 0 and one.space is TINY for one in policy.seen)
+
+
+def test_none_means_later_while_something_is_running_else_done() -> None:
+    record, pool = Listed(Constraints()), Clocked(2)
+    list(search(Scripted([F4, None, F2, None, None]), record, pool, 10))
+    assert record.plans == [F4, F2]
+    assert list(search(Scripted([None, DWS]), record, pool, 10)) == []
+
+
+def test_a_repeat_of_a_running_plan_is_refused() -> None:
+    record, pool = Listed(Constraints()), Clocked(2)
+    list(search(Scripted([F4, F4, F2]), record, pool, 10))
+    assert [job.plan for job in pool.submitted] == [F4, F2]
+    assert record.evaluations[1].reason == "repeats a plan that is being trained"
+
+
+@pytest.mark.parametrize("plan", [F4, REGULAR])
+def test_why_a_plan_is_refused(plan: FactorizationPlan) -> None:
+    history = History(TINY, HALF, (trained(TINY, F2, 3, 0.9, 0.8),))
+    assert bool(refusal(history, plan)) == (plan == REGULAR)
+    assert refusal(history, F2) == "repeats candidate 3"
+
+
+class Stubborn:
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        return REGULAR
+
+
+class Raising:
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        raise KeyError("layer")
+
+
+def test_a_policy_that_has_no_other_plan_is_stopped() -> None:
+    record = Listed()
+    with pytest.raises(FnetError, match=f"{REFUSALS_IN_A_ROW} plans in a row that had to be refused, lastly: repeats"):
+        list(search(Stubborn(), record, Clocked(), 5))
+    assert len(record.evaluations) == REFUSALS_IN_A_ROW
+
+
+def test_a_policy_that_fails_is_named() -> None:
+    with pytest.raises(FnetError, match=r"^policy Raising failed at suggestion 0: KeyError: 'layer'$"):
+        list(search(Raising(), Listed(), Clocked(), 5))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (FactorizationPlan((("conv_8", 3), ("conv_16_1", 1), ("conv_16_2", 1))), "illegal rate 3 for layer 'conv_8'"),
+        (FactorizationPlan((("conv_9", 1), ("conv_16_1", 1), ("conv_16_2", 1))), "unknown layer 'conv_9'"),
+        (FactorizationPlan((("conv_8", 1),)), "does not name the layers of space 'tiny' in order"),
+        (FactorizationPlan(tuple(reversed(F2.rates))), "does not name the layers of space 'tiny' in order"),
+        ("f2", "AttributeError"),
+    ],
+)
+def test_a_plan_that_is_not_of_the_space_is_never_built(plan: Any, message: str) -> None:
+    record, pool = Listed(), Clocked()
+    with pytest.raises(FnetError, match=f"^policy Scripted failed at suggestion 0: .*{message}"):
+        list(search(Scripted([plan]), record, pool, 5))
+    assert (record.evaluations, pool.submitted) == ({}, [])
+
+
+@pytest.mark.parametrize("policy", [Random(), TPE(), ProgressiveDoubling()], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("stop", [1, 4, 8])
+def test_a_stopped_search_suggests_what_an_uninterrupted_one_would_have(policy: Policy, stop: int) -> None:
+    """Stopped after so many events; what was running then is asked for again."""
+    whole = Listed(seed=5)
+    list(search(policy, whole, Clocked(), 6))
+    record = Listed(seed=5)
+    running = search(policy, record, Clocked(), 6)
+    for _ in range(stop):
+        next(running)
+    running.close()
+    resumed = Listed(seed=5, evaluations=dict(record.evaluations))
+    list(search(policy, resumed, Clocked(), 6))
+    assert len(resumed.plans) > 2
+    assert resumed.evaluations == whole.evaluations
+
+
+def test_given_plans_are_each_trained_once_in_their_order() -> None:
+    record = Listed(Constraints())
+    list(search(FixedPlans((DWS, REGULAR)), record, Clocked(), 2))
+    assert record.plans == [DWS, REGULAR]
+    list(search(FixedPlans((F2, DWS, F4)), record, Clocked(2), 4))
+    assert record.plans == [DWS, REGULAR, F2, F4]

@@ -1,0 +1,212 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from networks import CPU, digits, sequence
+from torch import Tensor
+
+from fnet_search.data import DataSet, Split
+from fnet_search.macro import BatchNorm, Conv, Dense, Flatten, load_space
+from fnet_search.network import Network, build
+from fnet_search.numerics import Numerics
+from fnet_search.plan import factorize, parse_plan
+from fnet_search.recipe import Augmentation, Recipe
+from fnet_search.train import Report, TrainingFailed, TrainingProgress, train
+
+TINY = load_space("tiny")
+FAST = Numerics("cpu", "bfloat16", True, 1)
+RECIPE = Recipe(
+    "test", 3, 64, 0.05, nesterov=True, weight_decay=5e-4, augmentation=Augmentation(0.1, 0.1, 15, True, True)
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return digits(200)
+
+
+def silent(progress: TrainingProgress) -> None:
+    pass
+
+
+class Training:
+    """Trainings that share a checkpoint; each starts with a new network."""
+
+    def __init__(self, data: DataSet, checkpoint: Path, numerics: Numerics = CPU) -> None:
+        self.data, self.checkpoint, self.numerics = data, checkpoint, numerics
+
+    def __call__(
+        self, report: Report = silent, recipe: Recipe = RECIPE, seed: int = 0, key: str = "k"
+    ) -> dict[str, Tensor]:
+        network = build(TINY, recipe.initializer, seed)
+        images = train(network, self.data, recipe, self.numerics, seed, report, self.checkpoint, key, None)
+        assert images == recipe.epochs * len(self.data.train)
+        return network.state_dict()
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stopping(when: Callable[[TrainingProgress], bool]) -> Report:
+    def report(progress: TrainingProgress) -> None:
+        if when(progress):
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize("numerics", [CPU, FAST], ids=str)
+def test_a_training_is_a_function_of_its_seed(data: DataSet, tmp_path: Path, numerics: Numerics) -> None:
+    one, two, other = (
+        Training(data, tmp_path / name, numerics)(seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert same(one, two)
+    assert not same(one, other)
+
+
+@pytest.mark.parametrize("numerics", [CPU, FAST], ids=str)
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    data: DataSet, tmp_path: Path, numerics: Numerics, epoch: int, ended: bool
+) -> None:
+    """Cut off right after an epoch, and in the middle of the next one."""
+    whole = Training(data, tmp_path / "whole", numerics)()
+    cut = Training(data, tmp_path / "cut", numerics)
+    with pytest.raises(KeyboardInterrupt):
+        cut(stopping(lambda progress: progress.epoch == epoch + (not ended) and progress.ended == ended))
+    seen: list[TrainingProgress] = []
+    assert same(cut(seen.append), whole)
+    assert [progress.epoch for progress in seen if progress.ended] == list(range(epoch + 1, RECIPE.epochs + 1))
+
+
+def test_a_finished_training_is_not_done_again(data: DataSet, tmp_path: Path) -> None:
+    training = Training(data, tmp_path / "c")
+    whole = training()
+    seen: list[TrainingProgress] = []
+    assert same(training(seen.append), whole)
+    assert seen == []
+
+
+def test_checkpoints_of_another_training_are_ignored(data: DataSet, tmp_path: Path) -> None:
+    training = Training(data, tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt):
+        training(stopping(lambda progress: progress.ended), key="another")
+    assert same(training(), Training(data, tmp_path / "whole")())
+
+
+@pytest.mark.parametrize("length", [0, 7, 300, -1])
+def test_broken_checkpoints_are_ignored(data: DataSet, tmp_path: Path, length: int) -> None:
+    training = Training(data, tmp_path / "c")
+    with pytest.raises(KeyboardInterrupt):
+        training(stopping(lambda progress: progress.ended))
+    training.checkpoint.write_bytes(training.checkpoint.read_bytes()[:length])
+    assert same(training(), Training(data, tmp_path / "whole")())
+
+
+def test_a_checkpoint_of_another_network_is_ignored(data: DataSet, tmp_path: Path) -> None:
+    other = build(factorize(TINY, parse_plan(TINY, "dws")), "he_normal", 0)
+    train(other, data, RECIPE, CPU, 0, silent, tmp_path / "c", "k", None)
+    assert same(Training(data, tmp_path / "c")(), Training(data, tmp_path / "whole")())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(data: DataSet, tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="the loss was not finite in epoch 1 of 3"):
+        Training(data, tmp_path / "c")(recipe=replace(RECIPE, learning_rate=1e30))
+    assert not (tmp_path / "c").exists()
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    data = digits(1000)
+    recipe = Recipe("r", 6, 32, 0.1, augmentation=Augmentation(shift=0.05))
+    network = build(TINY, "glorot_uniform", 0)
+    seen: list[TrainingProgress] = []
+    train(network, data, recipe, CPU, 0, seen.append, tmp_path / "c", "k", data.evaluation)
+    with torch.no_grad():
+        logits = network.eval()(data.normalise(data.evaluation.images))
+    accuracy = float((logits.argmax(1) == data.evaluation.labels).float().mean())
+    assert accuracy > 0.7
+    assert seen[-1].accuracy == pytest.approx(accuracy)
+    assert seen[-1].split == "validation"
+
+
+def test_what_is_reported(data: DataSet, tmp_path: Path) -> None:
+    seen: list[TrainingProgress] = []
+    Training(data, tmp_path / "c")(seen.append)
+    steps = 4
+    assert [progress.done for progress in seen if not progress.ended] == pytest.approx(
+        [(step + 1) / (3 * steps) for step in range(3 * steps)]
+    )
+    ends = [progress for progress in seen if progress.ended]
+    assert [(progress.epoch, progress.epochs, progress.done) for progress in ends] == [
+        (1, 3, 1 / 3),
+        (2, 3, 2 / 3),
+        (3, 3, 1),
+    ]
+    assert {progress.split for progress in seen} == {"training"}
+    assert [progress.accuracy for progress in seen[:steps]] == [None] * steps
+    assert all(progress.accuracy == ends[0].accuracy for progress in seen[steps : 2 * steps])
+    assert 0 < ends[-1].loss < ends[0].loss
+
+
+def one_dense() -> Network:
+    return build(sequence((3, 8, 8), f=Flatten(), d=Dense(10)), "glorot_uniform", 0)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_two_steps_by_hand(tmp_path: Path, nesterov: bool) -> None:
+    """SGD with momentum (buf = m buf + g; nesterov steps by g + m buf) on a smoothed loss; biases do not decay."""
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(40) % 10)
+    data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+    recipe = Recipe(
+        "r", 2, 40, 0.2, 0.8, nesterov, weight_decay=0.1, label_smoothing=0.2, schedule="steps", milestones=(1,)
+    )
+    network = one_dense()
+    train(network, data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+
+    layer = one_dense().layer("d")
+    values = [layer.get_parameter(name).detach().double() for name in ("weight", "bias")]
+    moments = [torch.zeros_like(value) for value in values]
+    x = data.normalise(images).flatten(1).double()
+    targets = 0.8 * F.one_hot(split.labels, 10) + 0.2 / 10
+    for rate in (0.2, 0.02):
+        error = (torch.softmax(x @ values[0].T + values[1], 1) - targets) / 40
+        gradients = [error.T @ x + 0.1 * values[0], error.sum(0)]
+        moments = [0.8 * moment + gradient for moment, gradient in zip(moments, gradients, strict=True)]
+        steps = [g + 0.8 * m if nesterov else m for g, m in zip(gradients, moments, strict=True)]
+        values = [value - rate * step for value, step in zip(values, steps, strict=True)]
+    for name, value in zip(("weight", "bias"), values, strict=True):
+        torch.testing.assert_close(
+            network.layer("d").get_parameter(name).detach().double(), value, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_every_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
+    """With a tiny rate and no momentum the step of an epoch is the sum over all images, in whatever order."""
+    images = torch.randint(0, 256, (30, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(30) % 10)
+    data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+    moved = []
+    for batch in (30, 10):
+        network = one_dense()
+        before = network.layer("d").get_parameter("weight").detach().clone().double()
+        recipe = Recipe("r", 1, batch, 1e-3 * batch / 30, 0.0, schedule="steps")
+        train(network, data, recipe, CPU, 0, silent, tmp_path / str(batch), "k", None)
+        moved.append(network.layer("d").get_parameter("weight").detach().double() - before)
+    assert moved[0].abs().max() > 1e-4
+    torch.testing.assert_close(moved[1], moved[0], rtol=0.05, atol=2e-6)
+
+
+@pytest.mark.parametrize("images", [2, 3, 5, 33])
+def test_no_batch_holds_one_image(tmp_path: Path, images: int) -> None:
+    """Batch normalisation of vectors fails on a single image."""
+    space = sequence((3, 4, 4), c=Conv(4), f=Flatten(), n=BatchNorm(), d=Dense(2))
+    split = Split(torch.zeros(images, 3, 4, 4, dtype=torch.uint8), torch.arange(images) % 2)
+    data = DataSet("d", ("a", "b"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+    recipe = Recipe("r", 1, 2 if images < 33 else 32, 0.01)
+    assert train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, tmp_path / "c", "k", None) == images

@@ -191,8 +191,12 @@ def _torchvision(
         try:
             part = source(str(folder), train=train, download=download)
         except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
-            advice = "the download failed" if download else "pass --download, or --data-dir for where it lies"
-            raise FnetError(f"data set {name} is not in {folder}/ ({advice}): {_first_line(error)}") from None
+            advice = (
+                f"its download failed: {_first_line(error)}"
+                if download
+                else "pass --download, or --data-dir where it lies"
+            )
+            raise FnetError(f"data set {name} is not in {folder}/; {advice}") from None
         images = torch.as_tensor(np.asarray(part.data))
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
         splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))

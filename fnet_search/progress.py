@@ -38,7 +38,7 @@ class TerminalDisplay:
         self._running: dict[int, TrainingProgress | None] = {}
         self._trials = self._before = self._finished = 0
         self._start = time.monotonic()
-        self._read = -1
+        self._what, self._quarter = "", -1
 
     def __enter__(self) -> "TerminalDisplay":
         if self._live:
@@ -57,16 +57,16 @@ class TerminalDisplay:
         else:
             self._print(f"{text} ...")
 
-    def loading(self, done: int, total: int) -> None:
-        if self._read < 0:
-            self._start = time.monotonic()
+    def advance(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what, self._start, self._quarter = what, time.monotonic(), -1
         left = (time.monotonic() - self._start) / done * (total - done)
-        text = f"reading images: {done:,} of {total:,}, {clock(left)} left"
+        text = f"{what}: {done:,} of {total:,}, {clock(left)} left"
         if self._live:
             self._live.update(Text(text))
-        elif 4 * done // total > self._read:  # a line a quarter
+        elif 4 * done // total > self._quarter:
             self._print(text)
-        self._read = 4 * done // total
+        self._quarter = 4 * done // total
 
     def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
         self._space, self._trials, self._before, self._start = space, trials, done, time.monotonic()

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,8 +103,8 @@ class Display(Protocol):
         """What is being done now."""
         ...
 
-    def loading(self, done: int, total: int) -> None:
-        """Images of the data set read so far."""
+    def advance(self, what: str, done: int, total: int) -> None:
+        """How many of the images are through `what`, reading or measuring."""
         ...
 
     def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
@@ -127,7 +128,8 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
     if request.device != "auto":
         check_device(request.device)
     display.status(f"reading {request.dataset}")
-    data = load_dataset(request.dataset, request.space.input_shape, request.data_dir, request.download, display.loading)
+    shape, reading = request.space.input_shape, partial(display.advance, "reading images")
+    data = load_dataset(request.dataset, shape, request.data_dir, request.download, reading)
     if request.split == "validation":
         data = hold_out(data)
     space = request.space.with_classes(len(data.classes))
@@ -234,8 +236,9 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
                 pass
         run.prune(record.evaluations, record.constraints)
         networks = load_candidate(record.space, winner.plan, folder)
-    display.status(f"measuring the winner on {len(data.test):,} test images")
-    test = replace(winner, split="test", layers=(), **asdict(measure(*networks, data, data.test)))
+    measuring = partial(display.advance, "measuring the winner on test images", total=len(data.test))
+    measures = measure(*networks, data, data.test, measuring)
+    test = replace(winner, split="test", layers=(), **asdict(measures))
     run.write_best(winner, test)
     return test
 

@@ -143,8 +143,9 @@ class RunFolder:
         return [folder / "layers.csv", folder / "plan.toml"]
 
     def prune(self, evaluations: tuple[Evaluation, ...], constraints: Constraints) -> None:
-        """Drops the checkpoints of finished candidates, and the weights of all but the best."""
-        best = {evaluation.number for evaluation in ranking(evaluations, constraints)[:KEPT]}
+        """Drops the checkpoints of finished candidates, and the weights of all but the best and of given plans."""
+        ranked = ranking(evaluations, constraints)
+        best = {one.number for place, one in enumerate(ranked) if place < KEPT or one.split == "test"}
         for evaluation in evaluations:
             folder = self.candidate(evaluation.number)
             (folder / CHECKPOINT).unlink(missing_ok=True)

@@ -260,7 +260,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
             ("run", *TINY, "--dataset", "imagefolder"),
             "unknown data set 'imagefolder'; did you mean 'imagefolder:PATH'?",
         ),
-        (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/ (pass --download, or --data-dir"),
+        (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/; pass --download, or --data-dir"),
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: paper, quick"),
         (("run", *TINY, "--ranges", "percentile:60"), "write minmax or percentile:P with 0 <= P < 50"),

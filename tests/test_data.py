@@ -144,7 +144,7 @@ def test_unknown_data_sets_and_inputs() -> None:
 def test_missing_files_say_how_to_get_them(tmp_path: Path, name: str) -> None:
     with pytest.raises(FnetError) as caught:
         load_dataset(name, (3, 32, 32), tmp_path)
-    assert f"data set {name} is not in {tmp_path}/ (pass --download" in str(caught.value)
+    assert f"data set {name} is not in {tmp_path}/; pass --download" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.rglob("*-ubyte")) == []
 
@@ -199,7 +199,7 @@ def palette() -> Image.Image:
 
 def transparent_palette() -> Image.Image:
     image = palette()
-    image.info["transparency"] = 0
+    image.info["transparency"] = bytes([0, 255])
     return image
 
 
@@ -220,12 +220,14 @@ MODES = [
     ("LA.png", Image.new("LA", (4, 6), (77, 200)), [77, 77, 77], 77),
     ("I;16.png", sixteen_bits(65535), [255, 255, 255], 255),
     ("I;16.tif", sixteen_bits(7 * 257), [7, 7, 7], 7),
+    ("I;16.PNG", sixteen_bits(65280), [254, 254, 254], 254),
     ("I;16.pgm", sixteen_bits(65535), [255, 255, 255], 255),
     ("lossless.webp", Image.new("RGB", (4, 6), GREY), [90, 90, 90], 90),
     ("L.pgm", Image.new("L", (4, 6), 3), [3, 3, 3], 3),
 ]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("name", "image", "colour", "grey"), MODES, ids=[name for name, *_ in MODES])
 def test_every_mode(tmp_path: Path, name: str, image: Image.Image, colour: list[int], grey: int) -> None:
     assert loaded(tmp_path / "colour", name, image) == solid(*colour)
@@ -296,6 +298,12 @@ def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
                 load_dataset(source, (3, 6, 4))
             assert str(caught.value).startswith(f"cannot read image {path}: ")
             assert "\n" not in str(caught.value)
+
+
+def test_a_mode_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
+    source = image_folder(tmp_path, ("train/a/lab.tif", Image.new("LAB", (4, 6))))
+    with pytest.raises(FnetError, match=r"cannot read image .*lab\.tif: conversion from LAB"):
+        load_dataset(source, (1, 6, 4))
 
 
 def test_folders_that_are_wrong(tmp_path: Path) -> None:
@@ -412,18 +420,25 @@ def spots(height: int, width: int, places: list[tuple[float, float]]) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(48, 96), (96, 48), (64, 64)])
-def test_a_rotation_keeps_shapes(size: tuple[int, int]) -> None:
-    """A spot turns about the centre, always as far from it, whatever the sides of the image."""
-    images = spots(*size, [(9, 0)])[None, None].expand(60, 1, -1, -1)
+@pytest.mark.parametrize("zoom", [0.0, 0.2])
+def test_rotation_and_zoom_keep_shapes(size: tuple[int, int], zoom: float) -> None:
+    """Two spots turn about the centre, as far from it and at a right angle, whatever the sides of the image."""
+    images = torch.stack([spots(*size, [(9, 0)]), spots(*size, [(0, 9)])]).expand(60, 2, -1, -1)
     ground = torch.stack(torch.meshgrid(*(torch.arange(side) - (side - 1) / 2 for side in size), indexing="ij"), dim=-1)
-    angles = []
-    for found in changed(images, Augmentation(rotation=30))[:, 0]:
-        y, x = ((found[..., None] * ground).sum((0, 1)) / found.sum()).tolist()
-        assert math.hypot(x, y) == pytest.approx(9, abs=0.05)
-        angles.append(math.degrees(math.atan2(y, x)))
+    angles, distances = [], []
+    for found in changed(images, Augmentation(rotation=30, zoom=zoom)):
+        centres = (found[..., None] * ground).sum((1, 2)) / found.sum((1, 2))[:, None]
+        (y1, x1), (y2, x2) = centres.tolist()
+        assert math.hypot(x1, y1) == pytest.approx(math.hypot(x2, y2), abs=0.1)
+        assert x1 * x2 + y1 * y2 == pytest.approx(0, abs=0.5)
+        assert x1 * y2 - y1 * x2 > 0
+        angles.append(math.degrees(math.atan2(y1, x1)))
+        distances.append(math.hypot(x1, y1) / 9)
     assert max(map(abs, angles)) <= 30.5
     assert min(angles) < -25
     assert max(angles) > 25
+    assert 1 - zoom - 0.01 < min(distances) < 1 - 0.8 * zoom + 0.01
+    assert 1 + zoom + 0.01 > max(distances) > 1 + 0.8 * zoom - 0.01
 
 
 def test_zoom_scales_about_the_centre() -> None:

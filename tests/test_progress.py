@@ -118,7 +118,7 @@ def test_before_anything_is_done_no_time_is_guessed(time: list[float]) -> None:
 def test_reading_images_is_a_line_a_quarter(time: list[float]) -> None:
     shown, out = display()
     for done in range(100, 1100, 100):
-        shown.loading(done, 1000)
+        shown.advance("reading images", done, 1000)
         time[0] += 1
     assert out.getvalue().splitlines() == [
         "reading images: 100 of 1,000, 0:00 left",
@@ -145,7 +145,7 @@ def test_a_terminal_shows_a_live_table(time: list[float]) -> None:
     shown, out = display(terminal=True)
     with shown:
         shown.status("reading digits")
-        shown.loading(256, 1000)
+        shown.advance("reading images", 256, 1000)
         shown.begin(RunFolder(Path("runs/one")), CPU, TINY, 4, 1)
         shown.show(Started(1, F2))
         shown.show(Started(2, F4))

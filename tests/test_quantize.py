@@ -463,9 +463,11 @@ def test_an_average_pool_adds_the_zero_point_before_rounding() -> None:
 
 
 def test_a_global_average_divides_by_a_rounded_product() -> None:
-    """0.3 / (0.1 * 6) is 0.5 in float32, 0.3 / 0.1 / 6 a little less: halves tell."""
+    """With these scales 0.3 / (0.1 * 6) is 0.5 in float32, and 0.3 / 0.1 / 6 a little less: halves tell."""
     nodes = (Node("p", Pool("global_average"), (INPUT,)), Node("f", Flatten(), ("p",)))
-    params = {INPUT: QuantParams(float(F32(0.3)), 0), "p": QuantParams(float(F32(0.1)), 0)}
+    third, tenth = F32(0.3), np.nextafter(F32(0.1), F32(1))
+    assert third / (tenth * F32(6)) == 0.5 > third / tenth / F32(6)
+    params = {INPUT: QuantParams(float(third), 0), "p": QuantParams(float(tenth), 0)}
     network = QuantizedNetwork(Macroarchitecture("n", (3, 2, 3), nodes), params, {})
     codes = torch.zeros(1, 3, 2, 3)
     codes[0, :, 0, 0] = torch.tensor([3.0, 7.0, 11.0])

@@ -56,8 +56,8 @@ class Notes:
     def status(self, text: str) -> None:
         self.texts.append(text)
 
-    def loading(self, done: int, total: int) -> None:
-        self.texts.append(f"{done} of {total}")
+    def advance(self, what: str, done: int, total: int) -> None:
+        self.texts.append(f"{what}: {done} of {total}")
 
     def begin(self, run: RunFolder, numerics: Numerics, space: object, trials: int, done: int) -> None:
         self.begun.append((trials, done))

@@ -1,5 +1,6 @@
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -160,6 +161,16 @@ def test_weights_are_kept_of_the_best_few(run: RunFolder) -> None:
     kept = [f"candidates/{number:03d}/{name}.safetensors" for number in best for name in ("quantized", "weights")]
     kept += [f"candidates/006/{name}.safetensors" for name in ("checkpoint", "quantized", "weights")]
     assert weights(run) == sorted(kept)
+
+
+def test_given_plans_all_keep_their_weights(run: RunFolder) -> None:
+    evaluations = tuple(replace(one(number, 0.5), split="test") for number in range(KEPT + 2))
+    for evaluation in evaluations:
+        leave_weights(run, evaluation)
+    run.prune(evaluations, FREE)
+    assert weights(run) == sorted(
+        f"candidates/{number:03d}/{name}.safetensors" for number in range(KEPT + 2) for name in ("quantized", "weights")
+    )
 
 
 def test_the_winner_is_copied_and_replaced(run: RunFolder) -> None:

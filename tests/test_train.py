@@ -95,7 +95,7 @@ def test_a_finished_training_is_not_done_again(data: DataSet, tmp_path: Path) ->
 def test_checkpoints_of_another_training_are_ignored(data: DataSet, tmp_path: Path) -> None:
     training = Training(data, tmp_path / "c")
     with pytest.raises(KeyboardInterrupt):
-        training(stopping(lambda progress: progress.ended), key="another")
+        training(stopping(lambda progress: progress.ended), replace(RECIPE, learning_rate=0.01), key="another")
     assert same(training(), Training(data, tmp_path / "whole")())
 
 
@@ -200,6 +200,19 @@ def test_every_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
         moved.append(network.layer("d").get_parameter("weight").detach().double() - before)
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(moved[1], moved[0], rtol=0.05, atol=2e-6)
+
+
+def test_every_epoch_has_draws_of_its_own(data: DataSet, tmp_path: Path) -> None:
+    """With a rate of nearly nothing only the draws can change the loss of a batch."""
+    seen: list[TrainingProgress] = []
+    for name, changes in (("order", Augmentation()), ("images", Augmentation(shift=0.2))):
+        recipe = replace(RECIPE, learning_rate=1e-20, batch_size=50 if name == "order" else 200, augmentation=changes)
+        Training(data, tmp_path / name)(seen.append, recipe)
+        first_steps = [
+            progress.loss for progress, last in zip(seen, [None, *seen], strict=False) if not last or last.ended
+        ]
+        assert len({round(loss, 4) for loss in first_steps}) == RECIPE.epochs
+        seen.clear()
 
 
 @pytest.mark.parametrize("images", [2, 3, 5, 33])

@@ -176,6 +176,7 @@ def _uninterrupted() -> Iterator[None]:
 def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
     """A worker's life: jobs in, news out, until the other end is closed."""
     torch.set_num_threads(setup.numerics.threads)
+    torch.backends.cudnn.allow_tf32 = False  # evaluations are in float32 proper, on CUDA too
     try:
         data = read_dataset(data_path).to(setup.numerics.device)
         while True:

@@ -199,7 +199,7 @@ def palette() -> Image.Image:
 
 def transparent_palette() -> Image.Image:
     image = palette()
-    image.info["transparency"] = bytes([0, 255])
+    image.info["transparency"] = bytes([9, 128])
     return image
 
 

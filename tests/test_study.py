@@ -23,14 +23,23 @@ REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthw
 LIMITS = Constraints(conv_macs=500_000, min_quint8=0.6, max_drop=0.1)
 
 
-@pytest.fixture(params=["journal", "sqlite"])
-def opened(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], StudyRecord]:
+STORAGES = pytest.mark.parametrize("kind", ["journal", "sqlite"])
+
+
+@pytest.fixture
+def kind() -> str:
+    """Where the study is recorded."""
+    return "journal"
+
+
+@pytest.fixture
+def opened(kind: str, tmp_path: Path) -> Callable[[], StudyRecord]:
     """Opens the record of one run, as each process does that works on it."""
     run = RunFolder(tmp_path / "study")
     run.path.mkdir()
 
     def storage() -> BaseStorage:
-        return open_journal(run.journal) if request.param == "journal" else open_url(f"sqlite:///{tmp_path}/study.db")
+        return open_journal(run.journal) if kind == "journal" else open_url(f"sqlite:///{tmp_path}/study.db")
 
     return lambda: StudyRecord(storage(), run, TINY, LIMITS, 3, "validation")
 
@@ -46,6 +55,7 @@ def trials(record: StudyRecord) -> list[FrozenTrial]:
     return record.study.get_trials()
 
 
+@STORAGES
 def test_a_search_is_recorded_and_found_again(opened: Callable[[], StudyRecord]) -> None:
     record = opened()
     assert record.history().number == 0
@@ -120,6 +130,7 @@ def test_running_candidates_are_part_of_the_history(opened: Callable[[], StudyRe
     assert [evaluation.number for evaluation in history.evaluations] == [1]
 
 
+@STORAGES
 def test_the_numbers_of_a_run_that_was_cut_off_are_given_again(opened: Callable[[], StudyRecord]) -> None:
     """To new trials: Optuna's numbers have holes, ours do not."""
     record = opened()

@@ -62,6 +62,11 @@ def test_workers_evaluate_as_this_process_does(data: DataSet, tmp_path: Path, ex
         pool.submit(Job(5, F2, tmp_path / "5"))
         (again,) = results(pool)
         assert pids() == started, "workers are kept"
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        pool.submit(Job(6, F2, tmp_path / "6"))
+        (replaced,) = results(pool)
     assert pids() == []
     assert list(tmp_path.glob(".*")) == [], "the data set's file is gone"
     assert dict(os.environ) == before
@@ -70,6 +75,7 @@ def test_workers_evaluate_as_this_process_does(data: DataSet, tmp_path: Path, ex
     assert finished[3].seconds > 0
     assert finished[4].evaluation.plan == F2
     assert again.evaluation == replace(finished[4].evaluation, number=5)
+    assert replaced.evaluation == replace(finished[4].evaluation, number=6), "one that died while idle is replaced"
     epochs = [
         event.progress.epoch
         for event in events
@@ -101,18 +107,6 @@ def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: P
     assert 1 not in epochs[2:]
 
 
-def test_a_worker_that_dies_while_idle_is_replaced(data: DataSet, tmp_path: Path, expected: Evaluation) -> None:
-    with WorkerPool(1, SETUP, data, tmp_path) as pool:
-        pool.submit(Job(3, REGULAR, tmp_path / "3"))
-        results(pool)
-        (worker,) = multiprocessing.active_children()
-        worker.kill()
-        worker.join()
-        pool.submit(Job(3, REGULAR, tmp_path / "again"))
-        (finished,) = results(pool)
-    assert finished.evaluation == expected
-
-
 def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path: Path) -> None:
     with WorkerPool(1, SETUP, data, tmp_path) as pool:
         pool.submit(Job(3, F2, tmp_path / "3"))
@@ -130,15 +124,6 @@ def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path:
     assert (one.number, one.plan, one.cost, one.state) == (3, F2, plan_cost(TINY, F2), "failed")
     assert one.reason == f"its worker died {DEATHS_ALLOWED} times, the last time with exit code -9"
     assert (one.split, one.ranges, one.seed) == ("validation", "percentile:1", 7)
-
-
-def test_a_training_that_fails_is_an_evaluation_with_a_reason(data: DataSet, tmp_path: Path) -> None:
-    setup = replace(SETUP, recipe=Recipe("wild", 1, 50, 1e30))
-    with WorkerPool(1, setup, data, tmp_path) as pool:
-        pool.submit(Job(0, F2, tmp_path / "0"))
-        (finished,) = results(pool)
-    assert finished.evaluation.state == "failed"
-    assert finished.evaluation.reason == "the loss was not finite in epoch 1 of 1 (tried 2 times)"
 
 
 def test_an_error_of_files_is_no_fault_of_the_candidate(data: DataSet, tmp_path: Path) -> None:

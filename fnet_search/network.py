@@ -80,7 +80,9 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
         case Conv(out_channels, kernel, stride, padding, dilation, groups, bias):
             return nn.Conv2d(shape[0], out_channels, kernel, stride, padding, dilation, groups, bias)
         case BatchNorm(eps):
-            return nn.BatchNorm2d(shape[0], eps) if len(shape) == 3 else nn.BatchNorm1d(shape[0], eps)
+            # A quick average for the looks in between; `train` takes the statistics anew at the end.
+            kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+            return kind(shape[0], eps, momentum=0.3)
         case Dense(out_features, bias):
             return nn.Linear(shape[0], out_features, bias)
     return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from fnet_search.data import DataSet, Split, augment
 from fnet_search.errors import FnetError
@@ -43,6 +44,8 @@ class TrainingProgress:
 
 Report = Callable[[TrainingProgress], None]
 
+SETTLING = 1024
+"""Training images for the final BatchNorm statistics."""
 WATCHED = 2000
 """Images of the validation split that are looked at after an epoch; `evaluate` measures the end on all of them."""
 
@@ -98,6 +101,8 @@ def train(
                 )
         if not math.isfinite(float(loss_sum)):
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
+        if epoch + 1 == recipe.epochs:
+            _settle(network, data, numerics, seed)
         seen = float(correct) / len(data.train)
         accuracy = seen if watch is None else _accuracy(network, data, watch, numerics)
         _save(network, optimizer, checkpoint, {"key": key, "epoch": str(epoch + 1)})
@@ -116,6 +121,18 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
         nesterov=recipe.nesterov,
         fused=True,
     )
+
+
+def _settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> None:
+    """BatchNorm statistics anew, from random training images as they are, once the weights rest.
+
+    The running ones lag behind the weights: after the few steps of a short training they are worth nothing.
+    """
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:SETTLING]
+    images = data.train.images[chosen.to(numerics.device)].tensor_split(math.ceil(len(chosen) / 128))
+    batches = (data.normalise(batch).to(memory_format=numerics.memory_format) for batch in images)
+    with numerics.autocast():
+        update_bn(batches, network)
 
 
 @torch.no_grad()

@@ -196,6 +196,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
     cut_off(run)
     outcome, notes = go(run)
     assert notes.started == again
+    assert any("once more" in text for text in notes.texts) == (cut_off == lose_the_winner)
     assert (run / "candidates.csv").read_bytes() == (whole[0] / "candidates.csv").read_bytes()
     assert replace(outcome, report=whole[1].report) == whole[1]
     files = [
@@ -309,7 +310,7 @@ def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path
     assert one.trained_images == len(load_dataset("digits", TINY.input_shape).train), "all of them"
     assert (outcome.winner, outcome.test) == (None, None)
     assert not (tmp_path / "given" / "best").exists()
-    outcome, notes = go(tmp_path / "given", 2, GIVEN, FixedPlans((plans[1], plans[0])), workers=2)
+    outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[1:]), workers=2)
     assert (notes.begun, notes.started) == ([(2, 1)], [1])
     assert outcome.evaluations[0] == one
     assert [found.plan for found in outcome.evaluations] == list(plans)

@@ -142,12 +142,14 @@ def named_plans(space: Macroarchitecture) -> dict[str, FactorizationPlan]:
     }
 
 
+@lru_cache(maxsize=64)
+def _names(space: Macroarchitecture) -> Mapping[FactorizationPlan, str]:
+    return {plan: name for name, plan in reversed(named_plans(space).items())}
+
+
 def label(space: Macroarchitecture, plan: FactorizationPlan) -> str:
     """The plan's name if it has one, else its rates in order: ``1-2-4-4-8``."""
-    for name, known in named_plans(space).items():
-        if known == plan:
-            return name
-    return "-".join(str(rate) for _, rate in plan.rates)
+    return _names(space).get(plan) or "-".join(str(rate) for _, rate in plan.rates)
 
 
 def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:

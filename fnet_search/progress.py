@@ -118,7 +118,7 @@ class TerminalDisplay:
 
     def _left(self) -> str:
         share = self._share()
-        if share <= 0:
+        if share < 0.01:  # a guess from less would be wild
             return "time left: measuring"
         return f"{clock((time.monotonic() - self._start) * (1 - share) / share)} left"
 

@@ -12,11 +12,16 @@ from fnet_search.files import replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file. Memory formats are not kept: tensors are stored contiguous."""
+    """A safetensors file. Memory formats are not kept: tensors are stored contiguous.
+
+    Raises FnetError, naming the file, where it cannot be written (a full disk).
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata)
-        )
+        try:
+            save_file(stored, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise FnetError(f"cannot write weights {path}: {error}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

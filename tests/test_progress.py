@@ -108,10 +108,10 @@ def test_which_candidate_of_how_many_with_some_trained_before_and_several_at_onc
     assert last(out).startswith("candidate 3 (f2), 4 of 5: epoch 2 of 4, validation accuracy 0.0 %; ")
 
 
-def test_before_anything_is_done_no_time_is_guessed(time: list[float]) -> None:
+def test_before_a_hundredth_is_done_no_time_is_guessed(time: list[float]) -> None:
     shown, out = begun()
     shown.show(Started(0, F2))
-    shown.show(Progressed(0, replace(ENDED, done=0.0)))
+    shown.show(Progressed(0, replace(ENDED, done=0.03)))
     assert last(out).endswith("; time left: measuring")
 
 

@@ -222,7 +222,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
         ({"constraints": Constraints(conv_macs=1)}, "constraints.conv_macs: 600000 recorded, 1 wanted"),
-        ({"recipe": load_recipe("quick")}, "recipe.epochs: 1 recorded, 8 wanted"),
+        ({"recipe": SEARCH.recipe.with_epochs(7)}, "recipe.epochs: 1 recorded, 7 wanted"),
         ({"ranges": parse_ranges("minmax")}, "ranges: 'percentile:1' recorded, 'minmax' wanted"),
         ({"space": load_space("factorizenet")}, "space"),
         ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),

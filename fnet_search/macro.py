@@ -52,6 +52,16 @@ def _positive(**values: int | Pair) -> None:
             raise FnetError(f"{name} must be at least 1, got {value}")
 
 
+class _Weightless:
+    """A layer that counts nothing: no multiply-accumulates, no parameters."""
+
+    def macs(self, inputs: list[Shape]) -> int:
+        return 0
+
+    def params(self, inputs: list[Shape]) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
 class Conv:
     """2-D convolution (ONNX ``Conv``); ``factorize`` lets a plan replace it by a groupwise separable one."""
@@ -112,7 +122,7 @@ class BatchNorm:
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(_Weightless):
     """An elementwise function."""
 
     function: Function = "relu"
@@ -125,15 +135,9 @@ class Activation:
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return inputs[0]
 
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
-
 
 @dataclass(frozen=True)
-class Pool:
+class Pool(_Weightless):
     """Max, average (padding not counted) or global average pooling, stride = kernel unless given."""
 
     reduction: Reduction = "max"
@@ -158,12 +162,6 @@ class Pool:
         if self.reduction == "global_average":
             return channels, 1, 1
         return channels, *_window((height, width), self.kernel, self.step, self.padding)
-
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Flatten:
+class Flatten(_Weightless):
     """(C, H, W) to (C H W,)."""
 
     kind: ClassVar[str] = "flatten"
@@ -198,15 +196,9 @@ class Flatten:
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return (prod(inputs[0]),)
 
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
-
 
 @dataclass(frozen=True)
-class Add:
+class Add(_Weightless):
     """Sum of two tensors of one shape (ONNX ``Add``)."""
 
     kind: ClassVar[str] = "add"
@@ -216,15 +208,9 @@ class Add:
             raise FnetError(f"cannot add shapes {inputs[0]} and {inputs[1]}; they must be equal")
         return inputs[0]
 
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
-
 
 @dataclass(frozen=True)
-class Concat:
+class Concat(_Weightless):
     """Concatenation over channels (ONNX ``Concat``, axis 1)."""
 
     kind: ClassVar[str] = "concat"
@@ -235,12 +221,6 @@ class Concat:
                 f"cannot concatenate shapes {', '.join(map(str, inputs))}; all but the channels must be equal"
             )
         return sum(shape[0] for shape in inputs), *inputs[0][1:]
-
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
 
 
 Layer = Conv | BatchNorm | Activation | Pool | Dense | Flatten | Add | Concat

@@ -71,8 +71,9 @@ class DataSet:
         return (images.float() / 255 - mean) / std
 
     def to(self, device: str) -> "DataSet":
-        splits = {name: getattr(self, name).to(device) for name in ("train", "evaluation", "test")}
-        return replace(self, **splits)
+        test = self.test.to(device)
+        evaluation = test if self.evaluation is self.test else self.evaluation.to(device)
+        return replace(self, train=self.train.to(device), evaluation=evaluation, test=test)
 
     def save(self, path: Path) -> None:
         """Writes everything to one safetensors file; `read_dataset` reads it."""

@@ -68,6 +68,23 @@ def test_a_training_is_a_function_of_its_seed(data: DataSet, tmp_path: Path, num
     assert not same(one, other)
 
 
+def test_norms_end_with_the_statistics_of_the_training_images_at_rest(data: DataSet, tmp_path: Path) -> None:
+    """Not with running averages, which lag behind the weights: of 200 images all are taken, as they are."""
+    state = Training(data, tmp_path / "checkpoint")()
+    network = build(TINY, RECIPE.initializer, 0)
+    network.load_state_dict(state)
+    batches = data.normalise(data.train.images)[
+        torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    ].tensor_split(2)
+    with torch.no_grad():
+        outputs = [network.layer("conv_in")(batch) for batch in batches]
+    mean = torch.stack([output.mean((0, 2, 3)) for output in outputs]).mean(0)
+    variance = torch.stack([output.transpose(0, 1).flatten(1).var(1) for output in outputs]).mean(0)
+    norm = network.layer("conv_in.bn")
+    torch.testing.assert_close(norm.get_buffer("running_mean"), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.get_buffer("running_var"), variance, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("numerics", [CPU, FAST], ids=str)
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("ended", [True, False])

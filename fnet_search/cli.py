@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fnet_search import __version__
+from fnet_search.commands import (
+    analyze,
+    audit,
+    console,
+    data_dir_option,
+    export,
+    latency,
+    parse_scheme_options,
+    quantize,
+    quiet,
+    scheme_options,
+)
 from fnet_search.errors import FnetError, unknown
 
 if TYPE_CHECKING:
@@ -46,6 +58,7 @@ def cli(context: click.Context) -> None:
     \b
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
+    On what a run left:  export, audit, quantize, analyze, latency, report
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -64,11 +77,6 @@ def _shared(command: Any) -> Any:
             "--recipe", default="quick", help="How candidates are trained: quick, paper, or the path of a TOML file."
         ),
         click.option("--epochs", type=click.IntRange(1), show_default="the recipe's", help="Epochs of each training."),
-        click.option(
-            "--ranges",
-            default="percentile:1",
-            help="Activation ranges: minmax, or percentile:P (P % clipped at the top and at the bottom).",
-        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of policy and trainings."),
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
@@ -90,17 +98,11 @@ def _shared(command: Any) -> Any:
             help="Run folder; an earlier run in it goes on. Its name is the study's.",
         ),
         click.option("--storage", show_default="a journal file in the run folder", help="Optuna storage URL."),
-        click.option(
-            "--data-dir",
-            type=click.Path(path_type=Path),
-            default=Path("data"),
-            help="Where torchvision's data sets lie.",
-        ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
     ]
     for option in reversed(options):
         command = option(command)
-    return command
+    return scheme_options(data_dir_option(command))
 
 
 @cli.command()
@@ -114,6 +116,12 @@ def _shared(command: Any) -> Any:
     "--policy",
     default="reverse-pyramid",
     help="What proposes plans: progressive-doubling, random, reverse-pyramid, tpe, or an installed plug-in.",
+)
+@click.option(
+    "--audit",
+    type=click.Choice(["winner", "all"]),
+    default="winner",
+    help="Whose ONNX export is run in ONNX Runtime and held against the integer simulator, code for code.",
 )
 @click.option("--trials", type=click.IntRange(1), default=6, help="Candidates to train; refused plans do not count.")
 @_shared
@@ -200,8 +208,12 @@ def report(folder: Path, storage: str | None) -> None:
     from fnet_search.run import report_again
     from fnet_search.runfolder import RunFolder
 
-    _quiet()
+    quiet()
     _print_outcome(report_again(RunFolder(folder), storage), folder)
+
+
+for _command in (export, audit, quantize, analyze, latency):
+    cli.add_command(_command)
 
 
 def _constraints(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
@@ -234,7 +246,6 @@ def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -
 def _request(
     space: "Macroarchitecture", constraints: "Constraints", policy: str, split: Any, options: dict[str, Any]
 ) -> "Request":
-    from fnet_search.ranges import parse_ranges
     from fnet_search.recipe import load_recipe
     from fnet_search.run import Request
 
@@ -246,7 +257,7 @@ def _request(
         recipe=load_recipe(options["recipe"]).with_epochs(options["epochs"]),
         policy_name=policy,
         constraints=constraints,
-        ranges=parse_ranges(options["ranges"]),
+        scheme=parse_scheme_options(options),
         seed=options["seed"],
         split=split,
         device=options["device"],
@@ -254,6 +265,7 @@ def _request(
         storage=options["storage"],
         data_dir=options["data_dir"],
         download=options["download"],
+        audit_all=options.get("audit", "all") == "all",
     )
 
 
@@ -272,23 +284,16 @@ def _execute(request: "Request", policy: "Policy", name: str, trials: int, optio
     from fnet_search.run import run_study
     from fnet_search.runfolder import RunFolder
 
-    _quiet()
+    quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
     workers = options["workers"] or (_cores() if on_cpu else 1)
     folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
-    with TerminalDisplay(_console()) as display:
+    with TerminalDisplay(console()) as display:
         outcome = run_study(request, policy, RunFolder(folder), trials, workers, display)
     _print_outcome(outcome, folder)
     if request.split == "validation" and not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
 
 
 def _cores() -> int:
@@ -301,18 +306,10 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _quiet() -> None:
-    """Optuna reports each trial on its own; we have our own lines for that."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
 def _print_outcome(outcome: "Outcome", folder: Path) -> None:
     from fnet_search.progress import candidates_table
 
-    console = _console()
-    console.print(candidates_table(outcome.space, outcome.constraints, outcome.evaluations))
+    console().print(candidates_table(outcome.space, outcome.constraints, outcome.evaluations))
     click.echo(f"report: {outcome.report}")
     click.echo(outcome.headline(folder))
 
@@ -373,7 +370,7 @@ def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
             f"{layer['macs']:,}" if layer["macs"] else "",
             f"{layer['params']:,}" if layer["params"] else "",
         )
-    _console().print(table)
+    console().print(table)
     click.echo(
         f"conv MACs {shown['conv_macs']:,} ({mmac(shown['conv_macs'])}), total MACs {shown['total_macs']:,}, "
         f"parameters {shown['params']:,}"

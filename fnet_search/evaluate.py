@@ -1,30 +1,39 @@
-"""From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, profile."""
+"""From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, audit, profile."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
+from fnet_search.audit import compare
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
+from fnet_search.equalize import equalize
 from fnet_search.errors import FnetError
+from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost
-from fnet_search.policy import Evaluation, SplitName
+from fnet_search.policy import Audit, Evaluation, SplitName
 from fnet_search.profile import profile
 from fnet_search.quantize import QuantizedNetwork, quantize
-from fnet_search.ranges import Batches, RangeMethod, calibrate
+from fnet_search.ranges import Batches, TensorStats, calibrate
 from fnet_search.recipe import Recipe
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import Scheme
 from fnet_search.train import Report, TrainingFailed, TrainingProgress, train
 from fnet_search.weights import read_tensors, write_tensors
 
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
+CORRECTION_SAMPLES = 256
+"""Of these, for bias correction."""
 SQNR_SAMPLES = 128
 ATTEMPTS = 2
 
@@ -35,14 +44,40 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Setup:
-    """What all candidates of a study have in common. `split` is what they are measured on."""
+    """What all candidates of a study have in common. `split` is what they are measured on; with `audited`, each is
+    also run in ONNX Runtime on it."""
 
     space: Macroarchitecture
     recipe: Recipe
-    ranges: RangeMethod
+    scheme: Scheme
     numerics: Numerics
     seed: int
     split: SplitName
+    audited: bool = False
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A trained network made ready for 8 bits: folded (and equalized), its calibrated tensors, the integer network."""
+
+    folded: FoldedNetwork
+    stats: Mapping[str, TensorStats]
+    network: QuantizedNetwork
+
+
+def prepare(trained: Network, scheme: Scheme, data: DataSet, seed: int) -> Quantized:
+    """Folds and quantizes a trained network in evaluation mode, as `scheme` says, on training images of `data`.
+
+    Raises FnetError for activations that are not finite, and where an int32 accumulation could overflow.
+    """
+    folded = fold(trained)
+    if scheme.equalize:
+        folded = equalize(folded)
+    stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), scheme.ranges)
+    network = quantize(folded, stats, scheme.per_channel)
+    if scheme.bias_correct:
+        network = correct_biases(folded, network, calibration(data, seed, CORRECTION_SAMPLES))
+    return Quantized(folded, stats, network)
 
 
 @dataclass(frozen=True)
@@ -54,6 +89,7 @@ class Measures:
     qmse: float
     qce: float
     kl: float
+    audit: Audit | None = None
 
 
 @torch.no_grad()
@@ -63,15 +99,19 @@ def measure(
     data: DataSet,
     split: Split,
     seen: Callable[[int], None] = lambda images: None,
+    runtime: Runtime | None = None,
 ) -> Measures:
     """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class.
 
-    `seen` is told after each batch how many images were measured.
+    `runtime` has the quantized network in ONNX Runtime, if it is to be audited; `seen` is told after each batch how
+    many images were measured.
     """
-    sums, count = torch.zeros(5, dtype=torch.float64), 0
+    sums, audit, count = torch.zeros(5, dtype=torch.float64), Audit(), 0
     for images, labels in split.batches(250):
         x = data.normalise(images)
         y, y8 = folded(x), quantized(x)
+        if runtime is not None:
+            audit += compare(y8, runtime(x))
         log_p, log_q = F.log_softmax(y.double(), 1), F.log_softmax(y8.double(), 1)
         qce = -(log_p.exp() * log_q).sum()
         entropy = -(log_p.exp() * log_p).sum()
@@ -80,7 +120,8 @@ def measure(
         sums += torch.stack([*hits, squares, qce, qce - entropy]).cpu()
         count += len(labels)
         seen(count)
-    return Measures(*(sums / len(split)).tolist())
+    measures = Measures(*(sums / len(split)).tolist())
+    return measures if runtime is None else replace(measures, audit=audit)
 
 
 def calibration(data: DataSet, seed: int, samples: int) -> Batches:
@@ -119,7 +160,7 @@ def evaluate(
         (folder / CHECKPOINT).unlink(missing_ok=True)
     cost = plan_cost(setup.space, plan)
     return Evaluation(
-        number, plan, cost, "failed", f"{reason} (tried {ATTEMPTS} times)", setup.split, str(setup.ranges), setup.seed
+        number, plan, cost, "failed", f"{reason} (tried {ATTEMPTS} times)", setup.split, str(setup.scheme), setup.seed
     )
 
 
@@ -139,34 +180,54 @@ def _attempt(
     stages = _Stages(report, setup.recipe.epochs * len(data.train), CALIBRATION_SAMPLES, len(data.evaluation))
     images = train(trained, data, setup.recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
     trained.eval().to(memory_format=torch.contiguous_format)
-    folded = fold(trained)
-    samples = calibration(data, setup.seed, CALIBRATION_SAMPLES)
     stages.after("calibrating", 0)
     try:
-        stats = calibrate(folded, samples, setup.ranges)
-        quantized = quantize(folded, stats)
+        quantized = prepare(trained, setup.scheme, data, setup.seed)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
-    measures = measure(folded, quantized, data, data.evaluation, lambda count: stages.after("measuring", count))
-    layers = profile(trained, folded, quantized, stats, calibration(data, setup.seed, SQNR_SAMPLES))
-    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(plan)})
-    write_tensors(folder / QUANTIZED, quantized.to_tensors(), {"plan": str(plan), "ranges": str(setup.ranges)})
-    return Evaluation(
+    evaluation = Evaluation(
         number=number,
         plan=plan,
         cost=plan_cost(setup.space, plan),
         split=setup.split,
-        ranges=str(setup.ranges),
         seed=seed,
         epochs=setup.recipe.epochs,
         trained_images=images,
-        fp32_accuracy=measures.fp32_accuracy,
-        quint8_accuracy=measures.quint8_accuracy,
-        qmse=measures.qmse,
-        qce=measures.qce,
-        kl=measures.kl,
-        layers=layers,
     )
+    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(plan)})
+    runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
+    return record(
+        evaluation,
+        trained,
+        quantized,
+        setup.scheme,
+        data,
+        setup.seed,
+        folder,
+        runtime,
+        partial(stages.after, "measuring"),
+    )
+
+
+def record(
+    evaluation: Evaluation,
+    trained: Network,
+    quantized: Quantized,
+    scheme: Scheme,
+    data: DataSet,
+    seed: int,
+    folder: Path,
+    runtime: Runtime | None = None,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Completes an evaluation of a trained network: what it measures with this quantization, whose codes are left in
+    `folder`. `runtime` and `seen` as in `measure`."""
+    measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
+    samples = calibration(data, seed, SQNR_SAMPLES)
+    layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
+    facts = {"plan": str(evaluation.plan), "scheme": str(scheme)}
+    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
+    return replace(evaluation, scheme=str(scheme), **vars(measures), layers=layers)
 
 
 class _Stages:
@@ -189,10 +250,8 @@ class _Stages:
         self.report(replace(self.last, ended=False, done=done / self.whole, stage=stage))
 
 
-def load_candidate(
-    space: Macroarchitecture, plan: FactorizationPlan, folder: Path
-) -> tuple[FoldedNetwork, QuantizedNetwork]:
-    """The folded float network and the quantized one that `evaluate` left in `folder`, on the CPU.
+def load_trained(space: Macroarchitecture, plan: FactorizationPlan, folder: Path) -> Network:
+    """The trained network that `evaluate` left in `folder`, on the CPU, in evaluation mode.
 
     Raises FnetError, naming the file, where weights are missing, broken, or of another plan.
     """
@@ -202,6 +261,16 @@ def load_candidate(
         network.load_state_dict(tensors)
     except RuntimeError:
         raise FnetError(f"{folder / WEIGHTS} does not hold the weights of plan {plan}") from None
-    folded = fold(network.eval())
+    return network.eval()
+
+
+def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:
+    """The folded (and equalized) network of a trained one, and the quantized one whose codes are in `folder`.
+
+    Raises FnetError, naming the file, where codes are missing, broken, or of another network.
+    """
+    folded = fold(trained)
+    if scheme.equalize:
+        folded = equalize(folded)
     codes, _ = read_tensors(folder / QUANTIZED)
     return folded, QuantizedNetwork.from_tensors(folded.network, codes)

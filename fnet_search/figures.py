@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import label
+from fnet_search.plan import FactorizationPlan, label
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
 from fnet_search.quantities import millions
 
@@ -39,32 +39,32 @@ def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:
     return name if len(name) <= 24 else f"#{evaluation.number}"
 
 
-def _figure(height: float, width: float = 7.2) -> Figure:
+def new_figure(height: float, width: float = 7.2) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
 
 
-def _heading(figure: Figure, text: str) -> None:
+def heading(figure: Figure, text: str) -> None:
     lines = textwrap.fill(text, 78)
     figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10.5, fontweight="bold", parse_math=False)
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the axes, in as many columns as fit."""
     longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
     columns = max(1, min(5, 112 // (longest + 9)))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
 
 
-def _nothing(figure: Figure) -> Figure:
+def nothing(figure: Figure) -> Figure:
     figure.text(0.5, 0.45, "no trained candidate has these values yet", horizontalalignment="center", color=GREY)
     return figure
 
@@ -74,7 +74,7 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.nan
 
 
-def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where a linear one would squeeze most values into a line."""
     known = [value for value in values if math.isfinite(value)]
     if known and min(known) > 0 and max(known) > 50 * min(known):
@@ -133,16 +133,16 @@ def macs_figure(
     The best candidate has a star; dashed lines are the constraints. Labels that find no free place are left out.
     """
     chosen = METRICS[metric]
-    figure = _figure(4.2)
+    figure = new_figure(4.2)
     ranked = ranking(tuple(evaluations), constraints)
     measured = [[_finite(value(one)) * chosen.scale for value in chosen.series.values()] for one in ranked]
     drawn = [(one, values) for one, values in zip(ranked, measured, strict=True) if not all(map(math.isnan, values))]
     splits = " and ".join(sorted({one.split for one, _ in drawn}))
-    _heading(figure, f"{chosen.title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
+    heading(figure, f"{chosen.title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
     if not drawn:
-        return _nothing(figure)
+        return nothing(figure)
     axes = figure.add_subplot()
-    _style(axes)
+    style(axes)
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
     axes.set_ylabel(chosen.unit, fontsize=9)
     macs = [one.cost.conv_macs / 1e6 for one, _ in drawn]
@@ -164,9 +164,9 @@ def macs_figure(
     if limit is not None:
         name = f"{chosen.limit_name} {limit * chosen.scale:g} %"
         axes.axhline(limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=name)
-    _log_if_wide(axes, [value for values in known for value in values])
+    log_if_wide(axes, [value for values in known for value in values])
     axes.margins(x=0.08, y=0.1)
-    _legend(axes)
+    legend(axes)
     labels = []
     for (one, _), x, ys in zip(drawn, macs, known, strict=True):
         texts = dict.fromkeys([plan_name(space, one), f"#{one.number}"])
@@ -210,13 +210,17 @@ def selection(constraints: Constraints, evaluations: Sequence[Evaluation], limit
     return sorted(chosen, key=lambda one: (-one.cost.conv_macs, one.number))
 
 
+def slot_of(plan: FactorizationPlan, layer: str) -> Slot:
+    """Where a layer of a plan's network stands: a grouped convolution where the plain one would."""
+    for name, rate in plan.rates:
+        if rate > 1 and layer in (f"{name}.grouped", f"{name}.pointwise"):
+            return name, layer.endswith(".pointwise")
+    return layer, False
+
+
 def _slots(evaluation: Evaluation) -> list[tuple[Slot, LayerStats]]:
-    """Every measured layer with its slot: a grouped convolution stands where the plain one would."""
-    parts: dict[str, Slot] = {}
-    for layer, rate in evaluation.plan.rates:
-        if rate > 1:
-            parts |= {f"{layer}.grouped": (layer, False), f"{layer}.pointwise": (layer, True)}
-    return [(parts.get(stats.layer, (stats.layer, False)), stats) for stats in evaluation.layers]
+    """Every measured layer with its slot."""
+    return [(slot_of(evaluation.plan, stats.layer), stats) for stats in evaluation.layers]
 
 
 def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> list[Slot]:
@@ -225,11 +229,11 @@ def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> l
     return [slot for node in space.order for slot in ((node.name, False), (node.name, True)) if slot in filled]
 
 
-def _layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]:
+def layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]:
     """Axes one above the other that share the axis of layers; pointwise slots are shaded."""
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
-        _style(axes)
+        style(axes)
         for position, (_, pointwise) in enumerate(slots):
             if pointwise:
                 axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
@@ -250,19 +254,35 @@ def _layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes
 def _layers_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], title: str, values: Values
 ) -> Figure:
-    """A line a network through its KxK convolutions and dense layers; its pointwise convolutions are hollow markers."""
-    figure = _figure(8.2)
-    _heading(figure, f"{title} of every layer: {space.name}")
     shown = selection(constraints, evaluations)
-    slots = layer_axis(space, shown)
+    best = ranking(tuple(shown), constraints)[0] if shown else None
+    names = [
+        plan_name(space, one) + (f" ({_role(constraints, best)})" if best is not None and one is best else "")
+        for one in shown
+    ]
+    return layers_figure(space, list(zip(names, shown, strict=True)), title, values, best)
+
+
+def layers_figure(
+    space: Macroarchitecture,
+    networks: Sequence[tuple[str, Evaluation]],
+    title: str,
+    values: Values,
+    best: Evaluation | None = None,
+) -> Figure:
+    """A line a network through its KxK convolutions and dense layers; its pointwise convolutions are hollow markers.
+
+    `networks`, at most SHOWN, have their names in the legend; the line of `best` is thick.
+    """
+    figure = new_figure(8.2)
+    heading(figure, f"{title} of every layer: {space.name}")
+    slots = layer_axis(space, [one for _, one in networks])
     if not slots:
-        return _nothing(figure)
-    best = ranking(tuple(shown), constraints)[0]
-    panels = _layer_panels(figure, slots, len(values))
+        return nothing(figure)
+    panels = layer_panels(figure, slots, len(values))
     for axes, (name, value) in zip(panels, values.items(), strict=True):
         axes.set_ylabel(name, fontsize=8.5)
-        for index, one in enumerate(shown):
-            role = f" ({_role(constraints, best)})" if one is best else ""
+        for index, (network, one) in enumerate(networks):
             for pointwise in (False, True):
                 points = [
                     (slots.index(slot), _finite(value(stats))) for slot, stats in _slots(one) if slot[1] == pointwise
@@ -276,15 +296,15 @@ def _layers_figure(
                     linestyle="none" if pointwise else "-",
                     linewidth=2.2 if one is best else 1.1,
                     markersize=4.5,
-                    label="_pointwise" if pointwise else plan_name(space, one) + role,
+                    label="_pointwise" if pointwise else network,
                 )
         if not name.endswith("(%)"):
-            _log_if_wide(axes, [_finite(value(stats)) for one in shown for stats in one.layers])
+            log_if_wide(axes, [_finite(value(stats)) for _, one in networks for stats in one.layers])
         if axes.get_yscale() == "linear":
             axes.set_ylim(bottom=0)
     if any(pointwise for _, pointwise in slots):
         panels[0].plot([], [], "o", color=GREY, markerfacecolor="white", markersize=4.5, label="hollow: pointwise")
-    _legend(panels[0])
+    legend(panels[0])
     return figure
 
 
@@ -300,14 +320,14 @@ def precisions_figure(space: Macroarchitecture, constraints: Constraints, evalua
 
 def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure:
     """One network, layer by layer: from where to where weights and activations reach, precisions, SQNR."""
-    figure = _figure(9.6)
-    _heading(figure, f"Layers of {plan_name(space, evaluation)}: {space.name}")
+    figure = new_figure(9.6)
+    heading(figure, f"Layers of {plan_name(space, evaluation)}: {space.name}")
     slots = layer_axis(space, [evaluation])
     if not slots:
-        return _nothing(figure)
+        return nothing(figure)
     layers = [stats for _, stats in sorted(_slots(evaluation), key=lambda pair: slots.index(pair[0]))]
     positions = range(len(layers))
-    weights, activations, precisions, noise = panels = _layer_panels(figure, slots, 4)
+    weights, activations, precisions, noise = panels = layer_panels(figure, slots, 4)
 
     def bars(axes: Axes, name: str, ends: Sequence[tuple[float, float]], index: int, shift: float = 0.0) -> None:
         axes.use_sticky_edges = False  # room below the bars
@@ -334,7 +354,7 @@ def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure
             short = name.removesuffix(" precision (%)")
             axes.plot(positions, heights, marker=MARKERS[index], color=COLOURS[index], markersize=4.5, label=short)
     for axes in panels:
-        _legend(axes)
+        legend(axes)
     return figure
 
 

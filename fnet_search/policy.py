@@ -54,6 +54,31 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """How an exported network agreed with the integer simulator when ONNX Runtime ran it on `images` images.
+
+    `differing` of its output `codes` were not the same, and so many `predictions` (classes of images).
+    """
+
+    images: int = 0
+    codes: int = 0
+    differing: int = 0
+    predictions: int = 0
+
+    def __add__(self, other: "Audit") -> "Audit":
+        return Audit(
+            self.images + other.images,
+            self.codes + other.codes,
+            self.differing + other.differing,
+            self.predictions + other.predictions,
+        )
+
+    def __str__(self) -> str:
+        codes = f"{self.differing:,} of {self.codes:,} output codes"
+        return f"{codes} and {self.predictions:,} of {self.images:,} predictions differ"
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured on one candidate. Accuracies and `relative_drop` are fractions of 1.
 
@@ -66,7 +91,8 @@ class Evaluation:
     state: State = "complete"
     reason: str = ""
     split: SplitName = "validation"
-    ranges: str = ""
+    scheme: str = ""
+    """How it was quantized: `scheme.Scheme` as text."""
     seed: int = 0
     epochs: int = 0
     trained_images: int = 0
@@ -78,6 +104,8 @@ class Evaluation:
     """Cross entropy of softmax(y_quint8) under softmax(y_fp32), natural log."""
     kl: float | None = None
     """`qce` less the entropy of softmax(y_fp32)."""
+    audit: Audit | None = None
+    """On the images of `split`; None: not audited."""
     layers: tuple[LayerStats, ...] = ()
 
     @property
@@ -100,6 +128,7 @@ class Evaluation:
                 **values,
                 "plan": FactorizationPlan(tuple(data["plan"].items())),
                 "cost": Cost(**data["cost"]),
+                "audit": Audit(**data["audit"]) if data.get("audit") else None,
                 "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
             }
         )

@@ -52,7 +52,7 @@ def profile(
         tensor = stats[carrier[node.name]]
         clipped = (side.clamp(tensor.low, tensor.high) for side in (tensor.channel_min, tensor.channel_max))
         activation_precision, dead_activations = channel_precision(*clipped)
-        error = layer.params.dequantize(layer.codes.cpu()).double() - weight.double()
+        error = layer.weight.cpu().double() - weight.double()
         signal, local, accumulated = energy[carrier[node.name]]
         cost = layer_cost(node, trained.network.input_shapes(node))
         found.append(

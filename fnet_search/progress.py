@@ -55,7 +55,7 @@ class TerminalDisplay:
         if self._live:
             self._live.update(Text(f"{text} ..."), refresh=True)
         else:
-            self._print(f"{text} ...")
+            self.say(f"{text} ...")
 
     def advance(self, what: str, done: int, total: int) -> None:
         if what != self._what:
@@ -65,32 +65,32 @@ class TerminalDisplay:
         if self._live:
             self._live.update(Text(text))
         elif 4 * done // total > self._quarter:
-            self._print(text)
+            self.say(text)
         self._quarter = 4 * done // total
 
     def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
         self._space, self._trials, self._before, self._start = space, trials, done, time.monotonic()
         going_on = f", {done} trained before" if done else ""
-        self._print(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {numerics}")
+        self.say(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {numerics}")
 
     def show(self, event: Event) -> None:
         match event:
             case Refused(evaluation):
-                self._print(f"candidate {evaluation.number} ({self._label(evaluation)}) refused: {evaluation.reason}")
+                self.say(f"candidate {evaluation.number} ({self._label(evaluation)}) refused: {evaluation.reason}")
             case Started(number, plan):
                 assert self._space is not None
                 self._labels[number] = label(self._space, plan)
                 self._running[number] = None
                 cost = plan_cost(self._space, plan)
-                self._print(f"candidate {number} ({self._labels[number]}, {mmac(cost.conv_macs)}) starts")
+                self.say(f"candidate {number} ({self._labels[number]}, {mmac(cost.conv_macs)}) starts")
             case Progressed(number, progress):
                 self._running[number] = progress
                 if not self._live and progress.ended:
-                    self._print(f"{self._describe(number, progress)}; {self._left()}")
+                    self.say(f"{self._describe(number, progress)}; {self._left()}")
             case Finished(evaluation, seconds):
                 self._finished += 1
                 self._running.pop(evaluation.number, None)
-                self._print(
+                self.say(
                     f"candidate {evaluation.number} ({self._label(evaluation)}) {_result(evaluation)}, {clock(seconds)}"
                 )
         if self._live:
@@ -100,7 +100,8 @@ class TerminalDisplay:
         assert self._space is not None
         return label(self._space, evaluation.plan)
 
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, number: int, progress: TrainingProgress) -> str:
@@ -144,12 +145,12 @@ def _result(evaluation: Evaluation) -> str:
 
 
 def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]) -> Table:
-    """The candidates for the terminal, in order of their numbers."""
+    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ."""
     split = evaluations[0].split if evaluations else "validation"
     table = Table(title=f"candidates (accuracies on the {split} split)", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE"):
+    for name in ("conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for one in evaluations:
@@ -167,6 +168,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
         if one.state == "complete" and not constraints.feasible(one):
             missed = [name for name, value in constraints.of(one).items() if value > 0]
             state = f"infeasible: {', '.join(missed)}"
+        audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params / 1e3:,.0f}"
-        table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, Text(state))
+        table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))
     return table

@@ -1,4 +1,4 @@
-"""quint8, exactly as ONNX Runtime computes it (design, section 3): parameters, weights, and the integer simulator.
+"""quint8, exactly as ONNX Runtime computes it (design, section 3): weights, and the integer simulator.
 
 Codes are uint8 tensors; every step below is an integer or a single float32 operation, in the runtime's order.
 """
@@ -6,7 +6,6 @@ Codes are uint8 tensors; every step below is an integer or a single float32 oper
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,48 +16,46 @@ from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import INPUT, Activation, Add, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
 from fnet_search.network import FUNCTIONS, run, walk
+from fnet_search.params import QuantParams, clip, float32, quant_params
 from fnet_search.ranges import TensorStats, carriers
 
 EXACT_IN_FLOAT32 = 1 << 24
-
-
-@dataclass(frozen=True)
-class QuantParams:
-    """real = scale (code - zero). `scale` is a float32 value held in a Python float; `zero` lies in 0..255."""
-
-    scale: float
-    zero: int
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Rule 5: clip(rint(x / s) + z, 0, 255)."""
-        return _clip(torch.round(x / _scalar(self.scale, x)) + self.zero)
-
-    def dequantize(self, codes: Tensor) -> Tensor:
-        """Rule 9: s (q - z), float32."""
-        return (codes.float() - self.zero) * _scalar(self.scale, codes)
-
-
-def quant_params(low: float, high: float) -> QuantParams:
-    """Rule 2: the parameters of a range, widened to hold zero. A degenerate range gives scale 1, zero point 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255
-    if not scale > 0 or not np.float32(scale) > 0:
-        return QuantParams(1.0, 0)
-    return QuantParams(float(np.float32(scale)), int(np.clip(np.rint(-low / scale), 0, 255)))
+SYMMETRIC_ZERO = 128
+"""Zero point of weights with a scale a channel: ONNX ``QLinearConv`` wants the same one for all channels."""
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A convolution or dense layer: uint8 weight codes in torch's shape, their parameters, int32 bias codes."""
+    """A convolution or dense layer: uint8 weight codes in torch's shape, int32 bias codes, and the weights' parameters:
+    one, or one for each output channel."""
 
     codes: Tensor
-    params: QuantParams
+    params: tuple[QuantParams, ...]
     bias: Tensor
+
+    @cached_property
+    def scales(self) -> Tensor:
+        """float32 [1], or [C_out] with a scale a channel."""
+        return torch.tensor([one.scale for one in self.params], dtype=torch.float32, device=self.codes.device)
+
+    @cached_property
+    def zeros(self) -> Tensor:
+        """uint8, as `scales`."""
+        return torch.tensor([one.zero for one in self.params], dtype=torch.uint8, device=self.codes.device)
 
     @cached_property
     def centred(self) -> Tensor:
         """q_w - z_w as float32."""
-        return self.codes.float() - self.params.zero
+        return self.codes.float() - _by_output(self.zeros, self.codes).float()
+
+    @property
+    def weight(self) -> Tensor:
+        """s_w (q_w - z_w): the weights that the codes stand for, float32."""
+        return self.centred * _by_output(self.scales, self.codes)
+
+    def bias_scale(self, source: QuantParams) -> Tensor:
+        """Rule 6: f32(s_x s_w), float32, as `scales`."""
+        return float32(source.scale, self.scales) * self.scales
 
     @cached_property
     def slices(self) -> list[slice]:
@@ -76,21 +73,47 @@ class QuantizedLayer:
         return found
 
 
-def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams) -> QuantizedLayer:
-    """Rules 3, 6 and 10: weights by min and max per tensor, bias with scale f32(s_x s_w).
+def _by_output(values: Tensor, weight: Tensor) -> Tensor:
+    """[1] or [C_out] in a shape that goes with a weight."""
+    return values.view(-1, *[1] * (weight.ndim - 1))
+
+
+def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams, per_channel: bool = False) -> QuantizedLayer:
+    """Rules 3, 6 and 10: weights by min and max, per tensor or per output channel, bias with scale f32(s_x s_w).
 
     Raises FnetError where int32 accumulation could overflow, which the runtime would let wrap around.
     """
-    params = quant_params(float(weight.min()), float(weight.max()))
-    codes = params.quantize(weight)
-    bias_scale = float(np.float32(source.scale) * np.float32(params.scale))
-    bias_codes = torch.round(bias.double() / bias_scale).clamp(-(2**31), 2**31 - 1)
-    reach = (codes.double() - params.zero).abs().flatten(1).sum(1) * 255 + bias_codes.abs()
-    if not float(reach.max()) < 2**31:  # NaN where the bias scale is too small for a float32
+    if per_channel:
+        params = _channel_params(weight, bias, source)
+    else:
+        params = (quant_params(float(weight.min()), float(weight.max())),)
+    draft = QuantizedLayer(weight, params, bias)  # for the parameters in the shapes of the weight
+    codes = clip(torch.round(weight / _by_output(draft.scales, weight)) + _by_output(draft.zeros, weight))
+    bias_codes = torch.round(bias.double() / draft.bias_scale(source).double())
+    bias_codes = bias_codes.nan_to_num(nan=-(2.0**31)).clamp(-(2**31), 2**31 - 1)  # 0 / 0: a scale below float32
+    return bounded(QuantizedLayer(codes, params, bias_codes.to(torch.int32)))
+
+
+def bounded(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer itself. Raises FnetError where its int32 accumulation can overflow (rule 10)."""
+    reach = layer.centred.double().abs().flatten(1).sum(1) * 255 + layer.bias.double().abs()
+    if not float(reach.max()) < 2**31:
         raise FnetError(
             f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {float(reach.max()):.3g}"
         )
-    return QuantizedLayer(codes, params, bias_codes.to(torch.int32))
+    return layer
+
+
+def _channel_params(weight: Tensor, bias: Tensor, source: QuantParams) -> tuple[QuantParams, ...]:
+    """For each output channel the smallest scale that holds its weights in codes 0..255 around 128, and leaves its
+    bias code below 2^30. A channel of zeros takes the scale of the widest one."""
+    rows = weight.flatten(1).double()
+    scales = torch.maximum(rows.amax(1) / 127, -rows.amin(1) / 128)
+    widest = float(scales.max()) if float(scales.max()) > 0 else 1.0
+    scales = torch.where(scales > 0, scales, widest)
+    scales = torch.maximum(scales, bias.double().abs() / (source.scale * 2**30)).float()
+    smallest = float(np.finfo(np.float32).tiny)
+    return tuple(QuantParams(max(scale, smallest), SYMMETRIC_ZERO) for scale in scales.tolist())
 
 
 @dataclass(frozen=True)
@@ -107,21 +130,22 @@ class QuantizedNetwork:
 
     def codes(self, x: Tensor) -> Iterator[tuple[Node, Tensor]]:
         """Yields every node with its output codes, uint8, for normalised float images [N, C, H, W]."""
-        return walk(self.network, self.params[INPUT].quantize(x), _Step(self))
+        return walk(self.network, self.params[INPUT].quantize(x), Step(self))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] logits: dequantized, float32."""
-        logits = run(self.network, self.params[INPUT].quantize(x), _Step(self))
+        logits = run(self.network, self.params[INPUT].quantize(x), Step(self))
         return self.params[self.carrier[self.network.output]].dequantize(logits)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Codes, biases, scales and zero points, to be saved; `from_tensors` reads them."""
         tensors: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
-            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = layer.codes, layer.bias
-            tensors |= _pack(f"{name}.weight", layer.params)
+            tensors |= {f"{name}.weight": layer.codes, f"{name}.bias": layer.bias}
+            tensors |= {f"{name}.weight.scale": layer.scales, f"{name}.weight.zero": layer.zeros}
         for name, params in self.params.items():
-            tensors |= _pack(f"{name}.output", params)
+            tensors[f"{name}.output.scale"] = torch.tensor(params.scale)
+            tensors[f"{name}.output.zero"] = torch.tensor(params.zero, dtype=torch.uint8)
         return tensors
 
     @staticmethod
@@ -135,21 +159,18 @@ class QuantizedNetwork:
                 )
                 for name in weighted
             }
-            params = {name: _unpack(f"{name}.output", tensors) for name in set(carriers(network).values())}
+            params = {name: _unpack(f"{name}.output", tensors)[0] for name in dict.fromkeys(carriers(network).values())}
         except KeyError as error:
             raise FnetError(f"the quantized weights do not fit the network: {error} is missing") from None
         return QuantizedNetwork(network, params, layers)
 
 
-def _pack(name: str, params: QuantParams) -> dict[str, Tensor]:
-    return {f"{name}.scale": torch.tensor(params.scale), f"{name}.zero": torch.tensor(params.zero, dtype=torch.uint8)}
+def _unpack(name: str, tensors: Mapping[str, Tensor]) -> tuple[QuantParams, ...]:
+    scales, zeros = tensors[f"{name}.scale"].flatten().tolist(), tensors[f"{name}.zero"].flatten().tolist()
+    return tuple(map(QuantParams, scales, zeros))
 
 
-def _unpack(name: str, tensors: Mapping[str, Tensor]) -> QuantParams:
-    return QuantParams(float(tensors[f"{name}.scale"]), int(tensors[f"{name}.zero"]))
-
-
-def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats]) -> QuantizedNetwork:
+def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats], per_channel: bool = False) -> QuantizedNetwork:
     """The integer network of a folded one, with activation ranges from `ranges.calibrate`."""
     carrier = carriers(folded.network)
     params = {name: quant_params(tensor.low, tensor.high) for name, tensor in stats.items()}
@@ -158,19 +179,12 @@ def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats]) -> Quantiz
         if isinstance(node.layer, Conv | Dense):
             source = params[carrier[node.inputs[0]]]
             try:
-                layers[node.name] = quantize_layer(folded.weight[node.name], folded.bias[node.name], source)
+                layers[node.name] = quantize_layer(
+                    folded.weight[node.name], folded.bias[node.name], source, per_channel
+                )
             except FnetError as error:
                 raise FnetError(f"layer {node.name!r}: {error}") from None
     return QuantizedNetwork(folded.network, params, layers)
-
-
-def _scalar(value: float, like: Tensor) -> Tensor:
-    """A float32 scalar as a tensor: torch may turn a division by a Python number into a multiplication."""
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
-
-
-def _clip(x: Tensor) -> Tensor:
-    return x.clamp_(0, 255).to(torch.uint8)
 
 
 def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:
@@ -180,8 +194,8 @@ def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:
     return target.quantize(y)
 
 
-class _Step:
-    """Computes the output codes of a node; see the rules of the design for each case."""
+class Step:
+    """Computes the output codes of a node, for `network.walk`; see the rules of the design for each case."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier
@@ -193,9 +207,9 @@ class _Step:
         match layer:
             case Conv() | Dense():
                 weights = self.layers[node.name]
-                scale = np.float32(source.scale) * np.float32(weights.params.scale)
                 total = accumulate(layer, codes, source.zero, weights)
-                return requantize(total, scale / np.float32(target.scale), target)
+                scale = weights.bias_scale(source)
+                return requantize(total, scale / float32(target.scale, scale), target)
             case Activation() if self.carrier[node.inputs[0]] == node.name:
                 return codes  # fused: the layer before clipped at the zero point already
             case Activation(function):
@@ -206,10 +220,10 @@ class _Step:
             case Pool(reduction="average"):
                 return _average_pool(layer, codes, source, target)
             case Pool():
-                pixels = codes.shape[2] * codes.shape[3]
+                pixels = float32(codes.shape[2] * codes.shape[3], codes)
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
-                count = np.float32(target.scale) * np.float32(pixels)
-                return requantize(total, np.float32(source.scale) / count, target)
+                multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
+                return requantize(total, multiplier, target)
             case Flatten():
                 return codes.flatten(1)
             case Add():
@@ -255,10 +269,13 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
     return total + weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2))
 
 
-def requantize(total: Tensor, multiplier: Any, target: QuantParams) -> Tensor:
-    """Rule 8: clip(rint(f32(acc) M) + z_y, 0, 255) with a float32 multiplier; clipping at z_y is the ReLU."""
-    scaled = total.float() * _scalar(float(np.float32(multiplier)), total)
-    return _clip(torch.round(scaled) + target.zero)
+def requantize(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor:
+    """Rule 8: clip(rint(f32(acc) M) + z_y, 0, 255); clipping at z_y is the ReLU.
+
+    M is float32, [1] or [C_out].
+    """
+    scaled = total.float() * multiplier.to(total.device).view(1, -1, *[1] * (total.ndim - 2))
+    return clip(torch.round(scaled) + target.zero)
 
 
 def _average_pool(layer: Pool, codes: Tensor, source: QuantParams, target: QuantParams) -> Tensor:
@@ -273,7 +290,7 @@ def _average_pool(layer: Pool, codes: Tensor, source: QuantParams, target: Quant
             columns = slice(column, column + layer.step[1] * (width - 1) + 1, layer.step[1])
             total = total + x[:, :, rows, columns]
             count = count + inside[:, :, rows, columns]
-    return _clip(torch.round(total / count / _scalar(target.scale, x) + target.zero))
+    return clip(torch.round(total / count / float32(target.scale, x) + target.zero))
 
 
 def _add(a: Tensor, b: Tensor, of_a: QuantParams, of_b: QuantParams, target: QuantParams) -> Tensor:
@@ -283,4 +300,4 @@ def _add(a: Tensor, b: Tensor, of_a: QuantParams, of_b: QuantParams, target: Qua
     product = float(np.float32(ratio_b * of_b.zero))
     offset = float(np.float32(target.zero - np.float64(np.float32(ratio_a * of_a.zero + product))))
     inner = (b.double() * ratio_b + offset).float()
-    return _clip(torch.round((a.double() * ratio_a + inner.double()).float()))
+    return clip(torch.round((a.double() * ratio_a + inner.double()).float()))

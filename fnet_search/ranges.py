@@ -1,11 +1,12 @@
 """Ranges of activations (design, section 3, rule 4): which tensors are quantized, and from where to where."""
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
+from itertools import product
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,31 +14,11 @@ from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import INPUT, Activation, Flatten, Macroarchitecture, Pool
 from fnet_search.network import walk
+from fnet_search.params import quant_params
+from fnet_search.scheme import RangeMethod
 
 Batches = Callable[[], Iterator[Tensor]]
 """Gives the calibration samples, normalised [N, C, H, W], anew at each call."""
-
-
-@dataclass(frozen=True)
-class RangeMethod:
-    """How hidden activations are clipped: `percentile` percent at the top and at the bottom; 0 is min and max."""
-
-    percentile: Fraction = Fraction(1)
-
-    def __str__(self) -> str:
-        return f"percentile:{float(self.percentile):g}" if self.percentile else "minmax"
-
-
-def parse_ranges(text: str) -> RangeMethod:
-    """``minmax`` or ``percentile:P``, 0 <= P < 50. Raises FnetError for anything else."""
-    if text == "minmax":
-        return RangeMethod(Fraction(0))
-    match = re.fullmatch(r"percentile:(\d{1,2}(?:\.\d{1,6})?)", text)
-    if match and Fraction(match[1]) < 50:
-        return RangeMethod(Fraction(match[1]))
-    raise FnetError(
-        f"unknown range method {text!r}; write minmax or percentile:P with 0 <= P < 50, as in percentile:0.1"
-    )
 
 
 def carriers(network: Macroarchitecture) -> dict[str, str]:
@@ -76,17 +57,18 @@ class TensorStats:
 def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> Mapping[str, TensorStats]:
     """Statistics of every quantized tensor, keyed by its carrier.
 
-    The network's input and its logits get min and max, hidden tensors the nearest-rank percentiles pooled over all
-    elements, exact: two passes over histograms of the floats' bits, so memory does not grow with the samples.
-    Raises FnetError for activations that are not finite.
+    The network's input and its logits get min and max, hidden tensors what `method` says: nearest-rank percentiles
+    pooled over all elements, exact, or the range of least squared error. Both take two passes over the samples and
+    keep histograms, so memory does not grow with their number. Raises FnetError for activations that are not finite.
     """
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
-    observers = {name: _Observer(method if name not in ends else RangeMethod(Fraction(0))) for name in carrier.values()}
+    observers = {name: OBSERVERS[method.kind if name not in ends else "minmax"](method) for name in carrier.values()}
     for name, tensor in _tensors(folded, batches, observers):
         observers[name].first_pass(tensor)
-    if any(observer.open_ranks() for observer in observers.values()):
-        for name, tensor in _tensors(folded, batches, observers):
+    unsettled = {name: observer for name, observer in observers.items() if not observer.settled}
+    if unsettled:
+        for name, tensor in _tensors(folded, batches, unsettled):
             observers[name].second_pass(tensor)
     return {name: observer.stats(name) for name, observer in observers.items()}
 
@@ -101,14 +83,12 @@ def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, objec
 
 
 class _Observer:
-    """Extremes and exact percentiles of one tensor, in 64 Ki counters a pass."""
+    """Extremes of one tensor; a subclass for each range method finds its range from histograms of two passes."""
 
     def __init__(self, method: RangeMethod) -> None:
         self.method = method
         self.count = self.zeros = 0
         self.channel_min = self.channel_max = torch.empty(0)
-        self.coarse = torch.zeros(1 << 16, dtype=torch.int64)
-        self.fine: dict[int, Tensor] = {}
 
     def first_pass(self, tensor: Tensor) -> None:
         channels = tensor.transpose(0, 1).flatten(1)
@@ -118,8 +98,44 @@ class _Observer:
         self.channel_max = high if first else torch.maximum(self.channel_max, high)
         self.count += tensor.numel()
         self.zeros += int((tensor == 0).sum())
-        if self.method.percentile:
-            self.coarse += torch.bincount((_keys(tensor) >> 16) + (1 << 15), minlength=1 << 16).cpu()
+
+    def second_pass(self, tensor: Tensor) -> None:
+        """Called with the same tensors again, unless `settled`."""
+
+    @property
+    def low(self) -> float:
+        return float(self.channel_min.min())
+
+    @property
+    def high(self) -> float:
+        return float(self.channel_max.max())
+
+    @property
+    def settled(self) -> bool:
+        """Whether one pass was enough. Raises nothing, also for values that are not finite: `stats` does."""
+        return True
+
+    def range(self) -> tuple[float, float]:
+        """From where to where values are represented."""
+        return self.low, self.high
+
+    def stats(self, name: str) -> TensorStats:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise FnetError(f"the activations of {name!r} are not finite")
+        return TensorStats(*self.range(), self.channel_min, self.channel_max, self.zeros / self.count)
+
+
+class _Percentiles(_Observer):
+    """Exact order statistics in 64 Ki counters a pass: first the upper half of the floats' bits, then the lower."""
+
+    def __init__(self, method: RangeMethod) -> None:
+        super().__init__(method)
+        self.coarse = torch.zeros(1 << 16, dtype=torch.int64)
+        self.fine: dict[int, Tensor] = {}
+
+    def first_pass(self, tensor: Tensor) -> None:
+        super().first_pass(tensor)
+        self.coarse += torch.bincount((_keys(tensor) >> 16) + (1 << 15), minlength=1 << 16).cpu()
 
     def second_pass(self, tensor: Tensor) -> None:
         for rank in self.open_ranks():
@@ -130,11 +146,13 @@ class _Observer:
             found = torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
             self.fine[rank] = self.fine[rank] + found if rank in self.fine else found
 
+    @property
+    def settled(self) -> bool:
+        return not self.open_ranks()
+
     def open_ranks(self) -> tuple[int, ...]:
         """Ranks that the first pass has not settled: the zeros at the bottom of a ReLU's output are settled."""
-        if not self.method.percentile:
-            return ()
-        zeros = self.zeros if float(self.channel_min.min()) >= 0 else 0
+        zeros = self.zeros if self.low >= 0 else 0
         return tuple(rank for rank in self.ranks() if rank > zeros)
 
     def ranks(self) -> tuple[int, ...]:
@@ -142,13 +160,9 @@ class _Observer:
         part = self.method.percentile / 100
         return tuple(dict.fromkeys(max(1, math.ceil(share * self.count)) for share in (part, 1 - part)))
 
-    def stats(self, name: str) -> TensorStats:
-        low, high = float(self.channel_min.min()), float(self.channel_max.max())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise FnetError(f"the activations of {name!r} are not finite")
-        if self.method.percentile:
-            low, *_, high = [*map(self._value, self.ranks())] * (3 - len(self.ranks()))
-        return TensorStats(low, high, self.channel_min, self.channel_max, self.zeros / self.count)
+    def range(self) -> tuple[float, float]:
+        low, *_, high = [*map(self._value, self.ranks())] * (3 - len(self.ranks()))
+        return low, high
 
     def _value(self, rank: int) -> float:
         if rank not in self.fine:
@@ -175,3 +189,60 @@ def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
     cumulative = histogram.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, torch.tensor(rank)))
     return bucket, int(cumulative[bucket] - histogram[bucket])
+
+
+class _LeastSquares(_Observer):
+    """The range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
+
+    A bin is at least 16 times narrower than a step, down to a range of a sixteenth of the whole: then what a bin's
+    place within a step says about its values is exact enough. Zeros are left out: they are always represented.
+    """
+
+    BINS = 1 << 16
+
+    def __init__(self, method: RangeMethod) -> None:
+        super().__init__(method)
+        self.histogram = torch.zeros(self.BINS, dtype=torch.int64)
+
+    @property
+    def settled(self) -> bool:
+        return not (math.isfinite(self.high - self.low) and self.high > self.low)
+
+    def second_pass(self, tensor: Tensor) -> None:
+        values = tensor[tensor != 0].double() - self.low
+        index = (values * (self.BINS / (self.high - self.low))).long().clamp_(0, self.BINS - 1)
+        self.histogram += torch.bincount(index, minlength=self.BINS).cpu()
+
+    def range(self) -> tuple[float, float]:
+        """Shrinks min and max on a grid of 64 by 64, then twice around the best on one that is 8 times finer."""
+        if self.settled:
+            return self.low, self.high
+        ends = min(self.low, 0.0), max(self.high, 0.0)
+        moments = _Moments(self.histogram.numpy(), self.low, self.high)
+        grids = [np.arange(1, 65) / 64 if end else np.ones(1) for end in ends]
+        for finer in (8, 64, 512):
+            shares = min(product(*grids), key=lambda pair: moments.error(ends[0] * pair[0], ends[1] * pair[1]))
+            grids = [np.clip(share + np.arange(-8, 9) / (64 * finer), 1e-4, 1) for share in shares]
+        return ends[0] * float(shares[0]), ends[1] * float(shares[1])
+
+
+class _Moments:
+    """Sums of a histogram's counts, values and squares up to each bin: the error of a range in 256 additions."""
+
+    def __init__(self, counts: "np.ndarray[Any, np.dtype[np.int64]]", low: float, high: float) -> None:
+        self.low, self.width = low, (high - low) / len(counts)
+        centres = low + (np.arange(len(counts)) + 0.5) * self.width
+        self.sums = [np.concatenate([[0.0], np.cumsum(counts * centres**power)]) for power in range(3)]
+
+    def error(self, low: float, high: float) -> float:
+        """sum (x - x_q)^2 with the parameters of a range."""
+        params = quant_params(low, high)
+        codes = np.arange(256.0)
+        values = params.scale * (codes - params.zero)
+        edges = (params.scale * (codes[1:] - 0.5 - params.zero) - self.low) / self.width
+        cuts = np.concatenate([[0], np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int), [-1]])
+        count, total, squares = (np.diff(sums[cuts]) for sums in self.sums)
+        return float((squares - 2 * values * total + values**2 * count).sum())
+
+
+OBSERVERS: dict[str, type[_Observer]] = {"minmax": _Observer, "percentile": _Percentiles, "mse": _LeastSquares}

@@ -1,25 +1,21 @@
 """The report of a run: its tables as pandas frames, and one HTML page that needs nothing but itself."""
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from html import escape
-from io import BytesIO
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from fnet_search.draw import drawing
 from fnet_search.figures import candidate_figure, figures, plan_name
-from fnet_search.files import write_text
 from fnet_search.macro import Macroarchitecture
+from fnet_search.page import NONE, cells, png, table, write_page
 from fnet_search.plan import label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
 from fnet_search.quantities import millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
-NONE = "-"
 
 # The tables: candidates.csv and layers.csv
 
@@ -31,7 +27,7 @@ COLUMNS = {
     "reason": "str",
     "feasible": "bool",
     "split": "str",
-    "ranges": "str",
+    "scheme": "str",
     "epochs": "int64",
     "trained_images": "int64",
     "conv_macs": "int64",
@@ -43,6 +39,8 @@ COLUMNS = {
     "qce": "float64",
     "kl": "float64",
     "relative_drop": "float64",
+    "audited_codes": "Int64",
+    "differing_codes": "Int64",
 }
 
 
@@ -56,6 +54,8 @@ def candidates_frame(
             "plan": str(one.plan),
             "label": label(space, one.plan),
             "feasible": constraints.feasible(one),
+            "audited_codes": one.audit.codes if one.audit else None,
+            "differing_codes": one.audit.differing if one.audit else None,
             **asdict(one.cost),
         }
         rows.append([derived[name] if name in derived else getattr(one, name) for name in COLUMNS])
@@ -71,53 +71,6 @@ def layers_frame(evaluation: Evaluation) -> pd.DataFrame:
 
 
 # The page
-
-STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6470; --line: #d8dde3; --back: #fff; --band: #f4f6f8;
-  --mark: #fff4d6; --accent: #0b62a8; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e7eb; --soft: #9aa4b0; --line: #39414b; --back: #15181c;
-  --band: #1e2329; --mark: #3a3216; --accent: #6db7f2; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 74rem; background: var(--back); color: var(--text);
-  font: 16px/1.55 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
-h1, h2, h3 { line-height: 1.25; text-wrap: balance; overflow-wrap: anywhere; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.25rem; margin: 3rem 0 .75rem; padding-top: .9rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p { max-width: 46rem; }
-a { color: var(--accent); }
-.soft, figcaption, .plan, .reason { color: var(--soft); }
-.verdict { font-size: 1.2rem; margin: 1rem 0; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
-.cards div { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; background: var(--band); }
-.cards dt { color: var(--soft); font-size: .85rem; }
-.cards dd { margin: 0; font-size: 1.25rem; font-weight: 600; }
-.cards small { display: block; font-size: .8rem; font-weight: 400; color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .45rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--line); background: var(--band); vertical-align: bottom; }
-td.number { white-space: nowrap; }
-.number { text-align: right; }
-.layers table { font-size: .76rem; }
-.layers :is(th, td) { padding: .25rem .3rem; }
-tr.best { background: var(--mark); }
-.plan { display: block; font: .72rem/1.4 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-.reason { display: block; font-size: .78rem; max-width: 12rem; }
-td:has(.plan) { min-width: 13rem; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1.5rem; }
-figure { margin: 1rem 0; break-inside: avoid; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
-  border-radius: .4rem; }
-figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
-details { margin: .5rem 0; }
-summary { cursor: pointer; }
-.glossary dt { font-weight: 600; margin-top: .6rem; }
-.glossary dd { margin: 0; max-width: 46rem; }
-@media print { :root { color-scheme: light; --text: #000; --soft: #444; --line: #bbb; --back: #fff; --band: #fff;
-  --mark: #eee; --accent: #000; } body { padding: 0; max-width: none; font-size: 10pt; } .wide { overflow: visible; }
-  table { font-size: 7.5pt; } th, td { padding: .15rem .3rem; } tr { break-inside: avoid; } details { display: none; } }
-"""
 
 CAPTIONS = {
     "accuracy_vs_macs": "High and far to the left is good. The line between a candidate's two markers is what quint8 "
@@ -153,8 +106,10 @@ GLOSSARY = {
     "SQNR": "Signal to quantization noise in dB: local with only this tensor quantized, accumulated with everything "
     "before it too.",
     "dead channel": "A channel that never changes. It counts 0 in a precision.",
-    "range method": "How activation ranges are found on the calibration images, such as percentile:1, which clips the "
-    "top and bottom 1 %.",
+    "range method": "How activation ranges are found on the calibration images: percentile:1 clips the top and bottom "
+    "1 %, minmax nothing, mse takes the range with the least squared error.",
+    "audit": "Output codes of the exported ONNX file in ONNX Runtime that are not those of the simulator: 0 means that "
+    "the quint8 figures here are what the runtime computes.",
     "feasible": "Trained, and within every constraint.",
 }
 
@@ -169,26 +124,6 @@ def _tenths(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
-
-
-def _png(figure: Figure, caption: str, alt: str) -> str:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width = round(figure.get_figwidth() * 100)
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" width="{width}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _table(head: str, rows: Iterable[str]) -> str:
-    body = "\n".join(rows)
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def _cells(cells: Iterable[str], numbers: bool = True) -> str:
-    """Table cells of plain text."""
-    kind = ' class="number"' if numbers else ""
-    return "".join(f"<td{kind}>{escape(cell)}</td>" for cell in cells)
 
 
 def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
@@ -238,7 +173,11 @@ def _headline(
     for one, where in ((best, split), (best_test, "test")):
         if one is not None and (one is best or split != "test"):
             cards += [
-                (f"quint8 accuracy, {where}", percent(one.quint8_accuracy) or NONE, f"ranges {one.ranges or NONE}"),
+                (
+                    f"quint8 accuracy, {where}",
+                    percent(one.quint8_accuracy) or NONE,
+                    f"quantized with {one.scheme or NONE}",
+                ),
                 (
                     f"fp32 accuracy, {where}",
                     percent(one.fp32_accuracy) or NONE,
@@ -265,7 +204,7 @@ def _candidates(
     space: Macroarchitecture, constraints: Constraints, ranked: Sequence[Evaluation], others: Sequence[Evaluation]
 ) -> str:
     """Trained candidates by rank, then the others by number."""
-    names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "feasible")
+    names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     head = "<tr>" + "".join(f"<th>{name}</th>" for name in ("rank", "no.", "plan", "state"))
     head += "".join(f'<th class="number">{name}</th>' for name in ("conv MMAC", "parameters", *names)) + "</tr>"
     rows = []
@@ -279,17 +218,18 @@ def _candidates(
             f'<td>{escape(label(space, one.plan))}<span class="plan">{_breakable(str(one.plan))}</span></td>'
             f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td>'
             f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
-            + _cells(
+            + cells(
                 [
                     f"{one.cost.params:,}",
                     *map(_percent, (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)),
                     *map(_number, (one.qmse, one.qce, one.kl)),
+                    f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
                     feasible,
                 ]
             )
             + "</tr>"
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _span(low: float, high: float) -> str:
@@ -311,8 +251,8 @@ def _layers(evaluation: Evaluation) -> str:
     second = "".join(f"<th{'' if name in groups[''] else ' class=number'}>{name}</th>" for name in names)
     rows = [
         "<tr>"
-        + _cells((one.layer, one.kind), numbers=False)
-        + _cells(
+        + cells((one.layer, one.kind), numbers=False)
+        + cells(
             (
                 millions(one.macs),
                 f"{one.params:,}",
@@ -329,7 +269,7 @@ def _layers(evaluation: Evaluation) -> str:
         + "</tr>"
         for one in evaluation.layers
     ]
-    return _table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
+    return table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
 
 
 def _figures(
@@ -338,7 +278,7 @@ def _figures(
     drawn = figures(space, constraints, evaluations)
     if best is not None and best.layers:  # of its final training, where there was one
         drawn["best_layers"] = candidate_figure(space, best)
-    shown = [_png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
+    shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
     return f'<div class="pair">{"".join(shown)}</div>' if shown else '<p class="soft">Nothing was trained yet.</p>'
 
 
@@ -352,23 +292,25 @@ def write_report(
     best: Evaluation | None,
     best_test: Evaluation | None,
     split: str,
+    more: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
-    how it was found; every candidate; the figures. The page loads nothing and runs nothing."""
+    how it was found; every candidate; `more` sections, heading and HTML; the figures."""
     ranked = ranking(tuple(evaluations), constraints)
     others = sorted((one for one in evaluations if one.state != "complete"), key=lambda one: one.number)
-    rows = [f"<tr><th>{escape(name)}</th>{_cells([value], numbers=False)}</tr>" for name, value in settings.items()]
+    rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
     sections = [
         ("", _headline(space, constraints, evaluations, best, best_test, split)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
         ("Candidates", _candidates(space, constraints, ranked, others)),
+        *more,
         ("Figures", _figures(space, constraints, evaluations, best)),
     ]
     layers = []
     if best is not None:
         name = escape(plan_name(space, best))
         caption = f"The network as built: {space.name}, plan {best.plan}."
-        picture = _png(drawing(space, best.plan), caption, "graph of the network")
+        picture = png(drawing(space, best.plan), caption, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{picture}')
     for one in ranked[:DETAILED]:
         summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"
@@ -380,14 +322,6 @@ def write_report(
     sections.append(("Layers", "".join(layers) or '<p class="soft">Nothing was trained yet.</p>'))
     terms = "".join(f"<dt>{term}</dt><dd>{escape(meaning)}</dd>" for term, meaning in GLOSSARY.items())
     sections.append(("Terms", f'<dl class="glossary">{terms}</dl>'))
-    body = "".join(f"<section>{f'<h2>{head}</h2>' if head else ''}{text}</section>" for head, text in sections)
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     path = folder / "report.html"
-    write_text(
-        path,
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1>{body}</body></html>\n",
-    )
+    write_page(path, title, sections)
     return path

@@ -8,21 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from optuna.storages import BaseStorage
 
+from fnet_search import latency, requantize
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import Setup, load_candidate, measure
+from fnet_search.evaluate import Setup, measure
+from fnet_search.export import MODEL, quantized_model
 from fnet_search.figures import save_figures
-from fnet_search.macro import Macroarchitecture, parse_space, to_toml
+from fnet_search.macro import Macroarchitecture, to_toml
 from fnet_search.numerics import Numerics, check_device, resolve
 from fnet_search.plan import cost_table, label
 from fnet_search.policy import Constraints, Evaluation, Policy, SplitName
 from fnet_search.quantities import mmac, percent
-from fnet_search.ranges import RangeMethod
 from fnet_search.recipe import Recipe
+from fnet_search.recorded import RecordedNetwork, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.runfolder import RunFolder, differences, versions
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import Scheme
 from fnet_search.search import Event, FixedPlans, search
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
 from fnet_search.workers import Job, WorkerPool
@@ -30,7 +35,7 @@ from fnet_search.workers import Job, WorkerPool
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, checked as far as it can be without data. All of it but the last two lines cannot change
+    """What a user asks for, checked as far as it can be without data. All of it but the last three lines cannot change
     between runs in one folder."""
 
     space: Macroarchitecture
@@ -38,7 +43,7 @@ class Request:
     recipe: Recipe
     policy_name: str
     constraints: Constraints
-    ranges: RangeMethod
+    scheme: Scheme
     seed: int
     split: SplitName
     device: str
@@ -46,6 +51,7 @@ class Request:
     storage: str | None
     data_dir: Path
     download: bool
+    audit_all: bool
 
     def config(self) -> dict[str, Any]:
         """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
@@ -55,7 +61,7 @@ class Request:
             "recipe": _json(self.recipe.to_json()),
             "policy": self.policy_name,
             "constraints": asdict(self.constraints),
-            "ranges": str(self.ranges),
+            "scheme": str(self.scheme),
             "seed": self.seed,
             "split": self.split,
             "storage": self.storage and re.sub(r"(?<=:)[^:@/]+(?=@)", "***", self.storage),  # a password is not kept
@@ -146,7 +152,7 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
         record = StudyRecord(
             storage or open_journal(run.journal), run, space, request.constraints, request.seed, request.split
         )
-        setup = Setup(space, request.recipe, request.ranges, numerics, request.seed, request.split)
+        setup = Setup(space, request.recipe, request.scheme, numerics, request.seed, request.split, request.audit_all)
         trained = sum(evaluation.state != "refused" for evaluation in record.evaluations)
         if isinstance(policy, FixedPlans):
             trials = trained + len(set(policy.plans) - record.history().seen)
@@ -154,7 +160,7 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
         with WorkerPool(workers, setup, data, run.path) as pool:
             for event in search(policy, record, pool, trials):
                 display.show(event)
-            test = _test(record, data, pool, display)
+            test = _test(record, request.scheme, data, pool, display)
         display.status("drawing figures and the report")
         return _outcome(record, test)
 
@@ -202,31 +208,42 @@ def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:
 
 
 def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
-    """Figures and report of a run from what was recorded."""
+    """Table, figures and report of a run from what was recorded."""
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
-    figures = save_figures(space, constraints, record.evaluations, run.path / "figures")
+    evaluations = record.evaluations
+    if test is not None:  # a winner that is audited once, on test images
+        evaluations = tuple(
+            replace(one, audit=one.audit or test.audit) if one.number == test.number else one for one in evaluations
+        )
+        run.write_candidates(space, constraints, evaluations)
+    figures = save_figures(space, constraints, evaluations, run.path / "figures")
     record.attach(figures)
     settings = dict(_settings(run.config(), space, constraints))
+    opened = open_run(run.path)
+    more = [*requantize.section(opened), *latency.section(opened)]
     report = write_report(
-        run.path, run.name, space, constraints, record.evaluations, settings, winner, test, record.split
+        run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more
     )
     feasible = winner is not None and constraints.feasible(winner)
-    return Outcome(space, constraints, record.evaluations, winner, feasible, test, report)
+    return Outcome(space, constraints, evaluations, winner, feasible, test, report)
 
 
-def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
-    """The winner on the test split, as the very network that was evaluated: its codes are read, not made again.
+def _test(record: StudyRecord, scheme: Scheme, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
+    """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), with
+    its exported file in ONNX Runtime beside it.
 
     What was measured before is in ``best/``; where that is not of this winner, it is now.
     """
     run, winner = record.run, record.winner
     if winner is None:
         return None
-    if known := run.read_test(winner):
+    known = run.read_test(winner)
+    if known and (run.best / MODEL).is_file():
         return known
     folder = run.candidate(winner.number)
+    network = RecordedNetwork(winner, folder, folder)
     try:
-        networks = load_candidate(record.space, winner.plan, folder)
+        folded, quantized = network.load(record.space)
     except FnetError as error:  # the same training gives the same network again
         display.status(f"training candidate {winner.number} once more ({error})")
         run.write_candidate(winner)
@@ -235,11 +252,15 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
             for _ in pool.events():
                 pass
         run.prune(record.evaluations, record.constraints)
-        networks = load_candidate(record.space, winner.plan, folder)
-    measuring = partial(display.advance, "measuring the winner on test images", total=len(data.test))
-    measures = measure(*networks, data, data.test, measuring)
-    test = replace(winner, split="test", layers=(), **asdict(measures))
-    run.write_best(winner, test)
+        folded, quantized = network.load(record.space)
+    measuring = partial(
+        display.advance, "measuring the winner on test images, and in ONNX Runtime", total=len(data.test)
+    )
+    runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
+    measures = measure(folded, quantized, data, data.test, measuring, runtime)
+    test = replace(winner, split="test", layers=(), **vars(measures))
+    facts = metadata(run.config(), record.space, winner, test, "quint8")
+    run.write_best(winner, test, quantized_model(quantized, facts))
     return test
 
 
@@ -260,7 +281,7 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
     yield from ((f"limit on {name}", text) for name, text in limits.items() if text)
     training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
-    yield "activation ranges", config["ranges"]
+    yield "quantization", config["scheme"]
     yield "seed", str(config["seed"])
     yield "numerics", str(Numerics(**config["numerics"]))
     yield "versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items())
@@ -272,16 +293,13 @@ def report_again(run: RunFolder, storage: str | None) -> Outcome:
     `storage` is the URL of another place to find the study than the recorded one. Raises FnetError for a folder that is
     not a run, or a storage without its study.
     """
-    config = run.config()
-    url = storage or config.get("storage")
+    opened = open_run(run.path)
+    url = storage or opened.config.get("storage")
     elsewhere = None if url is None else open_url(url)
     if elsewhere is not None and not has_study(elsewhere, run.name):
         raise FnetError(f"storage {url} has no study {run.name!r}; give the URL that the run had as --storage")
-    space = parse_space(config["space"], str(run.config_path)).with_classes(len(config["data"]["classes"]))
-    constraints = Constraints(**config["constraints"])
+    seed, split = opened.config["seed"], opened.config["split"]
     with run.locked():
-        record = StudyRecord(
-            elsewhere or open_journal(run.journal), run, space, constraints, config["seed"], config["split"]
-        )
+        record = StudyRecord(elsewhere or open_journal(run.journal), run, opened.space, opened.constraints, seed, split)
         test = run.read_test(record.winner) if record.winner is not None else None
         return _outcome(record, test)

@@ -6,7 +6,8 @@ artifacts/         files attached to the study and its trials
 candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
 timings.csv        seconds a candidate took
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
-best/              the winner's files, and its test.json
+candidates/007/mse+equalize/   the same network, quantized otherwise
+best/              the winner's files, its test.json, and model.onnx
 figures/, report.html
 """
 
@@ -20,10 +21,12 @@ from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
+from onnx import ModelProto
 
 from fnet_search import __version__
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS
+from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import plan_toml
@@ -34,7 +37,7 @@ KEPT = 3
 """Candidates whose weights are kept: the best so many."""
 
 _RECORDED = {
-    **dict.fromkeys(("space", "dataset", "policy", "ranges", "split"), str),
+    **dict.fromkeys(("space", "dataset", "policy", "scheme", "split"), str),
     **dict.fromkeys(("recipe", "constraints", "data", "numerics"), dict),
     "seed": int,
 }
@@ -134,32 +137,40 @@ class RunFolder:
         frame = pd.DataFrame({"number": list(seconds), "seconds": list(seconds.values())}).sort_values("number")
         write_text(self.path / "timings.csv", frame.to_csv(index=False, lineterminator="\n"))
 
-    def write_candidate(self, evaluation: Evaluation) -> list[Path]:
+    def requantized(self, number: int) -> list[Path]:
+        """Folders of a candidate's network quantized otherwise, each called after its scheme."""
+        return sorted(path.parent for path in self.candidate(number).glob("*/evaluation.json"))
+
+    def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
         """Everything about a candidate but its weights; returns the files worth looking at."""
-        folder = self.candidate(evaluation.number)
+        folder = folder or self.candidate(evaluation.number)
         write_text(folder / "plan.toml", plan_toml(evaluation.plan))
         write_json(folder / "evaluation.json", evaluation.to_json())
         write_text(folder / "layers.csv", layers_frame(evaluation).to_csv(index=False, lineterminator="\n"))
         return [folder / "layers.csv", folder / "plan.toml"]
 
     def prune(self, evaluations: tuple[Evaluation, ...], constraints: Constraints) -> None:
-        """Drops the checkpoints of finished candidates, and the weights of all but the best and of given plans."""
+        """Drops the checkpoints of finished candidates, and the weights of all but the best, of given plans, and of
+        those that were quantized otherwise."""
         ranked = ranking(evaluations, constraints)
         best = {one.number for place, one in enumerate(ranked) if place < KEPT or one.split == "test"}
         for evaluation in evaluations:
             folder = self.candidate(evaluation.number)
             (folder / CHECKPOINT).unlink(missing_ok=True)
-            if evaluation.number not in best:
+            if evaluation.number not in best and not self.requantized(evaluation.number):
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 (folder / QUANTIZED).unlink(missing_ok=True)
 
-    def write_best(self, winner: Evaluation, test: Evaluation | None) -> None:
-        """Copies the winner's files to ``best/``, with what it reached on the test split."""
+    def write_best(self, winner: Evaluation, test: Evaluation, model: ModelProto) -> None:
+        """Copies the winner's files to ``best/``, with what it reached on the test split, and its ONNX file."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
-        shutil.copytree(self.candidate(winner.number), fresh, ignore=shutil.ignore_patterns(".*", CHECKPOINT))
-        if test is not None:
-            write_json(fresh / "test.json", test.to_json())
+        fresh.mkdir()
+        for path in self.candidate(winner.number).iterdir():
+            if path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT:
+                shutil.copy2(path, fresh)
+        write_json(fresh / "test.json", test.to_json())
+        write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)
 
@@ -175,7 +186,7 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     found = {"fnet-search": __version__}
-    for package in ("torch", "torchvision", "optuna", "numpy"):
+    for package in ("torch", "torchvision", "optuna", "numpy", "onnx", "onnxruntime"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # torch under another distribution name

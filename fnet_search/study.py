@@ -204,6 +204,8 @@ class StudyRecord:
             "feasible": self.constraints.feasible(evaluation),
             **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
             "relative_drop": evaluation.relative_drop,
+            "scheme": evaluation.scheme or None,
+            "differing_codes": evaluation.audit and evaluation.audit.differing,
         }
         for name, value in scalars.items():
             if value is not None:

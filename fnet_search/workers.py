@@ -139,7 +139,7 @@ class WorkerPool:
         reason = f"its worker died {deaths} times, the last time with exit code {dead.process.exitcode}"
         setup, plan = self.setup, dead.job.plan
         failed = Evaluation(dead.job.number, plan, plan_cost(setup.space, plan), "failed", reason, setup.split)
-        yield Finished(replace(failed, ranges=str(setup.ranges), seed=setup.seed), 0.0)
+        yield Finished(replace(failed, scheme=str(setup.scheme), seed=setup.seed), 0.0)
 
 
 @contextmanager

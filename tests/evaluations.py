@@ -76,7 +76,7 @@ def trained(
         number,
         plan,
         plan_cost(space, plan),
-        ranges="percentile:1",
+        scheme="percentile:1",
         epochs=3,
         trained_images=135_000,
         fp32_accuracy=fp32,

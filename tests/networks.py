@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.data import DataSet, Split, hold_out, load_dataset
 from fnet_search.macro import (
     INPUT,
     Activation,
@@ -117,6 +117,17 @@ def randomized(space: Macroarchitecture, seed: int = 0) -> Network:
             layer.running_mean.normal_(generator=generator)
             layer.running_var.uniform_(0.05, 3, generator=generator)
     return network
+
+
+def noise(space: Macroarchitecture, images: int, seed: int = 0) -> DataSet:
+    """Random images for a space, each of random colours, the same in every split."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = torch.randint(0, 192, (images, space.input_shape[0], 1, 1), generator=generator)
+    pixels = colours + torch.randint(0, 64, (images, *space.input_shape), generator=generator)
+    split = Split(pixels.to(torch.uint8), torch.arange(images) % space.classes)
+    channels = space.input_shape[0]
+    classes = tuple(map(str, range(space.classes)))
+    return DataSet("noise", classes, split, split, split, (0.5,) * channels, (0.3,) * channels, True)
 
 
 def digits(images: int) -> DataSet:

@@ -2,86 +2,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import optuna
 import pytest
 import torch
+from conftest import SMALL, TINY, Result, files_in, process
 from PIL import Image
 
-from fnet_search.cli import main
 from fnet_search.weights import read_tensors
-
-Files = Mapping[str, bytes]
-Result = tuple[int, str, str]
-"""Exit code, standard output, standard error."""
-
-TINY = ("--space", "tiny", "--budget", "100%")
-SMALL = (*TINY, "--epochs", "1", "--trials", "2", "--workers", "1", "--dtype", "float32")
-
-
-def files_in(folder: Path) -> Files:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
-    """The command line, run in this process in an empty folder."""
-    handler, verbosity = signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity()
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fnet-search", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return (end.value.code, *capsys.readouterr())
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    optuna.logging.set_verbosity(verbosity)
-
-
-@pytest.fixture
-def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
-    """The one line that is said of bad input, which leaves everything as it was."""
-
-    def call(*arguments: str) -> str:
-        before, entries = files_in(tmp_path), sorted(tmp_path.rglob("*"))
-        code, out, err = fnet(*arguments)
-        assert code == 2
-        assert "Traceback" not in out
-        assert files_in(tmp_path) == before
-        assert sorted(tmp_path.rglob("*")) == entries
-        (line,) = err.splitlines()
-        assert line.startswith("fnet-search: ")
-        return str(line.removeprefix("fnet-search: "))
-
-    return call
-
-
-def process(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    """The command line in a process, and a process group, of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fnet_search.cli", *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A run in its folder, and what it said."""
-    cwd = tmp_path_factory.mktemp("finished")
-    run = process("run", *SMALL, cwd=cwd)
-    out, err = run.communicate()
-    return cwd / "runs" / "tiny-digits-reverse-pyramid-100pct", (run.returncode, out, err)
-
 
 # What a user gets
 
@@ -263,7 +192,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/; pass --download, or --data-dir"),
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: paper, quick"),
-        (("run", *TINY, "--ranges", "percentile:60"), "write minmax or percentile:P with 0 <= P < 50"),
+        (("run", *TINY, "--ranges", "percentile:60"), "write minmax, mse or percentile:P with 0 <= P < 50"),
         (("run", *TINY, "--min-quint8", "80"), "--min-quint8 '80' must be above 0 and at most 1; write 0.8 or 80%"),
         (("run", *TINY, "--min-quint8", ""), "--min-quint8 '' must be above 0 and at most 1; write 0.8 or 80%"),
         (("run", *TINY, "--max-drop", "nan"), "--max-drop 'nan' must be above 0 and at most 1"),
@@ -423,7 +352,7 @@ def test_bad_image_folders(
 )
 def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, message: str) -> None:
     (tmp_path / "file").write_text("")
-    config = '{"space": "", "dataset": "", "policy": "", "ranges": "", "split": ""}'
+    config = '{"space": "", "dataset": "", "policy": "", "scheme": "", "split": ""}'
     for name, text in {"foreign/notes": "", "torn/config.json": '{"space"', "other/config.json": config}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
@@ -445,7 +374,7 @@ def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, 
         ("--min-quint8", "0.5", "constraints.min_quint8: None recorded, 0.5 wanted"),
         ("--max-drop", "5%", "constraints.max_drop: None recorded, 0.05 wanted"),
         ("--max-params", "2M", "constraints.params: None recorded, 2000000 wanted"),
-        ("--ranges", "minmax", "ranges: 'percentile:1' recorded, 'minmax' wanted"),
+        ("--ranges", "minmax", "scheme: 'percentile:1' recorded, 'minmax' wanted"),
         ("--dataset", "fashion-mnist", "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
         ("--space", "factorizenet", "space"),
         ("--storage", "sqlite:///s.db", "storage: None recorded, 'sqlite:///s.db' wanted"),

@@ -5,35 +5,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CPU, batches_of, digits, normal, randomized, sequence
+from networks import CPU, MIXED, batches_of, digits, noise, normal, randomized, sequence
 
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split, load_dataset
+from fnet_search.equalize import equalize
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import (
     CALIBRATION_SAMPLES,
     CHECKPOINT,
+    CORRECTION_SAMPLES,
     QUANTIZED,
     WEIGHTS,
     Setup,
     calibration,
     evaluate,
-    load_candidate,
+    load_quantized,
+    load_trained,
     measure,
+    prepare,
 )
-from fnet_search.fold import fold
-from fnet_search.macro import Conv, Dense, Flatten, load_space
+from fnet_search.export import quantized_model
+from fnet_search.fold import FoldedNetwork, fold
+from fnet_search.macro import Activation, Conv, Dense, Flatten, load_space
 from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
-from fnet_search.policy import Evaluation
-from fnet_search.quantize import quantize
-from fnet_search.ranges import RangeMethod, calibrate, parse_ranges
+from fnet_search.policy import Audit, Evaluation
+from fnet_search.quantize import QuantizedNetwork, quantize
+from fnet_search.ranges import calibrate
 from fnet_search.recipe import Augmentation, Recipe
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import RangeMethod, Scheme, parse_scheme
 from fnet_search.train import TrainingProgress
 from fnet_search.weights import read_tensors
 
 TINY = load_space("tiny")
 PLAN = parse_plan(TINY, "f2")
 RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
-SETUP = Setup(TINY, RECIPE, parse_ranges("percentile:1"), CPU, 7, "validation")
+SETUP = Setup(TINY, RECIPE, Scheme(), CPU, 7, "validation")
+
+
+def load_candidate(plan: FactorizationPlan, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:
+    return load_quantized(load_trained(TINY, plan, folder), Scheme(), folder)
 
 
 def silent(progress: TrainingProgress) -> None:
@@ -62,14 +74,15 @@ def test_what_is_recorded(outcome: Outcome, data: DataSet) -> None:
     found = outcome.evaluation
     assert (found.number, found.plan, found.cost) == (12, PLAN, plan_cost(TINY, PLAN))
     assert (found.state, found.reason) == ("complete", "")
-    assert (found.split, found.ranges, found.seed, found.epochs) == ("validation", "percentile:1", 7, 3)
+    assert (found.split, found.scheme, found.seed, found.epochs) == ("validation", "percentile:1", 7, 3)
     assert found.trained_images == 3 * 400
+    assert found.audit is None
     assert [layer.layer for layer in found.layers][:3] == ["conv_in", "conv_8.grouped", "conv_8.pointwise"]
     assert Evaluation.from_json(found.to_json()) == found
 
 
 def test_it_measures_what_it_saved(outcome: Outcome, data: DataSet) -> None:
-    folded, quantized = load_candidate(TINY, PLAN, outcome.folder)
+    folded, quantized = load_candidate(PLAN, outcome.folder)
     x, labels = data.normalise(data.evaluation.images), data.evaluation.labels.numpy()
     y, y8 = (network(x).double().numpy() for network in (folded, quantized))
     found = outcome.evaluation
@@ -95,7 +108,7 @@ def test_it_measures_what_it_saved(outcome: Outcome, data: DataSet) -> None:
 
 
 def test_ranges_come_from_the_training_images(outcome: Outcome, data: DataSet) -> None:
-    folded, quantized = load_candidate(TINY, PLAN, outcome.folder)
+    folded, quantized = load_candidate(PLAN, outcome.folder)
     stats = calibrate(folded, calibration(data, 7, CALIBRATION_SAMPLES), RangeMethod())
     assert quantize(folded, stats).params == quantized.params
     low, high = (float(value) for value in data.normalise(data.train.images).aminmax())
@@ -138,7 +151,7 @@ def test_an_interrupted_evaluation_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(SETUP, data, 12, PLAN, tmp_path, report)
-    assert not (tmp_path / WEIGHTS).exists()
+    assert not (tmp_path / QUANTIZED).exists()
     resumed = Outcome(data, tmp_path)
     assert resumed.evaluation == outcome.evaluation
     assert [progress.epoch for progress in resumed.seen if progress.ended] == list(range(epoch + 1, 4))
@@ -152,7 +165,7 @@ def test_a_study_of_fixed_plans_is_measured_on_the_test_images(data: DataSet, tm
     found = result.evaluation
     assert found.split == "test"
     assert {progress.split for progress in result.seen} == {"training"}
-    folded, _ = load_candidate(TINY, PLAN, tmp_path)
+    folded, _ = load_candidate(PLAN, tmp_path)
     hits = folded(small.normalise(small.test.images)).argmax(1) == small.test.labels
     assert found.fp32_accuracy == pytest.approx(float(hits.double().mean()))
 
@@ -228,7 +241,7 @@ def test_other_errors_are_raised(data: DataSet, tmp_path: Path) -> None:
 def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> None:
     def fault(plan: FactorizationPlan = PLAN) -> str:
         with pytest.raises(FnetError) as caught:
-            load_candidate(TINY, plan, tmp_path)
+            load_candidate(plan, tmp_path)
         return str(caught.value).replace(str(tmp_path), "FOLDER")
 
     assert fault().startswith("cannot read weights FOLDER/weights.safetensors")
@@ -239,7 +252,7 @@ def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> No
     shutil.copy(tmp_path / WEIGHTS, tmp_path / QUANTIZED)
     assert fault().startswith("the quantized weights do not fit the network: ")
     shutil.copy(outcome.folder / QUANTIZED, tmp_path / QUANTIZED)
-    load_candidate(TINY, PLAN, tmp_path)
+    load_candidate(PLAN, tmp_path)
 
 
 def test_calibration_samples_are_random_training_images_and_always_the_same(data: DataSet) -> None:
@@ -307,3 +320,71 @@ def test_measuring_takes_an_uneven_number_of_images() -> None:
     found = measure(folded, quantized, data, split)
     assert found.qmse == pytest.approx(float((folded(x).double() - quantized(x).double()).square().mean()), rel=1e-5)
     assert found.fp32_accuracy == pytest.approx(float((folded(x).argmax(1) == split.labels).double().mean()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("percentile:5", "minmax+per-channel", "minmax+equalize", "percentile:1+bias-correct"),
+        "minmax+per-channel+equalize+bias-correct",
+    ],
+)
+def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
+    trained, data, scheme = randomized(MIXED), noise(MIXED, 300), parse_scheme(text)
+    found = prepare(trained, scheme, data, 3)
+    folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
+    stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES), scheme.ranges)
+    network = quantize(folded, stats, "per-channel" in text)
+    if "bias-correct" in text:
+        network = correct_biases(folded, network, calibration(data, 3, CORRECTION_SAMPLES))
+    assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
+    assert {name: (one.low, one.high) for name, one in found.stats.items()} == {
+        name: (one.low, one.high) for name, one in stats.items()
+    }
+    tensors = found.network.to_tensors()
+    assert tensors.keys() == network.to_tensors().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in network.to_tensors().items())
+
+
+def test_an_audited_candidate(outcome: Outcome, data: DataSet, tmp_path: Path) -> None:
+    """Every validation image, ten classes; all else as in one that is not audited."""
+    found = Outcome(data, tmp_path, replace(SETUP, audited=True)).evaluation
+    images = len(data.evaluation)
+    assert found.audit == Audit(images, images * 10, 0, 0)
+    assert replace(found, audit=None) == outcome.evaluation
+    assert Evaluation.from_json(found.to_json()) == found
+
+
+def test_a_candidate_of_another_scheme_is_read_back(data: DataSet, tmp_path: Path) -> None:
+    scheme = parse_scheme("minmax+per-channel+equalize+bias-correct")
+    setup = replace(SETUP, scheme=scheme, audited=True, recipe=RECIPE.with_epochs(1))
+    found = Outcome(data, tmp_path, setup).evaluation
+    assert found.scheme == str(scheme)
+    assert found.audit is not None
+    assert found.audit.differing == 0
+    folded, quantized = load_quantized(load_trained(TINY, PLAN, tmp_path), scheme, tmp_path)
+    again = measure(folded, quantized, data, data.evaluation)
+    assert (again.fp32_accuracy, again.quint8_accuracy, again.qmse) == (
+        found.fp32_accuracy,
+        found.quint8_accuracy,
+        found.qmse,
+    )
+    _, facts = read_tensors(tmp_path / QUANTIZED)
+    assert facts == {"plan": str(PLAN), "scheme": str(scheme)}
+
+
+def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
+    """Over batches of 250: here the runtime has the network of other weights."""
+    space = sequence((3, 8, 8), c=Conv(4), r=Activation(), f=Flatten(), d=Dense(5))
+    data = noise(space, 263)
+    one, other = (prepare(randomized(space), parse_scheme(text), data, 0) for text in ("minmax", "percentile:20"))
+    x = data.normalise(data.evaluation.images)
+    same, wrong = (
+        measure(one.folded, one.network, data, data.evaluation, runtime=Runtime(quantized_model(it.network)))
+        for it in (one, other)
+    )
+    y, y8 = one.network(x), other.network(x)
+    assert same.audit == Audit(263, 263 * 5, 0, 0)
+    assert wrong.audit == Audit(263, 263 * 5, int((y != y8).sum()), int((y.argmax(1) != y8.argmax(1)).sum()))
+    assert wrong.audit.predictions > 0
+    assert replace(wrong, audit=None) == measure(one.folded, one.network, data, data.evaluation)

@@ -10,7 +10,7 @@ import pytest
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import Cost, depthwise, plan_cost, regular, uniform
-from fnet_search.policy import Constraints, Evaluation, History, LayerStats, load_policy, policy_names, ranking
+from fnet_search.policy import Audit, Constraints, Evaluation, History, LayerStats, load_policy, policy_names, ranking
 
 TINY = load_space("tiny")
 REGULAR = Evaluation(
@@ -40,10 +40,26 @@ STATS = LayerStats(
 
 
 def test_an_evaluation_survives_json() -> None:
-    evaluation = replace(REGULAR, ranges="percentile:1", layers=(STATS, replace(STATS, layer="conv_8")))
+    evaluation = replace(REGULAR, scheme="percentile:1", layers=(STATS, replace(STATS, layer="conv_8")))
     assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
     later = {**evaluation.to_json(), "added in a later version": 1}
     assert Evaluation.from_json(later) == evaluation
+
+
+def test_an_audit_survives_json() -> None:
+    evaluation = replace(REGULAR, scheme="mse+per-channel", audit=Audit(178, 1780, 3, 1))
+    data = json.loads(json.dumps(evaluation.to_json()))
+    assert data["audit"] == {"images": 178, "codes": 1780, "differing": 3, "predictions": 1}
+    assert Evaluation.from_json(data) == evaluation
+    assert Evaluation.from_json({**data, "audit": None}).audit is None
+    del data["audit"]  # of a version before
+    assert Evaluation.from_json(data) == replace(evaluation, audit=None)
+
+
+def test_audits_add_up() -> None:
+    assert Audit(2, 20, 3, 1) + Audit(5, 50, 0, 2) == Audit(7, 70, 3, 3)
+    assert Audit() + Audit(2, 20, 3, 1) == Audit(2, 20, 3, 1)
+    assert str(Audit(2000, 20_000, 1234, 56)) == "1,234 of 20,000 output codes and 56 of 2,000 predictions differ"
 
 
 def test_relative_drop() -> None:

@@ -13,7 +13,8 @@ from fnet_search.plan import factorize, network_cost, parse_plan
 from fnet_search.policy import LayerStats
 from fnet_search.profile import channel_precision, profile, sqnr_db
 from fnet_search.quantize import QuantizedNetwork, quantize
-from fnet_search.ranges import RangeMethod, TensorStats, calibrate
+from fnet_search.ranges import TensorStats, calibrate
+from fnet_search.scheme import RangeMethod
 
 
 def test_channel_precision_by_hand() -> None:
@@ -45,10 +46,12 @@ def test_sqnr_by_hand() -> None:
 Profiled = tuple[Network, FoldedNetwork, QuantizedNetwork, dict[str, TensorStats]]
 
 
-def profiled(trained: Network, x: Tensor, percentile: str = "1") -> tuple[Profiled, dict[str, LayerStats]]:
+def profiled(
+    trained: Network, x: Tensor, percentile: str = "1", per_channel: bool = False
+) -> tuple[Profiled, dict[str, LayerStats]]:
     folded = fold(trained)
-    stats = dict(calibrate(folded, batches_of(x), RangeMethod(Fraction(percentile))))
-    parts = (trained, folded, quantize(folded, stats), stats)
+    stats = dict(calibrate(folded, batches_of(x), RangeMethod("percentile", Fraction(percentile))))
+    parts = (trained, folded, quantize(folded, stats, per_channel), stats)
     return parts, {layer.layer: layer for layer in profile(*parts, batches_of(*x.split(3)))}
 
 
@@ -95,11 +98,11 @@ def dead_channel(seed: int) -> Network:
     return trained
 
 
-@pytest.mark.parametrize("percentile", ["0", "1", "20"])
-def test_a_layer_by_hand(percentile: str) -> None:
+@pytest.mark.parametrize(("percentile", "per_channel"), [("0", False), ("1", False), ("20", False), ("1", True)])
+def test_a_layer_by_hand(percentile: str, per_channel: bool) -> None:
     trained = dead_channel(1)
     x = normal(10, 2, 6, 6)
-    (_, folded, network, stats), found = profiled(trained, x, percentile)
+    (_, folded, network, stats), found = profiled(trained, x, percentile, per_channel)
     layer = found["c"]
     raw = trained.layer("c").get_parameter("weight").detach()
     weight = folded.weight["c"]
@@ -122,7 +125,9 @@ def test_a_layer_by_hand(percentile: str) -> None:
     assert layer.dead_activation_channels == 2
     assert layer.sparsity == float((y == 0).sum()) / y.numel() > 2 / 5
     codes = network.layers["c"]
-    assert layer.weight_sqnr_db == pytest.approx(noise_db(weight, codes.params.dequantize(codes.codes)), rel=1e-6)
+    params = codes.params if per_channel else codes.params * len(weight)
+    held = torch.stack([one.dequantize(channel) for one, channel in zip(params, codes.codes, strict=True)])
+    assert layer.weight_sqnr_db == pytest.approx(noise_db(weight, held), rel=1e-6)
 
 
 @pytest.mark.parametrize("percentile", ["0", "1"])

@@ -11,7 +11,7 @@ from fnet_search import progress as module
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.plan import depthwise, make_plan, regular, uniform
-from fnet_search.policy import Constraints
+from fnet_search.policy import Audit, Constraints
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import Refused, Started
@@ -169,27 +169,27 @@ def test_the_table_of_candidates() -> None:
     constraints = Constraints(conv_macs=507_904, min_quint8=0.7)
     evaluations = (
         refused(TINY, regular(TINY), 0, "811,008 conv MACs exceed the budget of 507,904"),
-        trained(TINY, F2, 1, 0.9, 0.81),
+        replace(trained(TINY, F2, 1, 0.9, 0.81), audit=Audit(360, 3600, 2, 1)),
         trained(TINY, F4, 2, 0.8, 0.6),
         replace(trained(TINY, make_plan(TINY, {"conv_8": 8, "conv_16_1": 8}), 3, 0.8, 0.8), fp32_accuracy=0.0),
         failed(TINY, depthwise(TINY), 4, "no [luck]"),
     )
     out = io.StringIO()
-    Console(file=out, width=150).print(candidates_table(TINY, constraints, evaluations))
+    Console(file=out, width=160).print(candidates_table(TINY, constraints, evaluations))
     title, *lines = out.getvalue().splitlines()
     assert title.strip() == "candidates (accuracies on the validation split)"
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
     assert rows == [
-        ["#", "plan", "conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "state"],
-        ["0", "regular", "0.811", "6", *[""] * 5, "refused: 811,008 conv MACs exceed the budget of 507,904"],
-        ["1", "f2", "0.508", "4", "90.00", "81.00", "10.00", "4.4000", "0.8500", "complete"],
-        ["2", "f4", "0.397", "3", "80.00", "60.00", "25.00", "10.4000", "1.4500", "infeasible: min_quint8"],
-        ["3", "8-8-1", "0.455", "4", "0.00", "80.00", "", "0.4000", "0.4500", "complete"],
-        ["4", "dws", "0.324", "2", *[""] * 5, "failed: no [luck]"],
+        ["#", "plan", "conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit", "state"],
+        ["0", "regular", "0.811", "6", *[""] * 6, "refused: 811,008 conv MACs exceed the budget of 507,904"],
+        ["1", "f2", "0.508", "4", "90.00", "81.00", "10.00", "4.4000", "0.8500", "2 of 3,600", "complete"],
+        ["2", "f4", "0.397", "3", "80.00", "60.00", "25.00", "10.4000", "1.4500", "", "infeasible: min_quint8"],
+        ["3", "8-8-1", "0.455", "4", "0.00", "80.00", "", "0.4000", "0.4500", "", "complete"],
+        ["4", "dws", "0.324", "2", *[""] * 6, "failed: no [luck]"],
     ]
 
 
 def test_the_table_of_nothing() -> None:
     out = io.StringIO()
-    Console(file=out, width=150).print(candidates_table(TINY, Constraints(), ()))
+    Console(file=out, width=160).print(candidates_table(TINY, Constraints(), ()))
     assert "candidates" in out.getvalue()

@@ -30,19 +30,19 @@ from fnet_search.macro import (
     Pool,
     load_space,
 )
+from fnet_search.params import QuantParams, quant_params
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.quantize import (
     QuantizedLayer,
     QuantizedNetwork,
-    QuantParams,
     accumulate,
-    quant_params,
     quantize,
     quantize_layer,
     requantize,
     table,
 )
-from fnet_search.ranges import RangeMethod, calibrate, carriers
+from fnet_search.ranges import calibrate, carriers
+from fnet_search.scheme import MINMAX, RangeMethod
 from fnet_search.weights import read_tensors, write_tensors
 
 Array = npt.NDArray[Any]
@@ -65,7 +65,8 @@ def quantized(x: Array, params: QuantParams) -> Array:
 def summed(layer: Conv | Dense, codes: Array, zero: int, weights: QuantizedLayer) -> Array:
     """Rule 7, in int64."""
     x, bias = codes.astype(np.int64) - zero, weights.bias.numpy().astype(np.int64)
-    w = weights.codes.numpy().astype(np.int64) - weights.params.zero
+    zeros = np.array([one.zero for one in weights.params])
+    w = weights.codes.numpy().astype(np.int64) - zeros.reshape(-1, *[1] * (weights.codes.ndim - 1))
     if isinstance(layer, Dense):
         return np.asarray(x @ w.T + bias)
     (high, wide), (down, across), (deep, broad) = layer.kernel, layer.stride, layer.dilation
@@ -83,8 +84,10 @@ def summed(layer: Conv | Dense, codes: Array, zero: int, weights: QuantizedLayer
     return np.asarray(total + bias[:, None, None])
 
 
-def requantized(total: Array, multiplier: np.float32, target: QuantParams) -> Array:
-    """Rule 8."""
+def requantized(total: Array, multiplier: Array, target: QuantParams) -> Array:
+    """Rule 8, with a multiplier for all, or one a channel."""
+    assert multiplier.dtype == F32
+    multiplier = multiplier.reshape(-1, *[1] * (total.ndim - 2))
     return clipped(np.rint(total.astype(F32) * multiplier) + target.zero)
 
 
@@ -156,9 +159,9 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
     match node.layer:
         case Conv() | Dense() as layer:
             weights = network.layers[node.name]
-            scale = F32(source.scale) * F32(weights.params.scale)
+            scales = F32(source.scale) * np.array([one.scale for one in weights.params], dtype=F32)
             total = summed(layer, codes, source.zero, weights)
-            return requantized(total, F32(scale / F32(target.scale)), target)
+            return requantized(total, scales / F32(target.scale), target)
         case Activation(function):
             return codes if carrier[node.inputs[0]] == node.name else looked_up(function, codes, source, target)
         case Pool(reduction="max") as layer:
@@ -168,7 +171,7 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
         case Pool():
             pixels = codes.shape[2] * codes.shape[3]
             multiplier = F32(source.scale) / (F32(target.scale) * F32(pixels))
-            return requantized((codes - source.zero).sum((2, 3), keepdims=True), multiplier, target)
+            return requantized((codes - source.zero).sum((2, 3), keepdims=True), np.array([multiplier]), target)
         case Flatten():
             return codes.reshape(len(codes), -1)
         case Add():
@@ -193,17 +196,20 @@ def check(network: QuantizedNetwork, x: torch.Tensor) -> dict[str, Array]:
     return codes
 
 
-def integer(space: Macroarchitecture, x: torch.Tensor, percentile: str = "1", seed: int = 0) -> QuantizedNetwork:
+def integer(
+    space: Macroarchitecture, x: torch.Tensor, percentile: str = "1", seed: int = 0, per_channel: bool = False
+) -> QuantizedNetwork:
     folded = fold(randomized(space, seed))
-    return quantize(folded, calibrate(folded, batches_of(x), RangeMethod(Fraction(percentile))))
+    stats = calibrate(folded, batches_of(x), RangeMethod("percentile", Fraction(percentile)))
+    return quantize(folded, stats, per_channel)
 
 
-@pytest.mark.parametrize("percentile", ["0", "1", "20"])
+@pytest.mark.parametrize(("percentile", "per_channel"), [("0", False), ("1", False), ("20", False), ("1", True)])
 @pytest.mark.parametrize("space", [MIXED, REUSED], ids=["mixed", "reused"])
-def test_whole_networks(space: Macroarchitecture, percentile: str) -> None:
+def test_whole_networks(space: Macroarchitecture, percentile: str, per_channel: bool) -> None:
     for seed in range(2):
         x = normal(4, *space.input_shape, seed=seed)
-        codes = check(integer(space, x[:3], percentile, seed), x)
+        codes = check(integer(space, x[:3], percentile, seed, per_channel), x)
         assert all(len(np.unique(values)) > 3 for values in codes.values())
 
 
@@ -215,7 +221,7 @@ def test_factorized_networks(plan: str) -> None:
 
 
 def weights_of(layer: Conv | Dense, channels: int, kind: str, rng: np.random.Generator) -> QuantizedLayer:
-    """Codes: random ones with an odd zero point, all 255, or 0 and 255 about 128."""
+    """Codes: random ones with an odd zero point, all 255, 0 and 255 about 128, random ones with a scale a channel."""
     if isinstance(layer, Conv):
         shape: tuple[int, ...] = (layer.out_channels, channels // layer.groups, *layer.kernel)
     else:
@@ -224,13 +230,16 @@ def weights_of(layer: Conv | Dense, channels: int, kind: str, rng: np.random.Gen
         "random": lambda: rng.integers(0, 256, shape),
         "full": lambda: np.full(shape, 255),
         "signs": lambda: rng.choice([0, 255], shape),
+        "channels": lambda: rng.integers(0, 256, shape),
     }[kind]()
-    zero = {"random": 77, "full": 0, "signs": 128}[kind]
+    zero = {"random": 77, "full": 0, "signs": 128, "channels": 128}[kind]
+    scales = 0.013 * rng.uniform(0.2, 1, shape[0] if kind == "channels" else 1)
     bias = torch.from_numpy(rng.integers(-9999, 9999, shape[0]).astype(np.int32))
-    return QuantizedLayer(torch.from_numpy(codes.astype(np.uint8)), QuantParams(float(F32(0.013)), zero), bias)
+    params = tuple(QuantParams(float(scale), zero) for scale in scales.astype(F32))
+    return QuantizedLayer(torch.from_numpy(codes.astype(np.uint8)), params, bias)
 
 
-KINDS = ["random", "full", "signs"]
+KINDS = ["random", "full", "signs", "channels"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +312,7 @@ def test_layers_with_weights_and_any_zero_points(layer: Conv | Dense, kind: str,
     seen = codes.reshape(6, -1) if isinstance(layer, Dense) else codes
     weights, source = weights_of(layer, seen.shape[1], kind, rng), given(rng, 0.03, zeros[0])
     reach = np.abs(summed(layer, seen, source.zero, weights)).max()
-    target = given(rng, source.scale * weights.params.scale * reach / 200, zeros[1])
+    target = given(rng, source.scale * weights.params[0].scale * reach / 200, zeros[1])
     layers: dict[str, Layer] = (
         {"f": Flatten(), "op": layer} if isinstance(layer, Dense) else {"op": layer, "f": Flatten()}
     )
@@ -374,70 +383,17 @@ def test_a_concat_of_equal_scales_moves_the_zero_point() -> None:
     assert check(network, x)["f"].tolist() == [[3, 12, 254, 255] * 2]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "scale", "zero"),
-    [
-        (0.0, 255.0, 1.0, 0),
-        (-255.0, 0.0, 1.0, 255),
-        (-3.0, 252.0, 1.0, 3),
-        (-2.5, 252.5, 1.0, 2),  # halves go to the even
-        (-3.5, 251.5, 1.0, 4),
-        (-0.4, 254.6, 1.0, 0),
-        (3.0, 510.0, 2.0, 0),  # widened to hold zero
-        (-510.0, -7.0, 2.0, 255),
-        (5.1, 5.1, 0.02, 0),
-        (-5.1, -5.1, 0.02, 255),
-        (0.0, 0.0, 1.0, 0),  # nothing to tell apart
-        (-0.0, 0.0, 1.0, 0),
-        (0.0, 1e-50, 1.0, 0),
-        (-1e30, 1e30, 2e30 / 255, 128),
-        (0.0, 1e-30, 1e-30 / 255, 0),
-    ],
-)
-def test_parameters_of_a_range(low: float, high: float, scale: float, zero: int) -> None:
-    assert quant_params(low, high) == QuantParams(float(F32(scale)), zero)
-
-
-def test_the_zero_point_is_computed_with_the_scale_before_it_is_rounded() -> None:
-    """A step of 1 + 2^-30 is 1 in float32; the zero point is just below a half, or just above."""
-    step = 1 + 2**-30
-    for halves in (5, 7, 201, 203):
-        low = -halves / 2 * 1.0
-        exact, coarse = np.rint(-low / step), np.rint(-low / F32(step))
-        assert quant_params(low, 255 * step + low) == QuantParams(1.0, int(exact))
-        assert exact == halves // 2
-        assert coarse == round(halves / 2)
-
-
-def test_zero_is_always_exact() -> None:
-    rng = np.random.default_rng(0)
-    for low, high in rng.normal(size=(200, 2)) * 10.0 ** rng.integers(-9, 9, (200, 1)):
-        params = quant_params(float(low), float(high))
-        assert 0 <= params.zero <= 255
-        assert params.scale == float(F32(params.scale))
-        assert params.dequantize(params.quantize(torch.zeros(1))).item() == 0
-
-
-def test_quantizing_rounds_halves_to_even_and_clips() -> None:
-    params = QuantParams(0.5, 3)
-    x = torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75, 0.0, 1e30, -1e30, float("inf"), -float("inf"), 126.0, 126.25])
-    assert params.quantize(x).tolist() == [3, 5, 5, 3, 1, 3, 255, 0, 255, 0, 255, 255]
-    assert params.dequantize(torch.tensor([0, 3, 255], dtype=torch.uint8)).tolist() == [-1.5, 0, 126]
-
-
-def test_quantizing_divides() -> None:
-    """The runtime divides by the scale; a product with its reciprocal gives another code now and then."""
-    params = QuantParams(float(F32(0.1)), 0)
-    halves = (np.arange(0, 255) + F32(0.5)).astype(F32) * F32(0.1)
-    x = np.concatenate([np.nextafter(halves, F32(0)), halves, np.nextafter(halves, F32(99))])
-    assert np.array_equal(params.quantize(torch.from_numpy(x)).numpy(), quantized(x, params))
-    assert not np.array_equal(clipped(np.rint(x * (F32(1) / F32(0.1)))), quantized(x, params))
-
-
 def test_requantizing_adds_the_zero_point_after_rounding() -> None:
     total = torch.tensor([-3, -1, 0, 1, 3, 5, 600, -600], dtype=torch.int32)
-    assert requantize(total, 0.5, QuantParams(1.0, 3)).tolist() == [1, 3, 3, 3, 5, 5, 255, 0]
-    assert requantize(total, 0.5, QuantParams(1.0, 0)).tolist() == [0, 0, 0, 0, 2, 2, 255, 0]
+    half = torch.tensor([0.5])
+    assert requantize(total[None], half, QuantParams(1.0, 3)).tolist() == [[1, 3, 3, 3, 5, 5, 255, 0]]
+    assert requantize(total[None], half, QuantParams(1.0, 0)).tolist() == [[0, 0, 0, 0, 2, 2, 255, 0]]
+
+
+def test_each_channel_has_its_multiplier() -> None:
+    total = torch.tensor([[[3], [-5]], [[100], [7]]], dtype=torch.int32)
+    found = requantize(total, torch.tensor([2.0, 0.5]), QuantParams(1.0, 10))
+    assert found.tolist() == [[[16], [8]], [[210], [14]]]  # -2.5 and 3.5 go to the even
 
 
 def test_requantizing_multiplies_in_float32() -> None:
@@ -448,8 +404,8 @@ def test_requantizing_multiplies_in_float32() -> None:
     for multiplier in rng.uniform(1e-6, 1e-5, 50).astype(F32):
         halves = ((rng.integers(-100, 155, 2000) + 0.5) / float(multiplier)).astype(np.int64)
         total = np.concatenate([halves, halves + 1, halves - 1]).astype(np.int32)
-        found = requantize(torch.from_numpy(total), multiplier, target).numpy()
-        assert np.array_equal(found, requantized(total, multiplier, target))
+        found = requantize(torch.from_numpy(total[None]), torch.tensor([multiplier]), target).numpy()
+        assert np.array_equal(found, requantized(total[None], np.array([multiplier]), target))
         differ += int((found != clipped(np.rint(total * float(multiplier)) + 100)).sum())
     assert differ > 10
 
@@ -483,7 +439,7 @@ def test_an_add_fuses_in_the_order_of_its_inputs(order: tuple[str, str]) -> None
     other = Conv(4, (1, 1))
     weights = QuantizedLayer(
         torch.from_numpy(rng.integers(0, 256, (4, 4, 1, 1)).astype(np.uint8)),
-        QuantParams(float(F32(0.001)), 128),
+        (QuantParams(float(F32(0.001)), 128),),
         torch.zeros(4, dtype=torch.int32),
     )
     nodes = (Node("b", other, (INPUT,)), Node("sum", Add(), order), Node("f", Flatten(), ("sum",)))
@@ -510,10 +466,71 @@ def test_tables() -> None:
 def test_weights_by_min_and_max_and_biases_in_their_scale() -> None:
     weight = torch.tensor([[-1.0, 0.5], [126.5, 3.0], [0.25, -0.75]])
     layer = quantize_layer(weight, torch.tensor([0.625, 0.875, -0.625]), QuantParams(0.5, 99))
-    assert layer.params == QuantParams(0.5, 2)
+    assert layer.params == (QuantParams(0.5, 2),)
     assert layer.codes.tolist() == [[0, 3], [255, 8], [2, 0]]
     assert layer.bias.dtype == torch.int32
     assert layer.bias.tolist() == [2, 4, -2]  # in steps of 0.25, halves to the even
+
+
+def test_weights_with_a_scale_a_channel() -> None:
+    """The smallest that holds them in -128 to 127 steps."""
+    weight = torch.tensor([[-1.0, 0.5], [31.75, -8.0], [-0.25, 0.1], [0.0, 0.0]])
+    layer = quantize_layer(weight, torch.tensor([1.0, -1.0, 0.625, 3.0]), QuantParams(0.5, 99), per_channel=True)
+    steps = (1 / 128, 31.75 / 127, 0.25 / 128, 31.75 / 127)  # a dead channel has the widest one's
+    assert layer.params == tuple(QuantParams(float(F32(step)), 128) for step in steps)
+    assert layer.codes.tolist() == [[0, 192], [255, 96], [0, 179], [128, 128]]
+    assert layer.bias.tolist() == [256, -8, 640, 24]  # in halves of these steps
+
+
+def test_a_channel_is_held_to_half_a_step_of_its_own() -> None:
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(
+        (rng.normal(size=(200, 5, 3, 3)) * 10.0 ** rng.uniform(-6, 3, (200, 1, 1, 1))).astype(F32)
+    )
+    weight[:40] = weight[:40].abs()
+    weight[40:80] = -weight[40:80].abs()
+    layer = quantize_layer(weight, torch.zeros(200), QuantParams(0.1, 0), per_channel=True)
+    assert {params.zero for params in layer.params} == {128}
+    scales = torch.tensor([params.scale for params in layer.params], dtype=torch.float64)
+    widest = torch.maximum(weight.flatten(1).amax(1) / 127, -weight.flatten(1).amin(1) / 128)
+    assert torch.allclose(scales, widest.double(), rtol=1e-6, atol=0)
+    held = torch.stack([params.dequantize(codes) for params, codes in zip(layer.params, layer.codes, strict=True)])
+    assert torch.equal(layer.weight, held)
+    errors = (held.double() - weight.double()).abs().flatten(1).amax(1)
+    assert bool((errors <= scales * (0.5 + 1e-4)).all())  # 127 steps of float32
+
+
+@pytest.mark.parametrize("bias", [1e-3, -1.0, 1e4, -1e9, 1e30])
+@pytest.mark.parametrize("weight", [0.0, 1e-38, 1e-20, 1e-6, 1.0])
+def test_channels_whose_bias_is_far_above_their_weights(weight: float, bias: float) -> None:
+    """The bias comes out right to a part in 2^24, or half a step; the weights as well as int32 allows."""
+    source = QuantParams(float(F32(0.013)), 7)
+    layer = quantize_layer(torch.tensor([[weight, -weight], [0.5, 0.25]]), torch.tensor([bias, 0.1]), source, True)
+    scales = F32(source.scale) * np.array([params.scale for params in layer.params], dtype=F32)
+    assert np.isfinite(scales).all()
+    assert (scales > 0).all()
+    assert np.abs(layer.bias.numpy()).max() <= 2**30 * (1 + 2**-20)
+    real = layer.bias.numpy().astype(np.float64) * scales.astype(np.float64)
+    assert real[0] == pytest.approx(float(F32(bias)), rel=2**-23, abs=float(scales[0]) / 2)
+    step = layer.params[0].scale
+    assert step <= max(weight / 127 if weight else 0.5 / 127, abs(bias) / (source.scale * 2**30), 2**-126) * 1.0001
+    alone = quantize_layer(torch.tensor([[0.5, 0.25]]), torch.tensor([0.1]), source, True)
+    assert (layer.params[1], layer.bias[1]) == (alone.params[0], alone.bias[0])
+    assert layer.codes[1].tolist() == alone.codes[0].tolist()
+
+
+def test_a_channel_too_small_for_a_scale_in_float32() -> None:
+    layer = quantize_layer(torch.tensor([[1e-44], [1.0]]), torch.zeros(2), QuantParams(1.0, 0), per_channel=True)
+    assert layer.params[0] == QuantParams(2.0**-126, 128)
+    assert layer.codes.tolist() == [[128], [255]]
+    assert layer.bias.tolist() == [0, 0]
+
+
+def test_a_layer_of_zeros_with_a_scale_a_channel() -> None:
+    layer = quantize_layer(torch.zeros(3, 2), torch.tensor([0.5, 0.0, -2.0]), QuantParams(0.25, 0), per_channel=True)
+    assert layer.params == (QuantParams(1.0, 128),) * 3
+    assert layer.codes.tolist() == [[128, 128]] * 3
+    assert layer.bias.tolist() == [2, 0, -8]
 
 
 def test_biases_are_rounded_in_float64() -> None:
@@ -534,7 +551,7 @@ def test_sums_that_could_leave_int32_are_refused() -> None:
     weight = torch.full((1, count), 127.5)
     for sign in (1, -1):
         layer = quantize_layer(weight * sign, torch.tensor([sign * room * 0.5]), QuantParams(1.0, 0))
-        assert layer.params == QuantParams(0.5, 0 if sign == 1 else 255)
+        assert layer.params == (QuantParams(0.5, 0 if sign == 1 else 255),)
         assert layer.bias.tolist() == [sign * room]
         with pytest.raises(FnetError, match=r"int32 accumulation can overflow: .* reaches 2\.15e\+09"):
             quantize_layer(weight * sign, torch.tensor([sign * (room + 1) * 0.5]), QuantParams(1.0, 0))
@@ -567,11 +584,22 @@ def test_ranges_become_parameters() -> None:
     assert network.params["sum.act"].scale <= F32(6 / 255)
     for name, layer in network.layers.items():
         weight = folded.weight[name]
-        assert layer.params == quant_params(float(weight.min()), float(weight.max()))
-        assert np.array_equal(layer.codes.numpy(), quantized(weight.numpy(), layer.params))
+        (params,) = layer.params
+        assert params == quant_params(float(weight.min()), float(weight.max()))
+        assert np.array_equal(layer.codes.numpy(), quantized(weight.numpy(), params))
         source = network.params[carriers(folded.network)[folded.network.by_name[name].inputs[0]]]
-        scale = float(F32(source.scale) * F32(layer.params.scale))
+        scale = float(F32(source.scale) * F32(params.scale))
         assert np.array_equal(layer.bias.numpy(), np.rint(folded.bias[name].double().numpy() / scale))
+
+
+def test_a_scale_a_channel_in_a_whole_network() -> None:
+    network = integer(MIXED, normal(8, *MIXED.input_shape), per_channel=True)
+    whole = integer(MIXED, normal(8, *MIXED.input_shape))
+    assert network.params == whole.params
+    for name, layer in network.layers.items():
+        assert len(layer.params) == len(layer.codes) == len(layer.bias)
+        assert {params.zero for params in layer.params} == {128}
+        assert len(set(layer.params)) > 1, name
 
 
 DEGENERATE: dict[str, tuple[float, float, float]] = {
@@ -582,30 +610,33 @@ DEGENERATE: dict[str, tuple[float, float, float]] = {
 }
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize(("weight", "bias", "spread"), DEGENERATE.values(), ids=DEGENERATE.keys())
-def test_degenerate_layers(weight: float, bias: float, spread: float) -> None:
+def test_degenerate_layers(weight: float, bias: float, spread: float, per_channel: bool) -> None:
     space = sequence((3, 6, 6), c=Conv(4, bias=True), r=Activation(), n=BatchNorm(), d=Conv(4, (2, 2)), f=Flatten())
     folded = fold(randomized(space))
     folded.weight["c"].mul_(weight)
     folded.bias["c"].fill_(bias)
     x = 3 + spread * normal(4, 3, 6, 6)
-    network = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()))
+    network = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()), per_channel)
     check(network, x)
     if bias < 0:
         assert network.params["r"] == QuantParams(1.0, 0)
 
 
-def test_quantized_networks_come_near_the_float_one() -> None:
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_quantized_networks_come_near_the_float_one(per_channel: bool) -> None:
     folded = fold(randomized(MIXED))
     x = normal(16, *MIXED.input_shape)
-    network = quantize(folded, calibrate(folded, batches_of(x), RangeMethod(Fraction(0))))
+    network = quantize(folded, calibrate(folded, batches_of(x), MINMAX), per_channel)
     y = folded(x)
     assert (network(x) - y).square().mean() < 0.01 * y.var()
 
 
-def test_a_quantized_network_comes_back_from_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_quantized_network_comes_back_from_its_file(tmp_path: Path, per_channel: bool) -> None:
     x = normal(4, *MIXED.input_shape)
-    network = integer(MIXED, x)
+    network = integer(MIXED, x, per_channel=per_channel)
     write_tensors(tmp_path / "q", network.to_tensors(), {})
     tensors, _ = read_tensors(tmp_path / "q")
     found = QuantizedNetwork.from_tensors(network.network, tensors)

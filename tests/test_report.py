@@ -25,8 +25,8 @@ ODD = (
     failed(SPACE, make_plan(SPACE, {"conv_64_1": 4}), 9, "loss became NaN & stayed so <twice>"),
 )
 COLUMNS = (
-    "number,plan,label,state,reason,feasible,split,ranges,epochs,trained_images,conv_macs,total_macs,params,"
-    "fp32_accuracy,quint8_accuracy,qmse,qce,kl,relative_drop"
+    "number,plan,label,state,reason,feasible,split,scheme,epochs,trained_images,conv_macs,total_macs,params,"
+    "fp32_accuracy,quint8_accuracy,qmse,qce,kl,relative_drop,audited_codes,differing_codes"
 )
 
 

@@ -13,17 +13,21 @@ from evaluations import trained
 from PIL import Image
 
 from fnet_policies import Random
+from fnet_search.audit import compare
 from fnet_search.data import hold_out, load_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import load_candidate, measure
+from fnet_search.evaluate import measure
+from fnet_search.export import read_model
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.plan import parse_plan
-from fnet_search.policy import Constraints, Evaluation, Policy
-from fnet_search.ranges import parse_ranges
+from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import load_recipe
+from fnet_search.recorded import RecordedNetwork
 from fnet_search.run import Outcome, Request, report_again, run_study
 from fnet_search.runfolder import RunFolder
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.search import Event, FixedPlans, Started
 from fnet_search.weights import read_tensors
 
@@ -34,7 +38,7 @@ SEARCH = Request(
     recipe=load_recipe("quick").with_epochs(1),
     policy_name="random",
     constraints=Constraints(conv_macs=600_000),
-    ranges=parse_ranges("percentile:1"),
+    scheme=Scheme(),
     seed=3,
     split="validation",
     device="cpu",
@@ -42,9 +46,10 @@ SEARCH = Request(
     storage=None,
     data_dir=Path("data"),
     download=False,
+    audit_all=False,
 )
 RANDOM = Random()
-GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), split="test")
+GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), split="test", audit_all=True)
 
 
 class Notes:
@@ -104,16 +109,24 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert winner is not None
     assert test is not None
     assert [one.number for one in outcome.evaluations] == [0, 1]
-    assert winner == max(outcome.evaluations, key=lambda one: one.quint8_accuracy or 0)
+    assert winner.number == max(outcome.evaluations, key=lambda one: one.quint8_accuracy or 0).number
     assert outcome.feasible
     assert (winner.split, test.split, test.number, test.layers) == ("validation", "test", winner.number, ())
     data = hold_out(load_dataset("digits", TINY.input_shape))
-    networks = load_candidate(outcome.space, winner.plan, folder / "best")
-    assert asdict(measure(*networks, data, data.evaluation)) == {
-        name: getattr(winner, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")
-    }
+    networks = RecordedNetwork(winner, folder / "best", folder / "best").load(outcome.space)
+    measures = asdict(measure(*networks, data, data.evaluation))
+    assert measures == {name: getattr(winner, name) for name in measures}
     assert test.quint8_accuracy == measure(*networks, data, data.test).quint8_accuracy
     assert Evaluation.from_json(json.loads((folder / "best" / "test.json").read_text())) == test
+    model, facts = read_model(folder / "best" / "model.onnx")
+    assert test.audit == Audit(len(data.test), 10 * len(data.test), 0, 0)
+    assert sum((compare(networks[1](x), Runtime(model)(x)) for x in [data.normalise(data.test.images)]), Audit()) == (
+        test.audit
+    )
+    assert json.loads(facts["test_quint8_accuracy"]) == test.quint8_accuracy
+    assert json.loads(facts["validation_fp32_accuracy"]) == winner.fp32_accuracy
+    assert json.loads(facts["classes"]) == list("0123456789")
+    assert [one.audit for one in outcome.evaluations if one.number == winner.number] == [test.audit]
     line = outcome.headline(Path("here"))
     assert line.startswith(f"winner: candidate {winner.number} (")
     assert line.endswith("; files in here/best")
@@ -223,7 +236,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
         ({"constraints": Constraints(conv_macs=1)}, "constraints.conv_macs: 600000 recorded, 1 wanted"),
         ({"recipe": SEARCH.recipe.with_epochs(7)}, "recipe.epochs: 1 recorded, 7 wanted"),
-        ({"ranges": parse_ranges("minmax")}, "ranges: 'percentile:1' recorded, 'minmax' wanted"),
+        ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),
         ({"space": load_space("factorizenet")}, "space"),
         ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
         ({"storage": "sqlite:///x.db"}, "storage: None recorded, 'sqlite:///x.db' wanted"),
@@ -308,6 +321,7 @@ def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path
     (one,) = outcome.evaluations
     assert one.split == "test"
     assert one.trained_images == len(load_dataset("digits", TINY.input_shape).train), "all of them"
+    assert one.audit == Audit(360, 3600, 0, 0)
     assert (outcome.winner, outcome.test) == (None, None)
     assert not (tmp_path / "given" / "best").exists()
     outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[1:]), workers=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from evaluations import failed, refused, trained
+from onnx import ModelProto
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
@@ -16,7 +17,7 @@ from fnet_search.runfolder import KEPT, RunFolder, differences, versions
 TINY = load_space("tiny")
 FREE = Constraints()
 CONFIG = {
-    **{"space": "", "dataset": "digits", "policy": "tpe", "ranges": "minmax", "split": "test", "seed": 0},
+    **{"space": "", "dataset": "digits", "policy": "tpe", "scheme": "minmax", "split": "test", "seed": 0},
     **{"recipe": {"epochs": 1}, "constraints": {}, "data": {}, "numerics": {}},
 }
 
@@ -163,6 +164,25 @@ def test_weights_are_kept_of_the_best_few(run: RunFolder) -> None:
     assert weights(run) == sorted(kept)
 
 
+def leave_requantized(run: RunFolder, evaluation: Evaluation) -> None:
+    run.write_candidate(replace(evaluation, scheme="mse"), run.candidate(evaluation.number) / "mse")
+
+
+def test_weights_of_a_network_that_was_quantized_otherwise_are_kept(run: RunFolder) -> None:
+    evaluations = tuple(one(number, 0.9 - 0.1 * number) for number in range(KEPT + 2))
+    for evaluation in evaluations:
+        leave_weights(run, evaluation)
+    leave_requantized(run, evaluations[-1])
+    run.prune(evaluations, FREE)
+    assert run.requantized(KEPT) == []
+    assert run.requantized(KEPT + 1) == [run.candidate(KEPT + 1) / "mse"]
+    assert [(run.candidate(number) / "weights.safetensors").exists() for number in range(KEPT + 2)] == [
+        *[True] * KEPT,
+        False,
+        True,
+    ]
+
+
 def test_given_plans_all_keep_their_weights(run: RunFolder) -> None:
     evaluations = tuple(replace(one(number, 0.5), split="test") for number in range(KEPT + 2))
     for evaluation in evaluations:
@@ -180,17 +200,17 @@ def test_the_winner_is_copied_and_replaced(run: RunFolder) -> None:
         leave_weights(run, evaluation)
         run.write_candidate(evaluation)
     (run.candidate(1) / ".weights.safetensors.8.tmp").write_text("half a fi")
-    run.write_best(first, one(0, 0.4))
+    run.write_best(first, one(0, 0.4), ModelProto(producer_name="first"))
     assert run.read_test(first) == one(0, 0.4)
     assert run.read_test(second) is None
-    run.write_best(second, one(1, 0.8))
+    leave_requantized(run, second)
+    run.write_best(second, one(1, 0.8), ModelProto(producer_name="second"))
     assert run.read_test(first) is None
     assert run.read_test(second) == one(1, 0.8)
     assert (run.best / "weights.safetensors").read_text() == "weights of 1"
-    run.write_best(second, None)
-    assert run.read_test(second) is None
+    assert ModelProto.FromString((run.best / "model.onnx").read_bytes()).producer_name == "second"
     assert {path.name for path in run.best.iterdir()} == {
-        *("plan.toml", "evaluation.json", "layers.csv"),
+        *("plan.toml", "evaluation.json", "layers.csv", "test.json", "model.onnx"),
         *("weights.safetensors", "quantized.safetensors"),
     }
 
@@ -199,7 +219,7 @@ def test_the_best_of_a_run_that_was_cut_off_while_copying(run: RunFolder) -> Non
     (run.path / ".best").mkdir()
     (run.path / ".best" / "test.json").write_text("{")
     leave_weights(run, one(0, 0.5))
-    run.write_best(one(0, 0.5), one(0, 0.4))
+    run.write_best(one(0, 0.5), one(0, 0.4), ModelProto())
     assert run.read_test(one(0, 0.5)) == one(0, 0.4)
     assert not (run.path / ".best").exists()
 

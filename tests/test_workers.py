@@ -13,13 +13,13 @@ from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Setup, evaluate
 from fnet_search.macro import load_space
 from fnet_search.plan import plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
-from fnet_search.ranges import parse_ranges
 from fnet_search.recipe import Recipe
+from fnet_search.scheme import Scheme
 from fnet_search.workers import DEATHS_ALLOWED, Finished, Job, Progressed, WorkerPool
 
 TINY = load_space("tiny")
 REGULAR, F2 = regular(TINY), uniform(TINY, 2)
-SETUP = Setup(TINY, Recipe("test", 3, 50, 0.05), parse_ranges("percentile:1"), CPU, 7, "validation")
+SETUP = Setup(TINY, Recipe("test", 3, 50, 0.05), Scheme(), CPU, 7, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path:
     one = finished.evaluation
     assert (one.number, one.plan, one.cost, one.state) == (3, F2, plan_cost(TINY, F2), "failed")
     assert one.reason == f"its worker died {DEATHS_ALLOWED} times, the last time with exit code -9"
-    assert (one.split, one.ranges, one.seed) == ("validation", "percentile:1", 7)
+    assert (one.split, one.scheme, one.seed) == ("validation", "percentile:1", 7)
 
 
 def test_an_error_of_files_is_no_fault_of_the_candidate(data: DataSet, tmp_path: Path) -> None:

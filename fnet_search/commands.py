@@ -1,0 +1,333 @@
+"""The commands that work on a recorded run. Heavy modules are imported inside them, as in `cli`."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search.errors import FnetError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from rich.console import Console
+
+    from fnet_search.data import DataSet
+    from fnet_search.progress import TerminalDisplay
+    from fnet_search.recorded import RecordedNetwork, RecordedRun
+    from fnet_search.scheme import Scheme
+
+CODES_DIFFER = 4
+"""Exit code of an audit that found a difference."""
+
+
+def scheme_options(command: Any) -> Any:
+    """The options that say how a network is quantized."""
+    options = [
+        click.option(
+            "--ranges",
+            default="percentile:1",
+            show_default=True,
+            help="Activation ranges: minmax, percentile:P (P % clipped at the top and at the bottom), or mse (least "
+            "squared error).",
+        ),
+        click.option(
+            "--per-channel", is_flag=True, help="A weight scale for each output channel, not for each tensor."
+        ),
+        click.option(
+            "--equalize", is_flag=True, help="Cross-layer equalization: the same function, weight ranges evened out."
+        ),
+        click.option(
+            "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
+    from fnet_search.scheme import Scheme, parse_ranges
+
+    return Scheme(parse_ranges(options["ranges"]), options["per_channel"], options["equalize"], options["bias_correct"])
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=160)
+
+
+def quiet() -> None:
+    """Optuna reports each trial on its own; we have our own lines for that."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+_run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where torchvision's data sets lie."
+)
+_storage = click.option(
+    "--storage", show_default="the journal file in the run folder", help="Optuna storage URL, to make the report again."
+)
+
+
+def _networks(**attributes: Any) -> Callable[[Any], Any]:
+    return click.option(
+        "--candidate",
+        "candidates",
+        metavar="ID",
+        help="Candidate number, or 7/mse+equalize where it was quantized otherwise.",
+        **attributes,
+    )
+
+
+_every = {"multiple": True, "show_default": "the winner; of given plans, all"}
+_one = {"show_default": "the winner"}
+
+
+def _opened(folder: Path) -> "RecordedRun":
+    from fnet_search.recorded import open_run
+
+    return open_run(folder)
+
+
+@click.command()
+@_run
+@_networks(**_one)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The ONNX file.")
+@click.option("--float", "as_float", is_flag=True, help="The folded float32 network instead of the quint8 one.")
+def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -> None:
+    """Write a trained network of a run as an ONNX file.
+
+    quint8 as a QDQ graph: uint8 weights and activations, int32 biases. Input [N, C, H, W] float32, normalised as the
+    metadata in the file say.
+    """
+    from fnet_search.export import IR_VERSION, OPSET, float_model, quantized_model, write_model
+    from fnet_search.recorded import metadata
+
+    opened = _opened(folder)
+    if not output.parent.is_dir():
+        raise FnetError(f"-o {output}: the folder {output.parent} does not exist")
+    network, *others = opened.find([candidates] if candidates else [])
+    if others:
+        raise FnetError(f"{folder} has no winner; say which network with --candidate")
+    folded, quantized = network.load(opened.space)
+    precision = "float32" if as_float else "quint8"
+    facts = metadata(opened.config, opened.space, network.evaluation, opened.test(network), precision)
+    write_model(output, float_model(folded, facts) if as_float else quantized_model(quantized, facts))
+    size = output.stat().st_size / 1e3
+    shape = "x".join(map(str, opened.space.input_shape))
+    click.echo(
+        f"{output}: candidate {network.id} ({facts['plan_label']}), {precision}, {size:,.0f} kB, "
+        f"ONNX opset {OPSET}, IR version {IR_VERSION}, input Nx{shape} float32"
+    )
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option(
+    "--onnx",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    show_default="best/model.onnx for the winner, else a fresh export",
+    help="The exported file to audit.",
+)
+@click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@data_dir_option
+def audit(folder: Path, candidates: tuple[str, ...], file: Path | None, layers: bool, data_dir: Path) -> None:
+    """Run exported networks in ONNX Runtime beside the integer simulator, and count the codes that differ.
+
+    On all images of the test split. Exit code 4: codes differ.
+    """
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    if file is not None and len(networks) > 1:
+        raise FnetError(f"--onnx {file} is one network; say which with one --candidate")
+    models = [_exported(opened, network, file, bool(candidates)) for network in networks]
+    differ = False
+    with _display() as display:
+        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        for network, model in zip(networks, models, strict=True):
+            differ |= _audit(opened, network, model, data, layers, display)
+    if differ:
+        sys.exit(CODES_DIFFER)
+
+
+def _exported(
+    opened: "RecordedRun", network: "RecordedNetwork", file: Path | None, named: bool
+) -> "tuple[str, ModelProto]":
+    """The graph to audit, and where it is from. Raises FnetError for a file that is not of this network."""
+    from fnet_search.export import MODEL, quantized_model, read_model
+
+    if file is None and network.folder != network.candidate:
+        file = network.folder / MODEL
+    elif file is None and not named and opened.split == "validation":
+        file = opened.run.best / MODEL
+    if file is None:
+        return "a fresh export", quantized_model(network.load(opened.space)[1])
+    model, facts = read_model(file)
+    if facts.get("precision") != "quint8":
+        raise FnetError(f"{file} is a {facts.get('precision')} export; the audit wants a quint8 one")
+    wanted = {"space": opened.space.name, "plan": str(network.evaluation.plan), "scheme": str(network.scheme)}
+    for name, value in wanted.items():
+        if facts.get(name) != value:
+            raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts.get(name)}, not {value}")
+    return str(file), model
+
+
+def _audit(
+    opened: "RecordedRun",
+    network: "RecordedNetwork",
+    exported: "tuple[str, ModelProto]",
+    data: "DataSet",
+    layers: bool,
+    display: "TerminalDisplay",
+) -> bool:
+    """Audits one network, says what came out, and whether any code differs."""
+    import torch
+
+    from fnet_search.audit import LayerAudit, audit, audit_layers
+    from fnet_search.export import coded, codes_name
+    from fnet_search.plan import label
+    from fnet_search.policy import Audit
+    from fnet_search.runtime import Runtime, with_outputs
+
+    origin, model = exported
+    quantized = network.load(opened.space)[1]
+    tensors = [codes_name(name) for name in coded(quantized)] if layers else []
+    runtime = Runtime(with_outputs(model, tensors), torch.get_num_threads())
+    batches = (data.normalise(images) for images, _ in data.test.batches(250))
+    name = f"candidate {network.id} ({label(opened.space, network.evaluation.plan)})"
+    total, inner = Audit(), dict[str, LayerAudit]()
+    found = (
+        audit_layers(quantized, runtime, batches)
+        if layers
+        else ((one, ()) for one in audit(quantized, runtime, batches))
+    )
+    with torch.inference_mode():
+        for one, parts in found:
+            total += one
+            inner |= {part.layer: inner[part.layer] + part if part.layer in inner else part for part in parts}
+            display.advance(f"auditing {name}", total.images, len(data.test))
+    display.say(f"{name}: {total}; test images, {origin} in ONNX Runtime {runtime.version}")
+    if layers:
+        differing = [part for part in inner.values() if part.differing]
+        codes = f"{sum(part.differing for part in differing):,} of {sum(part.codes for part in inner.values()):,}"
+        first = f"; the first is {differing[0]}" if differing else ""
+        display.say(f"  inner activations: {codes} codes differ in {len(differing)} of {len(inner)} tensors{first}")
+    return total.differing > 0 or any(part.differing for part in inner.values())
+
+
+@click.command()
+@_run
+@_networks(required=True)
+@scheme_options
+@data_dir_option
+@_storage
+def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None, **options: Any) -> None:
+    """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
+
+    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder.
+    """
+    from rich.table import Table
+
+    from fnet_search.recorded import scheme_folder
+    from fnet_search.requantize import HEADINGS, MEASURED, requantize, row, several
+    from fnet_search.run import report_again
+
+    scheme = parse_scheme_options(options)
+    opened = _opened(folder)
+    (network,) = opened.find([candidates])
+    if str(scheme) == network.evaluation.scheme:
+        raise FnetError(f"candidate {network.id} is quantized with {scheme} already; choose other options")
+    with _display() as display:
+        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        display.status("calibrating")
+        measuring = partial(display.advance, "measuring, and in ONNX Runtime", total=len(data.evaluation))
+        found = requantize(opened, network, scheme, data, measuring)
+        display.status("drawing figures and the report")
+        outcome = report_again(opened.run, storage)
+    table = Table(title=f"candidate {found.number}, {found.split} split", title_justify="left")
+    for name in (*HEADINGS, *MEASURED):
+        table.add_column(name, justify="right" if name in MEASURED else "left")
+    for one in several(opened):
+        if one.evaluation.number == found.number:
+            texts, numbers = row(opened, one.evaluation, one.id)
+            table.add_row(*texts, *numbers)
+    console().print(table)
+    click.echo(f"report: {outcome.report}")
+    click.echo(f"files in {scheme_folder(network.candidate, scheme)}; its ID is {found.number}/{scheme}")
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option(
+    "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
+)
+@data_dir_option
+def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Path) -> None:
+    """Show which layer costs the accuracy, and why.
+
+    Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
+    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split.
+    """
+    from fnet_search.analysis import analysis_table, analyze
+    from fnet_search.analysis_page import write_analysis
+
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    with _display() as display:
+        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        display.status("calibrating")
+        found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
+        display.status("drawing the pictures")
+        page = write_analysis(opened, found)
+    for one in found:
+        console().print(analysis_table(one))
+    click.echo(f"{page.parent / 'layers.csv'}, and with pictures {page}")
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a run.")
+@click.option("--rounds", type=click.IntRange(2), default=30, show_default=True, help="Samples of each graph.")
+@_storage
+def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
+    """Time the exported int8 and fp32 graphs in ONNX Runtime, per network and per layer.
+
+    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else.
+    """
+    from fnet_search.latency import conditions, latency_table, layers_table, pairs, write
+    from fnet_search.run import report_again
+    from fnet_search.timing import measure
+
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    with _display() as display:
+        display.status("loading the networks into ONNX Runtime")
+        found = measure(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
+        paths = write(opened, found)
+        display.status("drawing figures and the report")
+        outcome = report_again(opened.run, storage)
+    for pair in pairs(found):
+        if candidates or len(networks) == 1:  # else the report has them
+            console().print(layers_table(opened, pair))
+    console().print(latency_table(found))
+    click.echo(conditions(found))
+    click.echo(f"{', '.join(map(str, paths))}; report: {outcome.report}")
+
+
+def _display() -> "TerminalDisplay":
+    from fnet_search.progress import TerminalDisplay
+
+    quiet()
+    return TerminalDisplay(console())

@@ -1,0 +1,102 @@
+"""Cross-layer equalization (Nagel et al., Data-Free Quantization, 2019, section 4.1): the same function, with weights
+whose output channels use their tensor's range more evenly."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import Activation, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+
+SWEEPS = 40
+SETTLED = 1e-3
+"""Largest change of a logarithmic scale at which sweeps end."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two layers between which a positive factor a channel may move: `first` writes what only `second` reads.
+
+    `repeat` inputs of `second` stand for one channel of `first` (pixels, where a flatten lies between).
+    """
+
+    first: str
+    second: str
+    repeat: int = 1
+
+
+def pairs(network: Macroarchitecture) -> Iterator[Pair]:
+    """The pairs of a folded network, in order: convolutions or dense layers with nothing between them that has another
+    reader or is not positively homogeneous channel by channel (ReLU, pools and flatten are)."""
+    for node in network.order:
+        if not isinstance(node.layer, Conv | Dense):
+            continue
+        reader, repeat = _only_reader(network, node), 1
+        while reader is not None and _homogeneous(reader):
+            if isinstance(reader.layer, Flatten):
+                repeat = network.shapes[reader.name][0] // network.input_shapes(reader)[0][0]
+            reader = _only_reader(network, reader)
+        if reader is not None and isinstance(reader.layer, Conv | Dense):
+            yield Pair(node.name, reader.name, repeat)
+
+
+def _only_reader(network: Macroarchitecture, node: Node) -> Node | None:
+    readers = network.consumers(node.name)
+    return readers[0] if len(readers) == 1 and readers[0].inputs.count(node.name) == 1 else None
+
+
+def _homogeneous(node: Node) -> bool:
+    layer = node.layer
+    return isinstance(layer, Pool | Flatten) or (isinstance(layer, Activation) and layer.function == "relu")
+
+
+def equalize(folded: FoldedNetwork) -> FoldedNetwork:
+    """Scales channel i between the layers of each pair by s_i = sqrt(r1_i / r2_i), r the largest absolute weights that
+    write and read it, until nothing changes: then r1_i = r2_i.
+
+    W1_i / s_i, b1_i / s_i and W2_i s_i: in float64, stored as float32, so the function changes by its rounding only.
+    A channel that is not written or not read keeps its weights.
+    """
+    chained = list(pairs(folded.network))
+    weight = {name: tensor.double() for name, tensor in folded.weight.items()}
+    bias = {name: tensor.double() for name, tensor in folded.bias.items()}
+    for _ in range(SWEEPS):
+        change = 0.0
+        for pair in chained:
+            read = _by_input(folded.network.by_name[pair.second], weight[pair.second], pair.repeat)
+            written = weight[pair.first].flatten(1).abs().amax(1)
+            scale = torch.sqrt(written / read.abs().amax(1))
+            scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+            weight[pair.first] = weight[pair.first] / scale.view(-1, *[1] * (weight[pair.first].ndim - 1))
+            bias[pair.first] = bias[pair.first] / scale
+            weight[pair.second] = _scaled(
+                folded.network.by_name[pair.second], weight[pair.second], scale.repeat_interleave(pair.repeat)
+            )
+            change = max(change, float(scale.log().abs().max()))
+        if change < SETTLED:
+            break
+    return replace(
+        folded,
+        weight={name: tensor.float() for name, tensor in weight.items()},
+        bias={name: tensor.float() for name, tensor in bias.items()},
+    )
+
+
+def _grouped(node: Node, weight: Tensor) -> Tensor:
+    """A view of a weight as [groups, outputs in a group, inputs in a group, kernel]."""
+    groups = node.layer.groups if isinstance(node.layer, Conv) else 1
+    return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
+
+
+def _by_input(node: Node, weight: Tensor, repeat: int) -> Tensor:
+    """[channels, weights that read the channel]."""
+    readers = _grouped(node, weight).transpose(1, 2).flatten(2).flatten(0, 1)
+    return readers.reshape(readers.shape[0] // repeat, -1)
+
+
+def _scaled(node: Node, weight: Tensor, scale: Tensor) -> Tensor:
+    """Each input channel of a weight times its scale."""
+    grouped = _grouped(node, weight)
+    return (grouped * scale.view(grouped.shape[0], 1, grouped.shape[2], 1)).view_as(weight)

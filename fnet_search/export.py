@@ -1,0 +1,232 @@
+"""ONNX files: the quantized network as a QDQ graph of our own codes and parameters, the folded one in float32.
+
+Input ``input``, [N, C, H, W] float32, normalised; output ``logits``, [N, classes] float32. A QDQ graph says in float
+what a runtime computes in integers: each tensor is quantized and dequantized (one pair a tensor, design, section 3,
+rule 18), and a runtime puts one integer kernel in the place of dequantize, operator, quantize.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fnet_search import __version__
+from fnet_search.errors import FnetError
+from fnet_search.files import replacing
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import INPUT, Activation, Add, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.params import QuantParams
+from fnet_search.quantize import QuantizedNetwork, table
+
+OPSET, IR_VERSION = 13, 7
+"""Of 2020: the first operator set with a scale a channel; what reads QDQ at all reads these."""
+MODEL = "model.onnx"
+LOGITS = "logits"
+PRODUCER = "fnet-search"
+
+
+def codes_name(node: str) -> str:
+    """The uint8 tensor of a node's codes in a quantized graph."""
+    return f"{node}.codes"
+
+
+def coded(quantized: QuantizedNetwork) -> list[str]:
+    """The nodes whose codes are a tensor of the graph, in order: not a layer that a ReLU is fused to."""
+    carrier = quantized.carrier
+    nodes = quantized.network.order
+    return [node.name for node in nodes if carrier[node.name] in (node.name, carrier[node.inputs[0]])]
+
+
+def quantized_model(quantized: QuantizedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
+    """The quantized network as a QDQ graph; `metadata` goes into the file."""
+    graph = _QuantizedGraph(quantized)
+    for node in quantized.network.order:
+        graph.add(node)
+    return _model(graph, quantized.network, metadata or {})
+
+
+def float_model(folded: FoldedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
+    """The folded network in float32; `metadata` goes into the file."""
+    graph = _Graph(folded.network)
+    for node in folded.network.order:
+        inputs = [graph.floats[source] for source in node.inputs]
+        if isinstance(node.layer, Conv | Dense):
+            for part, values in (("weight", folded.weight[node.name]), ("bias", folded.bias[node.name])):
+                inputs.append(graph.constant(f"{node.name}.{part}", values.cpu().numpy()))
+        graph.operator(node, inputs)
+    return _model(graph, folded.network, metadata or {})
+
+
+def write_model(path: Path, model: ModelProto) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
+    """An ONNX file that `write_model` wrote, with its metadata.
+
+    Raises FnetError, naming the file, where it is missing, is not ONNX, or was not written by fnet-search.
+    """
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and the checker raise what they like
+        reason = error.strerror if isinstance(error, OSError) else "it is not a valid ONNX file"
+        raise FnetError(f"cannot read {path}: {reason}; fnet-search export RUN -o model.onnx writes one") from None
+    if model.producer_name != PRODUCER:
+        raise FnetError(
+            f"{path} was not written by fnet-search export, but by {model.producer_name or 'something else'}"
+        )
+    return model, {entry.key: entry.value for entry in model.metadata_props}
+
+
+class _Graph:
+    """Nodes and constants of an ONNX graph in the making; `floats` names the float tensor of each node."""
+
+    def __init__(self, network: Macroarchitecture) -> None:
+        self.network = network
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.floats = {INPUT: INPUT}
+
+    def constant(self, name: str, values: Any) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name, **attributes))
+        return output
+
+    def output(self, node: str) -> str:
+        """The name of the float tensor that the operator of a node writes."""
+        return LOGITS if node == self.network.output else f"{node}.output"
+
+    def operator(self, node: Node, inputs: Sequence[str]) -> str:
+        """A layer as ONNX operators on float tensors; returns the name of its output."""
+        layer, name = node.layer, node.name
+        output = self.floats[name] = self.output(name)
+
+        def add(operator: str, *more: str, **attributes: Any) -> str:
+            return self.node(operator, name, [*inputs, *more], output, **attributes)
+
+        match layer:
+            case Conv():
+                geometry = {"kernel_shape": layer.kernel, "strides": layer.stride, "dilations": layer.dilation}
+                return add("Conv", **geometry, pads=[*layer.padding, *layer.padding], group=layer.groups)
+            case Dense():
+                return add("Gemm", transB=1)
+            case Pool(reduction="global_average"):
+                return add("GlobalAveragePool")
+            case Pool():
+                kind = "MaxPool" if layer.reduction == "max" else "AveragePool"
+                pads = [*layer.padding, *layer.padding]
+                return add(kind, kernel_shape=layer.kernel, strides=layer.step, pads=pads)
+            case Flatten():
+                return add("Flatten", axis=1)
+            case Add():
+                return add("Add")
+            case Concat():
+                return add("Concat", axis=1)
+            case Activation("relu"):
+                return add("Relu")
+            case Activation("relu6"):
+                bounds = (self.constant(f"{name}.low", np.float32(0)), self.constant(f"{name}.high", np.float32(6)))
+                return add("Clip", *bounds)
+            case Activation("sigmoid"):
+                return add("Sigmoid")
+            case Activation("hardsigmoid"):
+                return add("HardSigmoid", alpha=1 / 6, beta=0.5)
+            case Activation(function):  # silu, hardswish: an operator of this name is younger than OPSET
+                gate = ("Sigmoid", {}) if function == "silu" else ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5})
+                gated = self.node(gate[0], f"{name}.gate", inputs, f"{name}.gated", **gate[1])
+                return add("Mul", gated)
+        raise TypeError(f"{layer.kind} is not part of a folded network")
+
+
+class _QuantizedGraph(_Graph):
+    """`codes` names the uint8 tensor, `floats` the float one that stands for it, of each node with codes of its own."""
+
+    def __init__(self, quantized: QuantizedNetwork) -> None:
+        super().__init__(quantized.network)
+        self.quantized, self.carrier, self.coded = quantized, quantized.carrier, coded(quantized)
+        for name, params in quantized.params.items():
+            self.parameters(f"{name}.output", params)
+        self.quantize(INPUT, INPUT)
+
+    def parameters(self, name: str, params: QuantParams) -> None:
+        self.constant(f"{name}_scale", np.float32(params.scale))
+        self.constant(f"{name}_zero", np.uint8(params.zero))
+
+    def output(self, node: str) -> str:
+        return f"{node}.output"  # the logits are what is dequantized at the end
+
+    def quantize(self, node: str, tensor: str) -> None:
+        params = [f"{self.carrier[node]}.output_{part}" for part in ("scale", "zero")]
+        self.node("QuantizeLinear", f"{node}.quantize", [tensor, *params], codes_name(node))
+        self.dequantize(node)
+
+    def dequantize(self, node: str) -> None:
+        params = [f"{self.carrier[node]}.output_{part}" for part in ("scale", "zero")]
+        output = self.floats[node] = LOGITS if node == self.network.output else f"{node}.dequantized"
+        self.node("DequantizeLinear", f"{node}.dequantize", [codes_name(node), *params], output)
+
+    def weights(self, node: Node) -> list[str]:
+        """Weight and bias of a layer, dequantized; a scale a channel is on axis 0."""
+        layer = self.quantized.layers[node.name]
+        scales = layer.bias_scale(self.quantized.params[self.carrier[node.inputs[0]]])
+        parts = {
+            "weight": (layer.codes, layer.scales, layer.zeros),
+            "bias": (layer.bias, scales, (0 * scales).to(layer.bias.dtype)),
+        }
+        names = []
+        for part, (codes, scale, zero) in parts.items():
+            name = f"{node.name}.{part}"
+            single = len(layer.params) == 1
+            arrays = {"scale": scale, "zero": zero}
+            inputs = [self.constant(name, codes.cpu().numpy())]
+            for suffix, values in arrays.items():
+                array = values.cpu().numpy()
+                inputs.append(self.constant(f"{name}_{suffix}", array[0] if single else array))
+            names.append(f"{name}_dequantized")
+            self.node("DequantizeLinear", f"{name}.dequantize", inputs, names[-1], **({} if single else {"axis": 0}))
+        return names
+
+    def add(self, node: Node) -> None:
+        layer, name = node.layer, node.name
+        inputs = [self.floats[source] for source in node.inputs]
+        if isinstance(layer, Activation) and self.carrier[node.inputs[0]] != name:
+            source, target = (self.quantized.params[self.carrier[one]] for one in (node.inputs[0], name))
+            lookup = self.constant(f"{name}.table", table(layer.function, source, target).numpy())
+            index = self.node(
+                "Cast", f"{name}.cast", [codes_name(node.inputs[0])], f"{name}.index", to=TensorProto.INT32
+            )
+            self.node("Gather", name, [lookup, index], codes_name(name))
+            self.dequantize(name)
+            return
+        if isinstance(layer, Conv | Dense):
+            inputs += self.weights(node)
+        output = self.operator(node, inputs)
+        if name in self.coded:  # else a ReLU follows, whose output is quantized instead
+            self.quantize(name, output)
+
+
+def _model(graph: _Graph, network: Macroarchitecture, metadata: Mapping[str, str]) -> ModelProto:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
+        for name, shape in ((INPUT, network.input_shape), (LOGITS, network.shapes[network.output]))
+    ]
+    read = {name for node in graph.nodes for name in node.input} | {LOGITS}
+    nodes = [node for node in graph.nodes if read & set(node.output)]  # what only a table reads needs no dequantizing
+    model = helper.make_model(
+        helper.make_graph(nodes, network.name, ends[:1], ends[1:], graph.constants),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name=PRODUCER,
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    return model

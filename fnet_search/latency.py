@@ -1,0 +1,332 @@
+"""Latency beside MACs: what `timing` measured of a run's networks, as tables, as files, and in the report."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
+
+from fnet_search.errors import FnetError
+from fnet_search.figures import COLOURS, GREY, MARKERS, heading, legend, new_figure, slot_of, style
+from fnet_search.files import write_text
+from fnet_search.labels import Labelled, place_labels
+from fnet_search.page import NONE, cells, png, table
+from fnet_search.plan import FactorizationPlan, factorize, legal_rates
+from fnet_search.quantities import millions
+from fnet_search.recorded import RecordedRun
+from fnet_search.timing import FP32, OTHER, Latency, LayerLatency
+
+NETWORKS, LAYERS = "latency.csv", "latency_layers.csv"
+KEYS = ["network", "precision"]
+BUSY = 0.9
+"""Where a thread ran for less of its time than that, others disturbed the measurement."""
+
+Pair = tuple[Latency, Latency]
+"""A network in quint8 and in fp32."""
+
+
+def pairs(results: Sequence[Latency]) -> list[Pair]:
+    """The networks in order, each in both precisions."""
+    found = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
+    return [(quint8, fp32) for quint8, fp32 in found]
+
+
+def _network(one: Latency) -> str:
+    return one.network
+
+
+# As files
+
+
+def latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
+    """One row a network and precision, every field of `Latency` but the layers a column."""
+    columns = _columns(Latency)
+    return pd.DataFrame([asdict(one) for one in results], columns=list(columns)).astype(columns)
+
+
+def layer_latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
+    """One row a network, precision and layer; `share` is a fraction of 1, of the sum over the network's layers."""
+    columns = {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency), "share": "float64"}
+    rows = [
+        {"network": one.network, "precision": one.precision, **asdict(layer), "share": layer.median_ms / _sum(one)}
+        for one in results
+        for layer in one.layers
+    ]
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+def _columns(kind: Any) -> dict[str, str]:
+    types = {str: "str", int: "int64", float: "float64"}
+    return {field.name: types[field.type] for field in fields(kind) if field.type in types}
+
+
+def _sum(one: Latency) -> float:
+    return sum(layer.median_ms for layer in one.layers)
+
+
+def write(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
+    """Writes ``latency.csv`` and ``latency_layers.csv`` to the run folder, in the place of what was measured before:
+    only times of the same rounds can be compared. Returns their paths."""
+    frames = {NETWORKS: latency_frame(results), LAYERS: layer_latency_frame(results)}
+    for name, frame in frames.items():
+        write_text(opened.run.path / name, frame.to_csv(index=False, lineterminator="\n"))
+    return [opened.run.path / name for name in frames]
+
+
+def read(opened: RecordedRun) -> tuple[Latency, ...]:
+    """What `write` wrote, of the networks that the run still has; nothing where nothing was measured.
+
+    Raises FnetError, naming the file, for one that is missing or broken.
+    """
+    if not (opened.run.path / NETWORKS).is_file():
+        return ()
+    rows = _read(opened.run.path / NETWORKS, _columns(Latency))
+    layers: dict[tuple[str, str], list[LayerLatency]] = {}
+    for row in _read(opened.run.path / LAYERS, {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency)}):
+        layers.setdefault((row.pop("network"), row.pop("precision")), []).append(LayerLatency(**row))
+    known = {one.id for one in opened.networks}
+    return tuple(
+        Latency(**row, layers=tuple(layers.get((row["network"], row["precision"]), ())))
+        for row in rows
+        if row["network"] in known
+    )
+
+
+def _read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    try:
+        frame = pd.read_csv(path, usecols=list(columns), dtype=str, keep_default_na=False).astype(columns)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise FnetError(f"cannot read {path}: {reason}; measure again with fnet-search latency") from None
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+# For people
+
+HEADINGS = ("network", "plan")
+MEASURED = (
+    "conv MMAC",
+    "total MMAC",
+    "quint8 ms",
+    "quartiles ms",
+    "GMAC/s",
+    "fp32 ms",
+    "quartiles ms",
+    "GMAC/s",
+    "fp32 / quint8",
+)
+LAYER_HEADINGS = ("layer", "kind")
+LAYER_MEASURED = ("MMAC", "quint8 ms", "% of all", "MMAC/ms", "fp32 ms", "% of all", "MMAC/ms")
+
+
+def conditions(results: Sequence[Latency]) -> str:
+    """How and on what it was measured; and a warning, where the machine had more to do."""
+    one = results[0]
+    threads = f"{one.threads} thread{'s' * (one.threads > 1)}"
+    images = f"a batch of {one.batch} image{'s' * (one.batch > 1)}"
+    found = f"ONNX Runtime {one.onnxruntime} on {one.machine}; {threads}, {images}, {one.rounds} interleaved rounds"
+    share = min(one.cpu_share for one in results)
+    if share < BUSY:
+        found += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
+    return found
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def row(pair: Pair) -> tuple[list[str], list[str]]:
+    """What people see of a network: under HEADINGS and under MEASURED."""
+    quint8, fp32 = pair
+    times = [
+        text
+        for one in pair
+        for text in (
+            _ms(one.median_ms),
+            f"{_ms(one.lower_ms)} to {_ms(one.upper_ms)}",
+            f"{one.macs_per_second / 1e9:.1f}",
+        )
+    ]
+    macs = [millions(quint8.conv_macs), millions(quint8.total_macs)]
+    return [quint8.network, quint8.label], [*macs, *times, f"{fp32.median_ms / quint8.median_ms:.2f}"]
+
+
+def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
+    the sum, and beside it the network as it was timed whole."""
+    known = [{layer.layer: layer for layer in one.layers} for one in pair]
+    found = []
+    for name in [one for one in [*order, OTHER] if any(one in layers for layers in known)]:
+        timed = [layers.get(name) for layers in known]
+        kinds = dict.fromkeys(layer.kind for layer in timed if layer)
+        macs = max(layer.macs for layer in timed if layer)
+        times = []
+        for layer, one in zip(timed, pair, strict=True):
+            if layer is None:
+                times += [NONE] * 3
+                continue
+            speed = f"{macs * one.batch / 1e6 / layer.median_ms:,.1f}" if macs and layer.median_ms else NONE
+            times += [_ms(layer.median_ms), f"{100 * layer.median_ms / _sum(one):.1f}", speed]
+        found.append(([name, "; ".join(kinds)], [millions(macs) if macs else NONE, *times]))
+    totals = [text for one in pair for text in (_ms(_sum(one)), "100.0", NONE)]
+    whole = [text for one in pair for text in (_ms(one.median_ms), NONE, f"{one.macs_per_second / 1e9:,.1f}")]
+    found.append((["sum of the layers", ""], [NONE, *totals]))
+    found.append((["whole network", "timed on its own"], [millions(pair[0].total_macs), *whole]))
+    return found
+
+
+def latency_table(results: Sequence[Latency]) -> Table:
+    """The networks for the terminal."""
+    return _terminal("latency: ms a run, median", HEADINGS, MEASURED, [row(pair) for pair in pairs(results)])
+
+
+def layers_table(opened: RecordedRun, pair: Pair) -> Table:
+    """The layers of one network for the terminal."""
+    title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
+    return _terminal(title, LAYER_HEADINGS, LAYER_MEASURED, layer_rows(pair, _order(opened, pair[0].network)))
+
+
+def _terminal(
+    title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[tuple[list[str], list[str]]]
+) -> Table:
+    found = Table(title=Text(title), title_justify="left")
+    for name in texts:
+        found.add_column(name, overflow="fold")
+    for name in numbers:
+        found.add_column(name, justify="right")
+    for words, values in rows:
+        found.add_row(*map(Text, words), *values)
+    return found
+
+
+def _order(opened: RecordedRun, network: str) -> list[str]:
+    return [node.name for node in factorize(opened.space, _plans(opened)[network]).order]
+
+
+def _plans(opened: RecordedRun) -> dict[str, FactorizationPlan]:
+    return {one.id: one.evaluation.plan for one in opened.networks}
+
+
+# For the report
+
+
+def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
+    """Milliseconds a run against conv MACs, both precisions, with the quartiles; and where the times would be if they
+    followed the MACs, from the network with the most of them."""
+    measured = pairs(results)
+    figure = new_figure(4.2)
+    heading(figure, f"Latency against MACs: {space}, a batch of {results[0].batch}")
+    axes = figure.add_subplot()
+    style(axes)
+    axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+    axes.set_ylabel("latency, one thread (ms)", fontsize=9)
+    macs = [quint8.conv_macs / 1e6 for quint8, _ in measured]
+    times = [[one.median_ms for one in reversed(pair)] for pair in measured]
+    axes.vlines(macs, list(map(min, times)), list(map(max, times)), color="#bbbbbb", linewidth=1)
+    for index, name in enumerate(("fp32", "quint8")):
+        series = [pair[1 - index] for pair in measured]
+        axes.vlines(macs, [one.lower_ms for one in series], [one.upper_ms for one in series], color=COLOURS[index])
+        medians = [one.median_ms for one in series]
+        axes.plot(macs, medians, MARKERS[index], color=COLOURS[index], markersize=5, label=name)
+    most = max((quint8 for quint8, _ in measured), key=lambda one: one.conv_macs)
+    line = [0, most.conv_macs / 1e6], [0, most.median_ms]
+    axes.plot(*line, color=GREY, linestyle="-.", linewidth=1, label="quint8, if it followed the MACs")
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    legend(axes)
+    labels = []
+    for (quint8, _), x, ys in zip(measured, macs, times, strict=True):
+        name = quint8.label if len(quint8.label) <= 24 else f"#{quint8.network}"
+        labels.append(Labelled(tuple(dict.fromkeys([name, f"#{quint8.network}"])), x, ys))
+    place_labels(axes, labels)
+    return figure
+
+
+def blocks(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[int, tuple[float, int]]]:
+    """What each factorizable layer costs at every rate that was timed: milliseconds in quint8 (of several networks, the
+    median) and MACs of the convolution, or of the grouped and the pointwise one together."""
+    plans = _plans(opened)
+    timed: dict[str, dict[int, list[tuple[float, int]]]] = {layer: {} for layer in legal_rates(opened.space)}
+    for quint8, _ in pairs(results):
+        plan = plans[quint8.network]
+        for layer, rate in plan.rates:
+            parts = [part for part in quint8.layers if slot_of(plan, part.layer)[0] == layer]
+            cost = sum(part.median_ms for part in parts), sum(part.macs for part in parts)
+            timed[layer].setdefault(rate, []).append(cost)
+    return {
+        layer: {rate: (median(ms for ms, _ in found[rate]), found[rate][0][1]) for rate in sorted(found)}
+        for layer, found in timed.items()
+    }
+
+
+def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
+    found = blocks(opened, results)
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    if len(rates) < 2:
+        return ""
+    rows = []
+    for layer, by_rate in found.items():
+        columns = []
+        for rate in rates:
+            if rate not in by_rate:
+                columns.append(f'<td class="number">{NONE}</td>')
+                continue
+            (ms, macs), (whole, most) = by_rate[rate], by_rate.get(1, (0.0, 0))
+            text = f"<strong>{_ms(ms)}</strong>" if whole and ms >= whole and rate > 1 else _ms(ms)
+            share = f"{100 * ms / whole:.0f} % | {100 * macs / most:.0f} %" if whole and rate > 1 else ""
+            columns.append(f'<td class="number">{text}<span class="reason">{share}</span></td>')
+        rows.append(f"<tr>{cells([layer], numbers=False)}{''.join(columns)}</tr>")
+    head = "<th>layer, quint8 ms at rate</th>" + "".join(f'<th class="number">{rate}</th>' for rate in rates)
+    note = (
+        "Below the time of a factorized layer (its grouped and its pointwise convolution together): its share of the "
+        "regular convolution's time | of its MACs. Bold: no faster than the regular one."
+    )
+    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{table(f"<tr>{head}</tr>", rows)}'
+
+
+def _page_table(
+    texts: Sequence[str],
+    numbers: Sequence[str],
+    rows: Sequence[tuple[list[str], list[str]]],
+    best: str | None = None,
+) -> str:
+    head = "".join(f"<th>{name}</th>" for name in texts)
+    head += "".join(f'<th class="number">{name}</th>' for name in numbers)
+    return table(
+        f"<tr>{head}</tr>",
+        [
+            f"<tr{' class=best' if words[0] == best else ''}>{cells(words, numbers=False)}{cells(values)}</tr>"
+            for words, values in rows
+        ],
+    )
+
+
+def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
+    """For the report: the networks' latencies beside their MACs, and their layers'; nothing where none was measured."""
+    results = read(opened)
+    if not results:
+        return ()
+    measured = pairs(results)
+    winner = opened.winner
+    html = f'<p class="soft">{escape(conditions(results))}; ms a run, median and quartiles.</p>'
+    html += _page_table(HEADINGS, MEASURED, [row(pair) for pair in measured], winner.id if winner else None)
+    if len(measured) > 1:
+        caption = (
+            "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "
+            "lines in the markers' colours, where they show: the quartiles."
+        )
+        html += png(latency_figure(opened.space.name, results), caption, "latency against MACs")
+    html += _blocks(opened, results)
+    for pair in measured:
+        name = escape(f"Layers of network {pair[0].network} ({pair[0].label})")
+        rows = layer_rows(pair, _order(opened, pair[0].network))
+        html += f"<details><summary>{name}</summary>{_page_table(LAYER_HEADINGS, LAYER_MEASURED, rows)}</details>"
+    return [("Latency", html)]

@@ -1,0 +1,42 @@
+"""Scale and zero point: how codes stand for real numbers (design, section 3, rules 2, 5 and 9)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """real = scale (code - zero). `scale` is a float32 value held in a Python float; `zero` lies in 0..255."""
+
+    scale: float
+    zero: int
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Rule 5: clip(rint(x / s) + z, 0, 255)."""
+        return clip(torch.round(x / float32(self.scale, x)) + self.zero)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Rule 9: s (q - z), float32."""
+        return (codes.float() - self.zero) * float32(self.scale, codes)
+
+
+def quant_params(low: float, high: float) -> QuantParams:
+    """Rule 2: the parameters of a range, widened to hold zero. A degenerate range gives scale 1, zero point 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / 255
+    if not scale > 0 or not np.float32(scale) > 0:
+        return QuantParams(1.0, 0)
+    return QuantParams(float(np.float32(scale)), int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def float32(value: float, like: Tensor) -> Tensor:
+    """A float32 scalar as a tensor: torch may turn a division by a Python number into a multiplication."""
+    return torch.tensor(value, dtype=torch.float32, device=like.device)
+
+
+def clip(x: Tensor) -> Tensor:
+    """To uint8, in place where `x` is a temporary."""
+    return x.clamp_(0, 255).to(torch.uint8)

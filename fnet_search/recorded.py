@@ -1,0 +1,189 @@
+"""A run that was recorded, opened again: what is done to its networks after the search."""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fnet_search import __version__
+from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import QUANTIZED, WEIGHTS, load_quantized, load_trained
+from fnet_search.files import read_json
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import Macroarchitecture, parse_space
+from fnet_search.network import Network
+from fnet_search.plan import label
+from fnet_search.policy import Constraints, Evaluation, ranking
+from fnet_search.quantize import QuantizedNetwork
+from fnet_search.runfolder import KEPT, RunFolder
+from fnet_search.scheme import Scheme, parse_scheme
+
+
+@dataclass(frozen=True)
+class RecordedNetwork:
+    """A trained network of a run: its evaluation, the folder of its candidate, and the one with its codes.
+
+    A candidate that was quantized otherwise has several, with the same weights.
+    """
+
+    evaluation: Evaluation
+    candidate: Path
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        """What a user calls it: ``7``, or ``7/mse+equalize`` where it was quantized otherwise."""
+        number = str(self.evaluation.number)
+        return number if self.folder == self.candidate else f"{number}/{self.scheme}"
+
+    @property
+    def scheme(self) -> Scheme:
+        return parse_scheme(self.evaluation.scheme)
+
+    @property
+    def has_weights(self) -> bool:
+        return (self.candidate / WEIGHTS).is_file() and (self.folder / QUANTIZED).is_file()
+
+    def load_trained(self, space: Macroarchitecture) -> Network:
+        """Raises FnetError, naming the file, for weights that are missing, broken or of another plan."""
+        return load_trained(space, self.evaluation.plan, self.candidate)
+
+    def load(self, space: Macroarchitecture) -> tuple[FoldedNetwork, QuantizedNetwork]:
+        """The float network and the integer one that were evaluated. Raises FnetError as `load_trained` does."""
+        return load_quantized(self.load_trained(space), self.scheme, self.folder)
+
+
+def scheme_folder(candidate: Path, scheme: Scheme) -> Path:
+    """Where a candidate's network quantized otherwise is kept; no colon, which some file systems refuse."""
+    return candidate / str(scheme).replace(":", "-")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run folder with what its configuration says."""
+
+    run: RunFolder
+    config: Mapping[str, Any]
+    space: Macroarchitecture
+    constraints: Constraints
+
+    @property
+    def split(self) -> str:
+        return str(self.config["split"])
+
+    @property
+    def networks(self) -> list[RecordedNetwork]:
+        """The trained networks, by number; those that were quantized otherwise after their own."""
+        found = []
+        for path in sorted(self.run.path.glob("candidates/*/evaluation.json")):
+            for folder in [path.parent, *self.run.requantized(int(path.parent.name))]:
+                evaluation = Evaluation.from_json(read_json(folder / "evaluation.json"))
+                found.append(RecordedNetwork(evaluation, path.parent, folder))
+        return found
+
+    @property
+    def winner(self) -> RecordedNetwork | None:
+        """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
+        own = {one.evaluation: one for one in self.networks if one.folder == one.candidate}
+        ranked = ranking(tuple(own), self.constraints)
+        return own[ranked[0]] if ranked and self.split == "validation" else None
+
+    def test(self, network: RecordedNetwork) -> Evaluation | None:
+        """What a network reached on the test split, where it was measured there."""
+        if network.evaluation.split == "test":
+            return network.evaluation
+        return self.run.read_test(network.evaluation) if network.folder == network.candidate else None
+
+    def find(self, names: Sequence[str]) -> list[RecordedNetwork]:
+        """The networks of these ids; of none: the winner, or in a study of given plans every one that has weights.
+
+        Raises FnetError for an id that is not there or has no weights, and for a run with no network to work on.
+        """
+        networks = {one.id: one for one in self.networks}
+        if not names:
+            winner = self.winner
+            given = [one for one in networks.values() if one.has_weights and one.folder == one.candidate]
+            names = [winner.id] if winner else [one.id for one in given]
+        if not names:
+            raise FnetError(f"{self.run.path} has no trained network with its weights")
+        return [self._named(name, networks) for name in names]
+
+    def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
+        number, slash, scheme = name.partition("/")
+        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash
+        wanted += scheme.replace("percentile-", "percentile:")
+        kept = [one.id for one in networks.values() if one.has_weights]
+        if wanted not in networks:
+            raise FnetError(
+                f"{self.run.path} has no network {name!r}; with weights it has: {', '.join(kept) or 'none'}"
+            )
+        if not networks[wanted].has_weights:
+            raise FnetError(
+                f"candidate {name} has no weights: a search keeps those of the best {KEPT}; "
+                f"it has those of {', '.join(kept) or 'none'}"
+            )
+        return networks[wanted]
+
+    def data(self, data_dir: Path, seen: Callable[[int, int], None]) -> DataSet:
+        """The run's data, split as it was. Raises FnetError where it cannot be read, or is not what the run had."""
+        name = self.config["dataset"]
+        data = load_dataset(name, self.space.input_shape, data_dir, False, seen)
+        if self.split == "validation":
+            data = hold_out(data)
+        recorded = self.config["data"]["fingerprint"]
+        if data.fingerprint() != recorded:
+            raise FnetError(
+                f"data set {name} is not what the run had: its fingerprint is {data.fingerprint()}, then it "
+                f"was {recorded}"
+            )
+        return data
+
+
+def open_run(folder: Path) -> RecordedRun:
+    """Raises FnetError for a folder that is not a run."""
+    run = RunFolder(folder)
+    config = run.config()
+    space = parse_space(config["space"], str(run.config_path)).with_classes(len(config["data"]["classes"]))
+    return RecordedRun(run, config, space, Constraints(**config["constraints"]))
+
+
+def metadata(
+    config: Mapping[str, Any], space: Macroarchitecture, evaluation: Evaluation, test: Evaluation | None, precision: str
+) -> dict[str, str]:
+    """What an exported file says about its network: texts, numbers and JSON as text. Accuracies are fractions of 1.
+
+    `precision` is ``quint8`` or ``float32``; `test` is the evaluation of the same network on the test split.
+    """
+    found = {
+        "precision": precision,
+        "space": space.name,
+        "plan": str(evaluation.plan),
+        "plan_label": label(space, evaluation.plan),
+        "conv_macs": evaluation.cost.conv_macs,
+        "total_macs": evaluation.cost.total_macs,
+        "parameters": evaluation.cost.params,
+        "scheme": evaluation.scheme,
+        "dataset": config["dataset"].partition(":")[0],
+        "classes": config["data"]["classes"],
+        "preprocessing": {
+            "input": "N, C, H, W; float32; RGB or grey, pixel / 255, minus mean, divided by std",
+            "shape": list(space.input_shape),
+            "mean": config["data"]["mean"],
+            "std": config["data"]["std"],
+        },
+        "study": config.get("study", ""),
+        "candidate": evaluation.number,
+        "seed": evaluation.seed,
+        "epochs": evaluation.epochs,
+        "fnet_search": __version__,
+    }
+    for one in (evaluation, test):
+        if one is not None:
+            found |= {
+                f"{one.split}_fp32_accuracy": one.fp32_accuracy,
+                f"{one.split}_quint8_accuracy": one.quint8_accuracy,
+            }
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

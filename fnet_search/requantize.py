@@ -1,0 +1,97 @@
+"""A trained network quantized otherwise, without training: a new evaluation, recorded beside the old one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html import escape
+
+import pandas as pd
+import torch
+
+from fnet_search.data import DataSet
+from fnet_search.evaluate import prepare, record
+from fnet_search.export import MODEL, quantized_model, write_model
+from fnet_search.files import write_text
+from fnet_search.page import NONE, cells, table
+from fnet_search.plan import label
+from fnet_search.policy import Evaluation
+from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, scheme_folder
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import Scheme
+
+
+def requantize(
+    opened: RecordedRun,
+    network: RecordedNetwork,
+    scheme: Scheme,
+    data: DataSet,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Quantizes a candidate's trained network as `scheme` says, measures it on the run's split, audits it, and writes
+    evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
+
+    `seen` is told how many images were measured. Raises FnetError for a network that cannot be quantized so.
+    """
+    folder = scheme_folder(network.candidate, scheme)
+    trained = network.load_trained(opened.space)
+    quantized = prepare(trained, scheme, data, opened.config["seed"])
+    runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
+    evaluation = replace(network.evaluation, layers=(), audit=None)
+    found = record(evaluation, trained, quantized, scheme, data, opened.config["seed"], folder, runtime, seen)
+    facts = metadata(opened.config, opened.space, found, None, "quint8")
+    write_model(folder / MODEL, quantized_model(quantized.network, facts))
+    opened.run.write_candidate(found, folder)
+    frame = requantized_frame(opened)
+    write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
+    return found
+
+
+def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
+    """One row a quantization of each candidate that has several, its own first. Accuracies are fractions of 1."""
+    rows = [
+        {
+            "network": one.id,
+            "label": label(opened.space, one.evaluation.plan),
+            "scheme": one.evaluation.scheme,
+            "split": one.evaluation.split,
+            **{name: getattr(one.evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "relative_drop")},
+            **{name: getattr(one.evaluation, name) for name in ("qmse", "qce", "kl")},
+            "audited_codes": one.evaluation.audit.codes if one.evaluation.audit else None,
+            "differing_codes": one.evaluation.audit.differing if one.evaluation.audit else None,
+        }
+        for one in several(opened)
+    ]
+    return pd.DataFrame(rows).astype({"audited_codes": "Int64", "differing_codes": "Int64"})
+
+
+def several(opened: RecordedRun) -> list[RecordedNetwork]:
+    """The networks of the candidates that are quantized in several ways, a candidate's own way first."""
+    networks = opened.networks
+    chosen = {one.candidate for one in networks if one.folder != one.candidate}
+    return [one for one in networks if one.candidate in chosen]
+
+
+HEADINGS = ("network", "plan", "quantized with")
+MEASURED = ("fp32 %", "quint8 %", "drop %", "QMSE", "KL", "audit")
+
+
+def row(opened: RecordedRun, one: Evaluation, name: str) -> tuple[list[str], list[str]]:
+    """What people see of an evaluation: under HEADINGS and under MEASURED."""
+    shares = [f"{100 * (value or 0):.2f}" for value in (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)]
+    audit = f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE
+    measured = [*shares, f"{one.qmse:.4g}", f"{one.kl:.4g}", audit]
+    return [name, label(opened.space, one.plan), one.scheme], measured
+
+
+def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
+    """For the report: the candidates that were quantized in several ways; nothing where there are none."""
+    networks = several(opened)
+    if not networks:
+        return ()
+    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
+    head += "".join(f'<th class="number">{name}</th>' for name in MEASURED)
+    rows = []
+    for one in networks:
+        texts, numbers = row(opened, one.evaluation, one.id)
+        rows.append(f"<tr>{cells(texts, numbers=False)}{cells(numbers)}</tr>")
+    split = escape(opened.split)
+    return [("Quantized otherwise", f'<p class="soft">On the {split} split.</p>{table(f"<tr>{head}</tr>", rows)}')]

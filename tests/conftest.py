@@ -1,0 +1,80 @@
+"""The command line as the tests call it."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import optuna
+import pytest
+
+from fnet_search.cli import main
+
+Files = Mapping[str, bytes]
+Result = tuple[int, str, str]
+"""Exit code, standard output, standard error."""
+
+TINY = ("--space", "tiny", "--budget", "100%")
+SMALL = (*TINY, "--epochs", "1", "--trials", "2", "--workers", "1", "--dtype", "float32")
+
+
+def files_in(folder: Path) -> Files:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+    """The command line, run in this process in an empty folder."""
+    handler, verbosity = signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity()
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["fnet-search", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert isinstance(end.value.code, int)
+        return (end.value.code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    optuna.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
+    """The one line that is said of bad input, which leaves everything as it was."""
+
+    def call(*arguments: str) -> str:
+        before, entries = files_in(tmp_path), sorted(tmp_path.rglob("*"))
+        code, out, err = fnet(*arguments)
+        assert code == 2
+        assert "Traceback" not in out
+        assert files_in(tmp_path) == before
+        assert sorted(tmp_path.rglob("*")) == entries
+        (line,) = err.splitlines()
+        assert line.startswith("fnet-search: ")
+        return str(line.removeprefix("fnet-search: "))
+
+    return call
+
+
+def process(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
+    """The command line in a process, and a process group, of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fnet_search.cli", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A run in its folder, and what it said."""
+    cwd = tmp_path_factory.mktemp("finished")
+    run = process("run", *SMALL, cwd=cwd)
+    out, err = run.communicate()
+    return cwd / "runs" / "tiny-digits-reverse-pyramid-100pct", (run.returncode, out, err)

@@ -1,0 +1,186 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+from conftest import Result, files_in
+from onnx import helper, numpy_helper
+
+from fnet_search.data import hold_out, load_dataset
+from fnet_search.export import read_model
+from fnet_search.recorded import open_run
+from fnet_search.weights import read_tensors
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished: tuple[Path, Result]) -> Path:
+    """A finished search in `run`, its own copy."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def winner(run: Path) -> str:
+    winner = open_run(run).winner
+    assert winner is not None
+    return winner.id
+
+
+def test_export_writes_what_other_programs_can_run(fnet: Callable, run: Path, winner: str) -> None:
+    code, out, err = fnet("export", "run", "-o", "model.onnx")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"model.onnx: candidate {winner} (")
+    assert "quint8" in out
+    assert out.rstrip().endswith("ONNX opset 13, IR version 7, input Nx3x32x32 float32")
+    assert fnet("export", "run", "--float", "-o", "float.onnx")[0] == 0
+    data = hold_out(load_dataset("digits", (3, 32, 32)))
+    facts = read_model(Path("model.onnx"))[1]
+    pixels = data.test.images.float().numpy() / 255
+    mean, std = (np.array(json.loads(facts["preprocessing"])[name], np.float32) for name in ("mean", "std"))
+    images = ((pixels - mean[:, None, None]) / std[:, None, None]).astype(np.float32)
+    for name, accuracy in (("model", "test_quint8_accuracy"), ("float", "test_fp32_accuracy")):
+        session = onnxruntime.InferenceSession(f"{name}.onnx")
+        (logits,) = session.run(None, {"input": images})
+        assert np.mean(logits.argmax(1) == data.test.labels.numpy()) == float(facts[accuracy])
+    assert onnx.load("run/best/model.onnx").graph == onnx.load("model.onnx").graph
+    assert read_model(Path("float.onnx"))[1]["precision"] == "float32"
+
+
+def test_audit_of_the_winner_and_of_every_layer(fnet: Callable, run: Path, winner: str) -> None:
+    before = files_in(run)
+    code, out, err = fnet("audit", "run")
+    assert (code, err) == (0, "")
+    assert f"candidate {winner} (" in out
+    assert ": 0 of 3,600 output codes and 0 of 360 predictions differ; test images, run/best/model.onnx in " in out
+    code, out, err = fnet("audit", "run", "--layers", "--candidate", "0", "--candidate", "1")
+    assert (code, err) == (0, "")
+    assert out.count("a fresh export in ONNX Runtime") == 2
+    assert out.count("  inner activations: 0 of ") == out.count(" codes differ in 0 of ") == 2
+    assert files_in(run) == before
+
+
+def test_audit_finds_a_weight_that_was_changed(fnet: Callable, run: Path, winner: str) -> None:
+    path = run / "best" / "model.onnx"
+    model = onnx.load(path)
+    names = ("conv_16_1.weight", "conv_16_1.grouped.weight")
+    (weight,) = (one for one in model.graph.initializer if one.name in names)
+    codes = numpy_helper.to_array(weight).copy()
+    codes.flat[:16] ^= 64
+    weight.CopyFrom(numpy_helper.from_array(codes, weight.name))
+    onnx.save(model, path)
+    code, out, err = fnet("audit", "run", "--layers")
+    assert (code, err) == (4, "")
+    assert " 0 of 3,600 output codes" not in out
+    first = out.partition("; the first is ")[2]
+    assert first.startswith("conv_16_1")
+
+
+def test_a_candidate_quantized_otherwise_is_another_evaluation(fnet: Callable, run: Path, winner: str) -> None:
+    before = files_in(run / "candidates")
+    candidates = (run / "candidates.csv").read_bytes()
+    arguments = ("--ranges", "mse", "--per-channel", "--equalize", "--bias-correct")
+    code, out, err = fnet("quantize", "run", "--candidate", "0", *arguments)
+    assert (code, err) == (0, "")
+    name = "0/mse+per-channel+equalize+bias-correct"
+    assert out.rstrip().endswith(f"its ID is {name}")
+    after = files_in(run / "candidates")
+    assert {path: text for path, text in after.items() if path in before} == before
+    files = ("evaluation.json", "layers.csv", "plan.toml", "quantized.safetensors", "model.onnx")
+    assert after.keys() - before.keys() == {f"00{name}/{file}" for file in files}
+    assert (run / "candidates.csv").read_bytes() == candidates
+    frame = pd.read_csv(run / "requantized.csv")
+    assert list(frame["network"]) == ["0", name]
+    assert list(frame["split"]) == ["validation"] * 2
+    assert frame["fp32_accuracy"][0] == pytest.approx(frame["fp32_accuracy"][1], abs=1 / 287)
+    assert (frame["audited_codes"][1], frame["differing_codes"][1]) == (2870, 0)
+    assert "mse+per-channel+equalize+bias-correct" in (run / "report.html").read_text()
+    own, other = (one.evaluation for one in open_run(run).networks if one.evaluation.number == 0)
+    assert (other.plan, other.seed, other.epochs, other.split) == (own.plan, own.seed, own.epochs, own.split)
+    assert other.qmse != own.qmse
+    assert len(read_tensors(run / "candidates" / f"00{name}" / "quantized.safetensors")[0]["conv_8.weight.scale"]) > 1
+    for arguments in (("audit", "run", "--layers"), ("export", "run", "-o", "other.onnx")):
+        code, out, err = fnet(*arguments, "--candidate", name)
+        assert (code, err) == (0, "")
+    assert read_model(Path("other.onnx"))[1]["scheme"] == "mse+per-channel+equalize+bias-correct"
+    code, _, err = fnet("quantize", "run", "--candidate", "0", "--ranges", "percentile:0.1")
+    assert (code, err) == (0, "")
+    assert fnet("audit", "run", "--candidate", "0/percentile:0.1")[0] == 0
+    assert fnet("audit", "run", "--candidate", "0/percentile-0.1")[0] == 0
+
+
+def foreign(path: Path) -> None:
+    """An ONNX file of somebody else."""
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    same = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [same])
+    onnx.save(helper.make_model(graph, producer_name="pytorch", opset_imports=[helper.make_opsetid("", 13)]), path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("audit", "run", "--onnx", "no.onnx"),
+            "cannot read no.onnx: No such file or directory; fnet-search export",
+        ),
+        (("audit", "run", "--onnx", "text"), "cannot read text: it is not a valid ONNX file"),
+        (("audit", "run", "--onnx", "."), "Invalid value for '--onnx': File '.' is a directory."),
+        (
+            ("audit", "run", "--onnx", "foreign.onnx"),
+            "was not written by fnet-search export, but by pytorch",
+        ),
+        (("audit", "run", "--onnx", "float.onnx"), "float.onnx is a float32 export; the audit wants a quint8 one"),
+        (("audit", "run", "--onnx", "one.onnx", "--candidate", "0"), "one.onnx is not candidate 0: its plan is "),
+        (
+            ("audit", "run", "--onnx", "one.onnx", "--candidate", "0", "--candidate", "1"),
+            "say which with one --candidate",
+        ),
+        (("audit", "run", "--candidate", "7"), "run has no network '7'; with weights it has: 0, 1"),
+        (("audit", "run", "--candidate", "init2"), "run has no network 'init2'; with weights it has: 0, 1"),
+        (("audit", "run", "--candidate", "0/mse"), "run has no network '0/mse'"),
+        (("audit", "nowhere"), "nowhere is not a run folder: it has no config.json"),
+        (("export", "run", "-o", "no/model.onnx"), "-o no/model.onnx: the folder no does not exist"),
+        (("export", "run"), "Missing option '-o' / '--output'."),
+        (("export", "run", "-o", "m.onnx", "--candidate", "9"), "run has no network '9'"),
+        (("quantize", "run"), "Missing option '--candidate'."),
+        (
+            ("quantize", "run", "--candidate", "0", "--ranges", "mean"),
+            "unknown range method 'mean'; write minmax, ",
+        ),
+        (
+            ("quantize", "run", "--candidate", "0", "--ranges", "percentile:50"),
+            "write minmax, mse or percentile:P ",
+        ),
+        (("quantize", "run", "--candidate", "0"), "candidate 0 is quantized with percentile:1 already"),
+    ],
+)
+def test_bad_input_of_the_commands_on_a_run(
+    fnet: Callable, refused: Callable[..., str], run: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    foreign(Path("foreign.onnx"))
+    Path("text").write_text("no protobuf")
+    if "float.onnx" in arguments:
+        fnet("export", "run", "--float", "-o", "float.onnx")
+    if "one.onnx" in arguments:
+        fnet("export", "run", "--candidate", "1", "-o", "one.onnx")
+    assert message in refused(*arguments)
+
+
+def test_networks_without_their_files(refused: Callable[..., str], run: Path, winner: str) -> None:
+    (run / "best" / "model.onnx").unlink()
+    assert "cannot read run/best/model.onnx: No such file" in refused("audit", "run")
+    for name in ("weights", "quantized"):
+        (run / "candidates" / "000" / f"{name}.safetensors").unlink()
+        message = "candidate 0 has no weights: a search keeps those of the best 3; it has those of 1"
+        for command in (("audit",), ("export", "-o", "m.onnx"), ("quantize", "--ranges", "mse")):
+            assert refused(command[0], "run", *command[1:], "--candidate", "0") == message
+    (run / "candidates" / "001" / "quantized.safetensors").write_text("torn")
+    said = refused("export", "run", "-o", "m", "--candidate", "1")
+    assert "cannot read weights run/candidates/001/quantized.safetensors" in said
+    shutil.rmtree(run / "candidates")
+    assert refused("audit", "run") == "run has no trained network with its weights"

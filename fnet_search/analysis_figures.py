@@ -227,7 +227,7 @@ def heat_figure(space: Macroarchitecture, one: NetworkAnalysis, frame: pd.DataFr
     axes.set_xticks(
         range(len(STATISTICS)),
         [statistic.title for statistic in STATISTICS],
-        rotation=45,
+        rotation=50,
         horizontalalignment="left",
         rotation_mode="anchor",
         fontsize=7.5,

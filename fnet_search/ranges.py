@@ -209,16 +209,19 @@ class _LeastSquares(_Observer):
         return not (math.isfinite(self.high - self.low) and self.high > self.low)
 
     def second_pass(self, tensor: Tensor) -> None:
-        values = tensor[tensor != 0].double() - self.low
-        index = (values * (self.BINS / (self.high - self.low))).long().clamp_(0, self.BINS - 1)
-        self.histogram += torch.bincount(index, minlength=self.BINS).cpu()
+        self.histogram += torch.bincount(self._bins(tensor).flatten(), minlength=self.BINS).cpu()
+
+    def _bins(self, tensor: Tensor) -> Tensor:
+        return ((tensor.double() - self.low) * (self.BINS / (self.high - self.low))).int().clamp_(0, self.BINS - 1)
 
     def range(self) -> tuple[float, float]:
         """Shrinks min and max on a grid of 64 by 64, then twice around the best on one that is 8 times finer."""
         if self.settled:
             return self.low, self.high
         ends = min(self.low, 0.0), max(self.high, 0.0)
-        moments = _Moments(self.histogram.numpy(), self.low, self.high)
+        histogram = self.histogram.clone()
+        histogram[self._bins(torch.zeros(1))] -= self.zeros
+        moments = _Moments(histogram.numpy(), self.low, self.high)
         grids = [np.arange(1, 65) / 64 if end else np.ones(1) for end in ends]
         for finer in (8, 64, 512):
             shares = min(product(*grids), key=lambda pair: moments.error(ends[0] * pair[0], ends[1] * pair[1]))

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from networks import MIXED, REUSED, noise, normal, randomized, sequence
@@ -101,6 +102,19 @@ def test_what_a_layer_holds(scheme: str) -> None:
     for name, params in network.params.items():
         assert (held[f"{name}.output_scale"], held[f"{name}.output_zero"]) == (np.float32(params.scale), params.zero)
         assert held[f"{name}.output_zero"].dtype == np.uint8
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_graph_means_the_same_in_float(scheme: str) -> None:
+    """Without optimizations the runtime computes it operator by operator: a step more or less now and then."""
+    space = sequence((3, 6, 5), c=Conv(8, (3, 2)), r=Activation(), p=Pool(), g=Conv(4, (2, 1), groups=4), f=Flatten())
+    network = quantized_network(space, scheme)
+    x = normal(3, *space.input_shape)
+    level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    found = Runtime(quantized_model(network), options={"graph_optimization_level": level})(x)
+    expected, step = network(x), network.params[network.carrier["f"]].scale
+    assert float((found - expected).abs().max()) < 1.1 * step
+    assert float(expected.std()) > 20 * step
 
 
 INTEGER = {

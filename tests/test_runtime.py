@@ -16,13 +16,14 @@ QUANTIZED = prepare(randomized(MIXED), Scheme(), DATA, 0).network
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_it_gives_the_logits(threads: int) -> None:
-    found = Runtime(quantized_model(QUANTIZED), threads)(X)
+    runtime = Runtime(quantized_model(QUANTIZED), threads)
+    assert runtime.session.get_session_options().intra_op_num_threads == threads
+    found = runtime(X)
     assert found.dtype == torch.float32
     assert torch.equal(found, QUANTIZED(X))
 
 
 def test_options_are_passed_on() -> None:
-    """Without optimizations the runtime computes in float: a few codes come out differently (design, section 3)."""
     runtime = Runtime(float_model(fold(randomized(MIXED))), options={"log_severity_level": 4})
     assert runtime.session.get_session_options().log_severity_level == 4
     assert runtime.session.get_providers() == ["CPUExecutionProvider"]

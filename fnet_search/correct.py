@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import INPUT, Conv, Dense, Node
 from fnet_search.network import run
@@ -35,7 +36,10 @@ def correct_biases(folded: FoldedNetwork, quantized: QuantizedNetwork, batches: 
     def apply(node: Node, inputs: list[_Both]) -> _Both:
         floats = [folded.apply_node(node, list(parts)) for parts in zip(*(one.floats for one in inputs), strict=True)]
         if isinstance(node.layer, Conv | Dense):
-            layers[node.name] = _corrected(corrected, node, floats, inputs[0].codes)
+            try:
+                layers[node.name] = _corrected(corrected, node, floats, inputs[0].codes)
+            except FnetError as error:
+                raise FnetError(f"layer {node.name!r}: {error}") from None
         codes = [step(node, list(parts)) for parts in zip(*(one.codes for one in inputs), strict=True)]
         return _Both(floats, codes)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import Activation, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
 
-SWEEPS = 40
-SETTLED = 1e-3
+SWEEPS = 1000
+SETTLED = 1e-4
 """Largest change of a logarithmic scale at which sweeps end."""
 
 
@@ -44,7 +44,7 @@ def pairs(network: Macroarchitecture) -> Iterator[Pair]:
 
 def _only_reader(network: Macroarchitecture, node: Node) -> Node | None:
     readers = network.consumers(node.name)
-    return readers[0] if len(readers) == 1 and readers[0].inputs.count(node.name) == 1 else None
+    return readers[0] if len(readers) == 1 else None
 
 
 def _homogeneous(node: Node) -> bool:
@@ -59,24 +59,31 @@ def equalize(folded: FoldedNetwork) -> FoldedNetwork:
     W1_i / s_i, b1_i / s_i and W2_i s_i: in float64, stored as float32, so the function changes by its rounding only.
     A channel that is not written or not read keeps its weights.
     """
-    chained = list(pairs(folded.network))
-    weight = {name: tensor.double() for name, tensor in folded.weight.items()}
-    bias = {name: tensor.double() for name, tensor in folded.bias.items()}
+    chained, nodes = list(pairs(folded.network)), folded.network.by_name
+    repeat = {pair.second: pair.repeat for pair in chained}
+    reach = {name: _reach(nodes[name], weight, repeat.get(name, 1)) for name, weight in folded.weight.items()}
+    scales = {pair: torch.ones(len(folded.bias[pair.first]), dtype=torch.float64) for pair in chained}
     for _ in range(SWEEPS):
         change = 0.0
         for pair in chained:
-            read = _by_input(folded.network.by_name[pair.second], weight[pair.second], pair.repeat)
-            written = weight[pair.first].flatten(1).abs().amax(1)
-            scale = torch.sqrt(written / read.abs().amax(1))
+            first, second = reach[pair.first], reach[pair.second]
+            scale = torch.sqrt(first.amax(2).flatten() / second.amax(1).flatten())
             scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
-            weight[pair.first] = weight[pair.first] / scale.view(-1, *[1] * (weight[pair.first].ndim - 1))
-            bias[pair.first] = bias[pair.first] / scale
-            weight[pair.second] = _scaled(
-                folded.network.by_name[pair.second], weight[pair.second], scale.repeat_interleave(pair.repeat)
-            )
+            reach[pair.first] = first / scale.view(first.shape[0], -1, 1)
+            reach[pair.second] = second * scale.view(second.shape[0], 1, -1)
+            scales[pair] *= scale
             change = max(change, float(scale.log().abs().max()))
         if change < SETTLED:
             break
+    weight = {name: tensor.double() for name, tensor in folded.weight.items()}
+    bias = {name: tensor.double() for name, tensor in folded.bias.items()}
+    for pair, found in scales.items():
+        scale = found.to(bias[pair.first].device)
+        weight[pair.first] = weight[pair.first] / scale.view(-1, *[1] * (weight[pair.first].ndim - 1))
+        bias[pair.first] = bias[pair.first] / scale
+        read = _grouped(nodes[pair.second], weight[pair.second])
+        by_input = scale.repeat_interleave(pair.repeat).view(read.shape[0], 1, read.shape[2], 1)
+        weight[pair.second] = (read * by_input).view_as(weight[pair.second])
     return replace(
         folded,
         weight={name: tensor.float() for name, tensor in weight.items()},
@@ -90,13 +97,8 @@ def _grouped(node: Node, weight: Tensor) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
-def _by_input(node: Node, weight: Tensor, repeat: int) -> Tensor:
-    """[channels, weights that read the channel]."""
-    readers = _grouped(node, weight).transpose(1, 2).flatten(2).flatten(0, 1)
-    return readers.reshape(readers.shape[0] // repeat, -1)
-
-
-def _scaled(node: Node, weight: Tensor, scale: Tensor) -> Tensor:
-    """Each input channel of a weight times its scale."""
-    grouped = _grouped(node, weight)
-    return (grouped * scale.view(grouped.shape[0], 1, grouped.shape[2], 1)).view_as(weight)
+def _reach(node: Node, weight: Tensor, repeat: int) -> Tensor:
+    """The largest absolute weight from each channel to each output, [groups, outputs, channels in a group]: small, so
+    that sweeps cost little."""
+    largest = _grouped(node, weight).abs().amax(3)
+    return largest.reshape(*largest.shape[:2], -1, repeat).amax(3).double().cpu()

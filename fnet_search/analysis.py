@@ -250,7 +250,9 @@ def verdict(one: NetworkAnalysis) -> str:
         return f"{text} {worst.layer} costs most by itself: {alone}." if clear else text
     text = f"quint8 costs {points(costs.drop, costs.drop_error)}. "
     if not clear:
-        text += f"No layer stands out by itself: {worst.layer}, the costliest, loses {alone}, which may be noise"
+        farthest = max(costs.parts, key=lambda part: part.only_kl).layer
+        text += f"No layer stands out by itself: {worst.layer}, the costliest, loses {alone}, which may be noise "
+        text += f"(by KL divergence, which is less noisy: {farthest})"
     else:
         text += f"{worst.layer} costs most: {alone}"
     if best is worst:

@@ -24,7 +24,9 @@ from fnet_search.figures import (
 )
 from fnet_search.macro import INPUT, Macroarchitecture
 
-SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55e00", "#6b2400"])
+SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55e00", "#6b2400"]).with_extremes(
+    bad="#ffffff"
+)
 
 
 def slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list[Slot]:
@@ -221,9 +223,7 @@ def heat_figure(space: Macroarchitecture, one: NetworkAnalysis, frame: pd.DataFr
                 fontsize=7.5,
                 color="white" if bad > 0.6 else "black",
             )
-    shades = SHADES.copy()
-    shades.set_bad("#ffffff")
-    axes.imshow(np.array(columns).T, aspect="auto", cmap=shades, vmin=0, vmax=1, interpolation="none")
+    axes.imshow(np.array(columns).T, aspect="auto", cmap=SHADES, vmin=0, vmax=1, interpolation="none")
     axes.set_xticks(
         range(len(STATISTICS)),
         [statistic.title for statistic in STATISTICS],

@@ -291,7 +291,7 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
         display.status("drawing the pictures")
         page = write_analysis(opened, found)
     for one in found:
-        console().print(analysis_table(one))
+        console().print(analysis_table(one, console().width))
     click.echo(f"{page.parent / 'layers.csv'}, and with pictures {page}")
 
 

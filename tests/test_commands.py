@@ -184,3 +184,31 @@ def test_networks_without_their_files(refused: Callable[..., str], run: Path, wi
     assert "cannot read weights run/candidates/001/quantized.safetensors" in said
     shutil.rmtree(run / "candidates")
     assert refused("audit", "run") == "run has no trained network with its weights"
+
+
+def test_analyze_and_latency_leave_tables_and_pictures(fnet: Callable, run: Path) -> None:
+    code, out, err = fnet("analyze", "run", "--candidate", "0", "--candidate", "1", "--images", "50")
+    assert (code, err) == (0, "")
+    assert "on 50 validation images" in out
+    frame = pd.read_csv(run / "analysis" / "layers.csv", dtype={"network": str})
+    assert set(frame["network"]) == {"0", "1"}
+    assert {"conv_in", "dense_out"} < set(frame["layer"])
+    assert (run / "analysis" / "analysis.html").read_text().count("<img ") >= 3
+    code, out, err = fnet("latency", "run", "--candidate", "0", "--rounds", "2", "--batch", "3")
+    assert (code, err) == (0, "")
+    assert "1 thread, a batch of 3 images, 2 interleaved rounds" in out
+    frame = pd.read_csv(run / "latency.csv", dtype={"network": str})
+    assert frame[["network", "precision", "batch"]].to_numpy().tolist() == [["0", "quint8", 3], ["0", "fp32", 3]]
+    assert "<h2>Latency</h2>" in (run / "report.html").read_text()
+    assert fnet("report", "run")[0] == 0
+    assert "<h2>Latency</h2>" in (run / "report.html").read_text(), "it stays"
+
+
+def test_other_data_than_the_run_had(refused: Callable[..., str], run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["fingerprint"] = "0123456789abcdef"
+    (run / "config.json").write_text(json.dumps(config))
+    for arguments in (("audit", "run"), ("analyze", "run"), ("quantize", "run", "--candidate", "0", "--ranges", "mse")):
+        message = refused(*arguments)
+        assert message.startswith("data set digits is not what the run had: its fingerprint is ")
+        assert message.endswith("then it was 0123456789abcdef")

@@ -159,7 +159,8 @@ def test_a_finished_run_does_nothing_again(run: Path, whole: tuple[Path, Outcome
 def test_more_trials_go_on_and_more_workers_may(run: Path, whole: tuple[Path, Outcome]) -> None:
     outcome, notes = go(run, 3, workers=2)
     assert (notes.started, notes.begun) == ([2], [(3, 2)])
-    assert outcome.evaluations[:2] == whole[1].evaluations
+    unaudited = [tuple(replace(one, audit=None) for one in found.evaluations[:2]) for found in (outcome, whole[1])]
+    assert unaudited[0] == unaudited[1], "only the winner is audited, and that may be another one now"
     assert len({one.plan for one in outcome.evaluations}) == 3
     assert all(one.cost.conv_macs <= 600_000 for one in outcome.evaluations)
 

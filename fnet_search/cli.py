@@ -205,11 +205,14 @@ def show(space_name: str, plan_text: str, as_json: bool, draw: Path | None) -> N
 @click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
 def report(folder: Path, storage: str | None) -> None:
     """Make the figures and the report of a run again, and print its table."""
-    from fnet_search.run import report_again
-    from fnet_search.runfolder import RunFolder
+    from fnet_search.recorded import open_run
+    from fnet_search.run import open_study, report_again
 
     quiet()
-    _print_outcome(report_again(RunFolder(folder), storage), folder)
+    opened = open_run(folder)
+    with opened.run.locked():
+        outcome = report_again(open_study(opened, storage))
+    _print_outcome(outcome, folder)
 
 
 for _command in (export, audit, quantize, analyze, latency):

@@ -165,6 +165,7 @@ def _exported(
 ) -> "tuple[str, ModelProto]":
     """The graph to audit, and where it is from. Raises FnetError for a file that is not of this network."""
     from fnet_search.export import MODEL, quantized_model, read_model
+    from fnet_search.recorded import metadata
 
     if file is None and network.folder != network.candidate:
         file = network.folder / MODEL
@@ -175,9 +176,9 @@ def _exported(
     model, facts = read_model(file)
     if facts.get("precision") != "quint8":
         raise FnetError(f"{file} is a {facts.get('precision')} export; the audit wants a quint8 one")
-    wanted = {"space": opened.space.name, "plan": str(network.evaluation.plan), "scheme": str(network.scheme)}
+    wanted = metadata(opened.config, opened.space, network.evaluation, None, "quint8")
     for name, value in wanted.items():
-        if facts.get(name) != value:
+        if name != "fnet_search" and facts.get(name) != value:
             raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts.get(name)}, not {value}")
     return str(file), model
 
@@ -240,20 +241,24 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
 
     from fnet_search.recorded import scheme_folder
     from fnet_search.requantize import HEADINGS, MEASURED, requantize, row, several
-    from fnet_search.run import report_again
+    from fnet_search.run import open_study, report_again
 
     scheme = parse_scheme_options(options)
     opened = _opened(folder)
     (network,) = opened.find([candidates])
-    if str(scheme) == network.evaluation.scheme:
-        raise FnetError(f"candidate {network.id} is quantized with {scheme} already; choose other options")
-    with _display() as display:
+    if network.folder != network.candidate:
+        raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
+    done = [one.id for one in opened.networks if one.candidate == network.candidate and one.scheme == scheme]
+    if done:
+        raise FnetError(f"candidate {network.id} is quantized with {scheme} already, as {done[0]}")
+    with _display() as display, opened.run.locked():
+        study = open_study(opened, storage)
         data = opened.data(data_dir, partial(display.advance, "reading images"))
         display.status("calibrating")
         measuring = partial(display.advance, "measuring, and in ONNX Runtime", total=len(data.evaluation))
         found = requantize(opened, network, scheme, data, measuring)
         display.status("drawing figures and the report")
-        outcome = report_again(opened.run, storage)
+        outcome = report_again(study)
     table = Table(title=f"candidate {found.number}, {found.split} split", title_justify="left")
     for name in (*HEADINGS, *MEASURED):
         table.add_column(name, justify="right" if name in MEASURED else "left")
@@ -286,6 +291,7 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
     networks = opened.find(candidates)
     with _display() as display:
         data = opened.data(data_dir, partial(display.advance, "reading images"))
+        (folder / "analysis").mkdir(exist_ok=True)  # or fail before the work
         display.status("calibrating")
         found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
         display.status("drawing the pictures")
@@ -307,17 +313,18 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
     One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else.
     """
     from fnet_search.latency import conditions, latency_table, layers_table, pairs, write
-    from fnet_search.run import report_again
+    from fnet_search.run import open_study, report_again
     from fnet_search.timing import measure
 
     opened = _opened(folder)
     networks = opened.find(candidates)
-    with _display() as display:
+    with _display() as display, opened.run.locked():
+        study = open_study(opened, storage)
         display.status("loading the networks into ONNX Runtime")
         found = measure(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
         paths = write(opened, found)
         display.status("drawing figures and the report")
-        outcome = report_again(opened.run, storage)
+        outcome = report_again(study)
     for pair in pairs(found):
         if candidates or len(networks) == 1:  # else the report has them
             console().print(layers_table(opened, pair))

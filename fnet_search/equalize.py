@@ -36,7 +36,7 @@ def pairs(network: Macroarchitecture) -> Iterator[Pair]:
         reader, repeat = _only_reader(network, node), 1
         while reader is not None and _homogeneous(reader):
             if isinstance(reader.layer, Flatten):
-                repeat = network.shapes[reader.name][0] // network.input_shapes(reader)[0][0]
+                repeat *= network.shapes[reader.name][0] // network.input_shapes(reader)[0][0]
             reader = _only_reader(network, reader)
         if reader is not None and isinstance(reader.layer, Conv | Dense):
             yield Pair(node.name, reader.name, repeat)
@@ -54,7 +54,8 @@ def _homogeneous(node: Node) -> bool:
 
 def equalize(folded: FoldedNetwork) -> FoldedNetwork:
     """Scales channel i between the layers of each pair by s_i = sqrt(r1_i / r2_i), r the largest absolute weights that
-    write and read it, until nothing changes: then r1_i = r2_i.
+    write and read it, until nothing changes: then r1_i = r2_i, unless b1_i / s_i would grow beyond the largest bias of
+    its layer. There s_i stops: a channel of small weights and a large bias would stretch the range of the activations.
 
     W1_i / s_i, b1_i / s_i and W2_i s_i: in float64, stored as float32, so the function changes by its rounding only.
     A channel that is not written or not read keeps its weights.
@@ -63,12 +64,14 @@ def equalize(folded: FoldedNetwork) -> FoldedNetwork:
     repeat = {pair.second: pair.repeat for pair in chained}
     reach = {name: _reach(nodes[name], weight, repeat.get(name, 1)) for name, weight in folded.weight.items()}
     scales = {pair: torch.ones(len(folded.bias[pair.first]), dtype=torch.float64) for pair in chained}
+    lowest = {pair: _share(folded.bias[pair.first]) for pair in chained}
     for _ in range(SWEEPS):
         change = 0.0
         for pair in chained:
             first, second = reach[pair.first], reach[pair.second]
             scale = torch.sqrt(first.amax(2).flatten() / second.amax(1).flatten())
             scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
+            scale = torch.maximum(scale, lowest[pair] / scales[pair])
             reach[pair.first] = first / scale.view(first.shape[0], -1, 1)
             reach[pair.second] = second * scale.view(second.shape[0], 1, -1)
             scales[pair] *= scale
@@ -89,6 +92,12 @@ def equalize(folded: FoldedNetwork) -> FoldedNetwork:
         weight={name: tensor.float() for name, tensor in weight.items()},
         bias={name: tensor.float() for name, tensor in bias.items()},
     )
+
+
+def _share(bias: Tensor) -> Tensor:
+    """|b_i| of the largest, float64 [C]; zeros where all are zero."""
+    size = bias.double().abs().cpu()
+    return size / size.max().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _grouped(node: Node, weight: Tensor) -> Tensor:

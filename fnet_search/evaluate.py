@@ -1,5 +1,6 @@
 """From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, audit, profile."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -225,7 +226,7 @@ def record(
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = calibration(data, seed, SQNR_SAMPLES)
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
-    facts = {"plan": str(evaluation.plan), "scheme": str(scheme)}
+    facts = {"plan": str(evaluation.plan), "scheme": str(scheme), "weights": _digest(trained)}
     write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
     return replace(evaluation, scheme=str(scheme), **vars(measures), layers=layers)
 
@@ -272,5 +273,19 @@ def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[Fold
     folded = fold(trained)
     if scheme.equalize:
         folded = equalize(folded)
-    codes, _ = read_tensors(folder / QUANTIZED)
-    return folded, QuantizedNetwork.from_tensors(folded.network, codes)
+    path = folder / QUANTIZED
+    codes, facts = read_tensors(path)
+    if (facts.get("weights"), facts.get("scheme")) != (_digest(trained), str(scheme)):
+        raise FnetError(f"{path} does not hold the codes of {folder / WEIGHTS} quantized with {scheme}")
+    try:
+        return folded, QuantizedNetwork.from_tensors(folded.network, codes)
+    except FnetError as error:
+        raise FnetError(f"{path}: {error}") from None
+
+
+def _digest(trained: Network) -> str:
+    """Of the weights: that codes are theirs can be checked."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(trained.state_dict().items()):
+        state.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]

@@ -103,7 +103,7 @@ def _read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     try:
         frame = pd.read_csv(path, usecols=list(columns), dtype=str, keep_default_na=False).astype(columns)
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")
+        reason = error.strerror if isinstance(error, OSError) else "it is not what fnet-search latency writes"
         raise FnetError(f"cannot read {path}: {reason}; measure again with fnet-search latency") from None
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
@@ -311,7 +311,10 @@ def _page_table(
 
 def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     """For the report: the networks' latencies beside their MACs, and their layers'; nothing where none was measured."""
-    results = read(opened)
+    try:
+        results = read(opened)
+    except FnetError as error:  # the report of a run does not depend on this
+        return [("Latency", f'<p class="soft">{escape(str(error))}</p>')]
     if not results:
         return ()
     measured = pairs(results)

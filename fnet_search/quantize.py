@@ -159,10 +159,26 @@ class QuantizedNetwork:
                 )
                 for name in weighted
             }
+            for name, layer in layers.items():
+                _check(network, network.by_name[name], layer)
             params = {name: _unpack(f"{name}.output", tensors)[0] for name in dict.fromkeys(carriers(network).values())}
         except KeyError as error:
             raise FnetError(f"the quantized weights do not fit the network: {error} is missing") from None
         return QuantizedNetwork(network, params, layers)
+
+
+def _check(network: Macroarchitecture, node: Node, layer: QuantizedLayer) -> None:
+    """Raises FnetError for codes that are not of a layer's shape."""
+    inputs = network.input_shapes(node)[0]
+    if isinstance(node.layer, Conv):
+        shape: tuple[int, ...] = (node.layer.out_channels, inputs[0] // node.layer.groups, *node.layer.kernel)
+    else:
+        shape = (network.shapes[node.name][0], inputs[0])
+    if (tuple(layer.codes.shape), tuple(layer.bias.shape)) != (shape, shape[:1]) or len(layer.params) not in (
+        1,
+        shape[0],
+    ):
+        raise FnetError(f"the quantized weights do not fit the network: those of {node.name!r} have another shape")
 
 
 def _unpack(name: str, tensors: Mapping[str, Tensor]) -> tuple[QuantParams, ...]:

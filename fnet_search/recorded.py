@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,13 @@ from fnet_search import __version__
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import QUANTIZED, WEIGHTS, load_quantized, load_trained
-from fnet_search.files import read_json
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import Macroarchitecture, parse_space
 from fnet_search.network import Network
 from fnet_search.plan import label
 from fnet_search.policy import Constraints, Evaluation, ranking
 from fnet_search.quantize import QuantizedNetwork
-from fnet_search.runfolder import KEPT, RunFolder
+from fnet_search.runfolder import KEPT, RunFolder, read_evaluation
 from fnet_search.scheme import Scheme, parse_scheme
 
 
@@ -78,10 +77,12 @@ class RecordedRun:
     def networks(self) -> list[RecordedNetwork]:
         """The trained networks, by number; those that were quantized otherwise after their own."""
         found = []
-        for path in sorted(self.run.path.glob("candidates/*/evaluation.json")):
-            for folder in [path.parent, *self.run.requantized(int(path.parent.name))]:
-                evaluation = Evaluation.from_json(read_json(folder / "evaluation.json"))
-                found.append(RecordedNetwork(evaluation, path.parent, folder))
+        for path in sorted(self.run.path.glob("candidates/[0-9]*/evaluation.json")):
+            found.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
+            for folder in self.run.requantized(int(path.parent.name)):
+                one = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
+                if folder == scheme_folder(path.parent, one.scheme):  # and not a copy that somebody made
+                    found.append(one)
         return found
 
     @property
@@ -109,7 +110,7 @@ class RecordedRun:
             names = [winner.id] if winner else [one.id for one in given]
         if not names:
             raise FnetError(f"{self.run.path} has no trained network with its weights")
-        return [self._named(name, networks) for name in names]
+        return list(dict.fromkeys(self._named(name, networks) for name in names))
 
     def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
         number, slash, scheme = name.partition("/")
@@ -122,8 +123,8 @@ class RecordedRun:
             )
         if not networks[wanted].has_weights:
             raise FnetError(
-                f"candidate {name} has no weights: a search keeps those of the best {KEPT}; "
-                f"it has those of {', '.join(kept) or 'none'}"
+                f"candidate {name} has no weights (a search keeps those of the best {KEPT}); there are those of: "
+                f"{', '.join(kept) or 'none'}"
             )
         return networks[wanted]
 
@@ -139,7 +140,8 @@ class RecordedRun:
                 f"data set {name} is not what the run had: its fingerprint is {data.fingerprint()}, then it "
                 f"was {recorded}"
             )
-        return data
+        mean, std = (tuple(self.config["data"][key]) for key in ("mean", "std"))
+        return replace(data, mean=mean, std=std)
 
 
 def open_run(folder: Path) -> RecordedRun:

@@ -12,6 +12,7 @@ import torch
 from optuna.storages import BaseStorage
 
 from fnet_search import latency, requantize
+from fnet_search.audit import audit
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
@@ -20,10 +21,10 @@ from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
 from fnet_search.numerics import Numerics, check_device, resolve
 from fnet_search.plan import cost_table, label
-from fnet_search.policy import Constraints, Evaluation, Policy, SplitName
+from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName
 from fnet_search.quantities import mmac, percent
 from fnet_search.recipe import Recipe
-from fnet_search.recorded import RecordedNetwork, metadata, open_run
+from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
@@ -160,7 +161,7 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
         with WorkerPool(workers, setup, data, run.path) as pool:
             for event in search(policy, record, pool, trials):
                 display.show(event)
-            test = _test(record, request.scheme, data, pool, display)
+            test = _test(record, data, pool, display)
         display.status("drawing figures and the report")
         return _outcome(record, test)
 
@@ -210,16 +211,11 @@ def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:
 def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     """Table, figures and report of a run from what was recorded."""
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
-    evaluations = record.evaluations
-    if test is not None:  # a winner that is audited once, on test images
-        evaluations = tuple(
-            replace(one, audit=one.audit or test.audit) if one.number == test.number else one for one in evaluations
-        )
-        run.write_candidates(space, constraints, evaluations)
+    opened = open_run(run.path)
+    evaluations = record.audited
     figures = save_figures(space, constraints, evaluations, run.path / "figures")
     record.attach(figures)
     settings = dict(_settings(run.config(), space, constraints))
-    opened = open_run(run.path)
     more = [*requantize.section(opened), *latency.section(opened)]
     report = write_report(
         run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more
@@ -228,9 +224,9 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     return Outcome(space, constraints, evaluations, winner, feasible, test, report)
 
 
-def _test(record: StudyRecord, scheme: Scheme, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
-    """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), with
-    its exported file in ONNX Runtime beside it.
+def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
+    """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), and
+    audited there and on the split that it was evaluated on.
 
     What was measured before is in ``best/``; where that is not of this winner, it is now.
     """
@@ -253,10 +249,14 @@ def _test(record: StudyRecord, scheme: Scheme, data: DataSet, pool: WorkerPool, 
                 pass
         run.prune(record.evaluations, record.constraints)
         folded, quantized = network.load(record.space)
-    measuring = partial(
-        display.advance, "measuring the winner on test images, and in ONNX Runtime", total=len(data.test)
-    )
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
+    if winner.audit is None:
+        found = Audit()
+        for part in audit(quantized, runtime, (data.normalise(images) for images, _ in data.evaluation.batches(250))):
+            found += part
+            display.advance("auditing the winner in ONNX Runtime", found.images, len(data.evaluation))
+        winner = record.audit(winner, found)
+    measuring = partial(display.advance, "measuring the winner on test images", total=len(data.test))
     measures = measure(folded, quantized, data, data.test, measuring, runtime)
     test = replace(winner, split="test", layers=(), **vars(measures))
     facts = metadata(run.config(), record.space, winner, test, "quint8")
@@ -287,19 +287,19 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
     yield "versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items())
 
 
-def report_again(run: RunFolder, storage: str | None) -> Outcome:
-    """Makes candidates.csv, figures and report of a run again, from its study.
+def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
+    """The study of a recorded run whose folder is locked.
 
-    `storage` is the URL of another place to find the study than the recorded one. Raises FnetError for a folder that is
-    not a run, or a storage without its study.
+    `storage` is the URL of another place to find it than the recorded one. Raises FnetError for a storage without it.
     """
-    opened = open_run(run.path)
-    url = storage or opened.config.get("storage")
+    run, url = opened.run, storage or opened.config.get("storage")
     elsewhere = None if url is None else open_url(url)
     if elsewhere is not None and not has_study(elsewhere, run.name):
         raise FnetError(f"storage {url} has no study {run.name!r}; give the URL that the run had as --storage")
-    seed, split = opened.config["seed"], opened.config["split"]
-    with run.locked():
-        record = StudyRecord(elsewhere or open_journal(run.journal), run, opened.space, opened.constraints, seed, split)
-        test = run.read_test(record.winner) if record.winner is not None else None
-        return _outcome(record, test)
+    place = elsewhere or open_journal(run.journal)
+    return StudyRecord(place, run, opened.space, opened.constraints, opened.config["seed"], opened.config["split"])
+
+
+def report_again(record: StudyRecord) -> Outcome:
+    """Makes candidates.csv, figures and report of a run again, from its study."""
+    return _outcome(record, record.run.read_test(record.winner) if record.winner is not None else None)

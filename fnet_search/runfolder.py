@@ -30,7 +30,7 @@ from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import plan_toml
-from fnet_search.policy import Constraints, Evaluation, ranking
+from fnet_search.policy import Audit, Constraints, Evaluation, ranking
 from fnet_search.report import candidates_frame, layers_frame
 
 KEPT = 3
@@ -42,6 +42,7 @@ _RECORDED = {
     "seed": int,
 }
 """What a configuration must have."""
+_DATA = {"fingerprint", "classes", "mean", "std"}
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,13 @@ class RunFolder:
         for key, kind in _RECORDED.items():
             if not isinstance(config.get(key), kind):
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
+        proper = {
+            "data": config["data"].keys() >= _DATA,
+            "constraints": config["constraints"].keys() <= vars(Constraints()).keys(),
+        }
+        for key, is_proper in proper.items():
+            if not is_proper:
+                raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         return config
 
     @contextmanager
@@ -113,7 +121,7 @@ class RunFolder:
             lock.acquire(blocking=False)
         except Timeout:
             raise FnetError(
-                f"{self.path} is in use by another fnet-search process; wait for it or choose another --out"
+                f"{self.path} is in use by another fnet-search process; wait for it, or name another run folder"
             ) from None
         except OSError as error:
             raise FnetError(f"cannot write to {self.path}: {error.strerror}") from None
@@ -140,6 +148,15 @@ class RunFolder:
     def requantized(self, number: int) -> list[Path]:
         """Folders of a candidate's network quantized otherwise, each called after its scheme."""
         return sorted(path.parent for path in self.candidate(number).glob("*/evaluation.json"))
+
+    def audits(self) -> dict[int, Audit]:
+        """Audits in the candidates' files, by number: those of winners came after their evaluations were recorded.
+
+        Raises FnetError, naming the file, for one that is broken.
+        """
+        paths = [*self.path.glob("candidates/[0-9]*/evaluation.json"), *self.path.glob("best/evaluation.json")]
+        found = [read_evaluation(path) for path in paths]
+        return {one.number: one.audit for one in found if one.audit is not None}
 
     def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
         """Everything about a candidate but its weights; returns the files worth looking at."""
@@ -179,8 +196,16 @@ class RunFolder:
         path = self.best / "test.json"
         if not path.is_file():
             return None
-        test = Evaluation.from_json(read_json(path))
+        test = read_evaluation(path)
         return test if (test.number, test.plan, test.seed) == (winner.number, winner.plan, winner.seed) else None
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Raises FnetError, naming the file, where it is missing or not an evaluation."""
+    try:
+        return Evaluation.from_json(read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FnetError(f"{path} is not the evaluation of a candidate") from None
 
 
 def versions() -> dict[str, str]:

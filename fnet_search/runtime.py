@@ -40,8 +40,12 @@ class Runtime:
         return str(onnxruntime.__version__)
 
     def run(self, x: Tensor, outputs: Sequence[str]) -> list["np.ndarray[Any, Any]"]:
-        """The named tensors for a batch of images."""
-        found: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
+        """The named tensors for a batch of images. Raises FnetError for a graph that was changed."""
+        try:
+            found: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise FnetError(f"ONNX Runtime cannot run the exported network: {reason}") from None
         return found
 
     def __call__(self, x: Tensor) -> Tensor:

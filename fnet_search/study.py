@@ -5,7 +5,7 @@ the old one is told as failed and carries no number that counts.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, indices, label, legal_rates, plan_cost
-from fnet_search.policy import Constraints, Evaluation, History, SplitName, ranking
+from fnet_search.policy import Audit, Constraints, Evaluation, History, SplitName, ranking
 from fnet_search.runfolder import RunFolder
 from fnet_search.train import TrainingProgress
 
@@ -102,6 +102,7 @@ class StudyRecord:
     _seconds: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._audits = self.run.audits()
         self._sampler = _GivenPlan()
         self.study = optuna.create_study(
             storage=self.storage,
@@ -129,6 +130,19 @@ class StudyRecord:
         return tuple(self._evaluations[number] for number in sorted(self._evaluations))
 
     @property
+    def audited(self) -> tuple[Evaluation, ...]:
+        """`evaluations`, with the audits of winners that came after."""
+        return tuple(replace(one, audit=one.audit or self._audits.get(one.number)) for one in self.evaluations)
+
+    def audit(self, evaluation: Evaluation, audit: Audit) -> Evaluation:
+        """Takes an audit that came after the evaluation was recorded; returns the evaluation with it."""
+        self._audits[evaluation.number] = audit
+        audited = replace(evaluation, audit=audit)
+        self.run.write_candidate(audited)
+        self.run.write_candidates(self.space, self.constraints, self.audited)
+        return audited
+
+    @property
     def winner(self) -> Evaluation | None:
         """The best evaluation so far, feasible or nearest to it; None in a study of fixed plans."""
         ranked = ranking(self.evaluations, self.constraints)
@@ -149,7 +163,7 @@ class StudyRecord:
         number = self.history().number
         evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, self.split)
         self._tell(self._ask(plan, number), evaluation)
-        self.run.write_candidates(self.space, self.constraints, self.evaluations)
+        self.run.write_candidates(self.space, self.constraints, self.audited)
         return evaluation
 
     def start(self, plan: FactorizationPlan) -> int:
@@ -220,7 +234,7 @@ class StudyRecord:
 
     def _write(self) -> None:
         """Brings the run folder in line with the study, also after a run that was cut off between the two."""
-        self.run.write_candidates(self.space, self.constraints, self.evaluations)
+        self.run.write_candidates(self.space, self.constraints, self.audited)
         self.run.write_timings(self._seconds)
         self.run.prune(self.evaluations, self.constraints)
 

@@ -137,6 +137,10 @@ def foreign(path: Path) -> None:
         (("audit", "run", "--onnx", "float.onnx"), "float.onnx is a float32 export; the audit wants a quint8 one"),
         (("audit", "run", "--onnx", "one.onnx", "--candidate", "0"), "one.onnx is not candidate 0: its plan is "),
         (
+            ("audit", "run", "--onnx", "other.onnx", "--candidate", "1"),
+            "other.onnx is not candidate 1: its seed is 9, not 0",
+        ),
+        (
             ("audit", "run", "--onnx", "one.onnx", "--candidate", "0", "--candidate", "1"),
             "say which with one --candidate",
         ),
@@ -156,7 +160,7 @@ def foreign(path: Path) -> None:
             ("quantize", "run", "--candidate", "0", "--ranges", "percentile:50"),
             "write minmax, mse or percentile:P ",
         ),
-        (("quantize", "run", "--candidate", "0"), "candidate 0 is quantized with percentile:1 already"),
+        (("quantize", "run", "--candidate", "0"), "candidate 0 is quantized with percentile:1 already, as 0"),
     ],
 )
 def test_bad_input_of_the_commands_on_a_run(
@@ -166,9 +170,80 @@ def test_bad_input_of_the_commands_on_a_run(
     Path("text").write_text("no protobuf")
     if "float.onnx" in arguments:
         fnet("export", "run", "--float", "-o", "float.onnx")
+    if "other.onnx" in arguments:
+        fnet("export", "run", "--candidate", "1", "-o", "one.onnx")
+        model, facts = read_model(Path("one.onnx"))
+        helper.set_model_props(model, {**facts, "seed": "9"})
+        onnx.save(model, "other.onnx")
     if "one.onnx" in arguments:
         fnet("export", "run", "--candidate", "1", "-o", "one.onnx")
     assert message in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "config.json",
+            '"constraints": {"foo": 1}',
+            "run/config.json is not the configuration of a run: it has no proper 'co",
+        ),
+        ("config.json", '"data": {}', "run/config.json is not the configuration of a run: it has no proper 'data'"),
+        (
+            "candidates/000/evaluation.json",
+            "{}",
+            "run/candidates/000/evaluation.json is not the evaluation of a candidate",
+        ),
+        (
+            "candidates/000/evaluation.json",
+            "[]",
+            "run/candidates/000/evaluation.json is not the evaluation of a candidate",
+        ),
+        ("candidates/000/evaluation.json", "{", "cannot read run/candidates/000/evaluation.json"),
+    ],
+)
+def test_broken_files_of_a_run(refused: Callable[..., str], run: Path, file: str, text: str, message: str) -> None:
+    if file == "config.json":
+        key = text.split('"')[1]
+        text = json.dumps({**json.loads((run / file).read_text()), key: json.loads(f"{{{text}}}")[key]})
+    (run / file).write_text(text)
+    for arguments in (("audit", "run"), ("quantize", "run", "--candidate", "1", "--ranges", "mse"), ("report", "run")):
+        assert message in refused(*arguments)
+
+
+def test_what_somebody_put_beside_the_candidates_is_left_alone(fnet: Callable, run: Path) -> None:
+    shutil.copytree(run / "candidates" / "000", run / "candidates" / "backup")
+    shutil.copytree(run / "candidates" / "000", run / "candidates" / "000" / "mine")
+    assert [one.id for one in open_run(run).networks] == ["0", "1"]
+    assert fnet("audit", "run", "--candidate", "0", "--candidate", "00")[1].count("predictions differ") == 1
+    (run / "latency.csv").write_text("x\n")
+    assert fnet("report", "run")[0] == 0
+    assert "latency.csv: it is not what fnet-search latency writes" in (run / "report.html").read_text()
+
+
+def test_a_graph_that_was_changed(refused: Callable[..., str], run: Path) -> None:
+    path = run / "best" / "model.onnx"
+    model = onnx.load(path)
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = "image" if name == "input" else name
+    model.graph.input[0].name = "image"
+    onnx.save(model, path)
+    assert refused("audit", "run").startswith("ONNX Runtime cannot run the exported network: Required inputs")
+
+
+def test_quantize_waits_for_nobody(refused: Callable[..., str], run: Path) -> None:
+    with open_run(run).run.locked():
+        for arguments in (("quantize", "run", "--candidate", "0", "--ranges", "mse"), ("latency", "run")):
+            assert refused(*arguments).startswith("run is in use by another fnet-search process; wait for it")
+
+
+def test_a_scheme_is_measured_once(fnet: Callable, refused: Callable[..., str], run: Path) -> None:
+    assert fnet("quantize", "run", "--candidate", "0", "--ranges", "minmax")[0] == 0
+    again = ("quantize", "run", "--candidate", "0", "--ranges", "minmax")
+    assert refused(*again) == "candidate 0 is quantized with minmax already, as 0/minmax"
+    beside = ("quantize", "run", "--candidate", "0/minmax", "--equalize")
+    assert refused(*beside) == "--candidate 0/minmax: give the candidate alone, 0"
 
 
 def test_networks_without_their_files(refused: Callable[..., str], run: Path, winner: str) -> None:
@@ -176,7 +251,7 @@ def test_networks_without_their_files(refused: Callable[..., str], run: Path, wi
     assert "cannot read run/best/model.onnx: No such file" in refused("audit", "run")
     for name in ("weights", "quantized"):
         (run / "candidates" / "000" / f"{name}.safetensors").unlink()
-        message = "candidate 0 has no weights: a search keeps those of the best 3; it has those of 1"
+        message = "candidate 0 has no weights (a search keeps those of the best 3); there are those of: 1"
         for command in (("audit",), ("export", "-o", "m.onnx"), ("quantize", "--ranges", "mse")):
             assert refused(command[0], "run", *command[1:], "--candidate", "0") == message
     (run / "candidates" / "001" / "quantized.safetensors").write_text("torn")

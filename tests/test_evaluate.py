@@ -36,7 +36,7 @@ from fnet_search.recipe import Augmentation, Recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import RangeMethod, Scheme, parse_scheme
 from fnet_search.train import TrainingProgress
-from fnet_search.weights import read_tensors
+from fnet_search.weights import read_tensors, write_tensors
 
 TINY = load_space("tiny")
 PLAN = parse_plan(TINY, "f2")
@@ -250,9 +250,21 @@ def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> No
     regular = parse_plan(TINY, "regular")
     assert fault(regular) == f"FOLDER/weights.safetensors does not hold the weights of plan {regular}"
     shutil.copy(tmp_path / WEIGHTS, tmp_path / QUANTIZED)
-    assert fault().startswith("the quantized weights do not fit the network: ")
+    foreign = "FOLDER/quantized.safetensors does not hold the codes of FOLDER/weights.safetensors quantized with "
+    assert fault() == f"{foreign}percentile:1"
     shutil.copy(outcome.folder / QUANTIZED, tmp_path / QUANTIZED)
     load_candidate(PLAN, tmp_path)
+    codes, facts = read_tensors(tmp_path / QUANTIZED)
+    write_tensors(tmp_path / QUANTIZED, codes, {**facts, "weights": "0" * 16})
+    assert fault() == f"{foreign}percentile:1", "of another training"
+    write_tensors(tmp_path / QUANTIZED, codes, {**facts, "scheme": "mse"})
+    assert fault() == f"{foreign}percentile:1", "of another scheme"
+    write_tensors(tmp_path / QUANTIZED, codes | {"conv_in.weight": codes["conv_in.weight"][:, :1]}, facts)
+    assert fault().startswith("FOLDER/quantized.safetensors: the quantized weights do not fit the network: those of ")
+    assert fault().endswith("'conv_in' have another shape")
+    del codes["conv_in.weight"]
+    write_tensors(tmp_path / QUANTIZED, codes, facts)
+    assert "FOLDER/quantized.safetensors: the quantized weights do not fit the network: 'conv_in.weight'" in fault()
 
 
 def test_calibration_samples_are_random_training_images_and_always_the_same(data: DataSet) -> None:
@@ -370,7 +382,7 @@ def test_a_candidate_of_another_scheme_is_read_back(data: DataSet, tmp_path: Pat
         found.qmse,
     )
     _, facts = read_tensors(tmp_path / QUANTIZED)
-    assert facts == {"plan": str(PLAN), "scheme": str(scheme)}
+    assert (facts["plan"], facts["scheme"]) == (str(PLAN), str(scheme))
 
 
 def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:

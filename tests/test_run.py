@@ -23,8 +23,8 @@ from fnet_search.numerics import Numerics
 from fnet_search.plan import parse_plan
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import load_recipe
-from fnet_search.recorded import RecordedNetwork
-from fnet_search.run import Outcome, Request, report_again, run_study
+from fnet_search.recorded import RecordedNetwork, open_run
+from fnet_search.run import Outcome, Request, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme
@@ -50,6 +50,12 @@ SEARCH = Request(
 )
 RANDOM = Random()
 GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), split="test", audit_all=True)
+
+
+def reported(folder: Path, storage: str | None = None) -> Outcome:
+    opened = open_run(folder)
+    with opened.run.locked():
+        return report_again(open_study(opened, storage))
 
 
 class Notes:
@@ -126,7 +132,10 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert json.loads(facts["test_quint8_accuracy"]) == test.quint8_accuracy
     assert json.loads(facts["validation_fp32_accuracy"]) == winner.fp32_accuracy
     assert json.loads(facts["classes"]) == list("0123456789")
-    assert [one.audit for one in outcome.evaluations if one.number == winner.number] == [test.audit]
+    own = Audit(len(data.evaluation), 10 * len(data.evaluation), 0, 0)
+    assert [one.audit for one in outcome.evaluations if one.number == winner.number] == [own]
+    for place in ("best", f"candidates/{winner.number:03d}"):
+        assert Evaluation.from_json(json.loads((folder / place / "evaluation.json").read_text())).audit == own
     line = outcome.headline(Path("here"))
     assert line.startswith(f"winner: candidate {winner.number} (")
     assert line.endswith("; files in here/best")
@@ -349,7 +358,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     assert (tmp_path / "one" / "name" / "candidates.csv").read_bytes() == (whole[0] / "candidates.csv").read_bytes()
     assert [study.study_name for study in optuna.get_all_study_summaries(url)] == ["name"]
 
-    again = report_again(RunFolder(tmp_path / "one" / "name"), None)
+    again = reported(tmp_path / "one" / "name")
     assert again.evaluations == outcome.evaluations, "the recorded storage is read"
     with pytest.raises(
         FnetError, match=r"^the storage has a study 'name' of another run folder; choose another --out$"
@@ -358,7 +367,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     assert not (tmp_path / "two").exists()
     before = files_in(tmp_path / "one")
     with pytest.raises(FnetError, match=r"^storage sqlite:///.*other\.db has no study 'name'; give the URL that"):
-        report_again(RunFolder(tmp_path / "one" / "name"), f"sqlite:///{tmp_path}/other.db")
+        reported(tmp_path / "one" / "name", f"sqlite:///{tmp_path}/other.db")
     assert files_in(tmp_path / "one") == before
 
 

@@ -18,7 +18,8 @@ TINY = load_space("tiny")
 FREE = Constraints()
 CONFIG = {
     **{"space": "", "dataset": "digits", "policy": "tpe", "scheme": "minmax", "split": "test", "seed": 0},
-    **{"recipe": {"epochs": 1}, "constraints": {}, "data": {}, "numerics": {}},
+    **{"recipe": {"epochs": 1}, "constraints": {}, "numerics": {}},
+    "data": {"fingerprint": "0f", "classes": ["a", "b"], "mean": [0.5], "std": [0.25]},
 }
 
 
@@ -107,7 +108,7 @@ def test_broken_configurations(run: RunFolder, text: str, message: str) -> None:
 
 def test_one_process_at_a_time(run: RunFolder) -> None:
     with run.locked():
-        with pytest.raises(FnetError, match="is in use by another fnet-search process; wait for it or choose"):
+        with pytest.raises(FnetError, match="is in use by another fnet-search process; wait for it, or name another"):
             RunFolder(run.path).locked().__enter__()
         assert run.exists
     with run.locked():

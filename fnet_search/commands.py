@@ -252,8 +252,8 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
     if done:
         raise FnetError(f"candidate {network.id} is quantized with {scheme} already, as {done[0]}")
     with _display() as display, opened.run.locked():
-        study = open_study(opened, storage)
         data = opened.data(data_dir, partial(display.advance, "reading images"))
+        study = open_study(opened, storage)  # or fail before the work
         display.status("calibrating")
         measuring = partial(display.advance, "measuring, and in ONNX Runtime", total=len(data.evaluation))
         found = requantize(opened, network, scheme, data, measuring)

@@ -228,7 +228,7 @@ def _audit(
 
 @click.command()
 @_run
-@_networks(required=True)
+@click.option("--candidate", "candidates", metavar="ID", required=True, help="Candidate number.")
 @scheme_options
 @data_dir_option
 @_storage
@@ -308,7 +308,7 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
 @click.option("--rounds", type=click.IntRange(2), default=30, show_default=True, help="Samples of each graph.")
 @_storage
 def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
-    """Time the exported int8 and fp32 graphs in ONNX Runtime, per network and per layer.
+    """Time the exported quint8 and fp32 graphs in ONNX Runtime, per network and per layer.
 
     One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else.
     """

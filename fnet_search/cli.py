@@ -155,8 +155,8 @@ def run(**options: Any) -> None:
 def evaluate(**options: Any) -> None:
     """Train, quantize and profile given plans, with no policy.
 
-    Trains on all training images, measures each network on the test split, and audits its export there. More plans may be added to an earlier
-    run in the same folder.
+    Trains on all training images, measures each network on the test split, and audits its export there. More plans may
+    be added to an earlier run in the same folder.
     """
     from fnet_search.macro import load_space
     from fnet_search.plan import parse_plan

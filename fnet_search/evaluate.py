@@ -66,14 +66,18 @@ class Quantized:
     network: QuantizedNetwork
 
 
+def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
+    """The float network that a scheme quantizes: folded, and equalized where it says so."""
+    folded = fold(trained)
+    return equalize(folded) if scheme.equalize else folded
+
+
 def prepare(trained: Network, scheme: Scheme, data: DataSet, seed: int) -> Quantized:
     """Folds and quantizes a trained network in evaluation mode, as `scheme` says, on training images of `data`.
 
     Raises FnetError for activations that are not finite, and where an int32 accumulation could overflow.
     """
-    folded = fold(trained)
-    if scheme.equalize:
-        folded = equalize(folded)
+    folded = folded_for(scheme, trained)
     stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), scheme.ranges)
     network = quantize(folded, stats, scheme.per_channel)
     if scheme.bias_correct:
@@ -270,9 +274,7 @@ def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[Fold
 
     Raises FnetError, naming the file, where codes are missing, broken, or of another network.
     """
-    folded = fold(trained)
-    if scheme.equalize:
-        folded = equalize(folded)
+    folded = folded_for(scheme, trained)
     path = folder / QUANTIZED
     codes, facts = read_tensors(path)
     if (facts.get("weights"), facts.get("scheme")) != (_digest(trained), str(scheme)):

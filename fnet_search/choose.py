@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, cost_table, from_indices, indices, legal_rates
+from fnet_search.plan import FactorizationPlan, cost_table, from_indices, legal_rates
 from fnet_search.policy import Constraints
 
 Scores = Mapping[str, Sequence[float] | npt.NDArray[np.float64]]
@@ -52,6 +52,12 @@ def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceili
             costs = tuple(tuple(getattr(cost, name) for cost in layer) for layer in table.by_layer.values())
             ceilings.append(_Ceiling(limit - getattr(table.fixed, name), costs))
     return ceilings
+
+
+def _all_indices(space: Macroarchitecture, plans: Collection[FactorizationPlan]) -> set[tuple[int, ...]]:
+    """`indices` of many plans, in a tenth of the time."""
+    places = [{rate: index for index, rate in enumerate(rates)} for rates in legal_rates(space).values()]
+    return {tuple([place[rate] for place, (_, rate) in zip(places, plan.rates, strict=True)]) for plan in plans}
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,7 @@ def best_plan(
         nothing = [np.zeros_like(value) for value in values]
         spare = [_bound(nothing, ceilings, kept, price=1.0) for kept in (0, 1)]
         bounds += [_at_best_price(values, ceilings, *pair) for pair in zip(bounds, spare, strict=True)]
-    excluded = {indices(space, plan) for plan in exclude}
+    excluded = _all_indices(space, exclude)
     # Minus the bound, minus the depth, the indices so far, their score, and what the other layers may cost. At equal
     # bounds the longest beginning comes first, then the lowest indices: the answer never hangs on the order of a set.
     heap: list[tuple[float, int, tuple[int, ...], float, list[int]]]
@@ -203,7 +209,7 @@ def sample_plan(
         for layer, layer_costs in enumerate(ceiling.costs):
             costs[layer, : len(layer_costs)] = layer_costs
         ceilings.append((costs, ceiling.limit))
-    excluded = {indices(space, plan) for plan in exclude}
+    excluded = _all_indices(space, exclude)
     for _ in range(_BATCHES):
         drawn = rng.integers(np.array(sizes, dtype=np.int64), size=(_DRAWS, len(sizes)))
         admitted = np.ones(_DRAWS, dtype=bool)

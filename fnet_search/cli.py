@@ -1,7 +1,6 @@
 """The command line. Heavy modules are imported inside the commands, so that ``--help`` answers at once."""
 
 import json
-import os
 import re
 import signal
 import sys
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
     from fnet_search.plan import FactorizationPlan
     from fnet_search.policy import Constraints, Policy
+    from fnet_search.recipe import Fidelity
     from fnet_search.run import Outcome, Request
 
 T = TypeVar("T")
@@ -81,15 +81,27 @@ def _shared(command: Any) -> Any:
         click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
         click.option(
             "--dtype",
-            type=click.Choice(["auto", "float32", "bfloat16"]),
+            type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
             default="auto",
             help="Arithmetic of the training; auto measures what this device is fast with.",
         ),
         click.option(
+            "--fused/--no-fused",
+            default=None,
+            show_default="what is measured to be faster",
+            help="Train with BatchNorm and ReLU in one pass, compiled by torch.compile; takes a C++ compiler.",
+        ),
+        click.option(
             "--workers",
             type=click.IntRange(1),
-            show_default="one a core; on CUDA 1",
-            help="Processes that train candidates at the same time, one thread each.",
+            show_default="one a core; on CUDA 2",
+            help="Processes that train candidates at the same time.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            show_default="1, or a worker's share of the cores if that is measured to be faster",
+            help="Threads of a worker on the CPU.",
         ),
         click.option(
             "--out",
@@ -124,6 +136,26 @@ def _shared(command: Any) -> Any:
     help="Whose ONNX export is run in ONNX Runtime and held against the integer simulator, code for code.",
 )
 @click.option("--trials", type=click.IntRange(1), default=6, help="Candidates to train; refused plans do not count.")
+@click.option(
+    "--warm-start/--no-warm-start",
+    default=True,
+    help="Train the regular network first, above the budget too, and start candidates from trained networks.",
+)
+@click.option(
+    "--warm-epochs",
+    type=click.IntRange(1),
+    show_default="a fifth of --epochs",
+    help="Epochs of candidates that start from a trained network.",
+)
+@click.option(
+    "--prune/--no-prune", default=True, help="Stop candidates that are behind the others after equal epochs, early."
+)
+@click.option(
+    "--final-epochs",
+    type=click.IntRange(0),
+    show_default="--epochs with --warm-start, else none",
+    help="Epochs that the best candidate is trained on for at the end of the search.",
+)
 @_shared
 def run(**options: Any) -> None:
     """Search the best network under a budget; the same command again goes on where it stopped.
@@ -139,7 +171,7 @@ def run(**options: Any) -> None:
     policy = load_policy(options["policy"])
     budget = options["budget"].replace("%", "pct")
     name = "-".join([space.name, _dataset_name(options["dataset"]), options["policy"], budget])
-    request = _request(space, constraints, options["policy"], "validation", options)
+    request = _request(space, constraints, options["policy"], "validation", options, _fidelity(options))
     _execute(request, policy, name, options["trials"], options)
 
 
@@ -161,12 +193,13 @@ def evaluate(**options: Any) -> None:
     from fnet_search.macro import load_space
     from fnet_search.plan import parse_plan
     from fnet_search.policy import Constraints
+    from fnet_search.recipe import Fidelity
     from fnet_search.search import FixedPlans
 
     space = load_space(options["space"])
     plans = tuple(dict.fromkeys(parse_plan(space, text) for text in options["plans"]))
     name = "-".join(["evaluate", space.name, _dataset_name(options["dataset"])])
-    request = _request(space, Constraints(), "fixed plans", "test", options)
+    request = _request(space, Constraints(), "fixed plans", "test", options, Fidelity())
     _execute(request, FixedPlans(plans), name, len(plans), options)
 
 
@@ -246,8 +279,24 @@ def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -
     return None if text is None else parse(text, f"--{name.replace('_', '-')}")
 
 
+def _fidelity(options: dict[str, Any]) -> "Fidelity":
+    from fnet_search.recipe import Fidelity, load_recipe
+
+    warm, final = options["warm_start"], options["final_epochs"]
+    if options["warm_epochs"] and not warm:
+        raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
+    epochs = options["epochs"] or load_recipe(options["recipe"]).epochs
+    final = (epochs if warm else 0) if final is None else final
+    return Fidelity(warm, options["warm_epochs"], options["prune"], final)
+
+
 def _request(
-    space: "Macroarchitecture", constraints: "Constraints", policy: str, split: Any, options: dict[str, Any]
+    space: "Macroarchitecture",
+    constraints: "Constraints",
+    policy: str,
+    split: Any,
+    options: dict[str, Any],
+    fidelity: "Fidelity",
 ) -> "Request":
     from fnet_search.recipe import load_recipe
     from fnet_search.run import Request
@@ -258,6 +307,7 @@ def _request(
         space=space,
         dataset=_absolute(options["dataset"]),
         recipe=load_recipe(options["recipe"]).with_epochs(options["epochs"]),
+        fidelity=fidelity,
         policy_name=policy,
         constraints=constraints,
         scheme=parse_scheme_options(options),
@@ -265,6 +315,8 @@ def _request(
         split=split,
         device=options["device"],
         dtype=options["dtype"],
+        threads=options["threads"],
+        fused=options["fused"],
         storage=options["storage"],
         data_dir=options["data_dir"],
         download=options["download"],
@@ -289,24 +341,12 @@ def _execute(request: "Request", policy: "Policy", name: str, trials: int, optio
 
     quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    on_cpu = request.device == "cpu" or (request.device == "auto" and not _cuda())
-    workers = options["workers"] or (_cores() if on_cpu else 1)
     folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
     with TerminalDisplay(console()) as display:
-        outcome = run_study(request, policy, RunFolder(folder), trials, workers, display)
+        outcome = run_study(request, policy, RunFolder(folder), trials, options["workers"], display)
     _print_outcome(outcome, folder)
     if request.split == "validation" and not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _print_outcome(outcome: "Outcome", folder: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,7 @@ class DataSet:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        mean, std = (_on(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def to(self, device: str) -> "DataSet":
@@ -93,6 +93,12 @@ class DataSet:
             digest.update(split.images.contiguous().numpy().data)
             digest.update(split.labels.contiguous().numpy().data)
         return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, C, 1, 1], sent to a device once."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def read_dataset(path: Path) -> DataSet:
@@ -277,13 +283,15 @@ def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ..
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
-def augment(images: Tensor, how: Augmentation, flips: bool, generator: torch.Generator) -> Tensor:
-    """Random affine changes of a float batch [N, C, H, W], one draw an image, edges reflected (grid_sample, bilinear).
+def affine_maps(
+    count: int, size: tuple[int, ...], how: Augmentation, flips: bool, generator: torch.Generator
+) -> Tensor:
+    """Random affine changes of `count` images of `size` (H, W), as [count, 2, 3] for `augment`.
 
     `flips` False leaves mirroring out, for data sets whose classes change under it. `generator` lives on the CPU, so
     that the draws do not depend on the device.
     """
-    count, _, height, width = images.shape
+    height, width = size
     draw = torch.rand(count, 6, generator=generator)
     angle = (2 * draw[:, 0] - 1) * math.radians(how.rotation)
     scale = 1 + (2 * draw[:, 1] - 1) * how.zoom
@@ -296,12 +304,16 @@ def augment(images: Tensor, how: Augmentation, flips: bool, generator: torch.Gen
     shift_y = torch.floor(draw[:, 5] * (2 * reach_y + 1)) - reach_y
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     # Output to input, in grid_sample's coordinates: [-1, 1] spans each side, so a rotation needs the aspect ratio.
-    theta = torch.stack(
+    return torch.stack(
         [
             torch.stack([mirror[0] * cos, -mirror[0] * sin * height / width, 2 * shift_x / width], dim=1),
             torch.stack([mirror[1] * sin * width / height, mirror[1] * cos, 2 * shift_y / height], dim=1),
         ],
         dim=1,
     )
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
+
+
+def augment(images: Tensor, maps: Tensor) -> Tensor:
+    """A float batch [N, C, H, W], each image changed by its map [2, 3]; edges reflected (grid_sample, bilinear)."""
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

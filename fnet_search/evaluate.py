@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +21,16 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost
-from fnet_search.policy import Audit, Evaluation, SplitName
+from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
 from fnet_search.profile import profile
+from fnet_search.quantities import percent
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import Batches, TensorStats, calibrate
-from fnet_search.recipe import Recipe
+from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
-from fnet_search.train import Report, TrainingFailed, TrainingProgress, train
+from fnet_search.train import Report, TrainingFailed, TrainingProgress, accuracy, train
+from fnet_search.warmstart import warm_start
 from fnet_search.weights import read_tensors, write_tensors
 
 CALIBRATION_SAMPLES = 1024
@@ -36,6 +38,8 @@ CALIBRATION_SAMPLES = 1024
 CORRECTION_SAMPLES = 256
 """Of these, for bias correction."""
 SQNR_SAMPLES = 128
+TRANSFORM_SAMPLES = 512
+"""Random training samples that a network is fitted to its parent on."""
 ATTEMPTS = 2
 
 WEIGHTS = "weights.safetensors"
@@ -55,6 +59,37 @@ class Setup:
     seed: int
     split: SplitName
     audited: bool = False
+    fidelity: Fidelity = field(default_factory=Fidelity)
+
+    def recipe_of(self, job: "Job") -> Recipe:
+        """How a candidate is trained."""
+        if job.role == "final":
+            return self.recipe.with_epochs(self.fidelity.final_epochs)
+        warm = job.start is not None and job.role == "candidate"
+        return self.recipe.warm(self.fidelity.warm_epochs) if warm else self.recipe
+
+
+@dataclass(frozen=True)
+class Start:
+    """The trained network that a candidate starts from, its files in `folder`; `epochs` in all led to it."""
+
+    number: int
+    plan: FactorizationPlan
+    folder: Path
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate to train, its files to go to `folder`; from scratch, or from `start`."""
+
+    number: int
+    plan: FactorizationPlan
+    folder: Path
+    role: Role = "candidate"
+    start: Start | None = None
+    threads: int = 1
+    """Workers whose threads it may use: those that would be idle otherwise."""
 
 
 @dataclass(frozen=True)
@@ -141,19 +176,35 @@ def calibration(data: DataSet, seed: int, samples: int) -> Batches:
     return batches
 
 
-def evaluate(
-    setup: Setup, data: DataSet, number: int, plan: FactorizationPlan, folder: Path, report: Report
-) -> Evaluation:
-    """Trains and measures one candidate; leaves its weights, float and quantized, in `folder`.
+def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
+    """The evaluation of a candidate that has nothing measured."""
+    return Evaluation(
+        job.number,
+        job.plan,
+        plan_cost(setup.space, job.plan),
+        state,
+        reason,
+        role=job.role,
+        split=setup.split,
+        scheme=str(setup.scheme),
+        seed=setup.seed,
+        parent=job.start.number if job.start else None,
+        inherited_epochs=job.start.epochs if job.start else 0,
+    )
+
+
+def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluation:
+    """Trains and measures one candidate; leaves its weights, float and quantized, in its folder.
 
     A training that fails (loss not finite, out of memory, not quantizable) is tried once more with another seed, then
-    the evaluation is ``failed`` with the reason. Errors of files are raised.
+    the evaluation is ``failed`` with the reason. Errors of files are raised, also where those of the parent cannot be
+    read.
     """
     reason = ""
     for attempt in range(ATTEMPTS):
         seed = setup.seed + 1_000_000 * attempt
         try:
-            return _attempt(setup, data, number, plan, folder, seed, report)
+            return _attempt(setup, data, job, seed, report)
         except TrainingFailed as failure:
             reason = str(failure)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -162,11 +213,8 @@ def evaluate(
             reason = f"out of memory: {str(error).splitlines()[0]}" if str(error) else "out of memory"
             if setup.numerics.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    cost = plan_cost(setup.space, plan)
-    return Evaluation(
-        number, plan, cost, "failed", f"{reason} (tried {ATTEMPTS} times)", setup.split, str(setup.scheme), setup.seed
-    )
+        (job.folder / CHECKPOINT).unlink(missing_ok=True)
+    return unfinished(setup, job, "failed", f"{reason} (tried {ATTEMPTS} times)")
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -176,30 +224,33 @@ def _out_of_memory(error: Exception) -> bool:
     )
 
 
-def _attempt(
-    setup: Setup, data: DataSet, number: int, plan: FactorizationPlan, folder: Path, seed: int, report: Report
-) -> Evaluation:
-    trained = build(factorize(setup.space, plan), setup.recipe.initializer, seed)
+def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -> Evaluation:
+    recipe, folder = setup.recipe_of(job), job.folder
+    stages = _Stages(report, recipe.epochs * len(data.train), CALIBRATION_SAMPLES, len(data.evaluation))
+    trained = build(factorize(setup.space, job.plan), setup.recipe.initializer, seed)
     watch = data.evaluation if setup.split == "validation" else None
-    key = f"{plan} seed={seed}"
-    stages = _Stages(report, setup.recipe.epochs * len(data.train), CALIBRATION_SAMPLES, len(data.evaluation))
-    images = train(trained, data, setup.recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
+    evaluation = replace(unfinished(setup, job, "complete", ""), seed=seed)
+    key = f"{job.plan} seed={seed} epochs={recipe.epochs}"
+    if job.start is not None:
+        stages.before(f"starting from candidate {job.start.number}")
+        trained = child(setup, data, job.start, trained)
+        zero_shot = accuracy(trained, data, data.evaluation, setup.numerics)
+        evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
+        key += f" parent={job.start.number}"
+    found = train(trained, data, recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
+    evaluation = replace(
+        evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
+    )
+    if found.stopped:
+        behind = f"behind the others after epoch {evaluation.epochs} of {recipe.epochs}"
+        return replace(evaluation, state="pruned", reason=f"{behind} ({percent(found.accuracies[-1], 1)})")
     trained.eval().to(memory_format=torch.contiguous_format)
     stages.after("calibrating", 0)
     try:
         quantized = prepare(trained, setup.scheme, data, setup.seed)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
-    evaluation = Evaluation(
-        number=number,
-        plan=plan,
-        cost=plan_cost(setup.space, plan),
-        split=setup.split,
-        seed=seed,
-        epochs=setup.recipe.epochs,
-        trained_images=images,
-    )
-    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(plan)})
+    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
     runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
     return record(
         evaluation,
@@ -212,6 +263,18 @@ def _attempt(
         runtime,
         partial(stages.after, "measuring"),
     )
+
+
+def child(setup: Setup, data: DataSet, start: Start, fresh: Network) -> Network:
+    """A freshly built network, made to compute nearly what the one that it starts from does; in evaluation mode.
+
+    Raises FnetError, naming the file, where weights of the parent are missing or broken.
+    """
+    device = setup.numerics.device
+    parent = load_trained(setup.space, start.plan, start.folder).to(device)
+    fresh.eval().to(device)
+    warm_start(parent, fresh, calibration(data, setup.seed, TRANSFORM_SAMPLES))
+    return fresh.to(memory_format=setup.numerics.memory_format)
 
 
 def record(
@@ -246,9 +309,12 @@ class _Stages:
         self.whole = trained + calibrated + measured
         self.last = TrainingProgress(1, 1, False, 0.0, 0.0, None, "")
 
-    def training(self, progress: TrainingProgress) -> None:
+    def before(self, stage: str) -> None:
+        self.report(replace(self.last, stage=stage))
+
+    def training(self, progress: TrainingProgress) -> bool | None:
         self.last = progress
-        self.report(replace(progress, done=progress.done * self.trained / self.whole))
+        return self.report(replace(progress, done=progress.done * self.trained / self.whole))
 
     def after(self, stage: str, measured: int) -> None:
         done = self.trained + (self.calibrated + measured if stage == "measuring" else 0)

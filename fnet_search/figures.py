@@ -36,7 +36,8 @@ def save_png(figure: Figure, path: Path) -> None:
 def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:
     """The plan's label where it is short enough for a figure, else ``#number`` as in the table of candidates."""
     name = label(space, evaluation.plan)
-    return name if len(name) <= 24 else f"#{evaluation.number}"
+    final = " (final)" if evaluation.role == "final" else ""
+    return name + final if len(name) <= 24 else f"#{evaluation.number}"
 
 
 def new_figure(height: float, width: float = 7.2) -> Figure:

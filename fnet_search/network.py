@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
+from fnet_search.kernels import block_diagonal, merged, norm_relu
 from fnet_search.macro import (
     INPUT,
     Activation,
@@ -96,16 +97,44 @@ class Network(nn.Module):
         self.network = network
         modules = {node.name: _module(network, node) for node in network.order}
         self.layers = nn.ModuleDict({_key(name): module for name, module in modules.items() if module is not None})
+        self._fused: frozenset[str] = frozenset()
+        self._merged: dict[str, int] = {}
 
     def layer(self, name: str) -> nn.Module:
         """The module of a node with parameters."""
         return self.layers[_key(name)]
 
+    def speed_up(self, fused: bool, group_widths: tuple[int, ...]) -> None:
+        """How it is computed in training mode from now on, by the kernels of `kernels`; the results differ by rounding.
+
+        `fused`: each BatchNorm with the ReLU that follows in one pass. `group_widths`: see `numerics.Numerics`.
+        """
+        network = self.network
+        self._fused = frozenset(
+            node.name
+            for node in network.order
+            if fused and isinstance(node.layer, BatchNorm) and len(network.shapes[node.name]) == 3
+            if [reader.layer for reader in network.consumers(node.name)] == [Activation("relu")]
+        )
+        self._merged = {
+            node.name: merged(self.network.input_shapes(node)[0][0], node.layer.groups, group_widths)
+            for node in network.order
+            if isinstance(node.layer, Conv)
+        }
+
     def _apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
-        key = _key(node.name)
+        key, x = _key(node.name), inputs[0]
         if key not in self.layers:
-            return apply_stateless(node, inputs)
-        output: Tensor = self.layers[key](inputs[0])
+            done = self.training and node.inputs[0] in self._fused
+            return x if done else apply_stateless(node, inputs)
+        module = self.layers[key]
+        if self.training and node.name in self._fused:
+            assert isinstance(module, nn.BatchNorm2d)
+            return norm_relu(x, module)
+        if self.training and self._merged.get(node.name, 1) > 1:
+            assert isinstance(module, nn.Conv2d)
+            return block_diagonal(x, module, self._merged[node.name])
+        output: Tensor = module(x)
         return output
 
     def forward(self, x: Tensor) -> Tensor:

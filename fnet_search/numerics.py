@@ -1,16 +1,24 @@
-"""Numerics: device, dtype, memory format and threads of a training; resolved once a study, recorded, used on resume."""
+"""Numerics: how a training is computed on a device. Resolved once a study by measuring, recorded, used on resume."""
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, unknown
+from fnet_search.kernels import block_diagonal, norm_relu
 
-DType = Literal["float32", "bfloat16"]
+DType = Literal["float32", "tf32", "bfloat16"]
+
+GROUPS = (1, 2, 4, 8, 16)
+"""Channels a group for which `Numerics.group_widths` are measured."""
+CLEAR = 1.05
+"""A way that differs from the plain one must be so many times faster."""
 
 
 @dataclass(frozen=True)
@@ -18,27 +26,50 @@ class Numerics:
     """How numbers are computed in a training. Evaluations are always in float32 (and integers), on the same device."""
 
     device: str
-    dtype: DType
-    channels_last: bool
-    threads: int
+    dtype: DType = "float32"
+    channels_last: bool = False
+    threads: int = 1
+    """Of a worker on the CPU."""
+    fused: bool = False
+    """BatchNorm and its ReLU in one pass (`kernels.norm_relu`), compiled by torch.compile."""
+    group_widths: tuple[int, ...] = ()
+    """Channels a group that convolutions of 1, 2, 4, ... channels a group are computed with, as block-diagonal ones
+    (`kernels.block_diagonal`); wider ones are computed as they are."""
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 arithmetic with float32 master weights where `dtype` says so."""
+    @contextmanager
+    def arithmetic(self, autocast: bool = True) -> Iterator[None]:
+        """bfloat16 with float32 master weights, or tf32 products, where `dtype` says so. Backward passes follow the
+        dtypes of the forward ones: they take no `autocast`."""
         kind = torch.device(self.device).type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+        before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
+        try:
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=autocast and self.dtype == "bfloat16"):
+                yield
+        finally:
+            torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "group_widths": list(self.group_widths)}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> "Numerics":
+        return Numerics(**{**data, "group_widths": tuple(data.get("group_widths", ()))})
 
     def __str__(self) -> str:
-        threads = (
-            "" if self.device.startswith("cuda") else f", {self.threads} thread{'s' * (self.threads > 1)} a worker"
-        )
-        return f"{self.device}, {self.dtype}, {'channels_last' if self.channels_last else 'channels_first'}{threads}"
+        parts = [self.device, self.dtype, "channels_last" if self.channels_last else "channels_first"]
+        if self.fused:
+            parts.append("fused norms")
+        wider = [f"{own} as {width}" for own, width in zip(GROUPS, self.group_widths, strict=False) if width > own]
+        if wider:
+            parts.append(f"groups of {', '.join(wider)} channels")
+        if not self.device.startswith("cuda"):
+            parts.append(f"{self.threads} thread{'s' * (self.threads > 1)} a worker")
+        return ", ".join(parts)
 
 
 def check_device(device: str) -> str:
@@ -51,37 +82,129 @@ def check_device(device: str) -> str:
     return device
 
 
-def resolve(device: str, dtype: str, threads: int = 1) -> Numerics:
-    """Picks dtype and memory format where `dtype` is ``auto``, by timing one block forward and backward (under 1 s)."""
+def check_dtype(device: str, dtype: str) -> None:
+    """Raises FnetError for arithmetic that the device cannot do."""
+    if dtype not in ("auto", *get_args(DType)):
+        raise unknown("dtype", dtype, ("auto", *get_args(DType)))
+    on_cuda = device.startswith("cuda")
+    if dtype == "tf32" and not (on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise FnetError(f"dtype tf32 needs a CUDA device of compute capability 8.0 or more, not {device}")
+    if dtype == "bfloat16" and on_cuda and not torch.cuda.is_bf16_supported():
+        raise FnetError(f"dtype bfloat16 is not supported by {device}; use tf32 or float32")
+
+
+def resolve(
+    device: str, dtype: str = "auto", most_threads: int = 1, threads: int | None = None, fused: bool | None = None
+) -> Numerics:
+    """The fastest way on this device, by timing a block of a network forward and backward: a second or two, and where
+    kernels must be compiled, up to 15 s more for the first time on a machine.
+
+    A worker on the CPU gets `threads`, or one, or `most_threads` if they are faster. What is given is not measured.
+    Raises FnetError for a device that is not there and for arithmetic or kernels that it cannot do.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_device(device)
-    plain = Numerics(device, "float32", False, threads)
-    fast = Numerics(device, "bfloat16", True, threads)
-    if dtype == "auto":
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            # A clear gain only: bfloat16 without hardware for it is many times slower, with it many times faster.
-            chosen = fast if _seconds(plain) > 1.3 * _seconds(fast) else Numerics(device, "float32", True, threads)
-        finally:
-            torch.set_num_threads(before)
+    check_dtype(check_device(device), dtype)
+    before = torch.get_num_threads()
+    try:
+        chosen = replace(_dtype(device, dtype), threads=threads or 1)
+        if fused is not False:
+            chosen = _fused(chosen, required=fused is True)
+        chosen = replace(chosen, group_widths=tuple(_width(chosen, own) for own in GROUPS))
+        wider = replace(chosen, threads=most_threads)
+        if device == "cpu" and threads is None and most_threads > 1 and _faster(_block(wider), _block(chosen)):
+            chosen = wider
         return chosen
-    return fast if dtype == "bfloat16" else Numerics(device, "float32", True, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
-def _seconds(numerics: Numerics) -> float:
-    x = torch.zeros(32, 64, 16, 16, device=numerics.device).to(memory_format=numerics.memory_format)
-    weight = torch.zeros(64, 64, 3, 3, device=numerics.device, requires_grad=True)
+def _dtype(device: str, dtype: str) -> Numerics:
+    plain = Numerics(device)
+    if dtype != "auto":
+        return Numerics(device, dtype, channels_last=True)  # type: ignore[arg-type]
+    wanted: tuple[DType, ...] = ("bfloat16", "tf32") if device.startswith("cuda") else ("bfloat16",)
+    for fast in wanted:
+        # bfloat16 without hardware for it is many times slower, with it many times faster.
+        candidate = Numerics(device, fast, channels_last=True)
+        try:
+            check_dtype(device, fast)
+        except FnetError:
+            continue
+        if _faster(_block(candidate), _block(plain)):
+            return candidate
+    return Numerics(device, channels_last=True)
 
-    def block() -> None:
-        with numerics.autocast():
-            loss = F.conv2d(x, weight, padding=1).sum()
-        torch.autograd.grad(loss, weight)
+
+def _fused(plain: Numerics, required: bool) -> Numerics:
+    """Fused norms where they can be compiled, which takes a C++ compiler, and are faster."""
+    candidate = replace(plain, fused=True)
+    try:
+        found = required or _faster(_block(candidate), _block(plain))
+        _block(candidate)()
+    except Exception as error:  # whatever torch.compile and the compilers behind it raise
+        if required:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
+        found = False
+    return candidate if found else plain
+
+
+def _width(numerics: Numerics, own: int) -> int:
+    """The channels a group that a convolution with `own` channels a group is computed with fastest."""
+    best = own
+    for width in (16, 32):
+        if width > own and _faster(_grouped(numerics, own, width), _grouped(numerics, own, best)):
+            best = width
+    return best
+
+
+def _block(numerics: Numerics) -> Callable[[], None]:
+    """A factorized layer, forward and backward: grouped and pointwise convolution, each with BatchNorm and ReLU."""
+    convs = nn.Conv2d(64, 64, 3, padding=1, groups=4, bias=False), nn.Conv2d(64, 64, 1, bias=False)
+    pairs = [(conv, nn.BatchNorm2d(64)) for conv in convs]
+    for module in (module for pair in pairs for module in pair):
+        module.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+
+    def forward(x: Tensor) -> Tensor:
+        for conv, norm in pairs:
+            x = norm_relu(conv(x), norm) if numerics.fused else F.relu(norm(conv(x)))
+        return x
+
+    return _pass(numerics, forward, size=32)
+
+
+def _grouped(numerics: Numerics, own: int, width: int) -> Callable[[], None]:
+    conv = nn.Conv2d(64, 64, 3, padding=1, groups=64 // own, bias=False)
+    conv.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+    merge = width // own
+
+    return _pass(numerics, lambda x: conv(x) if merge == 1 else block_diagonal(x, conv, merge), size=16)
+
+
+def _pass(numerics: Numerics, forward: Callable[[Tensor], Tensor], size: int) -> Callable[[], None]:
+    """A step forward and backward over a batch of activations, too large for a cache as those of a training are."""
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(64, 64, size, size, generator=generator).to(numerics.device)
+    x = batch.to(memory_format=numerics.memory_format).requires_grad_()
+
+    def step() -> None:
+        if numerics.device == "cpu":
+            torch.set_num_threads(numerics.threads)
+        with numerics.arithmetic():
+            y = forward(x)
+        with numerics.arithmetic(autocast=False):
+            y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
         if numerics.device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    return min(_timed(block) for _ in range(8))
+    return step
+
+
+def _faster(one: Callable[[], None], other: Callable[[], None], rounds: int = 5) -> bool:
+    """Whether `one` is clearly faster than `other`: the best of interleaved rounds, after one that warms up."""
+    times = [(_timed(one), _timed(other)) for _ in range(rounds + 1)][1:]
+    return CLEAR * min(own for own, _ in times) < min(others for _, others in times)
 
 
 def _timed(work: Callable[[], None]) -> float:

@@ -303,7 +303,13 @@ def all_conv_macs(space: Macroarchitecture) -> npt.NDArray[np.int64]:
     Eight bytes a plan: 114 MB for factorizenet's 14,224,896.
     """
     table = cost_table(space)
-    total = np.array(table.fixed.conv_macs, dtype=np.int64)
-    for costs in table.by_layer.values():
-        total = np.add.outer(total, np.array([cost.conv_macs for cost in costs], dtype=np.int64))
-    return np.asarray(total)
+    costs = [np.array([cost.conv_macs for cost in layer], dtype=np.int64) for layer in table.by_layer.values()]
+    return _all_sums([np.array(table.fixed.conv_macs, dtype=np.int64), *costs])
+
+
+def _all_sums(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Every sum of one number of each part. By halves, so that the inner loop of the last, large step is a long one."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    return np.asarray(np.add.outer(_all_sums(parts[:half]), _all_sums(parts[half:])))

@@ -5,7 +5,7 @@ numbers come from ``(history.seed, history.number)``; so a resumed search sugges
 have, and any number of workers can share one policy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
 from typing import Any, Literal, Protocol
@@ -16,7 +16,8 @@ from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import Cost, FactorizationPlan
 
-State = Literal["complete", "refused", "failed"]
+State = Literal["complete", "pruned", "refused", "failed"]
+Role = Literal["candidate", "reference", "final"]
 SplitName = Literal["validation", "test"]
 
 
@@ -82,7 +83,8 @@ class Audit:
 class Evaluation:
     """Everything measured on one candidate. Accuracies and `relative_drop` are fractions of 1.
 
-    A refused plan (constraint, repeat) was never trained; a failed one could not be. Both say why in `reason`.
+    A refused plan (constraint, repeat) was never trained; a failed one could not be; of a pruned one the training was
+    stopped early. All say why in `reason`.
     """
 
     number: int
@@ -90,12 +92,25 @@ class Evaluation:
     cost: Cost
     state: State = "complete"
     reason: str = ""
+    role: Role = "candidate"
+    """``reference``: above the ceilings, trained since others start from it; never wins. ``final``: the best candidate
+    trained on, at the end of a search."""
     split: SplitName = "validation"
     scheme: str = ""
     """How it was quantized: `scheme.Scheme` as text."""
     seed: int = 0
     epochs: int = 0
+    """Its own; what it started from had `inherited_epochs` before."""
     trained_images: int = 0
+    """In its own epochs."""
+    parent: int | None = None
+    """Number of the candidate that it started from; None: from scratch."""
+    inherited_epochs: int = 0
+    zero_shot_accuracy: float | None = None
+    """As `accuracies`, of a network that starts from a parent, before it is trained."""
+    accuracies: tuple[float, ...] = ()
+    """After each of its own epochs: of the float network as trained, on at most 2,000 images of the split; on the
+    training images where nothing is held out."""
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
     qmse: float | None = None
@@ -129,6 +144,7 @@ class Evaluation:
                 "plan": FactorizationPlan(tuple(data["plan"].items())),
                 "cost": Cost(**data["cost"]),
                 "audit": Audit(**data["audit"]) if data.get("audit") else None,
+                "accuracies": tuple(data.get("accuracies", ())),
                 "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
             }
         )
@@ -180,8 +196,9 @@ class Constraints:
 class History:
     """The past of a search, as a policy sees it when suggestion `number` is asked for.
 
-    `evaluations` holds every finished one, refused and failed too, in order of their numbers; `running` the plans
-    whose evaluations are still to come. Take random numbers from `rng` only.
+    `evaluations` holds every finished one, pruned, refused and failed ones and the reference too, in order of their
+    numbers, but not final trainings; `running` the plans whose evaluations are still to come. Take random numbers from
+    `rng` only.
     """
 
     space: Macroarchitecture
@@ -218,7 +235,19 @@ def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> li
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())
         return excess, -(evaluation.quint8_accuracy or 0.0), evaluation.cost.conv_macs, evaluation.number
 
-    return sorted((evaluation for evaluation in evaluations if evaluation.state == "complete"), key=key)
+    return sorted((one for one in evaluations if one.state == "complete" and one.role != "reference"), key=key)
+
+
+def choose_parent(evaluations: Iterable[Evaluation], plan: FactorizationPlan) -> Evaluation | None:
+    """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the one
+    with the highest fp32 accuracy, then the fewest conv MACs, then the lowest number. None if there is none."""
+    rates = dict(plan.rates)
+    fitting = [
+        one
+        for one in evaluations
+        if one.state == "complete" and all(rates[layer] % rate == 0 for layer, rate in one.plan.rates)
+    ]
+    return min(fitting, key=lambda one: (-(one.fp32_accuracy or 0.0), one.cost.conv_macs, one.number), default=None)
 
 
 def policy_names() -> list[str]:

@@ -9,9 +9,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fnet_search.evaluate import Job, Setup
 from fnet_search.macro import Macroarchitecture
-from fnet_search.numerics import Numerics
-from fnet_search.plan import label, plan_cost
+from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.runfolder import RunFolder
@@ -33,10 +33,12 @@ class TerminalDisplay:
     def __init__(self, console: Console) -> None:
         self.console = console
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-        self._space: Macroarchitecture | None = None
-        self._labels: dict[int, str] = {}
+        self._setup: Setup | None = None
+        self._jobs: dict[int, Job] = {}
         self._running: dict[int, TrainingProgress | None] = {}
-        self._trials = self._before = self._finished = 0
+        self._trials = self._started = 0
+        self._epochs = self._all_epochs = 0  # of the candidates that ended, and of all that this run trains
+        self._each = 0  # of a candidate, as far as is known before
         self._start = time.monotonic()
         self._what, self._quarter = "", -1
 
@@ -68,54 +70,69 @@ class TerminalDisplay:
             self.say(text)
         self._quarter = 4 * done // total
 
-    def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
-        self._space, self._trials, self._before, self._start = space, trials, done, time.monotonic()
+    def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
+        self._setup, self._trials, self._started, self._start = setup, trials, done, time.monotonic()
+        fidelity, recipe = setup.fidelity, setup.recipe
+        self._each = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
+        self._all_epochs = max(0, trials - done) * self._each + fidelity.final_epochs
         going_on = f", {done} trained before" if done else ""
-        self.say(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {numerics}")
+        self.say(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {setup.numerics}")
 
     def show(self, event: Event) -> None:
         match event:
             case Refused(evaluation):
-                self.say(f"candidate {evaluation.number} ({self._label(evaluation)}) refused: {evaluation.reason}")
-            case Started(number, plan):
-                assert self._space is not None
-                self._labels[number] = label(self._space, plan)
-                self._running[number] = None
-                cost = plan_cost(self._space, plan)
-                self.say(f"candidate {number} ({self._labels[number]}, {mmac(cost.conv_macs)}) starts")
+                named = f"candidate {evaluation.number} ({self._label(evaluation.plan)})"
+                self.say(f"{named} refused: {evaluation.reason}")
+            case Started(job):
+                assert self._setup is not None
+                self._jobs[job.number], self._running[job.number] = job, None
+                self._started += job.role == "candidate"
+                planned = {"candidate": self._each, "reference": 0, "final": self._setup.fidelity.final_epochs}
+                self._all_epochs += self._setup.recipe_of(job).epochs - planned[job.role]
+                cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
+                start = f", from candidate {job.start.number}" if job.start else ""
+                self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) starts{start}")
             case Progressed(number, progress):
                 self._running[number] = progress
                 if not self._live and progress.ended:
                     self.say(f"{self._describe(number, progress)}; {self._left()}")
             case Finished(evaluation, seconds):
-                self._finished += 1
+                assert self._setup is not None
                 self._running.pop(evaluation.number, None)
-                self.say(
-                    f"candidate {evaluation.number} ({self._label(evaluation)}) {_result(evaluation)}, {clock(seconds)}"
-                )
+                job = self._jobs.pop(evaluation.number)
+                self._epochs += self._setup.recipe_of(job).epochs
+                self.say(f"{self._named(job)} ({self._label(job.plan)}) {_result(evaluation)}, {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
 
-    def _label(self, evaluation: Evaluation) -> str:
-        assert self._space is not None
-        return label(self._space, evaluation.plan)
+    def _named(self, job: Job) -> str:
+        kind = {"candidate": "candidate", "reference": "reference", "final": "final training"}[job.role]
+        return f"{kind} {job.number}"
+
+    def _label(self, plan: FactorizationPlan) -> str:
+        assert self._setup is not None
+        return label(self._setup.space, plan)
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, number: int, progress: TrainingProgress) -> str:
-        place = f"{self._before + self._finished + sorted(self._running).index(number) + 1} of {self._trials}"
-        accuracy = (
-            f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if progress.accuracy is not None else ""
-        )
+        job = self._jobs[number]
+        seen = progress.accuracy is not None and not progress.stage
+        accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if seen else ""
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
-        return f"candidate {number} ({self._labels[number]}), {place}: {epoch}{accuracy}"
+        return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
 
     def _share(self) -> float:
-        """Of what this run has to do, done: candidates and parts of them."""
-        parts = sum(progress.done for progress in self._running.values() if progress)
-        return (self._finished + parts) / max(1, self._trials - self._before)
+        """Of the epochs that this run has to train, done. An image costs about the same in all networks."""
+        assert self._setup is not None
+        parts = [
+            progress.done * self._setup.recipe_of(self._jobs[number]).epochs
+            for number, progress in self._running.items()
+            if progress
+        ]
+        return min(1.0, (self._epochs + sum(parts)) / max(1, self._all_epochs))
 
     def _left(self) -> str:
         share = self._share()
@@ -127,18 +144,20 @@ class TerminalDisplay:
         grid = Table.grid(padding=(0, 1))
         for number, progress in sorted(self._running.items()):
             if progress is None:
-                grid.add_row(f"candidate {number} ({self._labels[number]})", "", "worker starting")
+                job = self._jobs[number]
+                grid.add_row(f"{self._named(job)} ({self._label(job.plan)})", "", "worker starting")
             else:
                 grid.add_row(self._describe(number, progress), ProgressBar(width=20, completed=100 * progress.done), "")
-        done = f"{self._before + self._finished} of {self._trials} candidates trained"
+        running = sum(self._jobs[number].role == "candidate" for number in self._running)
+        done = f"{self._started - running} of {self._trials} candidates trained"
         overall = Table.grid(padding=(0, 1))
         overall.add_row(done, ProgressBar(width=20, completed=100 * self._share()), self._left())
         return Group(grid, overall)
 
 
 def _result(evaluation: Evaluation) -> str:
-    if evaluation.state == "failed":
-        return f"failed: {evaluation.reason}"
+    if evaluation.state != "complete":
+        return f"{evaluation.state}: {evaluation.reason}"
     return (
         f"fp32 {percent(evaluation.fp32_accuracy)}, quint8 {percent(evaluation.quint8_accuracy)} ({evaluation.split})"
     )
@@ -165,9 +184,14 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
             )
         ]
         state = one.state if not one.reason else f"{one.state}: {one.reason}"
-        if one.state == "complete" and not constraints.feasible(one):
+        if one.role == "reference" and one.state == "complete":
+            state = "reference: others start from it"
+        elif one.role == "final" and one.state == "complete":
+            state = f"candidate {one.parent} trained on"
+        if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
             missed = [name for name, value in constraints.of(one).items() if value > 0]
-            state = f"infeasible: {', '.join(missed)}"
+            infeasible = f"infeasible: {', '.join(missed)}"
+            state = f"{state}, {infeasible}" if one.role == "final" else infeasible
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params / 1e3:,.0f}"
         table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))

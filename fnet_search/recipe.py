@@ -45,6 +45,10 @@ class Recipe:
     schedule: Schedule = "one-cycle"
     milestones: tuple[float, ...] = ()
     warmup: float = 0.2
+    warm_share: float = 0.2
+    """Epochs of a training that starts from a parent, as a share of `epochs`; at least one epoch."""
+    warm_rate: float = 0.25
+    """Its learning rate, as a share of `learning_rate`."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -57,6 +61,8 @@ class Recipe:
             "weight_decay must not be negative": not 0 <= self.weight_decay < float("inf"),
             "label_smoothing must be in [0, 1)": not 0 <= self.label_smoothing < 1,
             "warmup must be in [0, 1)": not 0 <= self.warmup < 1,
+            "warm_share must be in (0, 1]": not 0 < self.warm_share <= 1,
+            "warm_rate must be in (0, 1]": not 0 < self.warm_rate <= 1,
             "zoom must be in [0, 1)": not 0 <= self.augmentation.zoom < 1,
             "shift must be in [0, 1)": not 0 <= self.augmentation.shift < 1,
             "rotation must be finite": not isfinite(self.augmentation.rotation),
@@ -78,6 +84,14 @@ class Recipe:
         scaled = tuple(milestone * epochs / self.epochs for milestone in self.milestones)
         return replace(self, epochs=epochs, milestones=scaled)
 
+    def warm(self, epochs: int | None = None) -> "Recipe":
+        """For a network that starts from a trained parent: few epochs at a small rate, which falls from the start.
+
+        A transformed network knows most already: a high rate would make it forget (design, section 7).
+        """
+        wanted = epochs or max(1, round(self.warm_share * self.epochs))
+        return replace(self.with_epochs(wanted), learning_rate=self.learning_rate * self.warm_rate, warmup=0.0)
+
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0."""
         if self.schedule == "steps":
@@ -90,6 +104,20 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How much of a recipe the candidates of a search get."""
+
+    warm_start: bool = False
+    """Children start from trained parents."""
+    warm_epochs: int | None = None
+    """Of those; None: the recipe's share."""
+    prune: bool = False
+    """Successive halving stops the hopeless."""
+    final_epochs: int = 0
+    """The best candidate is trained on for so many at the end."""
 
 
 def load_recipe(name: str) -> Recipe:

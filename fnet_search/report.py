@@ -1,11 +1,12 @@
-"""The report of a run: its tables as pandas frames, and one HTML page that needs nothing but itself."""
+"""The report of a run: its tables as CSV, and one HTML page that needs nothing but itself."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from csv import writer
+from dataclasses import fields
 from html import escape
+from io import StringIO
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 from fnet_search.draw import drawing
 from fnet_search.figures import candidate_figure, figures, plan_name
@@ -19,55 +20,70 @@ DETAILED = 30  # candidates whose layers the page shows; those of all are in the
 
 # The tables: candidates.csv and layers.csv
 
-COLUMNS = {
-    "number": "int64",
-    "plan": "str",
-    "label": "str",
-    "state": "str",
-    "reason": "str",
-    "feasible": "bool",
-    "split": "str",
-    "scheme": "str",
-    "epochs": "int64",
-    "trained_images": "int64",
-    "conv_macs": "int64",
-    "total_macs": "int64",
-    "params": "int64",
-    "fp32_accuracy": "float64",
-    "quint8_accuracy": "float64",
-    "qmse": "float64",
-    "qce": "float64",
-    "kl": "float64",
-    "relative_drop": "float64",
-    "audited_codes": "Int64",
-    "differing_codes": "Int64",
+COLUMNS: dict[str, type] = {
+    "number": int,
+    "plan": str,
+    "label": str,
+    "role": str,
+    "state": str,
+    "reason": str,
+    "feasible": bool,
+    "split": str,
+    "scheme": str,
+    "epochs": int,
+    "trained_images": int,
+    "parent": int,
+    "inherited_epochs": int,
+    "zero_shot_accuracy": float,
+    "last_epoch_accuracy": float,
+    "conv_macs": int,
+    "total_macs": int,
+    "params": int,
+    "fp32_accuracy": float,
+    "quint8_accuracy": float,
+    "qmse": float,
+    "qce": float,
+    "kl": float,
+    "relative_drop": float,
+    "audited_codes": int,
+    "differing_codes": int,
 }
 
 
-def candidates_frame(
-    space: Macroarchitecture, constraints: Constraints, evaluations: Iterable[Evaluation]
-) -> pd.DataFrame:
-    """One row an evaluation, in order of their numbers. Accuracies and drop are fractions of 1; NaN: not measured."""
-    rows = []
-    for one in sorted(evaluations, key=lambda one: one.number):
-        derived = {
-            "plan": str(one.plan),
-            "label": label(space, one.plan),
-            "feasible": constraints.feasible(one),
-            "audited_codes": one.audit.codes if one.audit else None,
-            "differing_codes": one.audit.differing if one.audit else None,
-            **asdict(one.cost),
-        }
-        rows.append([derived[name] if name in derived else getattr(one, name) for name in COLUMNS])
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+def candidate_line(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
+    """A line of candidates.csv. Accuracies and drop are fractions of 1; what was not measured is empty."""
+    derived = {
+        "label": label(space, one.plan),
+        "feasible": constraints.feasible(one),
+        "last_epoch_accuracy": one.accuracies[-1] if one.accuracies else None,
+        "audited_codes": one.audit and one.audit.codes,
+        "differing_codes": one.audit and one.audit.differing,
+        **vars(one.cost),
+    }
+    return _line(COLUMNS, {name: derived[name] if name in derived else getattr(one, name) for name in COLUMNS})
 
 
-def layers_frame(evaluation: Evaluation) -> pd.DataFrame:
-    """One row a convolution or dense layer, every field of LayerStats a column; NaN: no noise or no signal."""
-    types = {"str": "str", "int": "int64"}
-    columns = {field.name: types.get(getattr(field.type, "__name__", ""), "float64") for field in fields(LayerStats)}
-    rows = [asdict(layer) for layer in evaluation.layers]
-    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+def candidates_csv(lines: Mapping[int, str]) -> str:
+    """candidates.csv from the lines of all candidates, by number."""
+    return _head(COLUMNS) + "".join(lines[number] for number in sorted(lines))
+
+
+def layers_csv(evaluation: Evaluation) -> str:
+    """One line a convolution or dense layer, every field of LayerStats a column; empty: no noise or no signal."""
+    types = {field.name: field.type if field.type in (str, int) else float for field in fields(LayerStats)}
+    return _head(types) + "".join(_line(types, vars(layer)) for layer in evaluation.layers)
+
+
+def _head(columns: Iterable[str]) -> str:
+    return _line(dict.fromkeys(columns, str), {name: name for name in columns})
+
+
+def _line(columns: Mapping[str, Any], values: Mapping[str, object]) -> str:
+    """A line of a CSV file, `columns` being types; None is an empty cell. pandas takes milliseconds for any table."""
+    text = StringIO()
+    cells = ("" if values[name] is None else kind(values[name]) for name, kind in columns.items())
+    writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
 
 
 # The page
@@ -111,6 +127,10 @@ GLOSSARY = {
     "audit": "Output codes of the exported ONNX file in ONNX Runtime that are not those of the simulator: 0 means that "
     "the quint8 figures here are what the runtime computes.",
     "feasible": "Trained, and within every constraint.",
+    "reference": "The regular network where it is above the budget: trained since others start from it. It never wins.",
+    "trained on": "The best candidate, trained on with the whole recipe at the end of the search.",
+    "training": "Epochs of its own; of a network that started from another, also that one's epochs and its own "
+    "accuracy in float before any training (on at most 2,000 images).",
 }
 
 
@@ -146,12 +166,14 @@ def _headline(
     best_test: Evaluation | None,
     split: str,
 ) -> str:
-    counts = [(state, sum(one.state == state for one in evaluations)) for state in ("complete", "refused", "failed")]
-    words = {"complete": "trained", "refused": "refused before training", "failed": "failed"}
+    words = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
+    states = [str(one.state) for one in evaluations if one.role == "candidate"]
+    counts = [(state, states.count(state)) for state in words]
     summary = ", ".join(f"{count} {words[state]}" for state, count in counts if count) or "none yet"
-    candidates = f'<p class="soft">Candidates: {summary}.</p>'
+    images = sum(one.trained_images for one in evaluations)
+    candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
     if best is None:
-        trained = any(one.state == "complete" for one in evaluations)
+        trained = any(one.state == "complete" and one.role != "reference" for one in evaluations)
         given = "Given plans, each measured on the test split: none of them is a winner."
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
@@ -205,18 +227,18 @@ def _candidates(
 ) -> str:
     """Trained candidates by rank, then the others by number."""
     names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in ("rank", "no.", "plan", "state"))
+    head = "<tr>" + "".join(f"<th>{name}</th>" for name in ("rank", "no.", "plan", "state", "training"))
     head += "".join(f'<th class="number">{name}</th>' for name in ("conv MMAC", "parameters", *names)) + "</tr>"
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
         number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
-        state = "trained" if one.state == "complete" else one.state
+        state = _STATES.get(one.role, "trained") if one.state == "complete" else one.state
         rows.append(
             f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
             f'<td>{escape(label(space, one.plan))}<span class="plan">{_breakable(str(one.plan))}</span></td>'
-            f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td>'
+            f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td><td>{_training(one)}</td>'
             f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
             + cells(
                 [
@@ -230,6 +252,20 @@ def _candidates(
             + "</tr>"
         )
     return table(head, rows)
+
+
+_STATES = {"reference": "reference", "final": "trained on"}
+
+
+def _training(one: Evaluation) -> str:
+    """Epochs of its own, and what it started from."""
+    if not one.epochs:
+        return NONE
+    epochs = f"{one.epochs} epoch{'s' * (one.epochs > 1)}"
+    if one.parent is None:
+        return epochs
+    zero_shot = f", {percent(one.zero_shot_accuracy)} before" if one.zero_shot_accuracy is not None else ""
+    return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
 
 
 def _span(low: float, high: float) -> str:
@@ -297,7 +333,7 @@ def write_report(
     """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
     how it was found; every candidate; `more` sections, heading and HTML; the figures."""
     ranked = ranking(tuple(evaluations), constraints)
-    others = sorted((one for one in evaluations if one.state != "complete"), key=lambda one: one.number)
+    others = sorted((one for one in evaluations if one not in ranked), key=lambda one: one.number)
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
     sections = [
         ("", _headline(space, constraints, evaluations, best, best_test, split)),

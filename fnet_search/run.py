@@ -15,33 +15,37 @@ from fnet_search import latency, requantize
 from fnet_search.audit import audit
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import Setup, measure
+from fnet_search.evaluate import WEIGHTS, Setup, measure
 from fnet_search.export import MODEL, quantized_model
 from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
-from fnet_search.numerics import Numerics, check_device, resolve
+from fnet_search.numerics import Numerics, check_device, check_dtype, resolve
 from fnet_search.plan import cost_table, label
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName
 from fnet_search.quantities import mmac, percent
-from fnet_search.recipe import Recipe
+from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
-from fnet_search.search import Event, FixedPlans, search
+from fnet_search.search import Event, FixedPlans, search, trained
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
-from fnet_search.workers import Job, WorkerPool
+from fnet_search.workers import WorkerPool, check_memory, cores
+
+ON_CUDA = 2
+"""Workers that share a CUDA device: small networks do not fill one."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, checked as far as it can be without data. All of it but the last three lines cannot change
-    between runs in one folder."""
+    """What a user asks for, checked as far as it can be without data. What `config` gives cannot change between runs in
+    one folder."""
 
     space: Macroarchitecture
     dataset: str
     recipe: Recipe
+    fidelity: Fidelity
     policy_name: str
     constraints: Constraints
     scheme: Scheme
@@ -49,6 +53,8 @@ class Request:
     split: SplitName
     device: str
     dtype: str
+    threads: int | None
+    fused: bool | None
     storage: str | None
     data_dir: Path
     download: bool
@@ -60,6 +66,7 @@ class Request:
             "space": to_toml(self.space),
             "dataset": self.dataset,
             "recipe": _json(self.recipe.to_json()),
+            "fidelity": self._fidelity(),
             "policy": self.policy_name,
             "constraints": asdict(self.constraints),
             "scheme": str(self.scheme),
@@ -67,6 +74,12 @@ class Request:
             "split": self.split,
             "storage": self.storage and re.sub(r"(?<=:)[^:@/]+(?=@)", "***", self.storage),  # a password is not kept
         }
+
+    def _fidelity(self) -> dict[str, Any]:
+        """All but the final training, which comes after the search and may be made longer."""
+        facts = asdict(self.fidelity)
+        del facts["final_epochs"]
+        return {**facts, "warm_epochs": self.fidelity.warm_epochs or self.recipe.warm().epochs}
 
 
 @dataclass(frozen=True)
@@ -84,11 +97,12 @@ class Outcome:
     def headline(self, folder: Path) -> str:
         """One line: which network won, its conv MACs, its accuracies, and where its files are."""
         if self.winner is None:
-            trained = sum(evaluation.state == "complete" for evaluation in self.evaluations)
+            trained = sum(one.state == "complete" and one.role != "reference" for one in self.evaluations)
             measured = f"{trained} network{'s' * (trained > 1)} measured; files in {folder}"
-            return measured if trained else f"nothing was trained; see {folder}"
+            return measured if trained else f"no candidate was trained; see {folder}"
         one = self.winner
-        which = f"candidate {one.number} ({label(self.space, one.plan)})"
+        trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""
+        which = f"candidate {one.number} ({label(self.space, one.plan)}{trained_on})"
         found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
         if self.test is not None:
             found += f"; {_accuracies(self.test)}"
@@ -114,7 +128,7 @@ class Display(Protocol):
         """How many of the images are through `what`, reading or measuring."""
         ...
 
-    def begin(self, run: RunFolder, numerics: Numerics, space: Macroarchitecture, trials: int, done: int) -> None:
+    def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
         """The search starts, or goes on with `done` candidates trained before."""
         ...
 
@@ -123,7 +137,9 @@ class Display(Protocol):
         ...
 
 
-def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, workers: int, display: Display) -> Outcome:
+def run_study(
+    request: Request, policy: Policy, run: RunFolder, trials: int, workers: int | None, display: Display
+) -> Outcome:
     """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
 
     Of `FixedPlans`, all are trained. Raises FnetError, before anything is written, for data or a storage that cannot be
@@ -133,7 +149,7 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
     if run.exists:
         _compare(run, request.config())
     if request.device != "auto":
-        check_device(request.device)
+        check_dtype(check_device(request.device), request.dtype)
     display.status(f"reading {request.dataset}")
     shape, reading = request.space.input_shape, partial(display.advance, "reading images")
     data = load_dataset(request.dataset, shape, request.data_dir, request.download, reading)
@@ -142,7 +158,11 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
     space = request.space.with_classes(len(data.classes))
     _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
-    numerics = _numerics(run, request, display)
+    on_cuda = request.device.startswith("cuda") or (request.device == "auto" and torch.cuda.is_available())
+    workers = workers or (ON_CUDA if on_cuda else cores())
+    if not on_cuda:
+        check_memory(workers, space, request.recipe, data)
+    numerics = _numerics(run, request, workers, display)
     config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
     storage = _storage(request.storage, run)
     with run.locked():
@@ -150,14 +170,22 @@ def run_study(request: Request, policy: Policy, run: RunFolder, trials: int, wor
             _compare(run, config)
         else:
             run.write_config(config)
-        record = StudyRecord(
-            storage or open_journal(run.journal), run, space, request.constraints, request.seed, request.split
+        setup = Setup(
+            space,
+            request.recipe,
+            request.scheme,
+            numerics,
+            request.seed,
+            request.split,
+            request.audit_all,
+            request.fidelity,
         )
-        setup = Setup(space, request.recipe, request.scheme, numerics, request.seed, request.split, request.audit_all)
-        trained = sum(evaluation.state != "refused" for evaluation in record.evaluations)
+        place = storage or open_journal(run.journal)
+        record = StudyRecord(place, run, space, request.constraints, request.seed, request.split, setup)
+        done = trained(record.evaluations)
         if isinstance(policy, FixedPlans):
-            trials = trained + len(set(policy.plans) - record.history().seen)
-        display.begin(run, numerics, space, trials, trained)
+            trials = done + len(set(policy.plans) - record.history().seen)
+        display.begin(run, setup, trials, done)
         with WorkerPool(workers, setup, data, run.path) as pool:
             for event in search(policy, record, pool, trials):
                 display.show(event)
@@ -187,7 +215,10 @@ def _storage(url: str | None, run: RunFolder) -> BaseStorage | None:
 
 
 def _compare(run: RunFolder, config: dict[str, Any]) -> None:
-    found = differences(run.config(), config)
+    recorded = run.config()
+    if "fidelity" not in recorded:
+        raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")
+    found = differences(recorded, config)
     if found:
         raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
 
@@ -197,15 +228,21 @@ def _json(facts: dict[str, Any]) -> Any:
     return json.loads(json.dumps(facts))
 
 
-def _numerics(run: RunFolder, request: Request, display: Display) -> Numerics:
+def _numerics(run: RunFolder, request: Request, workers: int, display: Display) -> Numerics:
     """The recorded numerics where there are some and nothing else is wanted, else those this machine is fast with."""
     if run.exists:
-        recorded = Numerics(**run.config()["numerics"])
-        if request.device in ("auto", recorded.device) and request.dtype in ("auto", recorded.dtype):
+        recorded = Numerics.from_json(run.config()["numerics"])
+        wanted = (
+            request.device in ("auto", recorded.device),
+            request.dtype in ("auto", recorded.dtype),
+            request.threads in (None, recorded.threads),
+            request.fused in (None, recorded.fused),
+        )
+        if all(wanted):
             check_device(recorded.device)
             return recorded
-    display.status("measuring which dtype this device is fast with")
-    return resolve(request.device, request.dtype)
+    display.status("measuring what this device is fast with")
+    return resolve(request.device, request.dtype, max(1, cores() // workers), request.threads, request.fused)
 
 
 def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
@@ -243,10 +280,7 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     except FnetError as error:  # the same training gives the same network again
         display.status(f"training candidate {winner.number} once more ({error})")
         run.write_candidate(winner)
-        pool.submit(Job(winner.number, winner.plan, folder))
-        while pool.busy:
-            for _ in pool.events():
-                pass
+        _again(record, pool, winner)
         run.prune(record.evaluations, record.constraints)
         folded, quantized = network.load(record.space)
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
@@ -262,6 +296,19 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     facts = metadata(run.config(), record.space, winner, test, "quint8")
     run.write_best(winner, test, quantized_model(quantized, facts))
     return test
+
+
+def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> None:
+    """Trains a network once more; first the one that it started from, where its weights are gone."""
+    job = record.again(evaluation)
+    if job.role != "candidate":  # it had the threads of all workers
+        job = replace(job, threads=pool.count)
+    if job.start is not None and not (job.start.folder / WEIGHTS).is_file():
+        _again(record, pool, next(one for one in record.evaluations if one.number == evaluation.parent))
+    pool.submit(job)
+    while pool.busy:
+        for _ in pool.events():
+            pass
 
 
 def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Constraints) -> Iterator[tuple[str, str]]:
@@ -281,9 +328,15 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
     yield from ((f"limit on {name}", text) for name, text in limits.items() if text)
     training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
+    fidelity = config.get("fidelity", {})
+    if fidelity.get("warm_start"):
+        epochs = fidelity["warm_epochs"]
+        yield "warm start", f"from trained parents, {epochs} epoch{'s' * (epochs > 1)}, a smaller learning rate"
+    if fidelity.get("prune"):
+        yield "pruning", "successive halving over validation accuracies"
     yield "quantization", config["scheme"]
     yield "seed", str(config["seed"])
-    yield "numerics", str(Numerics(**config["numerics"]))
+    yield "numerics", str(Numerics.from_json(config["numerics"]))
     yield "versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items())
 
 

@@ -12,14 +12,13 @@ figures/, report.html
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from filelock import FileLock, Timeout
 from onnx import ModelProto
 
@@ -28,13 +27,12 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
-from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import plan_toml
 from fnet_search.policy import Audit, Constraints, Evaluation, ranking
-from fnet_search.report import candidates_frame, layers_frame
+from fnet_search.report import candidates_csv, layers_csv
 
 KEPT = 3
-"""Candidates whose weights are kept: the best so many."""
+"""So many of the best candidates keep their weights."""
 
 _RECORDED = {
     **dict.fromkeys(("space", "dataset", "policy", "scheme", "split"), str),
@@ -135,15 +133,13 @@ class RunFolder:
     def write_config(self, config: Mapping[str, Any]) -> None:
         write_json(self.config_path, {**config, "study": self.name, "versions": versions()})
 
-    def write_candidates(
-        self, space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
-    ) -> None:
-        frame = candidates_frame(space, constraints, evaluations)
-        write_text(self.path / "candidates.csv", frame.to_csv(index=False, lineterminator="\n"))
+    def write_candidates(self, lines: Mapping[int, str]) -> None:
+        """From the `report.candidate_line` of every candidate, by number."""
+        write_text(self.path / "candidates.csv", candidates_csv(lines))
 
     def write_timings(self, seconds: Mapping[int, float]) -> None:
-        frame = pd.DataFrame({"number": list(seconds), "seconds": list(seconds.values())}).sort_values("number")
-        write_text(self.path / "timings.csv", frame.to_csv(index=False, lineterminator="\n"))
+        lines = [f"{number},{seconds[number]}\n" for number in sorted(seconds)]
+        write_text(self.path / "timings.csv", "".join(["number,seconds\n", *lines]))
 
     def requantized(self, number: int) -> list[Path]:
         """Folders of a candidate's network quantized otherwise, each called after its scheme."""
@@ -163,20 +159,29 @@ class RunFolder:
         folder = folder or self.candidate(evaluation.number)
         write_text(folder / "plan.toml", plan_toml(evaluation.plan))
         write_json(folder / "evaluation.json", evaluation.to_json())
-        write_text(folder / "layers.csv", layers_frame(evaluation).to_csv(index=False, lineterminator="\n"))
+        write_text(folder / "layers.csv", layers_csv(evaluation))
         return [folder / "layers.csv", folder / "plan.toml"]
 
-    def prune(self, evaluations: tuple[Evaluation, ...], constraints: Constraints) -> None:
-        """Drops the checkpoints of finished candidates, and the weights of all but the best, of given plans, and of
-        those that were quantized otherwise."""
-        ranked = ranking(evaluations, constraints)
-        best = {one.number for place, one in enumerate(ranked) if place < KEPT or one.split == "test"}
-        for evaluation in evaluations:
-            folder = self.candidate(evaluation.number)
+    def prune(
+        self,
+        evaluations: tuple[Evaluation, ...],
+        constraints: Constraints,
+        parents: Iterable[int] = (),
+        among: Collection[int] | None = None,
+    ) -> set[int]:
+        """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept`.
+
+        Kept too are the weights of `parents`, and of candidates that were quantized otherwise. `among`: numbers of
+        those that may have any; None: it is not known. Returns what to give next time, but for new ones.
+        """
+        needed = kept(evaluations, constraints).union(parents)
+        for number in [one.number for one in evaluations] if among is None else among:
+            folder = self.candidate(number)
             (folder / CHECKPOINT).unlink(missing_ok=True)
-            if evaluation.number not in best and not self.requantized(evaluation.number):
+            if number not in needed and not self.requantized(number):
                 (folder / WEIGHTS).unlink(missing_ok=True)
                 (folder / QUANTIZED).unlink(missing_ok=True)
+        return needed
 
     def write_best(self, winner: Evaluation, test: Evaluation, model: ModelProto) -> None:
         """Copies the winner's files to ``best/``, with what it reached on the test split, and its ONNX file."""
@@ -197,7 +202,23 @@ class RunFolder:
         if not path.is_file():
             return None
         test = read_evaluation(path)
-        return test if (test.number, test.plan, test.seed) == (winner.number, winner.plan, winner.seed) else None
+        same = (test.number, test.plan, test.seed, test.epochs) == (
+            winner.number,
+            winner.plan,
+            winner.seed,
+            winner.epochs,
+        )
+        return test if same else None
+
+
+def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[int]:
+    """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference, and
+    all of given plans."""
+    ranked = ranking(evaluations, constraints)
+    candidates = [one.number for one in ranked if one.role == "candidate"][:KEPT]
+    finals = [one.number for one in ranked if one.role == "final"][:1]
+    others = [one.number for one in evaluations if one.split == "test" or one.role == "reference"]
+    return {*candidates, *finals, *others}
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -4,16 +4,16 @@ This is the file to read first. Around it: `policy` (what a policy sees), `evalu
 `workers` (who trains), `study` (where it is recorded), `cli` (who calls).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from fnet_search.errors import FnetError
-from fnet_search.plan import FactorizationPlan, check_plan, plan_cost
-from fnet_search.policy import Evaluation, History, Policy
+from fnet_search.evaluate import Job
+from fnet_search.plan import FactorizationPlan, check_plan, plan_cost, regular
+from fnet_search.policy import Evaluation, History, Policy, Role
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import Finished, Job, Progressed, WorkerPool
+from fnet_search.workers import Finished, Progressed, WorkerPool
 
 REFUSALS_IN_A_ROW = 1000
 """After so many refused plans, one after the other, a policy is taken to have no other."""
@@ -30,8 +30,7 @@ class Refused:
 class Started:
     """A plan that a worker trains now."""
 
-    number: int
-    plan: FactorizationPlan
+    job: Job
 
 
 Event = Refused | Started | Progressed | Finished
@@ -48,38 +47,65 @@ class Record(Protocol):
         """Records a plan that is not trained."""
         ...
 
-    def start(self, plan: FactorizationPlan) -> int:
-        """Records that a plan is being trained; returns its number."""
+    def start(self, plan: FactorizationPlan, role: Role) -> Job:
+        """Records that a plan is being trained, and what it starts from."""
         ...
 
-    def progress(self, number: int, progress: TrainingProgress) -> None:
-        """Takes note of how far a training is."""
+    def progress(self, number: int, progress: TrainingProgress) -> bool:
+        """Takes note of how far a training is; whether it is to stop, as hopeless, at the end of an epoch."""
         ...
 
     def finish(self, evaluation: Evaluation, seconds: float) -> None:
-        """Records an evaluation, complete or failed."""
+        """Records an evaluation: complete, pruned or failed."""
         ...
 
-    def folder(self, number: int) -> Path:
-        """Where the files of a candidate go."""
+    def to_finish(self) -> Evaluation | None:
+        """The best candidate, where its final training is still to come."""
         ...
 
 
 def search(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iterator[Event]:
-    """Runs until `trials` candidates are trained (failed ones count) or the policy is done; yields what happens.
+    """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
+    happens.
 
-    Raises FnetError for a policy that fails or suggests a plan that is not of the space.
+    Where candidates start from others, the regular network is trained first, above the ceilings too. The best candidate
+    may be trained on at the end (`Fidelity`). Raises FnetError for a policy that fails or suggests a plan that is not
+    of the space.
     """
+    if pool.setup.fidelity.warm_start:
+        yield from _reference(record, pool)
     while True:
         yield from _fill(policy, record, pool, trials)
         if not pool.busy:
-            return
-        for event in pool.events():
-            if isinstance(event, Finished):
-                record.finish(event.evaluation, event.seconds)
-            else:
-                record.progress(event.number, event.progress)
-            yield event
+            break
+        yield from _events(record, pool)
+    if best := record.to_finish():
+        yield from _alone(record, pool, best.plan, "final")
+
+
+def _reference(record: Record, pool: WorkerPool) -> Iterator[Event]:
+    """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
+    history = record.history()
+    plan = regular(history.space)
+    if all(evaluation.plan != plan or evaluation.state == "refused" for evaluation in history.evaluations):
+        above = history.constraints.refusal(plan_cost(history.space, plan))
+        yield from _alone(record, pool, plan, "reference" if above else "candidate")
+
+
+def _alone(record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role) -> Iterator[Event]:
+    """Trains a plan while nothing else is to be done, with the threads of all workers."""
+    job = replace(record.start(plan, role), threads=pool.count)
+    yield Started(job)
+    pool.submit(job)
+    while pool.busy:
+        yield from _events(record, pool)
+
+
+def _events(record: Record, pool: WorkerPool) -> Iterator[Event]:
+    for event in pool.events(record.progress):
+        if isinstance(event, Finished):
+            record.finish(event.evaluation, event.seconds)
+        yield event
 
 
 def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iterator[Event]:
@@ -87,8 +113,7 @@ def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iter
     refusals = 0
     while pool.busy < pool.count:
         history = record.history()
-        trained = sum(evaluation.state != "refused" for evaluation in history.evaluations)
-        if trained + len(history.running) >= trials:
+        if trained(history.evaluations) + len(history.running) >= trials:
             return
         plan = _suggest(policy, history)
         if plan is None:
@@ -102,9 +127,14 @@ def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Iter
                 )
             continue
         refusals = 0
-        number = record.start(plan)
-        yield Started(number, plan)
-        pool.submit(Job(number, plan, record.folder(number)))
+        job = record.start(plan, "candidate")
+        yield Started(job)
+        pool.submit(job)
+
+
+def trained(evaluations: Iterable[Evaluation]) -> int:
+    """How many candidates were trained, wholly or in part."""
+    return sum(evaluation.state != "refused" and evaluation.role == "candidate" for evaluation in evaluations)
 
 
 def _suggest(policy: Policy, history: History) -> FactorizationPlan | None:

@@ -4,7 +4,8 @@ Suggestion numbers are ours: a suggestion whose worker or host died is issued ag
 the old one is told as failed and carries no number that counts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upl
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState, create_trial
 
 from fnet_search.errors import FnetError
+from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, indices, label, legal_rates, plan_cost
-from fnet_search.policy import Audit, Constraints, Evaluation, History, SplitName, ranking
-from fnet_search.runfolder import RunFolder
+from fnet_search.policy import Audit, Constraints, Evaluation, History, Role, SplitName, choose_parent, ranking
+from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
+from fnet_search.report import candidate_line
+from fnet_search.runfolder import RunFolder, kept
 from fnet_search.train import TrainingProgress
 
 EVALUATION = "evaluation"
@@ -50,34 +53,45 @@ def open_journal(journal: Path) -> BaseStorage:
         opened.seek(0)
         opened.truncate(opened.read().rfind(b"\n") + 1)
     try:
-        return JournalStorage(JournalFileBackend(str(journal)))
+        return JournalStorage(_Journal(str(journal)))
     except Exception as error:  # whatever Optuna raises for lines that it did not write
         raise FnetError(f"cannot read journal {journal}: {type(error).__name__}: {error}") from None
 
 
+class _Journal(JournalFileBackend):
+    """A journal file in which what is recorded `together` is one write, or none where that fails."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._held: list[dict[str, Any]] | None = None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is None:
+            super().append_logs(logs)
+        else:
+            self._held += logs
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+        self.append_logs(held)
+
+
+@contextmanager
+def _together(storage: BaseStorage) -> Iterator[None]:
+    """Attributes that are set meanwhile reach a journal in one write: each is synced to the disk, which takes
+    milliseconds on some. They cannot be read before."""
+    journal = getattr(storage, "_backend", None)
+    with journal.together() if isinstance(journal, _Journal) else nullcontext():
+        yield
+
+
 def has_study(storage: BaseStorage, name: str) -> bool:
     return name in optuna.get_all_study_names(storage)
-
-
-class _GivenPlan(optuna.samplers.BaseSampler):
-    """Puts the plan that a policy chose into the next trial, so that asking for it is one atomic step."""
-
-    def __init__(self) -> None:
-        self.params: dict[str, int] = {}
-        self.space: dict[str, BaseDistribution] = {}
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self.space
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return dict(self.params)
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self.params[param_name]
 
 
 def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
@@ -95,19 +109,25 @@ class StudyRecord:
     constraints: Constraints
     seed: int
     split: SplitName
+    setup: Setup | None = None
+    """How candidates are trained; None where none will be."""
     _evaluations: dict[int, Evaluation] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
-    _plans: dict[int, FactorizationPlan] = field(default_factory=dict)
+    _jobs: dict[int, Job] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
+    _stopped: set[int] = field(default_factory=set)
     _seconds: dict[int, float] = field(default_factory=dict)
+    _lines: dict[int, str] = field(default_factory=dict)
+    """Of candidates.csv, each made once."""
+    _kept: set[int] | None = None
+    """Numbers of those that may have weights; None: not known yet."""
 
     def __post_init__(self) -> None:
         self._audits = self.run.audits()
-        self._sampler = _GivenPlan()
         self.study = optuna.create_study(
             storage=self.storage,
             study_name=self.run.name,
-            sampler=self._sampler,
+            pruner=EqualStart(),
             direction="maximize",
             load_if_exists=True,
         )
@@ -115,7 +135,7 @@ class StudyRecord:
         for trial in self.study.get_trials(deepcopy=False):
             if EVALUATION in trial.user_attrs:
                 evaluation = Evaluation.from_json(trial.user_attrs[EVALUATION])
-                self._evaluations[evaluation.number] = evaluation
+                self._take(evaluation)
                 if SECONDS in trial.user_attrs:
                     self._seconds[evaluation.number] = trial.user_attrs[SECONDS]
                 if not trial.state.is_finished():  # cut off between the two last writes
@@ -132,14 +152,22 @@ class StudyRecord:
     @property
     def audited(self) -> tuple[Evaluation, ...]:
         """`evaluations`, with the audits of winners that came after."""
-        return tuple(replace(one, audit=one.audit or self._audits.get(one.number)) for one in self.evaluations)
+        return tuple(map(self._audited, self.evaluations))
+
+    def _audited(self, evaluation: Evaluation) -> Evaluation:
+        return replace(evaluation, audit=evaluation.audit or self._audits.get(evaluation.number))
+
+    def _take(self, evaluation: Evaluation) -> None:
+        self._evaluations[evaluation.number] = evaluation
+        self._lines[evaluation.number] = candidate_line(self.space, self.constraints, self._audited(evaluation))
 
     def audit(self, evaluation: Evaluation, audit: Audit) -> Evaluation:
         """Takes an audit that came after the evaluation was recorded; returns the evaluation with it."""
         self._audits[evaluation.number] = audit
         audited = replace(evaluation, audit=audit)
         self.run.write_candidate(audited)
-        self.run.write_candidates(self.space, self.constraints, self.audited)
+        self._lines[audited.number] = candidate_line(self.space, self.constraints, audited)
+        self.run.write_candidates(self._lines)
         return audited
 
     @property
@@ -149,44 +177,101 @@ class StudyRecord:
         return ranked[0] if ranked and self.split == "validation" else None
 
     def history(self) -> History:
-        number = next(n for n in range(len(self._evaluations) + len(self._plans) + 1) if not self._taken(n))
-        running = tuple(self._plans[n] for n in sorted(self._plans))
-        return History(self.space, self.constraints, self.evaluations, running, number, self.seed)
+        """Final trainings are left out, and take no number of a suggestion: a search that goes on after one suggests
+        what it would have suggested without."""
+        roles = [one.role for one in self.evaluations] + [job.role for job in self._jobs.values()]
+        past = tuple(one for one in self.evaluations if one.role != "final")
+        running = tuple(self._jobs[n].plan for n in sorted(self._jobs))
+        return History(self.space, self.constraints, past, running, self._next() - roles.count("final"), self.seed)
 
-    def _taken(self, number: int) -> bool:
-        return number in self._evaluations or number in self._plans
-
-    def folder(self, number: int) -> Path:
-        return self.run.candidate(number)
+    def _next(self) -> int:
+        """The lowest number that nothing has: one of a run that was cut off is issued again."""
+        taken = self._evaluations.keys() | self._jobs.keys()
+        return next(n for n in range(len(taken) + 1) if n not in taken)
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
-        number = self.history().number
-        evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, self.split)
-        self._tell(self._ask(plan, number), evaluation)
-        self.run.write_candidates(self.space, self.constraints, self.audited)
+        number = self._next()
+        evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, split=self.split)
+        trial = self._ask(plan, number)
+        with _together(self.storage):
+            self._describe(trial, evaluation)
+        self._tell(trial, evaluation)
+        self.run.write_candidates(self._lines)
         return evaluation
 
-    def start(self, plan: FactorizationPlan) -> int:
-        number = self.history().number
-        self._trials[number] = self._ask(plan, number)
-        self._plans[number] = plan
-        return number
+    def start(self, plan: FactorizationPlan, role: Role) -> Job:
+        number = self._next()
+        job = self._job(number, plan, role, self._parent(plan, role))
+        facts = {ROLE: role, START: "warm" if job.start else "scratch", EPOCHS: self._setup.recipe_of(job).epochs}
+        if job.start is not None:
+            facts["parent"] = job.start.number
+        self._trials[number], self._jobs[number] = self._ask(plan, number, facts), job
+        return job
 
-    def progress(self, number: int, progress: TrainingProgress) -> None:
-        if not progress.ended or progress.accuracy is None or progress.epoch <= self._reported.get(number, 0):
-            return
+    def again(self, evaluation: Evaluation) -> Job:
+        """The job that gave this evaluation, and gives it again."""
+        parent = None if evaluation.parent is None else self._evaluations[evaluation.parent]
+        return self._job(evaluation.number, evaluation.plan, evaluation.role, parent)
+
+    def _job(self, number: int, plan: FactorizationPlan, role: Role, parent: Evaluation | None) -> Job:
+        if parent is None:
+            return Job(number, plan, self.run.candidate(number), role)
+        epochs = parent.epochs + parent.inherited_epochs
+        start = Start(parent.number, parent.plan, self.run.candidate(parent.number), epochs)
+        return Job(number, plan, self.run.candidate(number), role, start)
+
+    def _parent(self, plan: FactorizationPlan, role: Role) -> Evaluation | None:
+        """A function of what is recorded: of the networks whose weights are kept, the one to start from."""
+        if role == "final":
+            return self._best()
+        if role == "reference" or not self._setup.fidelity.warm_start:
+            return None
+        having = kept(self.evaluations, self.constraints)
+        return choose_parent((one for one in self.evaluations if one.number in having and one.role != "final"), plan)
+
+    @property
+    def _setup(self) -> Setup:
+        assert self.setup is not None
+        return self.setup
+
+    def _best(self) -> Evaluation | None:
+        ranked = ranking(tuple(one for one in self.evaluations if one.role == "candidate"), self.constraints)
+        return ranked[0] if ranked else None
+
+    def to_finish(self) -> Evaluation | None:
+        epochs, best = self._setup.fidelity.final_epochs, self._best()
+        if not epochs or best is None or (best.parent is None and best.epochs >= epochs):
+            return None
+        finals = [one for one in self.evaluations if one.role == "final" and one.parent == best.number]
+        done = any(one.state == "failed" or one.epochs >= epochs for one in finals)
+        return None if done else best
+
+    def progress(self, number: int, progress: TrainingProgress) -> bool:
+        if not progress.ended or progress.accuracy is None:
+            return False
+        if progress.epoch <= self._reported.get(number, 0):  # told again: its worker died and was replaced
+            return progress.epoch == self._reported[number] and number in self._stopped
         self._reported[number] = progress.epoch
-        self._trials[number].report(progress.accuracy, progress.epoch)
+        trial = self._trials[number]
+        trial.report(progress.accuracy, progress.epoch)
+        hopeless = self._setup.fidelity.prune and self._jobs[number].role == "candidate" and trial.should_prune()
+        if hopeless and progress.epoch < progress.epochs:
+            self._stopped.add(number)
+        return number in self._stopped
 
     def finish(self, evaluation: Evaluation, seconds: float) -> None:
         trial = self._trials[evaluation.number]
         self._seconds[evaluation.number] = round(seconds, 1)
-        trial.set_user_attr(SECONDS, self._seconds[evaluation.number])
-        if evaluation.state == "complete":
-            for path in self.run.write_candidate(evaluation):
-                upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
+        with _together(self.storage):
+            trial.set_user_attr(SECONDS, self._seconds[evaluation.number])
+            if evaluation.state == "complete":
+                for path in self.run.write_candidate(evaluation):
+                    upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
+            self._describe(trial, evaluation)
         self._tell(trial, evaluation)
-        del self._trials[evaluation.number], self._plans[evaluation.number]
+        del self._trials[evaluation.number], self._jobs[evaluation.number]
+        assert self._kept is not None
+        self._kept.add(evaluation.number)
         self._write()
 
     def attach(self, paths: Iterable[Path]) -> None:
@@ -199,16 +284,19 @@ class StudyRecord:
             else:
                 upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=self.study)
 
-    def _ask(self, plan: FactorizationPlan, number: int) -> Trial:
-        self._sampler.space = distributions(self.space)
-        self._sampler.params = dict(zip(self._sampler.space, indices(self.space, plan), strict=True))
-        trial = self.study.ask(self._sampler.space)
-        trial.set_user_attr("number", number)
-        trial.set_user_attr("plan", str(plan))
-        trial.set_user_attr("label", label(self.space, plan))
-        return trial
+    def _ask(self, plan: FactorizationPlan, number: int, facts: Mapping[str, Any] | None = None) -> Trial:
+        """A running trial of this plan with its attributes, in one write: there is no moment without its parameters."""
+        layers = distributions(self.space)
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=dict(zip(layers, indices(self.space, plan), strict=True)),
+            distributions=layers,
+            user_attrs={"number": number, "plan": str(plan), "label": label(self.space, plan), **(facts or {})},
+        )
+        study = self.storage.get_study_id_from_name(self.study.study_name)
+        return Trial(self.study, self.storage.create_new_trial(study, template))
 
-    def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
+    def _describe(self, trial: Trial, evaluation: Evaluation) -> None:
         cost = evaluation.cost
         scalars = {
             "conv_macs": cost.conv_macs,
@@ -218,6 +306,9 @@ class StudyRecord:
             "feasible": self.constraints.feasible(evaluation),
             **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
             "relative_drop": evaluation.relative_drop,
+            "zero_shot_accuracy": evaluation.zero_shot_accuracy,
+            "epochs": evaluation.epochs or None,
+            "inherited_epochs": evaluation.inherited_epochs or None,
             "scheme": evaluation.scheme or None,
             "differing_codes": evaluation.audit and evaluation.audit.differing,
         }
@@ -229,17 +320,22 @@ class StudyRecord:
             trial.set_user_attr(f"violation_{name}", violation)
         # Last, since a trial with this attribute that is told counts as done.
         trial.set_user_attr(EVALUATION, evaluation.to_json())
+
+    def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
         self.study.tell(trial, *_outcome(evaluation))
-        self._evaluations[evaluation.number] = evaluation
+        self._take(evaluation)
 
     def _write(self) -> None:
         """Brings the run folder in line with the study, also after a run that was cut off between the two."""
-        self.run.write_candidates(self.space, self.constraints, self.audited)
+        self.run.write_candidates(self._lines)
         self.run.write_timings(self._seconds)
-        self.run.prune(self.evaluations, self.constraints)
+        parents = {job.start.number for job in self._jobs.values() if job.start is not None}
+        self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept)
 
 
 def _outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:
-    """Value and state of an evaluation's trial; samplers ignore failed ones."""
-    states = {"complete": TrialState.COMPLETE, "refused": TrialState.PRUNED, "failed": TrialState.FAIL}
+    """Value and state of an evaluation's trial; samplers ignore failed ones. Optuna gives a pruned trial the last
+    accuracy that was reported."""
+    pruned = dict.fromkeys(("refused", "pruned"), TrialState.PRUNED)
+    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, **pruned}
     return evaluation.quint8_accuracy, states[evaluation.state]

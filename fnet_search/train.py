@@ -1,6 +1,7 @@
 """Training one candidate. Every random number is a function of (seed, epoch): a training that was cut off and goes on
 from its checkpoint gives, on the CPU, bit for bit the network of one that was not."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from fnet_search.data import DataSet, Split, augment
+from fnet_search.data import DataSet, Split, affine_maps, augment
 from fnet_search.errors import FnetError
 from fnet_search.network import Network
 from fnet_search.numerics import Numerics
@@ -25,7 +26,8 @@ class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a candidate stands: in epoch `epoch` (from 1) of `epochs`, or, when `stage` is set, after the training."""
+    """Where a candidate stands: in epoch `epoch` (from 1) of `epochs`, or, when `stage` is set, before or after the
+    training."""
 
     epoch: int
     epochs: int
@@ -33,21 +35,35 @@ class TrainingProgress:
     """Whether this epoch has just ended."""
     done: float
     """Share of the work done, 0 to 1; what comes after the training included once `evaluate` has passed it on."""
-    loss: float
+    loss: float | None
+    """Mean of this epoch so far; None where to read it would hold up a CUDA device."""
     accuracy: float | None
     """Of the last epoch that ended, a fraction of 1; None before."""
     split: str
     """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
     stage: str = ""
-    """What is done after the training, as in ``measuring``."""
+    """What is done before or after the training, as in ``measuring``."""
 
 
-Report = Callable[[TrainingProgress], None]
+Report = Callable[[TrainingProgress], bool | None]
+"""Takes news of a training; True at the end of an epoch stops it there (multi-fidelity: a hopeless candidate)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to: accuracy after each epoch, on the split that was watched, as trained."""
+
+    images: int
+    """Trained on, earlier epochs of a resumed training included."""
+    accuracies: tuple[float, ...]
+    stopped: bool = False
+    """By `Report`, before the last epoch."""
+
 
 SETTLING = 1024
 """Training images for the final BatchNorm statistics."""
 WATCHED = 2000
-"""Images of the validation split that are looked at after an epoch; `evaluate` measures the end on all of them."""
+"""Images of the validation split, at most, that are looked at after an epoch; `evaluate` measures the end on all."""
 
 
 def train(
@@ -60,55 +76,65 @@ def train(
     checkpoint: Path,
     key: str,
     watch: Split | None,
-) -> int:
-    """Trains in place; returns the number of images trained on, earlier epochs of a resumed training included.
+) -> Trained:
+    """Trains in place.
 
-    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`. `watch` is
-    the split whose accuracy is reported after each epoch; None reports the training accuracy. Raises TrainingFailed
-    when the loss is not finite.
+    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`; what it had
+    reached is reported again. `watch` is the split whose accuracy is reported after each epoch; None reports the
+    training accuracy. Raises TrainingFailed when the loss is not finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+    network.speed_up(numerics.fused, numerics.group_widths)
     optimizer = _optimizer(network, recipe)
     steps = min(math.ceil(len(data.train) / recipe.batch_size), len(data.train) // 2)  # no batch of one: BatchNorm
-    first = _resume(network, optimizer, checkpoint, key)
+    accuracies = _resume(network, optimizer, checkpoint, key)
     split = "training" if watch is None else "validation"
-    accuracy: float | None = None
-    for epoch in range(first, recipe.epochs):
+
+    def ended(epoch: int, loss: float | None) -> bool:
+        done, accuracy = (epoch + 1) / recipe.epochs, accuracies[epoch]
+        stop = report(TrainingProgress(epoch + 1, recipe.epochs, True, done, loss, accuracy, split))
+        return bool(stop) and epoch + 1 < recipe.epochs
+
+    for epoch in range(len(accuracies)):
+        if ended(epoch, None):
+            return Trained((epoch + 1) * len(data.train), tuple(accuracies[: epoch + 1]), stopped=True)
+    for epoch in range(len(accuracies), recipe.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(data.train), generator=generator).to(numerics.device)
+        maps = affine_maps(len(order), data.train.images.shape[2:], recipe.augmentation, data.flips, generator)
+        maps = maps.to(numerics.device)
         network.train()
         loss_sum = torch.zeros((), device=numerics.device)
         correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
-        for step, chosen in enumerate(order.tensor_split(steps)):
+        for step, (chosen, theta) in enumerate(zip(order.tensor_split(steps), maps.tensor_split(steps), strict=True)):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(epoch * steps + step, steps)
             batch = data.train.take(chosen)
-            images = augment(data.normalise(batch.images), recipe.augmentation, data.flips, generator)
-            with numerics.autocast():
-                logits = network(images.to(memory_format=numerics.memory_format))
-            loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+            images = augment(data.normalise(batch.images), theta).to(memory_format=numerics.memory_format)
+            with numerics.arithmetic():
+                logits = network(images)
+                loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with numerics.arithmetic(autocast=False):
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             loss_sum += loss.detach()
             correct += (logits.argmax(1) == batch.labels).sum()
-            if numerics.device == "cpu" or step % 20 == 0:
+            if numerics.device == "cpu" or step % 20 == 0:  # on CUDA the host runs ahead: nothing is read back
                 done = (epoch + (step + 1) / steps) / recipe.epochs
-                report(
-                    TrainingProgress(
-                        epoch + 1, recipe.epochs, False, done, float(loss_sum) / (step + 1), accuracy, split
-                    )
-                )
+                mean = float(loss_sum) / (step + 1) if numerics.device == "cpu" else None
+                last = accuracies[-1] if accuracies else None
+                report(TrainingProgress(epoch + 1, recipe.epochs, False, done, mean, last, split))
         if not math.isfinite(float(loss_sum)):
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
         if epoch + 1 == recipe.epochs:
             _settle(network, data, numerics, seed)
         seen = float(correct) / len(data.train)
-        accuracy = seen if watch is None else _accuracy(network, data, watch, numerics)
-        _save(network, optimizer, checkpoint, {"key": key, "epoch": str(epoch + 1)})
-        done = (epoch + 1) / recipe.epochs
-        report(TrainingProgress(epoch + 1, recipe.epochs, True, done, float(loss_sum) / steps, accuracy, split))
-    return recipe.epochs * len(data.train)
+        accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics))
+        _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
+        if ended(epoch, float(loss_sum) / steps):
+            return Trained((epoch + 1) * len(data.train), tuple(accuracies), stopped=True)
+    return Trained(recipe.epochs * len(data.train), tuple(accuracies))
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
@@ -131,21 +157,21 @@ def _settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> N
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:SETTLING]
     images = data.train.images[chosen.to(numerics.device)].tensor_split(math.ceil(len(chosen) / 128))
     batches = (data.normalise(batch).to(memory_format=numerics.memory_format) for batch in images)
-    with numerics.autocast():
+    with numerics.arithmetic():
         update_bn(batches, network)
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numerics, batch: int = 500) -> float:
+def accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numerics, batch: int = 500) -> float:
     """Accuracy as trained (numerics of the training) on an evenly spread part of a split; for watching only."""
     network.eval()
-    part = split.take(torch.arange(0, len(split), max(1, len(split) // WATCHED), device=numerics.device))
-    correct = 0
+    part = split.take(torch.arange(0, len(split), math.ceil(len(split) / WATCHED), device=numerics.device))
+    correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
     for images, labels in part.batches(batch):
-        with numerics.autocast():
+        with numerics.arithmetic():
             logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
-        correct += int((logits.argmax(1) == labels).sum())
-    return correct / len(part)
+        correct += (logits.argmax(1) == labels).sum()
+    return int(correct) / len(part)
 
 
 def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: dict[str, str]) -> None:
@@ -157,18 +183,20 @@ def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: di
     write_tensors(path, tensors, metadata)
 
 
-def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) -> int:
-    """Epochs already done: 0 without a usable checkpoint (a broken one is work to do again, not an error)."""
+def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) -> list[float]:
+    """Accuracies of the epochs already done: none without a usable checkpoint (a broken one is work to do again, not
+    an error)."""
     try:
         tensors, metadata = read_tensors(path)
     except FnetError:
-        return 0
+        return []
     weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     shapes, own = ({name: t.shape for name, t in state.items()} for state in (weights, network.state_dict()))
     if metadata.get("key") != key or shapes != own:
-        return 0
+        return []
     network.load_state_dict(weights)
     for name, parameter in network.named_parameters():
         if (momentum := tensors.get(f"momentum.{name}")) is not None:
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    return int(metadata["epoch"])
+    accuracies: list[float] = json.loads(metadata["accuracies"])
+    return accuracies

@@ -1,37 +1,62 @@
 """Worker processes that train candidates: started once, kept warm, replaced when they die."""
 
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 import torch
 import torch.multiprocessing
 
 from fnet_search.data import DataSet, read_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import Setup, evaluate
-from fnet_search.plan import FactorizationPlan, plan_cost
+from fnet_search.evaluate import Job, Setup, evaluate, unfinished
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import factorize, plan_cost, regular
 from fnet_search.policy import Evaluation
+from fnet_search.recipe import Recipe
 from fnet_search.train import TrainingProgress
 
 DEATHS_ALLOWED = 5
 
 
-@dataclass(frozen=True)
-class Job:
-    """One candidate to train, its files to go to `folder`."""
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    number: int
-    plan: FactorizationPlan
-    folder: Path
+
+def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
+    """Bytes that a worker on the CPU needs for the regular network, about: torch itself, the data set, three numbers a
+    parameter and the copies of one step, and each activation with its gradient for a batch."""
+    plan = regular(space)
+    network = factorize(space, plan)
+    activations = sum(math.prod(network.shapes[node.name]) for node in network.order)
+    images = sum(split.images.numel() for split in (data.train, data.evaluation, data.test))
+    return 600 * 2**20 + images + 24 * plan_cost(space, plan).params + 8 * activations * max(recipe.batch_size, 250)
+
+
+def check_memory(workers: int, space: Macroarchitecture, recipe: Recipe, data: DataSet) -> None:
+    """Raises FnetError for more workers than the memory that is free now holds."""
+    each, free = memory_of(space, recipe, data), psutil.virtual_memory().available
+    if workers > 1 and workers * each > free:
+        fitting = max(1, free // each)
+        raise FnetError(
+            f"{workers} workers need about {workers * each / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; use "
+            f"--workers {fitting} or a smaller batch"
+        )
+
+
+Judge = Callable[[int, TrainingProgress], bool]
+"""Told of each step of a candidate; whether its training is to stop, where an epoch ended."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +124,11 @@ class WorkerPool:
         with suppress(OSError):  # it died while idle: `events` sees that and replaces it
             idle[0].pipe.send(job)
 
-    def events(self) -> Iterator[Progressed | Finished]:
-        """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk)."""
+    def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Progressed | Finished]:
+        """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk).
+
+        A worker whose epoch ended waits for what `judge` says of it.
+        """
         pipes = {worker.pipe: worker for worker in self._workers}
         for pipe in wait(list(pipes)):
             worker = pipes[pipe]  # type: ignore[index]
@@ -113,6 +141,11 @@ class WorkerPool:
                 raise FnetError(f"candidate {worker.job.number if worker.job else '?'}: {message}")
             if isinstance(message, Finished):
                 worker.job = None
+            if isinstance(message, Progressed):
+                stop = judge(message.number, message.progress)
+                if message.progress.ended:
+                    with suppress(OSError):  # it died meanwhile
+                        worker.pipe.send(stop)
             assert isinstance(message, Progressed | Finished)
             yield message
 
@@ -137,9 +170,7 @@ class WorkerPool:
             self.submit(dead.job)
             return
         reason = f"its worker died {deaths} times, the last time with exit code {dead.process.exitcode}"
-        setup, plan = self.setup, dead.job.plan
-        failed = Evaluation(dead.job.number, plan, plan_cost(setup.space, plan), "failed", reason, setup.split)
-        yield Finished(replace(failed, scheme=str(setup.scheme), seed=setup.seed), 0.0)
+        yield Finished(unfinished(self.setup, dead.job, "failed", reason), 0.0)
 
 
 @contextmanager
@@ -147,9 +178,14 @@ def _environment(threads: int) -> Iterator[None]:
     """What a worker must find in its environment from the start.
 
     OpenMP reads its threads when torch is imported. glibc gives every large tensor fresh pages and takes them back,
-    which costs a training a quarter of its time in page faults; a heap that is kept avoids that.
+    which costs a training a quarter of its time in page faults; a heap that is kept, in huge pages, avoids that.
     """
-    wanted = {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    wanted = {
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -175,13 +211,13 @@ def _uninterrupted() -> Iterator[None]:
 
 def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
     """A worker's life: jobs in, news out, until the other end is closed."""
-    torch.set_num_threads(setup.numerics.threads)
     torch.backends.cudnn.allow_tf32 = False  # evaluations are in float32 proper, on CUDA too
     try:
         data = read_dataset(data_path).to(setup.numerics.device)
         while True:
             job = pipe.recv()
             assert isinstance(job, Job)
+            torch.set_num_threads(setup.numerics.threads * job.threads)
             pipe.send(_run(pipe, setup, data, job))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone
@@ -191,15 +227,16 @@ def _run(pipe: "Connection[object, object]", setup: Setup, data: DataSet, job: J
     start = time.monotonic()
     last = 0.0
 
-    def report(progress: TrainingProgress) -> None:
+    def report(progress: TrainingProgress) -> bool:
         nonlocal last
         if progress.ended or time.monotonic() - last > 0.2:
             last = time.monotonic()
             pipe.send(Progressed(job.number, progress))
+        return progress.ended and bool(pipe.recv())
 
     try:
-        evaluation = evaluate(setup, data, job.number, job.plan, job.folder, report)
-    except (BrokenPipeError, ConnectionResetError):
+        evaluation = evaluate(setup, data, job, report)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except OSError as error:
         return f"{error.strerror or error}: {error.filename or job.folder}"

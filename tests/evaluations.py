@@ -96,6 +96,18 @@ def failed(space: Macroarchitecture, plan: FactorizationPlan, number: int, reaso
     return Evaluation(number, plan, plan_cost(space, plan), state="failed", reason=reason, epochs=1)
 
 
+def pruned(
+    space: Macroarchitecture, plan: FactorizationPlan, number: int, accuracies: tuple[float, ...] = (0.25,)
+) -> Evaluation:
+    """One whose training was stopped after as many epochs, with these accuracies after each."""
+    reason = f"behind the others after epoch {len(accuracies)} of 8 ({100 * accuracies[-1]:.1f} %)"
+    epochs = len(accuracies)
+    cost = plan_cost(space, plan)
+    return Evaluation(
+        number, plan, cost, "pruned", reason, epochs=epochs, trained_images=45_000 * epochs, accuracies=accuracies
+    )
+
+
 def paper_evaluations(space: Macroarchitecture) -> tuple[Evaluation, ...]:
     """The paper's eight networks, on any space; names of one plan give one evaluation."""
     plans = named_plans(space)

@@ -1,7 +1,9 @@
 """Small networks, weights and images for the tests of what is computed with them."""
 
+import shutil
 from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,14 @@ from fnet_search.ranges import Batches
 
 torch.set_num_threads(1)  # as the workers do: a training is bitwise reproducible with one
 
-CPU = Numerics("cpu", "float32", False, 1)
+CPU = Numerics("cpu")
+FAST = Numerics("cpu", "bfloat16", channels_last=True, fused=True, group_widths=(16, 16, 16, 16, 16))
+"""Everything that a training can be sped up by."""
+
+compiled = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="fused norms are compiled by a C++ compiler"
+)
+"""Of tests that need one."""
 
 
 def sequence(input_shape: tuple[int, int, int], **layers: Layer) -> Macroarchitecture:
@@ -88,6 +97,37 @@ REUSED = Macroarchitecture(
     ),
 )
 """ReLUs where they cannot be part of the layer before: after max pooling, after a ReLU, beside another reader."""
+
+RESIDUAL = Macroarchitecture(
+    "residual",
+    (3, 10, 10),
+    (
+        Node("stem", Conv(12, (3, 3), padding=(1, 1)), (INPUT,)),
+        Node("stem.norm", BatchNorm(), ("stem",)),
+        Node("stem.act", Activation(), ("stem.norm",)),
+        Node("one", Conv(12, (3, 3), padding=(1, 1), groups=4), ("stem.act",)),
+        Node("one.norm", BatchNorm(), ("one",)),
+        Node("one.act", Activation(), ("one.norm",)),
+        Node("add", Add(), ("one.norm", "stem.act")),
+        Node("two", Conv(24, (3, 3), (2, 2), (1, 1), groups=12), ("add",)),
+        Node("two.norm", BatchNorm(), ("two",)),
+        Node("two.left", Activation(), ("two.norm",)),
+        Node("two.right", Activation(), ("two.norm",)),
+        Node("side", Conv(24, (1, 1), (2, 2), bias=True, groups=2), ("one.act",)),
+        Node("side.norm", BatchNorm(), ("side",)),
+        Node("side.act", Activation("relu6"), ("side.norm",)),
+        Node("joined", Concat(), ("two.left", "two.right", "side.act")),
+        Node("last.norm", BatchNorm(), ("joined",)),
+        Node("last.act", Activation(), ("last.norm",)),
+        Node("gap", Pool("global_average"), ("last.act",)),
+        Node("flat", Flatten(), ("gap",)),
+        Node("dense", Dense(12), ("flat",)),
+        Node("dense.norm", BatchNorm(), ("dense",)),
+        Node("dense.act", Activation(), ("dense.norm",)),
+        Node("out", Dense(5), ("dense.act",)),
+    ),
+)
+"""Norms before a ReLU: alone, of vectors, and where another layer reads them too; grouped convolutions."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, TINY, Result, files_in, process
+from conftest import PLAIN, SMALL, TINY, Result, files_in, process
 from PIL import Image
 
 from fnet_search.weights import read_tensors
@@ -21,7 +22,7 @@ def test_a_run_shows_what_it_does_and_names_the_winner(finished: tuple[Path, Res
     lines = out.splitlines()
     assert lines[0] == "reading digits ..."
     assert "candidate 0 (init1, 0.696 MMAC) starts" in lines
-    (epoch,) = (line for line in lines if line.startswith("candidate 1 (init2), 2 of 2: epoch 1 of 1, validation acc"))
+    (epoch,) = (line for line in lines if line.startswith("candidate 1 (init2): epoch 1 of 1, validation acc"))
     assert epoch.endswith(" left")
     assert lines[-2] == f"report: runs/{folder.name}/report.html"
     assert lines[-1].startswith("winner: candidate ")
@@ -134,10 +135,11 @@ def test_a_policy_of_a_third_party_is_used_by_name(
         "class Idle: pass\n"
     )
     monkeypatch.syspath_prepend(site)
-    code, out, err = fnet("run", "--space", "tiny", "--budget", "50%", "--policy", "once")
+    plain = (*PLAIN, "--no-warm-start")
+    code, out, err = fnet("run", "--space", "tiny", "--budget", "50%", "--policy", "once", *plain)
     assert (code, err) == (3, "")
     assert "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 405,504" in out
-    assert out.splitlines()[-1] == "nothing was trained; see runs/tiny-digits-once-50pct"
+    assert out.splitlines()[-1] == "no candidate was trained; see runs/tiny-digits-once-50pct"
     failures = {
         "raises": "policy Raises failed at suggestion 0: ValueError: no plan today",
         "illegal": "policy Illegal failed at suggestion 0: "
@@ -146,7 +148,7 @@ def test_a_policy_of_a_third_party_is_used_by_name(
         "missing": "policy 'missing' cannot be loaded: module 'theirs' has no attribute 'Missing'",
     }
     for name, message in failures.items():
-        code, _, err = fnet("run", *TINY, "--policy", name)
+        code, _, err = fnet("run", *TINY, *plain, "--policy", name)
         assert (code, err) == (2, f"fnet-search: {message}\n")
 
 
@@ -207,13 +209,24 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--workers", "0"), "Invalid value for '--workers': 0 is not in the range x>=1."),
         (("run", *TINY, "--epochs", "0"), "Invalid value for '--epochs': 0 is not in the range x>=1."),
         (("run", *TINY, "--trials", "0"), "Invalid value for '--trials': 0 is not in the range x>=1."),
-        (("run", *TINY, "--dtype", "float16"), "'float16' is not one of 'auto', 'float32', 'bfloat16'"),
+        (("run", *TINY, "--dtype", "float16"), "'float16' is not one of 'auto', 'float32', 'tf32', 'bfloat16'"),
+        (("run", *TINY, "--dtype", "tf32", "--device", "cpu"), "dtype tf32 needs a CUDA device of compute capability"),
+        (("run", *TINY, "--workers", "1000000"), "1000000 workers need about "),
+        (("evaluate", "--space", "tiny", "--plan", "f2", "--workers", "1000000"), " GB are free; use --workers "),
+        (("run", *TINY, "--threads", "0"), "Invalid value for '--threads': 0 is not in the range x>=1."),
+        (("run", *TINY, "--warm-epochs", "0"), "Invalid value for '--warm-epochs': 0 is not in the range x>=1."),
+        (("run", *TINY, "--final-epochs", "-1"), "Invalid value for '--final-epochs': -1 is not in the range x>=0."),
+        (
+            ("run", *TINY, "--no-warm-start", "--warm-epochs", "3"),
+            "--warm-epochs is of candidates that start from others; leave it or --no-warm-start out",
+        ),
+        (("evaluate", "--space", "tiny", "--plan", "f2", "--warm-epochs", "3"), "'--warm-epochs'"),
         (("run", *TINY, "--device", "cuda:77"), "device 'cuda:77' is not there; this machine has: cpu"),
         (("run", *TINY, "--device", "meta"), "unknown device 'meta'; known: auto, cpu, cuda, cuda:N"),
         (("run", *TINY, "--device", "cpu:1"), "unknown device 'cpu:1'; did you mean 'cpu'?"),
-        (("run", *TINY, "--storage", "garbage"), "an Optuna URL is wanted, as in sqlite:///study.db"),
-        (("run", *TINY, "--storage", ""), "an Optuna URL is wanted, as in sqlite:///study.db"),
-        (("run", *TINY, "--storage", "sqlite:////no/such/folder/s.db"), "unable to open database file"),
+        (("run", *TINY, *PLAIN, "--storage", "garbage"), "an Optuna URL is wanted, as in sqlite:///study.db"),
+        (("run", *TINY, *PLAIN, "--storage", ""), "an Optuna URL is wanted, as in sqlite:///study.db"),
+        (("run", *TINY, *PLAIN, "--storage", "sqlite:////no/such/folder/s.db"), "unable to open database file"),
         (("evaluate", "--space", "tiny"), "Missing option '--plan'."),
         (("evaluate", "--space", "tiny", "--plan", "reglar"), "unknown plan 'reglar'; did you mean 'regular'?"),
         (("evaluate", "--space", "tiny", "--plan", "init3"), "unknown plan 'init3'; reverse pyramids are init1, init2"),
@@ -402,40 +415,49 @@ def test_a_password_in_a_storage_url_is_not_kept(fnet: Callable, tmp_path: Path,
 # Being stopped
 
 
-def until(run: "subprocess.Popen[str]", words: str) -> list[str]:
-    """What a process prints up to a line with these words."""
+def until(run: "subprocess.Popen[str]", pattern: str) -> list[str]:
+    """What a process prints up to a line like this."""
     assert run.stdout is not None
     said = []
     for line in run.stdout:
         said.append(line.rstrip("\n"))
-        if words in line:
+        if re.search(pattern, line):
             break
-    assert words in said[-1]
+    assert re.search(pattern, said[-1])
     return said
+
+
+def with_the_numerics_of(run: Path, new: Path) -> None:
+    """Begins a run like another: measured again, the numerics may be others, and the results differ by rounding."""
+    new.mkdir()
+    config = json.loads((run / "config.json").read_text())
+    (new / "config.json").write_text(json.dumps({**config, "study": new.name}))
 
 
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
     """Stopped by SIGTERM, by Ctrl-C (which goes to the workers too) and by SIGKILL, each time within a training."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "3")
-    arguments += ("--workers", "1", "--dtype", "float32", "--min-quint8", "100%")
+    arguments += (*PLAIN, "--no-warm-start", "--min-quint8", "100%")
     said = {}
-    for signum, code, words in (
-        (signal.SIGTERM, 128 + signal.SIGTERM, "1 of 2: epoch 1 of 3"),
-        (signal.SIGINT, 130, "1 of 2: epoch 2 of 3"),
-        (signal.SIGKILL, -signal.SIGKILL, "2 of 2: epoch 1 of 3"),
+    for signum, code, pattern in (
+        (signal.SIGTERM, 128 + signal.SIGTERM, r"^candidate 0 .*: epoch 1 of 3"),
+        (signal.SIGINT, 130, r"^candidate 0 .*: epoch 2 of 3"),
+        (signal.SIGKILL, -signal.SIGKILL, r"^candidate 1 .*: epoch 1 of 3"),
     ):
         run = process(*arguments, "--out", "stopped", cwd=tmp_path)
-        said[signum] = until(run, words)
+        said[signum] = until(run, pattern)
         os.killpg(run.pid, signum)
         _, err = run.communicate()
         assert run.returncode == code
         assert err.strip() == ("interrupted; the same command goes on from here" if signum == signal.SIGINT else "")
-    assert not any("epoch 1 of 3" in line for line in said[signal.SIGINT]), "it went on from the checkpoint"
+    told = [[line.partition(";")[0] for line in lines if ": epoch 1 of 3" in line] for lines in said.values()]
+    assert told[0] == told[1], "from its checkpoint: what it had reached is told again"
     code, out, err = fnet(*arguments, "--out", "stopped")
     assert (code, err) == (3, "")
     assert "up to 2 candidates, 1 trained before;" in out
     nearest = out.splitlines()[-1].replace("stopped", "whole")
     assert nearest.startswith("no candidate met the constraints; nearest, missing min_quint8: candidate ")
+    with_the_numerics_of(tmp_path / "stopped", tmp_path / "whole")
     code, out, err = fnet(*arguments, "--out", "whole")
     assert (code, out.splitlines()[-1]) == (3, nearest)
     whole, stopped = files_in(tmp_path / "whole"), files_in(tmp_path / "stopped")
@@ -445,3 +467,68 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
     kinds = [{name for name in files if not name.startswith("artifacts")} for files in (whole, stopped)]
     assert kinds[0] == kinds[1], "nothing is left of what was interrupted"
+
+
+def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
+    """The host, by SIGKILL: within the training of the reference, of a child, and of the final one."""
+    arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "2")
+    arguments += (*PLAIN, "--warm-epochs", "2")
+    for pattern in (
+        r"^reference 0 \(regular\): epoch 1 of 2, validation accuracy [\d.]+ %; [\d:]+ left$",
+        r"^candidate 2 \(.*\): epoch 1 of 2, ",
+        r"^final training 3 \(.*\): epoch 1 of 2, ",
+    ):
+        run = process(*arguments, "--out", "stopped", cwd=tmp_path)
+        said = until(run, pattern)
+        run.kill()
+        run.communicate()
+    started = [line.partition(" (")[0] for line in said if " starts" in line]
+    assert started == ["candidate 2", "final training 3"], "nothing that ended is trained again"
+    code, out, err = fnet(*arguments, "--out", "stopped")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    (start,) = (line for line in lines if " starts" in line)
+    assert re.fullmatch(r"final training 3 \(.*, 0\.\d+ MMAC\) starts, from candidate [12]", start)
+    assert "│ reference: others start from it │" in out
+    with_the_numerics_of(tmp_path / "stopped", tmp_path / "whole")
+    code, out, err = fnet(*arguments, "--out", "whole")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == lines[-1].replace("stopped", "whole")
+    whole, stopped = (files_in(tmp_path / name) for name in ("whole", "stopped"))
+    assert whole["candidates.csv"] == stopped["candidates.csv"]
+    kinds = [{name for name in files if not name.startswith("artifacts")} for files in (whole, stopped)]
+    assert kinds[0] == kinds[1], "nothing is left of what was interrupted"
+
+
+def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
+    """No option but for the size of it: a worker a core, kernels compiled where they are faster."""
+    said = []
+    for _ in range(2):
+        run = process(
+            *("run", "--space", "tiny", "--budget", "60%", "--epochs", "1", "--trials", "2", "--out", "run"),
+            cwd=tmp_path,
+        )
+        out, err = run.communicate()
+        assert run.returncode == 0
+        assert "Traceback" not in err
+        said.append(out.splitlines())
+    assert said[0][1] == "measuring what this device is fast with ..."
+    assert not any("measuring what" in line for line in said[1]), "what was measured is recorded"
+    begun = [next(line for line in lines if line.startswith("study run in run: ")) for lines in said]
+    assert begun[1] == begun[0].replace("2 candidates; ", "2 candidates, 2 trained before; ")
+    starts = [[line.partition(" ")[0] for line in lines if " starts" in line] for lines in said]
+    assert starts == [["reference", "candidate", "candidate", "final"], []]
+    assert said[1][-1] == said[0][-1]
+    assert said[0][-1].startswith("winner: candidate ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
+def test_fused_norms_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    run = process("run", *TINY, "--epochs", "1", "--dtype", "float32", "--fused", "--out", "run", cwd=tmp_path)
+    _, err = run.communicate()
+    assert run.returncode == 2
+    (line,) = err.splitlines()
+    assert line.startswith("fnet-search: the kernels of --fused cannot be compiled here: ")
+    assert not (tmp_path / "run").exists()

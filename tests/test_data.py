@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fnet_search.data import DataSet, Split, augment, hold_out, load_dataset, read_dataset
+from fnet_search.data import DataSet, Split, affine_maps, augment, hold_out, load_dataset, read_dataset
 from fnet_search.errors import FnetError
 from fnet_search.recipe import Augmentation
 
@@ -344,7 +344,8 @@ def noise(*shape: int) -> Tensor:
 
 
 def changed(images: Tensor, how: Augmentation, flips: bool = True, seed: int = 0) -> Tensor:
-    return augment(images, how, flips, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return augment(images, affine_maps(len(images), images.shape[2:], how, flips, generator))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (28, 28), (24, 40)])
@@ -394,23 +395,64 @@ def test_mirrors_are_exact(how: Augmentation, axes: list[tuple[int, ...]]) -> No
     assert min(times) > 0.6 * len(images) / len(axes)
 
 
+EVERYTHING = Augmentation(0.1, 0.1, 15, True, True)
+
+
 def test_the_generator_decides() -> None:
     images = noise(16, 3, 32, 32)
-    how = Augmentation(0.1, 0.1, 15, True, True)
-    assert torch.equal(changed(images, how), changed(images, how))
-    assert not torch.equal(changed(images, how), changed(images, how, seed=1))
+    assert torch.equal(changed(images, EVERYTHING), changed(images, EVERYTHING))
+    assert not torch.equal(changed(images, EVERYTHING), changed(images, EVERYTHING, seed=1))
     generator = torch.Generator().manual_seed(0)
-    first, second = (augment(images, how, True, generator) for _ in range(2))
-    assert torch.equal(first, changed(images, how))
+    first, second = (affine_maps(16, (32, 32), EVERYTHING, True, generator) for _ in range(2))
+    assert torch.equal(augment(images, first), changed(images, EVERYTHING))
     assert not torch.equal(first, second)
 
 
 def test_the_draws_of_one_change_do_not_depend_on_the_others() -> None:
-    images = noise(16, 3, 32, 32)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    augment(images, Augmentation(), False, generators[0])
-    augment(images, Augmentation(0.1, 0.1, 15, True, True), True, generators[1])
+    affine_maps(16, (32, 32), Augmentation(), False, generators[0])
+    affine_maps(16, (32, 32), EVERYTHING, True, generators[1])
     assert torch.equal(*(torch.rand(4, generator=generator) for generator in generators))
+    alone, among = (
+        affine_maps(100, (20, 40), how, True, torch.Generator().manual_seed(0))
+        for how in (Augmentation(shift=0.1), Augmentation(0.1, 0.2, 30, True, True))
+    )
+    assert torch.equal(alone[:, :, 2], among[:, :, 2])
+
+
+def test_maps_of_an_epoch_are_those_of_its_images_one_by_one() -> None:
+    images = noise(6, 3, 12, 20)
+    maps = affine_maps(6, (12, 20), EVERYTHING, True, torch.Generator().manual_seed(0))
+    assert maps.shape == (6, 2, 3)
+    found = augment(images, maps)
+    for index in range(6):
+        torch.testing.assert_close(augment(images[index][None], maps[index][None])[0], found[index], rtol=0, atol=1e-6)
+
+
+def test_a_map_says_where_a_pixel_comes_from() -> None:
+    """In units of half a side, y downwards: here one pixel to the right, two down, of a mirrored image."""
+    image = torch.arange(6.0 * 8).view(1, 1, 6, 8)
+    found = augment(image, torch.tensor([[[-1, 0, 2 / 8], [0, 1, 2 * 2 / 6]]]))
+    padded = np.pad(image[0, 0].numpy(), ((0, 2), (0, 1)), mode="symmetric")
+    expected = torch.from_numpy(padded[2:, 1:][:, ::-1].copy())
+    torch.testing.assert_close(found[0, 0], expected, rtol=0, atol=1e-4)
+
+
+def test_draws_are_whole_pixels_and_right_angles_where_nothing_else_is_asked_for() -> None:
+    """Shifts within reach, each as likely; mirrors in half of the images."""
+    how = Augmentation(shift=0.125, horizontal_flip=True, vertical_flip=True)
+    maps = affine_maps(4000, (16, 24), how, True, torch.Generator().manual_seed(0))
+    assert torch.equal(maps[:, :, :2].abs(), torch.eye(2).expand(4000, 2, 2))
+    for side, reach, shifts in ((24, 3, maps[:, 0, 2]), (16, 2, maps[:, 1, 2])):
+        pixels = shifts * side / 2
+        torch.testing.assert_close(pixels, pixels.round(), rtol=0, atol=1e-5)
+        times = torch.bincount((pixels.round() + reach).long(), minlength=2 * reach + 1)
+        assert len(times) == 2 * reach + 1
+        assert (times / 4000 - 1 / len(times)).abs().max() < 0.03
+    for axis in (0, 1):
+        assert float((maps[:, axis, axis] < 0).float().mean()) == pytest.approx(0.5, abs=0.03)
+    still = affine_maps(50, (16, 24), how, False, torch.Generator().manual_seed(0))
+    assert torch.equal(still[:, :, :2], torch.eye(2).expand(50, 2, 2)), "where mirrors change the class"
 
 
 def spots(height: int, width: int, places: list[tuple[float, float]]) -> Tensor:

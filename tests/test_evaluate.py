@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import CPU, MIXED, batches_of, digits, noise, normal, randomized, sequence
+from networks import CPU, FAST, MIXED, batches_of, compiled, digits, noise, normal, randomized, sequence
 
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split, load_dataset
@@ -17,25 +17,30 @@ from fnet_search.evaluate import (
     CORRECTION_SAMPLES,
     QUANTIZED,
     WEIGHTS,
+    Job,
     Setup,
+    Start,
     calibration,
+    child,
     evaluate,
     load_quantized,
     load_trained,
     measure,
     prepare,
+    unfinished,
 )
 from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Activation, Conv, Dense, Flatten, load_space
-from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
-from fnet_search.policy import Audit, Evaluation
+from fnet_search.network import build
+from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
+from fnet_search.policy import Audit, Evaluation, Role
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
-from fnet_search.recipe import Augmentation, Recipe
+from fnet_search.recipe import Augmentation, Fidelity, Recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import RangeMethod, Scheme, parse_scheme
-from fnet_search.train import TrainingProgress
+from fnet_search.train import TrainingProgress, accuracy, train
 from fnet_search.weights import read_tensors, write_tensors
 
 TINY = load_space("tiny")
@@ -60,9 +65,9 @@ def data() -> DataSet:
 class Outcome:
     """An evaluation, its folder, and what was reported on the way."""
 
-    def __init__(self, data: DataSet, folder: Path, setup: Setup = SETUP, plan: FactorizationPlan = PLAN) -> None:
+    def __init__(self, data: DataSet, folder: Path, setup: Setup = SETUP, job: Job | None = None) -> None:
         self.folder, self.seen = folder, list[TrainingProgress]()
-        self.evaluation = evaluate(setup, data, 12, plan, folder, self.seen.append)
+        self.evaluation = evaluate(setup, data, job or Job(12, PLAN, folder), self.seen.append)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,10 @@ def test_what_is_recorded(outcome: Outcome, data: DataSet) -> None:
     assert (found.state, found.reason) == ("complete", "")
     assert (found.split, found.scheme, found.seed, found.epochs) == ("validation", "percentile:1", 7, 3)
     assert found.trained_images == 3 * 400
+    assert (found.role, found.parent, found.inherited_epochs, found.zero_shot_accuracy) == ("candidate", None, 0, None)
+    ended = tuple(progress.accuracy for progress in outcome.seen if progress.ended)
+    assert found.accuracies == ended
+    assert len(ended) == 3
     assert found.audit is None
     assert [layer.layer for layer in found.layers][:3] == ["conv_in", "conv_8.grouped", "conv_8.pointwise"]
     assert Evaluation.from_json(found.to_json()) == found
@@ -150,11 +159,13 @@ def test_an_interrupted_evaluation_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(SETUP, data, 12, PLAN, tmp_path, report)
+        evaluate(SETUP, data, Job(12, PLAN, tmp_path), report)
     assert not (tmp_path / QUANTIZED).exists()
     resumed = Outcome(data, tmp_path)
     assert resumed.evaluation == outcome.evaluation
-    assert [progress.epoch for progress in resumed.seen if progress.ended] == list(range(epoch + 1, 4))
+    assert [progress.epoch for progress in resumed.seen if progress.ended] == [1, 2, 3]
+    trained = {progress.epoch for progress in resumed.seen if not progress.ended and not progress.stage}
+    assert trained == set(range(epoch + 1, 4))
 
 
 def test_a_study_of_fixed_plans_is_measured_on_the_test_images(data: DataSet, tmp_path: Path) -> None:
@@ -207,7 +218,7 @@ def test_out_of_memory_is_recorded(data: DataSet, tmp_path: Path, error: Excepti
     def report(progress: TrainingProgress) -> None:
         raise error
 
-    found = evaluate(SETUP, data, 0, PLAN, tmp_path, report)
+    found = evaluate(SETUP, data, Job(0, PLAN, tmp_path), report)
     assert (found.state, found.reason) == ("failed", reason)
 
 
@@ -220,9 +231,9 @@ def test_a_second_try_has_another_seed(data: DataSet, tmp_path: Path) -> None:
             raise MemoryError
 
     setup = replace(SETUP, recipe=RECIPE.with_epochs(1))
-    found = evaluate(setup, data, 0, PLAN, tmp_path, report)
+    found = evaluate(setup, data, Job(0, PLAN, tmp_path), report)
     assert (found.state, found.seed, found.trained_images) == ("complete", 7 + 1_000_000, 400)
-    direct = evaluate(replace(setup, seed=7 + 1_000_000), data, 0, PLAN, tmp_path / "direct", silent)
+    direct = evaluate(replace(setup, seed=7 + 1_000_000), data, Job(0, PLAN, tmp_path / "direct"), silent)
     assert same_tensors(tmp_path / WEIGHTS, tmp_path / "direct" / WEIGHTS)
     assert direct.fp32_accuracy == found.fp32_accuracy
 
@@ -232,10 +243,10 @@ def test_other_errors_are_raised(data: DataSet, tmp_path: Path) -> None:
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        evaluate(SETUP, data, 0, PLAN, tmp_path, report)
+        evaluate(SETUP, data, Job(0, PLAN, tmp_path), report)
     (tmp_path / "file").write_text("where the folder should be")
     with pytest.raises(OSError, match="file"):
-        evaluate(SETUP, data, 0, PLAN, tmp_path / "file", silent)
+        evaluate(SETUP, data, Job(0, PLAN, tmp_path / "file"), silent)
 
 
 def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> None:
@@ -400,3 +411,147 @@ def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
     assert wrong.audit == Audit(263, 263 * 5, int((y != y8).sum()), int((y.argmax(1) != y8.argmax(1)).sum()))
     assert wrong.audit.predictions > 0
     assert replace(wrong, audit=None) == measure(one.folded, one.network, data, data.evaluation)
+
+
+REGULAR = parse_plan(TINY, "regular")
+
+
+@pytest.fixture(scope="module")
+def parent(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """The regular network, trained for three epochs, that others start from."""
+    folder = tmp_path_factory.mktemp("parent")
+    evaluate(SETUP, data, Job(1, REGULAR, folder), silent)
+    return Start(1, REGULAR, folder, 3)
+
+
+def test_a_child_goes_on_from_its_parent(data: DataSet, parent: Start, tmp_path: Path) -> None:
+    """For a share of the epochs, at a small rate."""
+    result = Outcome(data, tmp_path, job=Job(12, PLAN, tmp_path, start=parent))
+    found = result.evaluation
+    assert (found.state, found.plan, found.role, found.parent) == ("complete", PLAN, "candidate", 1)
+    assert (found.epochs, found.inherited_epochs, found.trained_images) == (1, 3, 400)
+    assert len(found.accuracies) == 1
+    assert Evaluation.from_json(found.to_json()) == found
+    assert (result.seen[0].stage, result.seen[0].done) == ("starting from candidate 1", 0)
+    assert [progress.stage for progress in result.seen].count(result.seen[0].stage) == 1
+    shares = [progress.done for progress in result.seen]
+    assert shares == sorted(shares)
+
+    network = child(SETUP, data, parent, build(factorize(TINY, PLAN), RECIPE.initializer, 7))
+    assert not network.training
+    assert found.zero_shot_accuracy == accuracy(network, data, data.evaluation, CPU)
+    assert found.zero_shot_accuracy > 0.25, "better than chance, before it is trained"
+    train(network, data, RECIPE.warm(), CPU, 7, silent, tmp_path / "directly", "k", data.evaluation)
+    saved = load_trained(TINY, PLAN, tmp_path).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_an_interrupted_child_goes_on(data: DataSet, parent: Start, tmp_path: Path) -> None:
+    """It is not started anew from its parent; a training from scratch is not taken for it."""
+    setup = replace(SETUP, fidelity=Fidelity(warm_start=True, warm_epochs=2))
+
+    def job(folder: str) -> Job:
+        return Job(12, PLAN, tmp_path / folder, start=parent)
+
+    def report(progress: TrainingProgress) -> None:
+        if progress.ended:
+            raise KeyboardInterrupt
+
+    for cut_off in (job("cut"), replace(job("cut"), start=None)):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(setup, data, cut_off, report)
+        whole, resumed = (evaluate(setup, data, job(name), silent) for name in ("whole", "cut"))
+        assert resumed == whole
+        assert resumed.epochs == len(resumed.accuracies) == 2
+        assert same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
+        (tmp_path / "cut" / CHECKPOINT).unlink()
+
+
+def test_a_parent_whose_weights_are_missing(data: DataSet, parent: Start, tmp_path: Path) -> None:
+    """No fault of the candidate: an error, and no second try."""
+    for start, message in (
+        (replace(parent, folder=tmp_path / "gone"), f"cannot read weights {tmp_path}/gone/{WEIGHTS}"),
+        (replace(parent, plan=PLAN), f"{parent.folder / WEIGHTS} does not hold the weights of plan {PLAN}"),
+    ):
+        seen: list[TrainingProgress] = []
+        with pytest.raises(FnetError) as caught:
+            evaluate(SETUP, data, Job(12, PLAN, tmp_path / "12", start=start), seen.append)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+        assert len(seen) == 1
+
+
+def test_the_best_is_trained_on_with_the_whole_recipe(data: DataSet, parent: Start, tmp_path: Path) -> None:
+    setup = replace(SETUP, fidelity=Fidelity(final_epochs=2))
+    found = evaluate(setup, data, Job(20, REGULAR, tmp_path, "final", parent), silent)
+    assert (found.state, found.role, found.parent) == ("complete", "final", 1)
+    assert (found.epochs, found.inherited_epochs, found.trained_images) == (2, 3, 800)
+    before = load_trained(TINY, REGULAR, parent.folder)
+    assert found.zero_shot_accuracy == accuracy(before, data, data.evaluation, CPU), "it starts from itself"
+    train(before, data, RECIPE.with_epochs(2), CPU, 7, silent, tmp_path / "directly", "k", data.evaluation)
+    saved = load_trained(TINY, REGULAR, tmp_path).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in before.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("role", "started", "expected"),
+    [
+        ("candidate", False, RECIPE),
+        ("reference", False, RECIPE),
+        ("reference", True, RECIPE),
+        ("candidate", True, RECIPE.warm(2)),
+        ("final", True, RECIPE.with_epochs(5)),
+        ("final", False, RECIPE.with_epochs(5)),
+    ],
+)
+def test_how_a_candidate_is_trained(role: Role, started: bool, expected: Recipe) -> None:
+    setup = replace(SETUP, fidelity=Fidelity(True, 2, True, 5))
+    start = Start(1, REGULAR, Path("1"), 3) if started else None
+    assert setup.recipe_of(Job(12, PLAN, Path("12"), role, start)) == expected
+    share = replace(setup, fidelity=Fidelity(True, None, True, 5)).recipe_of(Job(12, PLAN, Path("12"), role, start))
+    assert share == (RECIPE.warm() if expected == RECIPE.warm(2) else expected)
+
+
+def test_a_hopeless_candidate_is_not_measured(outcome: Outcome, data: DataSet, parent: Start, tmp_path: Path) -> None:
+    found = evaluate(SETUP, data, Job(12, PLAN, tmp_path / "scratch"), lambda progress: progress.epoch == 2)
+    reached = outcome.evaluation.accuracies[:2]
+    reason = f"behind the others after epoch 2 of 3 ({100 * reached[1]:.1f} %)"
+    expected = unfinished(SETUP, Job(12, PLAN, tmp_path), "pruned", reason)
+    assert found == replace(expected, epochs=2, trained_images=800, accuracies=reached)
+    assert (found.fp32_accuracy, found.quint8_accuracy, found.qmse, found.layers) == (None, None, None, ())
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [CHECKPOINT]
+
+    setup = replace(SETUP, fidelity=Fidelity(True, 2))
+    warm = evaluate(setup, data, Job(13, PLAN, tmp_path / "warm", start=parent), lambda progress: progress.ended)
+    assert warm.reason == f"behind the others after epoch 1 of 2 ({100 * warm.accuracies[0]:.1f} %)"
+    assert (warm.state, warm.parent, warm.inherited_epochs, warm.epochs) == ("pruned", 1, 3, 1)
+    assert warm.zero_shot_accuracy is not None
+
+
+def test_an_evaluation_with_nothing_measured() -> None:
+    start = Start(4, REGULAR, Path("4"), 9)
+    assert unfinished(SETUP, Job(12, PLAN, Path("12"), "final", start), "failed", "why") == Evaluation(
+        12,
+        PLAN,
+        plan_cost(TINY, PLAN),
+        "failed",
+        "why",
+        role="final",
+        split="validation",
+        scheme="percentile:1",
+        seed=7,
+        parent=4,
+        inherited_epochs=9,
+    )
+
+
+@compiled
+def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_path: Path) -> None:
+    """A network that was trained fast is an ordinary one."""
+    found = Outcome(data, tmp_path, replace(SETUP, numerics=FAST)).evaluation
+    folded, quantized = load_candidate(PLAN, tmp_path)
+    again = measure(folded, quantized, data, data.evaluation)
+    assert (again.fp32_accuracy, again.quint8_accuracy) == (found.fp32_accuracy, found.quint8_accuracy)
+    assert found.fp32_accuracy is not None
+    assert found.fp32_accuracy > 0.3
+    assert found.accuracies[-1] == pytest.approx(found.fp32_accuracy, abs=0.03)

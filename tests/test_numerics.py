@@ -1,45 +1,136 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from networks import compiled
 
 from fnet_search.errors import FnetError
-from fnet_search.numerics import Numerics, check_device, resolve
+from fnet_search.numerics import GROUPS, DType, Numerics, check_device, check_dtype, resolve
 
 
-def test_what_is_asked_for() -> None:
-    assert resolve("cpu", "float32") == Numerics("cpu", "float32", True, 1)
-    assert resolve("cpu", "bfloat16", 3) == Numerics("cpu", "bfloat16", True, 3)
+def fits(widths: tuple[int, ...]) -> bool:
+    """As they can be measured: each as it is, or a wider one."""
+    return len(widths) == len(GROUPS) and all(
+        width in (own, 16, 32) and width >= own for own, width in zip(GROUPS, widths, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "threads", "fused"),
+    [("bfloat16", 3, False), ("float32", 3, False), pytest.param("float32", 1, True, marks=compiled)],
+)
+def test_what_is_asked_for(dtype: DType, threads: int, fused: bool) -> None:
+    """Whatever would be faster."""
+    found = resolve("cpu", dtype, most_threads=2, threads=threads, fused=fused)
+    assert replace(found, group_widths=()) == Numerics("cpu", dtype, True, threads, fused)
+    assert fits(found.group_widths)
 
 
 def test_what_is_measured() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        found = resolve("auto", "auto")
+        found = resolve("auto", most_threads=2)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert found in (Numerics(device, "float32", True, 1), Numerics(device, "bfloat16", True, 1))
+    on_cuda = torch.cuda.is_available()
+    assert found.device == ("cuda" if on_cuda else "cpu")
+    assert found.dtype in (("bfloat16", "tf32", "float32") if on_cuda else ("bfloat16", "float32"))
+    assert found.threads in ((1,) if on_cuda else (1, 2))
+    assert found.channels_last
+    assert fits(found.group_widths)
+
+
+UNCOMPILED = """
+import torch
+from fnet_search.errors import FnetError
+from fnet_search.numerics import resolve
+torch.set_num_threads(5)
+print(resolve("cpu", "float32", threads=2).fused, torch.get_num_threads())
+try:
+    resolve("cpu", "float32", threads=2, fused=True)
+except FnetError as error:
+    print(error)
+print(torch.get_num_threads())
+"""
+
+
+def test_fused_norms_without_a_compiler(tmp_path: Path) -> None:
+    """They are left out, and one line where they were asked for."""
+    nothing = {"CXX": "/nonexistent", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    child = subprocess.run(
+        [sys.executable, "-c", UNCOMPILED], env=os.environ | nothing, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    left_out, asked_for, after = child.stdout.splitlines()
+    assert left_out == "False 5"
+    assert asked_for.startswith("the kernels of --fused cannot be compiled here: ")
+    assert len(asked_for) > 60
+    assert after == "5", "threads are as they were after an error too"
 
 
 def test_numerics_come_back_from_json() -> None:
-    numerics = Numerics("cpu", "bfloat16", True, 2)
-    assert Numerics(**numerics.to_json()) == numerics
+    numerics = Numerics("cpu", "bfloat16", True, 2, True, (16, 16, 4, 8, 16))
+    assert Numerics.from_json(json.loads(json.dumps(numerics.to_json()))) == numerics
+    of_version_0_1 = {"device": "cpu", "dtype": "float32", "channels_last": False, "threads": 3}
+    assert Numerics.from_json(of_version_0_1) == Numerics("cpu", "float32", False, 3)
 
 
-def test_what_people_read() -> None:
-    assert str(Numerics("cpu", "float32", False, 1)) == "cpu, float32, channels_first, 1 thread a worker"
-    assert str(Numerics("cpu", "bfloat16", True, 2)) == "cpu, bfloat16, channels_last, 2 threads a worker"
-    assert str(Numerics("cuda:1", "bfloat16", True, 2)) == "cuda:1, bfloat16, channels_last"
+@pytest.mark.parametrize(
+    ("numerics", "text"),
+    [
+        (Numerics("cpu"), "cpu, float32, channels_first, 1 thread a worker"),
+        (Numerics("cpu", "bfloat16", True, 2), "cpu, bfloat16, channels_last, 2 threads a worker"),
+        (Numerics("cuda:1", "bfloat16", True, 2), "cuda:1, bfloat16, channels_last"),
+        (Numerics("cuda", "tf32"), "cuda, tf32, channels_first"),
+        (Numerics("cpu", fused=True), "cpu, float32, channels_first, fused norms, 1 thread a worker"),
+        (
+            Numerics("cpu", "float32", True, 1, True, (16, 32, 4, 16, 16)),
+            "cpu, float32, channels_last, fused norms, groups of 1 as 16, 2 as 32, 8 as 16 channels, 1 thread a worker",
+        ),
+        (Numerics("cuda", "tf32", group_widths=(1, 2, 4, 8, 16)), "cuda, tf32, channels_first"),
+    ],
+)
+def test_what_people_read(numerics: Numerics, text: str) -> None:
+    assert str(numerics) == text
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
-def test_autocast(dtype: str, expected: torch.dtype) -> None:
-    numerics = resolve("cpu", dtype)
-    with numerics.autocast():
+def test_arithmetic(dtype: DType, expected: torch.dtype) -> None:
+    with Numerics("cpu", dtype).arithmetic():
         assert F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).dtype == expected
     assert F.conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).dtype == torch.float32
+
+
+def set_tf32(allowed: tuple[bool, bool]) -> tuple[bool, bool]:
+    """What was allowed before, in convolutions and in matrix products."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+    return before
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+def test_tf32_is_on_for_trainings_in_tf32_only(dtype: DType, before: tuple[bool, bool]) -> None:
+    """And as it was afterwards, after an error too."""
+    usual = set_tf32(before)
+    try:
+        with Numerics("cpu", dtype).arithmetic():
+            within = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    finally:
+        after = set_tf32(usual)
+    assert within == (dtype == "tf32",) * 2
+    assert after == before
 
 
 @pytest.mark.parametrize(("channels_last", "strides"), [(True, (60, 1, 15, 3)), (False, (60, 20, 5, 1))])
@@ -59,3 +150,21 @@ def test_devices_that_are_not_there(device: str) -> None:
 
 def test_the_cpu_is_there() -> None:
     assert check_device("cpu") == "cpu"
+    for dtype in ("auto", "float32", "bfloat16"):
+        check_dtype("cpu", dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("tf32", "dtype tf32 needs a CUDA device of compute capability 8.0 or more, not cpu"),
+        ("bfloat", "unknown dtype 'bfloat'; did you mean 'bfloat16'?"),
+        ("", "unknown dtype ''"),
+    ],
+)
+def test_arithmetic_that_a_device_cannot_do(dtype: str, message: str) -> None:
+    for check in (check_dtype, resolve):
+        with pytest.raises(FnetError) as caught:
+            check("cpu", dtype)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)

@@ -9,8 +9,18 @@ import pytest
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
-from fnet_search.plan import Cost, depthwise, plan_cost, regular, uniform
-from fnet_search.policy import Audit, Constraints, Evaluation, History, LayerStats, load_policy, policy_names, ranking
+from fnet_search.plan import Cost, FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
+from fnet_search.policy import (
+    Audit,
+    Constraints,
+    Evaluation,
+    History,
+    LayerStats,
+    choose_parent,
+    load_policy,
+    policy_names,
+    ranking,
+)
 
 TINY = load_space("tiny")
 REGULAR = Evaluation(
@@ -44,6 +54,19 @@ def test_an_evaluation_survives_json() -> None:
     assert Evaluation.from_json(json.loads(json.dumps(evaluation.to_json()))) == evaluation
     later = {**evaluation.to_json(), "added in a later version": 1}
     assert Evaluation.from_json(later) == evaluation
+
+
+def test_what_it_started_from_survives_json() -> None:
+    child = replace(
+        REGULAR, role="final", parent=3, inherited_epochs=7, zero_shot_accuracy=0.25, accuracies=(0.5, 0.625)
+    )
+    data = json.loads(json.dumps(child.to_json()))
+    assert Evaluation.from_json(data) == child
+    for key in ("role", "parent", "inherited_epochs", "zero_shot_accuracy", "accuracies"):
+        del data[key]  # of a version before
+    assert Evaluation.from_json(data) == replace(
+        child, role="candidate", parent=None, inherited_epochs=0, zero_shot_accuracy=None, accuracies=()
+    )
 
 
 def test_an_audit_survives_json() -> None:
@@ -116,6 +139,65 @@ def test_ranking() -> None:
     assert ranking(everything, constraints) == [best, equal, heavier, worse, over, far_over]
     assert ranking((far_over, over), constraints) == [over, far_over]
     assert ranking((failed,), constraints) == []
+
+
+def test_a_reference_is_not_ranked_and_what_was_trained_on_is() -> None:
+    reference = replace(REGULAR, number=0, role="reference", quint8_accuracy=0.99)
+    candidate = replace(REGULAR, number=1, quint8_accuracy=0.7)
+    final = replace(REGULAR, number=2, role="final", parent=1, quint8_accuracy=0.75)
+    stopped = replace(REGULAR, number=3, state="pruned", quint8_accuracy=None)
+    assert ranking((reference, candidate, final, stopped), Constraints()) == [final, candidate]
+    assert ranking((reference,), Constraints()) == []
+    assert Constraints().feasible(stopped) is False
+
+
+@pytest.mark.parametrize(
+    ("rates", "parent"),
+    [
+        ((1, 1, 1), "regular"),
+        ((2, 2, 2), "f2"),
+        ((4, 4, 4), "f2"),
+        ((8, 16, 16), "late"),
+        ((2, 4, 1), "regular"),  # f2 does not divide the last 1
+        ((1, 8, 8), "late"),
+        ((2, 8, 8), "late"),  # and not f2, which divides it too, but is less accurate
+        ((8, 8, 4), "late"),
+        ((8, 2, 16), "f2"),
+        ((1, 16, 1), "regular"),
+    ],
+)
+def test_a_child_starts_from_the_best_that_divides_it(rates: tuple[int, int, int], parent: str) -> None:
+    """In every layer."""
+
+    def plan(*rates: int) -> FactorizationPlan:
+        return make_plan(TINY, dict(zip(("conv_8", "conv_16_1", "conv_16_2"), rates, strict=True)))
+
+    def one(number: int, plan: FactorizationPlan, fp32: float) -> Evaluation:
+        return Evaluation(number, plan, plan_cost(TINY, plan), fp32_accuracy=fp32, quint8_accuracy=1 - fp32)
+
+    known = {
+        "regular": one(0, plan(1, 1, 1), 0.6),
+        "f2": one(1, plan(2, 2, 2), 0.7),
+        "late": one(2, plan(1, 8, 4), 0.8),
+        "f4": replace(one(3, plan(4, 4, 4), 0.9), state="failed"),
+        "f8": replace(one(4, plan(8, 8, 8), 0.95), state="pruned"),
+        "far": one(5, plan(8, 16, 8), 0.2),
+    }
+    assert choose_parent(known.values(), plan(*rates)) == known[parent]
+    assert choose_parent(reversed(list(known.values())), plan(*rates)) == known[parent]
+
+
+def test_of_equal_parents_the_smallest_then_the_first() -> None:
+    def one(number: int, macs: int, fp32: float | None = 0.8) -> Evaluation:
+        return replace(REGULAR, number=number, cost=Cost(macs, macs, 1), fp32_accuracy=fp32)
+
+    large, small, later, unmeasured = one(0, 90), one(2, 80), one(3, 80), one(1, 10, None)
+    plan = uniform(TINY, 4)
+    assert choose_parent((large, later, small, unmeasured), plan) == small
+    assert choose_parent((large, unmeasured), plan) == large
+    assert choose_parent((unmeasured,), plan) == unmeasured
+    assert choose_parent((), plan) is None
+    assert choose_parent([replace(one(0, 90), plan=depthwise(TINY))], plan) is None
 
 
 def test_history_knows_what_was_suggested() -> None:

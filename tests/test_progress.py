@@ -4,16 +4,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluations import failed, refused, trained
+from evaluations import failed, pruned, refused, trained
 from rich.console import Console
 
 from fnet_search import progress as module
+from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
-from fnet_search.plan import depthwise, make_plan, regular, uniform
-from fnet_search.policy import Audit, Constraints
+from fnet_search.plan import FactorizationPlan, depthwise, make_plan, regular, uniform
+from fnet_search.policy import Audit, Constraints, Role
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
+from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
+from fnet_search.scheme import Scheme
 from fnet_search.search import Refused, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
@@ -21,7 +24,20 @@ from fnet_search.workers import Finished, Progressed
 TINY = load_space("tiny")
 CPU = Numerics("cpu", "bfloat16", True, 1)
 F2, F4 = uniform(TINY, 2), uniform(TINY, 4)
+REGULAR = regular(TINY)
 ENDED = TrainingProgress(1, 4, True, 0.25, 1.5, 0.5, "validation")
+
+
+def trained_with(fidelity: Fidelity) -> Setup:
+    return Setup(TINY, load_recipe("quick").with_epochs(4), Scheme(), CPU, 0, "validation", fidelity=fidelity)
+
+
+COLD, WARM = trained_with(Fidelity()), trained_with(Fidelity(True, warm_epochs=1, prune=True, final_epochs=8))
+
+
+def started(number: int, plan: FactorizationPlan, role: Role = "candidate", parent: int | None = None) -> Started:
+    start = None if parent is None else Start(parent, REGULAR, Path(), 4)
+    return Started(Job(number, plan, Path(), role, start))
 
 
 @pytest.fixture
@@ -37,9 +53,9 @@ def display(terminal: bool = False) -> tuple[TerminalDisplay, io.StringIO]:
     return TerminalDisplay(Console(file=out, width=100, force_terminal=terminal, color_system=None)), out
 
 
-def begun(trials: int = 4, done: int = 0) -> tuple[TerminalDisplay, io.StringIO]:
+def begun(trials: int = 4, done: int = 0, setup: Setup = COLD) -> tuple[TerminalDisplay, io.StringIO]:
     shown, out = display()
-    shown.begin(RunFolder(Path("runs/one")), CPU, TINY, trials, done)
+    shown.begin(RunFolder(Path("runs/one")), setup, trials, done)
     return shown, out
 
 
@@ -67,16 +83,16 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
     shown, out = display()
     with shown:
         shown.status("reading digits")
-        shown.begin(RunFolder(Path("runs/one")), CPU, TINY, 2, 0)
+        shown.begin(RunFolder(Path("runs/one")), COLD, 2, 0)
         shown.show(Refused(refused(TINY, regular(TINY), 0, "811,008 conv MACs exceed the budget of 507,904")))
-        shown.show(Started(1, F2))
+        shown.show(started(1, F2))
         time[0] += 10
         shown.show(Progressed(1, replace(ENDED, ended=False, done=0.2, accuracy=None)))
         shown.show(Progressed(1, ENDED))
         shown.show(Progressed(1, replace(ENDED, ended=False, stage="measuring", done=0.9)))
         time[0] += 55
         shown.show(Finished(trained(TINY, F2, 1, 0.975, 0.9251), 65.4))
-        shown.show(Started(2, make_plan(TINY, {"conv_8": 4})))
+        shown.show(started(2, make_plan(TINY, {"conv_8": 4})))
         shown.show(Finished(failed(TINY, make_plan(TINY, {"conv_8": 4}), 2, "no luck"), 3.2))
         shown.status("drawing figures and the report")
     assert out.getvalue().splitlines() == [
@@ -84,7 +100,7 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
         "study one in runs/one: up to 2 candidates; cpu, bfloat16, channels_last, 1 thread a worker",
         "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 507,904",
         "candidate 1 (f2, 0.508 MMAC) starts",
-        "candidate 1 (f2), 1 of 2: epoch 1 of 4, validation accuracy 50.0 %; 1:10 left",
+        "candidate 1 (f2): epoch 1 of 4, validation accuracy 50.0 %; 1:10 left",
         "candidate 1 (f2) fp32 97.50 %, quint8 92.51 % (validation), 1:05",
         "candidate 2 (4-1-1, 0.586 MMAC) starts",
         "candidate 2 (4-1-1) failed: no luck, 0:03",
@@ -92,25 +108,67 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
     ]
 
 
-def test_which_candidate_of_how_many_with_some_trained_before_and_several_at_once(time: list[float]) -> None:
+def test_the_time_left_with_some_trained_before_and_several_at_once(time: list[float]) -> None:
     shown, out = begun(trials=5, done=2)
     assert last(out).startswith("study one in runs/one: up to 5 candidates, 2 trained before; ")
-    shown.show(Started(3, F2))
-    shown.show(Started(4, F4))
+    shown.show(started(3, F2))
+    shown.show(started(4, F4))
     time[0] += 30
     shown.show(Progressed(4, ENDED))
-    assert last(out) == "candidate 4 (f4), 4 of 5: epoch 1 of 4, validation accuracy 50.0 %; 5:30 left"
+    assert last(out) == "candidate 4 (f4): epoch 1 of 4, validation accuracy 50.0 %; 5:30 left"
     shown.show(Progressed(3, replace(ENDED, done=0.5)))
-    assert last(out).startswith("candidate 3 (f2), 3 of 5: ")
+    assert last(out).startswith("candidate 3 (f2): ")
     assert last(out).endswith("; 1:30 left"), "three quarters of three in 30 seconds"
     shown.show(Finished(trained(TINY, F4, 4, 0.9, 0.8), 40))
     shown.show(Progressed(3, replace(ENDED, epoch=2, accuracy=0.0)))
-    assert last(out).startswith("candidate 3 (f2), 4 of 5: epoch 2 of 4, validation accuracy 0.0 %; ")
+    assert last(out).startswith("candidate 3 (f2): epoch 2 of 4, validation accuracy 0.0 %; ")
+
+
+def test_what_a_warm_search_says(time: list[float]) -> None:
+    """An epoch takes ten seconds here, whatever the network."""
+    shown, out = begun(trials=2, setup=WARM)
+    shown.show(started(0, REGULAR, "reference"))
+    time[0] += 20
+    shown.show(Progressed(0, replace(ENDED, epoch=2, done=0.5)))
+    time[0] += 20
+    shown.show(Finished(replace(trained(TINY, REGULAR, 0, 0.9, 0.875), role="reference"), 40))
+    shown.show(started(1, F2, parent=0))
+    shown.show(Progressed(1, TrainingProgress(1, 1, False, 0.0, 0.0, None, "", "starting from candidate 0")))
+    time[0] += 10
+    shown.show(Progressed(1, replace(ENDED, epochs=1, done=1.0)))
+    shown.show(Finished(replace(trained(TINY, F2, 1, 0.8, 0.75), parent=0), 10))
+    shown.show(started(2, F4, parent=0))
+    shown.show(Finished(replace(pruned(TINY, F4, 2), parent=0), 10))
+    shown.show(started(3, F2, "final", parent=1))
+    time[0] += 10
+    shown.show(Progressed(3, replace(ENDED, epochs=8, done=0.125)))
+    shown.show(Finished(replace(trained(TINY, F2, 3, 0.9, 0.85), role="final", parent=1), 80))
+    assert out.getvalue().splitlines()[1:] == [
+        "reference 0 (regular, 0.811 MMAC) starts",
+        "reference 0 (regular): epoch 2 of 4, validation accuracy 50.0 %; 2:00 left",
+        "reference 0 (regular) fp32 90.00 %, quint8 87.50 % (validation), 0:40",
+        "candidate 1 (f2, 0.508 MMAC) starts, from candidate 0",
+        "candidate 1 (f2): epoch 1 of 1, validation accuracy 50.0 %; 1:30 left",
+        "candidate 1 (f2) fp32 80.00 %, quint8 75.00 % (validation), 0:10",
+        "candidate 2 (f4, 0.397 MMAC) starts, from candidate 0",
+        "candidate 2 (f4) pruned: behind the others after epoch 1 of 8 (25.0 %), 0:10",
+        "final training 3 (f2, 0.508 MMAC) starts, from candidate 1",
+        "final training 3 (f2): epoch 1 of 8, validation accuracy 50.0 %; 1:00 left",
+        "final training 3 (f2) fp32 90.00 %, quint8 85.00 % (validation), 1:20",
+    ]
+
+
+def test_the_regular_network_as_a_candidate_takes_more_epochs_than_others(time: list[float]) -> None:
+    shown, out = begun(trials=3, setup=WARM)
+    shown.show(started(0, REGULAR))
+    time[0] += 10
+    shown.show(Progressed(0, ENDED))
+    assert last(out).endswith("; 2:10 left"), "one of 4 + 2 + 8 epochs in ten seconds"
 
 
 def test_before_a_hundredth_is_done_no_time_is_guessed(time: list[float]) -> None:
     shown, out = begun()
-    shown.show(Started(0, F2))
+    shown.show(started(0, F2))
     shown.show(Progressed(0, replace(ENDED, done=0.03)))
     assert last(out).endswith("; time left: measuring")
 
@@ -134,7 +192,7 @@ def test_names_are_shown_as_they_are_and_lines_are_not_broken() -> None:
     shown, out = display()
     name = "[/b][red]" + "-long" * 40
     shown.status(name)
-    shown.begin(RunFolder(Path(f"runs/{name}")), CPU, TINY, 1, 0)
+    shown.begin(RunFolder(Path(f"runs/{name}")), COLD, 1, 0)
     assert out.getvalue().splitlines() == [
         f"{name} ...",
         f"study {Path(name).name} in runs/{name}: up to 1 candidates; {CPU}",
@@ -146,9 +204,9 @@ def test_a_terminal_shows_a_live_table(time: list[float]) -> None:
     with shown:
         shown.status("reading digits")
         shown.advance("reading images", 256, 1000)
-        shown.begin(RunFolder(Path("runs/one")), CPU, TINY, 4, 1)
-        shown.show(Started(1, F2))
-        shown.show(Started(2, F4))
+        shown.begin(RunFolder(Path("runs/one")), COLD, 4, 1)
+        shown.show(started(1, F2))
+        shown.show(started(2, F4))
         time[0] += 30
         shown.show(Progressed(1, ENDED))
         shown.show(Finished(trained(TINY, F2, 1, 0.9, 0.8), 40))
@@ -173,9 +231,13 @@ def test_the_table_of_candidates() -> None:
         trained(TINY, F4, 2, 0.8, 0.6),
         replace(trained(TINY, make_plan(TINY, {"conv_8": 8, "conv_16_1": 8}), 3, 0.8, 0.8), fp32_accuracy=0.0),
         failed(TINY, depthwise(TINY), 4, "no [luck]"),
+        replace(trained(TINY, regular(TINY), 5, 0.9, 0.875), role="reference"),
+        pruned(TINY, make_plan(TINY, {"conv_8": 2}), 6),
+        replace(trained(TINY, F2, 7, 0.96, 0.84), role="final", parent=1),
+        replace(trained(TINY, F4, 8, 0.8, 0.6), role="final", parent=2),
     )
     out = io.StringIO()
-    Console(file=out, width=160).print(candidates_table(TINY, constraints, evaluations))
+    Console(file=out, width=180).print(candidates_table(TINY, constraints, evaluations))
     title, *lines = out.getvalue().splitlines()
     assert title.strip() == "candidates (accuracies on the validation split)"
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
@@ -186,6 +248,34 @@ def test_the_table_of_candidates() -> None:
         ["2", "f4", "0.397", "3", "80.00", "60.00", "25.00", "10.4000", "1.4500", "", "infeasible: min_quint8"],
         ["3", "8-8-1", "0.455", "4", "0.00", "80.00", "", "0.4000", "0.4500", "", "complete"],
         ["4", "dws", "0.324", "2", *[""] * 6, "failed: no [luck]"],
+        [
+            "5",
+            "regular",
+            "0.811",
+            "6",
+            "90.00",
+            "87.50",
+            "2.78",
+            "1.5111",
+            "0.5611",
+            "",
+            "reference: others start from it",
+        ],
+        ["6", "2-1-1", "0.623", "6", *[""] * 6, "pruned: behind the others after epoch 1 of 8 (25.0 %)"],
+        ["7", "f2", "0.508", "4", "96.00", "84.00", "12.50", "5.4000", "0.9500", "", "candidate 1 trained on"],
+        [
+            "8",
+            "f4",
+            "0.397",
+            "3",
+            "80.00",
+            "60.00",
+            "25.00",
+            "10.4000",
+            "1.4500",
+            "",
+            "candidate 2 trained on, infeasible: min_quint8",
+        ],
     ]
 
 

@@ -77,6 +77,34 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("epochs", "share", "expected"),
+    [(20, 0.2, 4), (6, 0.2, 1), (8, 0.2, 2), (1, 0.2, 1), (2, 0.2, 1), (200, 0.05, 10), (7, 1, 7)],
+)
+def test_a_warm_training_is_a_share_of_the_whole_one(epochs: int, share: float, expected: int) -> None:
+    """Rounded, and at least an epoch."""
+    recipe = Recipe("r", epochs, 16, 0.4, warmup=0.3, warm_share=share)
+    assert recipe.warm().epochs == expected
+    assert recipe.warm(3).epochs == 3
+
+
+def test_a_warm_training_falls_from_a_small_rate() -> None:
+    recipe = Recipe("r", 20, 16, 0.4, weight_decay=1e-4, warmup=0.3, warm_rate=0.1, augmentation=Augmentation(0.1))
+    warm = recipe.warm(2)
+    assert warm == Recipe(
+        "r", 2, 16, 0.4 * 0.1, weight_decay=1e-4, warmup=0, warm_rate=0.1, augmentation=Augmentation(0.1)
+    )
+    assert [warm.rate(step, 3) for step in range(6)] == pytest.approx([0.04 * left / 6 for left in range(6, 0, -1)])
+
+
+def test_milestones_of_a_warm_training_move_with_its_epochs() -> None:
+    warm = load_recipe("paper").warm()
+    assert (warm.epochs, warm.learning_rate) == (40, 0.0025)
+    assert warm.milestones == (15, 24, 34)
+    drops = [epoch for epoch in range(1, 40) if warm.rate(epoch * 7, 7) < 0.9 * warm.rate(epoch * 7 - 1, 7)]
+    assert drops == [15, 24, 34]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("epochs = 3\n", "a recipe needs 'batch_size'"),
@@ -102,6 +130,11 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
         (LEAST + "weight_decay = -1e-4\n", "recipe 'mine': weight_decay must not be negative"),
         (LEAST + "label_smoothing = 1\n", "recipe 'mine': label_smoothing must be in [0, 1)"),
         (LEAST + "warmup = 1\n", "recipe 'mine': warmup must be in [0, 1)"),
+        (LEAST + "warm_share = 0\n", "recipe 'mine': warm_share must be in (0, 1]"),
+        (LEAST + "warm_share = 1.01\n", "recipe 'mine': warm_share must be in (0, 1]"),
+        (LEAST + "warm_rate = 0\n", "recipe 'mine': warm_rate must be in (0, 1]"),
+        (LEAST + "warm_rate = nan\n", "recipe 'mine': warm_rate must be in (0, 1]"),
+        (LEAST + 'warm_rate = "low"\n', "warm_rate must be a number, got 'low'"),
         (LEAST + "[augmentation]\nzoom = 1\n", "recipe 'mine': zoom must be in [0, 1)"),
         (LEAST + "[augmentation]\nshift = -0.1\n", "recipe 'mine': shift must be in [0, 1)"),
         (LEAST + "[augmentation]\nrotation = nan\n", "recipe 'mine': rotation must be finite"),

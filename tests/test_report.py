@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluations import failed, paper_evaluations, refused, residual_space, trained
+from evaluations import failed, paper_evaluations, pruned, refused, residual_space, trained
 from PIL import Image
 
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import make_plan, regular
-from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
-from fnet_search.report import DETAILED, GLOSSARY, candidates_frame, layers_frame, write_report
+from fnet_search.policy import Audit, Constraints, Evaluation, LayerStats, ranking
+from fnet_search.report import COLUMNS as TYPES
+from fnet_search.report import DETAILED, GLOSSARY, candidate_line, candidates_csv, layers_csv, write_report
 
 SPACE = load_space("factorizenet")
 BUDGET = Constraints(conv_macs=120_000_000)
@@ -25,8 +26,8 @@ ODD = (
     failed(SPACE, make_plan(SPACE, {"conv_64_1": 4}), 9, "loss became NaN & stayed so <twice>"),
 )
 COLUMNS = (
-    "number,plan,label,state,reason,feasible,split,scheme,epochs,trained_images,conv_macs,total_macs,params,"
-    "fp32_accuracy,quint8_accuracy,qmse,qce,kl,relative_drop,audited_codes,differing_codes"
+    "number,plan,label,role,state,reason,feasible,split,scheme,epochs,trained_images,parent,inherited_epochs,"
+    "zero_shot_accuracy,last_epoch_accuracy,conv_macs,total_macs,params,fp32_accuracy,quint8_accuracy,qmse,qce,kl,relative_drop,audited_codes,differing_codes"
 )
 
 
@@ -117,6 +118,56 @@ def test_every_candidate_is_there_with_its_numbers(paper: tuple[str, Page]) -> N
     assert ids[-2:] == ["candidate-8", "candidate-9"]  # those without a rank come last
     links = [link for link in page.attributes("a", "href") if link]
     assert {link.removeprefix("#") for link in links} == set(page.attributes("details", "id"))
+
+
+WARM = (
+    replace(PAPER[0], role="reference", epochs=10, trained_images=450_000),
+    replace(INIT2, number=1, epochs=1, parent=0, inherited_epochs=10, zero_shot_accuracy=0.795, accuracies=(0.81,)),
+    replace(pruned(SPACE, PAPER[4].plan, 2, (0.25, 0.3125)), parent=0, inherited_epochs=10, zero_shot_accuracy=0.125),
+    replace(PAPER[7], number=3, epochs=4, accuracies=(0.5, 0.6, 0.7, 0.75)),
+    replace(
+        replace(INIT2, number=4, role="final", epochs=10, parent=1, inherited_epochs=11, zero_shot_accuracy=0.8601),
+        **{"fp32_accuracy": 0.9, "quint8_accuracy": 0.89, "accuracies": (0.9,) * 10},
+    ),
+)
+"""A search that started from the regular network and stopped one candidate; the last was trained on from number 1."""
+
+
+def rows(html: str) -> list[list[str]]:
+    """The cells of the table of candidates, as text."""
+    (found,) = re.findall("<h2>Candidates</h2>.*?<tbody>(.*?)</tbody>", html, re.DOTALL)
+    return [
+        [Page(cell).text for cell in re.findall("<td.*?>(.*?)</td>", row, re.DOTALL)]
+        for row in re.findall("<tr.*?>(.*?)</tr>", found, re.DOTALL)
+    ]
+
+
+def test_what_networks_started_from(tmp_path: Path) -> None:
+    html, page = report(tmp_path, WARM)
+    head = page.text[: page.text.index("How it was searched")]
+    assert "init2 won: 89.00 % in quint8 at 104.3 MMAC." in head
+    assert "Candidates: 2 trained, 1 stopped early. Images trained on in all: 945,000." in head
+    shown = [(row[0], row[1], row[3], row[4], row[-1]) for row in rows(html)]
+    assert shown == [
+        ("1", "4", "trained on", "10 epochsfrom 1 (11 epochs), 86.01 % before", "yes"),
+        ("2", "1", "trained", "1 epochfrom 0 (10 epochs), 79.50 % before", "yes"),
+        ("3", "3", "trained", "4 epochs", "yes"),
+        ("-", "0", "reference", "10 epochs", "no"),
+        (
+            *("-", "2", "prunedbehind the others after epoch 2 of 8 (31.2 %)"),
+            *("2 epochsfrom 0 (10 epochs), 12.50 % before", "-"),
+        ),
+    ]
+    for term in ("reference", "trained on", "training"):
+        assert term in GLOSSARY
+        assert GLOSSARY[term] in page.text
+
+
+def test_a_reference_alone_is_no_winner_and_no_given_plan(tmp_path: Path) -> None:
+    _, page = report(tmp_path, [WARM[0], failed(SPACE, INIT2.plan, 1)])
+    assert "No candidate was trained." in page.text
+    assert "Given plans" not in page.text
+    assert "Candidates: 1 failed. Images trained on in all: 450,000." in page.text
 
 
 def test_settings_say_how_it_was_searched(paper: tuple[str, Page]) -> None:
@@ -221,8 +272,20 @@ def test_a_residual_space_and_a_second_report(tmp_path: Path) -> None:
 # The tables
 
 
-def test_candidates_frame_has_a_row_an_evaluation_in_order(tmp_path: Path) -> None:
-    frame = candidates_frame(SPACE, BUDGET, (*ODD, *PAPER[::-1]))
+def csv(evaluations: Sequence[Evaluation]) -> str:
+    return candidates_csv({one.number: candidate_line(SPACE, BUDGET, one) for one in evaluations})
+
+
+def read(text: str) -> pd.DataFrame:
+    """As a user does: empty cells are missing numbers, and empty words."""
+    words = [name for name, kind in TYPES.items() if kind is str]
+    return pd.read_csv(
+        io.StringIO(text), keep_default_na=False, na_values={name: [""] for name in set(TYPES) - {*words}}
+    )
+
+
+def test_candidates_csv_has_a_line_an_evaluation_in_order() -> None:
+    frame = read(csv((*ODD, *PAPER[::-1])))
     assert ",".join(frame.columns) == COLUMNS
     assert list(frame["number"]) == list(range(10))
     row = frame.iloc[5]
@@ -234,30 +297,40 @@ def test_candidates_frame_has_a_row_an_evaluation_in_order(tmp_path: Path) -> No
     assert list(frame["feasible"]) == [BUDGET.feasible(one) for one in (*PAPER, *ODD)]
     assert list(frame["reason"][-2:]) == [one.reason for one in ODD]
     assert frame.loc[8:, "fp32_accuracy":].isna().all().all()
+    assert list(frame["qmse"][:8]) == [one.qmse for one in PAPER]  # every bit of a float is written
 
 
-def test_candidates_csv_is_stable_and_reads_back() -> None:
-    frame = candidates_frame(SPACE, BUDGET, (*PAPER, *ODD))
-    text = frame.to_csv(index=False)
-    assert candidates_frame(SPACE, BUDGET, (*ODD, *PAPER)).to_csv(index=False) == text
-    assert text.splitlines()[0] == COLUMNS
-    again = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values={"qmse": [""]})
-    assert list(again["qmse"][:8]) == [one.qmse for one in PAPER]  # every bit of a float is written
-    only_refused = candidates_frame(SPACE, BUDGET, ODD[:1]).to_csv(index=False)
-    assert only_refused.splitlines()[1] == text.splitlines()[9]  # a column without numbers changes nothing
+def test_lines_are_those_that_pandas_writes() -> None:
+    """For awkward texts and numbers too, whole numbers among the floats."""
+    odd = [
+        replace(INIT2, number=20, qmse=1e-7, qce=1e16, kl=0.1 + 0.2, fp32_accuracy=1, audit=Audit(1, 10, 3, 1)),
+        replace(ODD[0], number=21, reason='a "b", c'),
+        replace(ODD[1], number=22, reason="two\nlines; 1,5"),
+    ]
+    text = csv([*PAPER, *ODD, *odd])
+    names = {int: "Int64", str: "str", bool: "bool", float: "float64"}
+    frame = read(text).astype({name: names[kind] for name, kind in TYPES.items()})
+    assert frame.to_csv(index=False, lineterminator="\n") == text
+    assert list(frame["reason"][-2:]) == [one.reason for one in odd[1:]]
+    assert text.splitlines()[7].startswith(f'6,"{PAPER[6].plan}",init4,')
+    assert "1.0,0.8031,1e-07,1e+16,0.30000000000000004" in text
 
 
-def test_no_evaluation_gives_the_columns() -> None:
-    assert candidates_frame(SPACE, BUDGET, ()).to_csv(index=False).strip() == COLUMNS
-    assert list(layers_frame(ODD[0]).columns) == [field.name for field in fields(LayerStats)]
+def test_a_column_without_numbers_changes_nothing() -> None:
+    assert csv(ODD[:1]).splitlines()[1] == csv((*PAPER, *ODD)).splitlines()[9]
+    assert csv(()) == COLUMNS + "\n"
 
 
-def test_layers_frame_has_every_field_of_every_layer() -> None:
+def test_layers_csv_has_every_field_of_every_layer() -> None:
+    names = [field.name for field in fields(LayerStats)]
     first = replace(INIT2.layers[0], weight_sqnr_db=None)
-    frame = layers_frame(replace(INIT2, layers=(first, *INIT2.layers[1:])))
-    assert list(frame.columns) == [field.name for field in fields(LayerStats)]
+    text = layers_csv(replace(INIT2, layers=(first, *INIT2.layers[1:])))
+    frame = pd.read_csv(io.StringIO(text))
+    assert list(frame.columns) == names
     assert list(frame["layer"]) == [layer.layer for layer in INIT2.layers]
     for layer, (_, row) in zip(INIT2.layers[1:], list(frame.iterrows())[1:], strict=True):
-        assert row.to_dict() == {field.name: getattr(layer, field.name) for field in fields(LayerStats)}
+        assert row.to_dict() == {name: getattr(layer, name) for name in names}
     assert frame["weight_sqnr_db"].isna().sum() == 1
-    assert frame.to_csv(index=False).splitlines()[1].count(",,") == 1
+    assert text.splitlines()[1].count(",,") == 1
+    assert frame.to_csv(index=False, lineterminator="\n") == text
+    assert layers_csv(ODD[0]) == ",".join(names) + "\n"

@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -13,16 +14,16 @@ from evaluations import trained
 from PIL import Image
 
 from fnet_policies import Random
+from fnet_search import numerics
 from fnet_search.audit import compare
 from fnet_search.data import hold_out, load_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import measure
+from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
 from fnet_search.macro import load_space
-from fnet_search.numerics import Numerics
-from fnet_search.plan import parse_plan
+from fnet_search.plan import parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
-from fnet_search.recipe import load_recipe
+from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
 from fnet_search.run import Outcome, Request, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
@@ -36,6 +37,7 @@ SEARCH = Request(
     space=TINY,
     dataset="digits",
     recipe=load_recipe("quick").with_epochs(1),
+    fidelity=Fidelity(),
     policy_name="random",
     constraints=Constraints(conv_macs=600_000),
     scheme=Scheme(),
@@ -43,12 +45,15 @@ SEARCH = Request(
     split="validation",
     device="cpu",
     dtype="float32",
+    threads=1,
+    fused=False,
     storage=None,
     data_dir=Path("data"),
     download=False,
     audit_all=False,
 )
 RANDOM = Random()
+WARM = replace(SEARCH, fidelity=Fidelity(warm_start=True, warm_epochs=1, prune=True, final_epochs=2))
 GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), split="test", audit_all=True)
 
 
@@ -72,7 +77,7 @@ class Notes:
     def advance(self, what: str, done: int, total: int) -> None:
         self.texts.append(f"{what}: {done} of {total}")
 
-    def begin(self, run: RunFolder, numerics: Numerics, space: object, trials: int, done: int) -> None:
+    def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
         self.begun.append((trials, done))
 
     def show(self, event: Event) -> None:
@@ -80,7 +85,7 @@ class Notes:
 
     @property
     def started(self) -> list[int]:
-        return [event.number for event in self.events if isinstance(event, Started)]
+        return [event.job.number for event in self.events if isinstance(event, Started)]
 
 
 def go(
@@ -88,6 +93,14 @@ def go(
 ) -> tuple[Outcome, Notes]:
     notes = Notes()
     return run_study(request, policy, RunFolder(folder), trials, workers, notes), notes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def widths() -> Iterator[None]:
+    """Measured, they may differ from run to run: runs are the same for equal numerics."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(numerics, "_width", lambda numerics, own: own)
+        yield
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -145,7 +158,11 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
 
 def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> None:
     config = json.loads((whole[0] / "config.json").read_text())
-    assert config["numerics"] == {"device": "cpu", "dtype": "float32", "channels_last": True, "threads": 1}
+    assert config["numerics"] == {
+        **{"device": "cpu", "dtype": "float32", "channels_last": True, "threads": 1},
+        **{"fused": False, "group_widths": [1, 2, 4, 8, 16]},
+    }
+    assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False}
     assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
     assert (config["seed"], config["split"], config["study"], config["storage"]) == (3, "validation", "whole", None)
     assert config["recipe"]["epochs"] == 1
@@ -156,7 +173,7 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
 def test_a_finished_run_does_nothing_again(run: Path, whole: tuple[Path, Outcome]) -> None:
     """In a folder of another name, too, and with the recorded numerics where nothing else is wanted."""
     before = files_in(run)
-    outcome, notes = go(run, request=replace(SEARCH, device="auto", dtype="auto"))
+    outcome, notes = go(run, request=replace(SEARCH, device="auto", dtype="auto", threads=None, fused=None))
     assert (notes.started, notes.begun) == ([], [(2, 2)])
     assert not any("measuring" in text for text in notes.texts)
     assert replace(outcome, report=whole[1].report) == whole[1]
@@ -178,7 +195,7 @@ def cut_off_in_mid_write(run: Path) -> None:
     """Half a line, half a checkpoint and half of other files of the second candidate, and the lock of the journal."""
     journal = run / "journal.log"
     lines = journal.read_bytes().splitlines(keepends=True)
-    second = next(index for index, line in enumerate(lines) if json.loads(line).get("user_attr") == {"number": 1})
+    second = next(index for index, line in enumerate(lines) if b'"number":1,' in line)
     journal.write_bytes(b"".join(lines[: second + 3]) + lines[second + 3][:20])
     (run / "journal.log.lock").symlink_to(journal)
     candidate = run / "candidates" / "001"
@@ -245,7 +262,17 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
         ({"constraints": Constraints(conv_macs=1)}, "constraints.conv_macs: 600000 recorded, 1 wanted"),
-        ({"recipe": SEARCH.recipe.with_epochs(7)}, "recipe.epochs: 1 recorded, 7 wanted"),
+        (
+            {"recipe": replace(SEARCH.recipe, batch_size=32)},
+            "recipe.batch_size: 64 recorded, 32 wanted",
+        ),
+        ({"fidelity": Fidelity(prune=True)}, "fidelity.prune: False recorded, True wanted"),
+        (
+            {"fidelity": Fidelity(warm_start=True, final_epochs=9)},
+            "fidelity.warm_start: False recorded, True wanted",
+        ),
+        ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
+        ({"threads": 9}, "numerics.threads: 1 recorded, 9 wanted"),
         ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),
         ({"space": load_space("factorizenet")}, "space"),
         ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
@@ -302,7 +329,15 @@ def test_headlines(tmp_path: Path) -> None:
     assert outcome.headline(Path("x")) == f"{missed} {found}"
     assert replace(outcome, feasible=True).headline(Path("x")) == f"winner: {found}"
     assert replace(outcome, winner=None).headline(Path("x")) == "1 network measured; files in x"
-    assert replace(outcome, winner=None, evaluations=()).headline(Path("x")) == "nothing was trained; see x"
+    reference = replace(near, role="reference")
+    assert replace(outcome, winner=None, evaluations=(reference,)).headline(Path("x")) == (
+        "no candidate was trained; see x"
+    )
+    final = replace(near, number=7, role="final", parent=4)
+    assert replace(outcome, winner=final, test=None).headline(Path("x")) == (
+        f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}; files in x/best"
+    )
+    assert replace(outcome, winner=None, evaluations=()).headline(Path("x")) == "no candidate was trained; see x"
 
 
 def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -315,7 +350,7 @@ def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path
         "the loss was not finite in epoch 1 of 1 (tried 2 times)",
     }
     assert (outcome.winner, outcome.feasible, outcome.test) == (None, False, None)
-    assert outcome.headline(Path("x")) == "nothing was trained; see x"
+    assert outcome.headline(Path("x")) == "no candidate was trained; see x"
     table = pd.read_csv(tmp_path / "wild" / "candidates.csv")
     assert table["state"].tolist() == ["failed", "failed"]
     assert table["reason"].str.contains("not finite").all()
@@ -378,9 +413,166 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
         ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
         ({"storage": "garbage"}, "an Optuna URL is wanted"),
         ({"constraints": Constraints(params=1_577)}, "a limit of 1,577 parameters is below the smallest network"),
+        ({"dtype": "tf32"}, r"^dtype tf32 needs a CUDA device of compute capability 8\.0 or more, not cpu$"),
+        ({"dtype": "tf32", "device": "auto"}, "^dtype tf32 needs a CUDA device of compute capability"),
+        (
+            {"workers": 1_000_000},
+            r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use --workers \d+ ",
+        ),
     ],
 )
-def test_what_cannot_be_run_leaves_no_folder(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_what_cannot_be_run_leaves_no_folder(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    workers = change.pop("workers", 1)
+    if change.get("device") == "auto" and torch.cuda.is_available():
+        pytest.skip("this machine has what cannot be there")
     with pytest.raises(FnetError, match=message):
-        go(tmp_path / "run", request=replace(SEARCH, **change))
+        go(tmp_path / "run", request=replace(SEARCH, **change), workers=workers)
     assert list(tmp_path.iterdir()) == []
+
+
+# Candidates that start from others
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, list[Event]]:
+    """A reference, two candidates that start from it, and the better one trained on. Copy it before it is changed."""
+    folder = tmp_path_factory.mktemp("run") / "children"
+    outcome, notes = go(folder, request=WARM)
+    return folder, outcome, notes.events
+
+
+@pytest.fixture
+def warm(children: tuple[Path, Outcome, list[Event]], tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(children[0], tmp_path / "copy"))
+
+
+def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Event]]) -> None:
+    folder, outcome, events = children
+    reference, *candidates, final = outcome.evaluations
+    assert [one.role for one in outcome.evaluations] == ["reference", "candidate", "candidate", "final"]
+    best = max(candidates, key=lambda one: one.quint8_accuracy or 0.0)
+    assert (reference.plan, reference.parent, reference.epochs) == (regular(TINY), None, 1)
+    assert reference.cost.conv_macs == 811_008 > 600_000
+    images = reference.trained_images
+    for one in candidates:
+        assert (one.parent, one.epochs, one.inherited_epochs, one.trained_images) == (0, 1, 1, images)
+        assert one.zero_shot_accuracy is not None
+        assert len(one.accuracies) == 1
+    assert (final.parent, final.plan, final.epochs, final.inherited_epochs) == (best.number, best.plan, 2, 2)
+    assert final.trained_images == 2 * images
+    found = final.zero_shot_accuracy
+    assert found == pytest.approx(best.fp32_accuracy, abs=0.01), "its own weights; in the arithmetic of the training"
+    assert [job.threads for job in (event.job for event in events if isinstance(event, Started))] == [1, 1, 1, 1]
+    assert outcome.winner is not None
+    assert outcome.winner.role != "reference"
+    assert json.loads((folder / "config.json").read_text())["fidelity"] == {
+        **{"warm_start": True, "warm_epochs": 1, "prune": True}
+    }
+    table = pd.read_csv(folder / "candidates.csv")
+    assert table["role"].tolist() == ["reference", "candidate", "candidate", "final"]
+    assert table["parent"].tolist()[1:] == [0, 0, best.number]
+    page = (folder / "report.html").read_text()
+    assert "<th>warm start</th><td>from trained parents, 1 epoch, a smaller learning rate</td>" in page
+    assert "<th>pruning</th>" in page
+
+
+def test_the_same_warm_search_again_gives_the_same_table(
+    children: tuple[Path, Outcome, list[Event]], tmp_path: Path
+) -> None:
+    go(tmp_path / "again", request=WARM)
+    assert (tmp_path / "again" / "candidates.csv").read_bytes() == (children[0] / "candidates.csv").read_bytes()
+
+
+def test_a_warm_search_goes_on(warm: Path, children: tuple[Path, Outcome, list[Event]]) -> None:
+    """The reference and the final training are done once; then more epochs of it are wanted, then more candidates."""
+    _, notes = go(warm, request=WARM)
+    assert (notes.started, notes.begun) == ([], [(2, 2)])
+    longer = replace(WARM, fidelity=replace(WARM.fidelity, final_epochs=3))
+    outcome, notes = go(warm, request=longer)
+    assert notes.started == [4]
+    final = outcome.evaluations[4]
+    before = children[1].evaluations[3]
+    assert (final.role, final.epochs, final.parent, final.plan) == ("final", 3, before.parent, before.plan)
+    assert go(warm, request=WARM)[1].started == [], "it has had more than that"
+    outcome, notes = go(warm, 3, longer)
+    assert notes.begun == [(3, 2)]
+    assert notes.started[0] == 5
+    child = outcome.evaluations[5]
+    assert (child.role, child.parent, child.inherited_epochs) == ("candidate", 0, 1)
+
+
+def test_within_the_budget_the_regular_network_may_win(tmp_path: Path) -> None:
+    """Trained from scratch with as many epochs, it is not trained on."""
+    request = replace(WARM, constraints=Constraints(conv_macs=811_008), fidelity=Fidelity(True, final_epochs=1))
+    outcome, notes = go(tmp_path / "run", 1, request)
+    (one,) = outcome.evaluations
+    assert (one.role, one.plan) == ("candidate", regular(TINY))
+    assert outcome.headline(Path("x")).startswith("winner: candidate 0 (regular), 0.811 MMAC, ")
+    assert (notes.started, notes.begun) == ([0], [(1, 0)])
+
+
+def test_a_winner_whose_ancestors_are_lost_is_trained_again_from_them(
+    warm: Path, children: tuple[Path, Outcome, list[Event]]
+) -> None:
+    """The same networks come out."""
+    shutil.rmtree(warm / "best")
+    for path in warm.glob("candidates/*/*.safetensors"):
+        path.unlink()
+    outcome, notes = go(warm, request=WARM)
+    assert notes.started == []
+    assert replace(outcome, report=children[1].report) == children[1]
+    best = [read_tensors(folder / "best" / "quantized.safetensors")[0] for folder in (warm, children[0])]
+    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
+    assert (warm / "candidates.csv").read_bytes() == (children[0] / "candidates.csv").read_bytes()
+
+
+# Runs of versions before
+
+SINCE = {"role", "parent", "inherited_epochs", "zero_shot_accuracy", "accuracies"}
+"""What evaluations have since networks start from others."""
+
+
+@pytest.fixture
+def old(run: Path) -> Path:
+    """The uninterrupted search as a version left it that knew of no warm start."""
+    config = json.loads((run / "config.json").read_text())
+    del config["fidelity"], config["recipe"]["warm_share"], config["recipe"]["warm_rate"]
+    del config["numerics"]["fused"], config["numerics"]["group_widths"]
+    (run / "config.json").write_text(json.dumps(config))
+    for path in [*run.glob("candidates/*/evaluation.json"), *run.glob("best/*.json")]:
+        path.write_text(json.dumps(without(json.loads(path.read_text()))))
+    lines = []
+    for line in (run / "journal.log").read_text().splitlines():
+        entry = json.loads(line)
+        attribute = entry.get("user_attr", {})
+        if not attribute.keys() & {"role", "start", "planned_epochs"}:
+            if "evaluation" in attribute:
+                attribute["evaluation"] = without(attribute["evaluation"])
+            lines.append(json.dumps(entry))
+    (run / "journal.log").write_text("".join(f"{line}\n" for line in lines))
+    return run
+
+
+def without(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in evaluation.items() if name not in SINCE}
+
+
+def test_a_report_of_an_old_run_can_be_made(old: Path, whole: tuple[Path, Outcome]) -> None:
+    (old / "report.html").unlink()
+    outcome = reported(old)
+    assert outcome.evaluations == tuple(replace(one, accuracies=()) for one in whole[1].evaluations)
+    assert outcome.headline(Path("x")) == whole[1].headline(Path("x"))
+    page = (old / "report.html").read_text()
+    assert "<th>warm start</th>" not in page
+    assert pd.read_csv(old / "candidates.csv")["role"].tolist() == ["candidate", "candidate"]
+    assert open_run(old).find([])[0].evaluation.number == whole[1].winner.number  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("request_", [SEARCH, WARM], ids=["cold", "warm"])
+def test_an_old_run_does_not_go_on(old: Path, request_: Request) -> None:
+    before = files_in(old)
+    with pytest.raises(FnetError) as caught:
+        go(old, 3, request_)
+    assert str(caught.value) == f"{old} was made by an earlier version, which trained otherwise; choose another --out"
+    assert files_in(old) == before

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluations import failed, refused, trained
+from evaluations import failed, pruned, refused, trained
 from onnx import ModelProto
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import load_plan, make_plan, regular, uniform
 from fnet_search.policy import Constraints, Evaluation
-from fnet_search.runfolder import KEPT, RunFolder, differences, versions
+from fnet_search.report import candidate_line
+from fnet_search.runfolder import KEPT, RunFolder, differences, kept, versions
 
 TINY = load_space("tiny")
 FREE = Constraints()
 CONFIG = {
     **{"space": "", "dataset": "digits", "policy": "tpe", "scheme": "minmax", "split": "test", "seed": 0},
-    **{"recipe": {"epochs": 1}, "constraints": {}, "numerics": {}},
+    **{"recipe": {"epochs": 1}, "fidelity": {"warm_start": False}, "constraints": {}, "numerics": {}},
     "data": {"fingerprint": "0f", "classes": ["a", "b"], "mean": [0.5], "std": [0.25]},
 }
 
@@ -133,9 +134,10 @@ def test_what_a_killed_process_was_writing_is_cleared_away(run: RunFolder) -> No
 
 def test_tables(run: RunFolder) -> None:
     evaluations = (one(0, 0.5), refused(TINY, regular(TINY), 1), failed(TINY, uniform(TINY, 4), 2))
-    run.write_candidates(TINY, FREE, evaluations)
+    evaluations = (pruned(TINY, uniform(TINY, 2), 3), *evaluations)
+    run.write_candidates({one.number: candidate_line(TINY, FREE, one) for one in evaluations})
     table = pd.read_csv(run.path / "candidates.csv")
-    assert table["state"].tolist() == ["complete", "refused", "failed"]
+    assert table["state"].tolist() == ["complete", "refused", "failed", "pruned"]
     assert b"\r" not in (run.path / "candidates.csv").read_bytes()
     run.write_timings({2: 1.5, 0: 3.0})
     assert (run.path / "timings.csv").read_text() == "number,seconds\n0,3.0\n2,1.5\n"
@@ -165,6 +167,19 @@ def test_weights_are_kept_of_the_best_few(run: RunFolder) -> None:
     assert weights(run) == sorted(kept)
 
 
+def test_weights_are_looked_for_where_they_may_be(run: RunFolder) -> None:
+    """What a search knows to be gone is not looked at again: here it is, and stays."""
+    evaluations = tuple(one(number, 0.5 + 0.1 * number) for number in range(KEPT + 2))
+    for evaluation in evaluations:
+        leave_weights(run, evaluation)
+    best = run.prune(evaluations[:-1], FREE, among={1, 2, 3})
+    assert best == {1, 2, 3}
+    assert (run.candidate(0) / "weights.safetensors").exists()
+    assert run.prune(evaluations, FREE, among=best | {4}) == {2, 3, 4}
+    present = [(run.candidate(number) / "weights.safetensors").exists() for number in range(KEPT + 2)]
+    assert present == [True, False, True, True, True]
+
+
 def leave_requantized(run: RunFolder, evaluation: Evaluation) -> None:
     run.write_candidate(replace(evaluation, scheme="mse"), run.candidate(evaluation.number) / "mse")
 
@@ -182,6 +197,36 @@ def test_weights_of_a_network_that_was_quantized_otherwise_are_kept(run: RunFold
         False,
         True,
     ]
+
+
+def test_the_best_candidates_the_best_final_one_and_the_reference_are_kept() -> None:
+    """A final training of a candidate takes the place of none; parents of what is running are kept besides."""
+    candidates = [one(number, accuracy) for number, accuracy in enumerate((0.5, 0.9, 0.6, 0.8, 0.7))]
+    reference = replace(one(5, 0.99), role="reference")
+    finals = [replace(one(number, accuracy), role="final", parent=1) for number, accuracy in ((6, 0.95), (7, 0.94))]
+    evaluations = (*candidates, reference, *finals, pruned(TINY, regular(TINY), 8))
+    assert kept(evaluations, FREE) == {1, 3, 4, 5, 6}
+    assert kept(evaluations, Constraints(min_quint8=0.99)) == {1, 3, 4, 5, 6}
+    assert kept((), FREE) == set()
+
+
+def test_weights_of_parents_in_use_are_kept(run: RunFolder) -> None:
+    evaluations = tuple(one(number, 0.9 - 0.1 * number) for number in range(KEPT + 3))
+    for evaluation in evaluations:
+        leave_weights(run, evaluation)
+    run.prune(evaluations, FREE, [KEPT + 1])
+    left = [number for number in range(KEPT + 3) if (run.candidate(number) / "weights.safetensors").exists()]
+    assert left == [0, 1, 2, KEPT + 1]
+    run.prune(evaluations, FREE)
+    assert not (run.candidate(KEPT + 1) / "weights.safetensors").exists()
+
+
+def test_the_checkpoint_of_what_was_stopped_is_dropped(run: RunFolder) -> None:
+    stopped = pruned(TINY, regular(TINY), 0)
+    run.candidate(0).mkdir(parents=True)
+    (run.candidate(0) / "checkpoint.safetensors").write_text("")
+    run.prune((stopped,), FREE)
+    assert weights(run) == []
 
 
 def test_given_plans_all_keep_their_weights(run: RunFolder) -> None:

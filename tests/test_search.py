@@ -1,63 +1,89 @@
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluations import failed, trained
+from evaluations import failed, pruned, trained
 
 from fnet_policies import TPE, ProgressiveDoubling, Random
 from fnet_search.errors import FnetError
+from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
+from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
-from fnet_search.policy import Constraints, Evaluation, History, Policy
+from fnet_search.policy import Constraints, Evaluation, History, Policy, Role, choose_parent, ranking
+from fnet_search.recipe import Fidelity, load_recipe
+from fnet_search.scheme import Scheme
 from fnet_search.search import REFUSALS_IN_A_ROW, FixedPlans, Refused, Started, refusal, search
+from fnet_search.search import trained as count_trained
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import Finished, Job, Progressed
+from fnet_search.workers import Finished, Judge, Progressed
 
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
 HALF = Constraints(conv_macs=507_904)
 """What f2 has; regular has 811,008."""
 HALFWAY = TrainingProgress(1, 2, True, 0.5, 1.0, 0.5, "validation")
+COLD, WARM = Fidelity(), Fidelity(warm_start=True)
 
 
 @dataclass
 class Listed:
-    """A search recorded in memory."""
+    """A search recorded in memory: children start from what `choose_parent` says, the best is trained on once."""
 
     constraints: Constraints = HALF
     seed: int = 0
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     running: dict[int, FactorizationPlan] = field(default_factory=dict)
     progressed: list[int] = field(default_factory=list)
+    stopped: tuple[FactorizationPlan, ...] = ()
+    fidelity: Fidelity = COLD
 
     def history(self) -> History:
-        taken = self.evaluations.keys() | self.running.keys()
-        number = next(number for number in range(len(taken) + 1) if number not in taken)
-        past = tuple(self.evaluations[number] for number in sorted(self.evaluations))
+        past = tuple(one for one in self._in_order if one.role != "final")
+        number = self._next() - len(self.evaluations) + len(past)
         return History(TINY, self.constraints, past, tuple(self.running.values()), number, self.seed)
 
+    @property
+    def _in_order(self) -> tuple[Evaluation, ...]:
+        return tuple(self.evaluations[number] for number in sorted(self.evaluations))
+
+    def _next(self) -> int:
+        taken = self.evaluations.keys() | self.running.keys()
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
-        number = self.history().number
+        number = self._next()
         self.evaluations[number] = Evaluation(number, plan, plan_cost(TINY, plan), "refused", reason)
         return self.evaluations[number]
 
-    def start(self, plan: FactorizationPlan) -> int:
-        number = self.history().number
+    def start(self, plan: FactorizationPlan, role: Role) -> Job:
+        number = self._next()
+        parent = (
+            self._best if role == "final" else choose_parent(self._in_order, plan) if self.fidelity.warm_start else None
+        )
+        start = parent and Start(parent.number, parent.plan, Path(f"{parent.number:03d}"), parent.epochs)
         self.running[number] = plan
-        return number
+        return Job(number, plan, Path(f"{number:03d}"), role, start)
 
-    def progress(self, number: int, progress: TrainingProgress) -> None:
-        assert number in self.running
+    def progress(self, number: int, progress: TrainingProgress) -> bool:
         self.progressed.append(number)
+        return self.running[number] in self.stopped
 
     def finish(self, evaluation: Evaluation, seconds: float) -> None:
         assert self.running.pop(evaluation.number) == evaluation.plan
         self.evaluations[evaluation.number] = evaluation
 
-    def folder(self, number: int) -> Path:
-        return Path(f"{number:03d}")
+    @property
+    def _best(self) -> Evaluation | None:
+        ranked = ranking(tuple(one for one in self._in_order if one.role == "candidate"), self.constraints)
+        return ranked[0] if ranked else None
+
+    def to_finish(self) -> Evaluation | None:
+        assert self.running == {}, "the search is over"
+        finals = [one.parent for one in self.evaluations.values() if one.role == "final"]
+        return self._best if self.fidelity.final_epochs and self._best and self._best.number not in finals else None
 
     @property
     def plans(self) -> list[FactorizationPlan]:
@@ -70,8 +96,14 @@ class Clocked:
 
     count: int = 1
     failing: tuple[FactorizationPlan, ...] = ()
+    fidelity: Fidelity = COLD
     jobs: list[list[Any]] = field(default_factory=list)
     submitted: list[Job] = field(default_factory=list)
+
+    @property
+    def setup(self) -> Setup:
+        recipe = load_recipe("quick")
+        return Setup(TINY, recipe, Scheme(), Numerics("cpu"), 0, "validation", fidelity=self.fidelity)
 
     @property
     def busy(self) -> int:
@@ -82,16 +114,32 @@ class Clocked:
         self.jobs.append([job, 0])
         self.submitted.append(job)
 
-    def events(self) -> Iterator[Progressed | Finished]:
+    def events(self, judge: Judge) -> Iterator[Progressed | Finished]:
         entry = self.jobs[-1]
         job, entry[1] = entry[0], entry[1] + 1
         if entry[1] < 2:
+            entry.append(judge(job.number, HALFWAY))
             yield Progressed(job.number, HALFWAY)
             return
         self.jobs.remove(entry)
         accuracy = 0.5 + plan_cost(TINY, job.plan).conv_macs / 2_000_000
-        good = trained(TINY, job.plan, job.number, accuracy + 0.05, accuracy, layers=False)
-        yield Finished(failed(TINY, job.plan, job.number) if job.plan in self.failing else good, 1.0)
+        done = trained(TINY, job.plan, job.number, accuracy + 0.05, accuracy, layers=False)
+        if entry[2]:
+            done = pruned(TINY, job.plan, job.number)
+        elif job.plan in self.failing:
+            done = failed(TINY, job.plan, job.number)
+        yield Finished(replace(done, role=job.role, parent=job.start and job.start.number), 1.0)
+
+
+def warm_search(
+    policy: Policy, trials: int, workers: int = 1, constraints: Constraints = HALF, final_epochs: int = 0, **record: Any
+) -> tuple[Listed, Clocked]:
+    """A search whose candidates start from others, done."""
+    fidelity = Fidelity(warm_start=True, final_epochs=final_epochs)
+    listed = Listed(constraints, fidelity=fidelity, **record)
+    pool = Clocked(workers, fidelity=fidelity)
+    list(search(policy, listed, pool, trials))
+    return listed, pool
 
 
 @dataclass
@@ -111,9 +159,8 @@ def test_what_happens_is_told_in_order() -> None:
     events = list(search(Scripted([REGULAR, F4]), record, pool, 5))
     assert [type(event) for event in events] == [Refused, Started, Progressed, Finished]
     assert events[0].evaluation.reason == "811,008 conv MACs exceed the budget of 507,904"
-    assert (events[1].number, events[1].plan) == (1, F4)
+    assert pool.submitted == [events[1].job] == [Job(1, F4, Path("001"))]
     assert events[3].evaluation == record.evaluations[1]
-    assert pool.submitted == [Job(1, F4, Path("001"))]
     assert record.progressed == [1]
 
 
@@ -147,13 +194,22 @@ def test_trials_are_candidates_trained() -> None:
     assert record.evaluations == before
 
 
+def test_what_is_stopped_early_counts_as_a_candidate() -> None:
+    record, pool = Listed(Constraints(), stopped=(F2, DWS)), Clocked(2)
+    list(search(Scripted([F4, F2, DWS, REGULAR]), record, pool, 3))
+    assert [(one.plan, one.state) for one in record.history().evaluations] == [
+        *((F4, "complete"), (F2, "pruned"), (DWS, "pruned"))
+    ]
+    assert [job.threads for job in pool.submitted] == [1, 1, 1]
+
+
 def test_workers_are_kept_busy_and_trials_are_not_exceeded() -> None:
     record, pool = Listed(Constraints()), Clocked(3)
     most = 0
     for event in search(Random(), record, pool, 7):
         most = max(most, pool.busy)
-        if isinstance(event, Started) and event.number < 3:
-            assert pool.busy == event.number
+        if isinstance(event, Started) and event.job.number < 3:
+            assert pool.busy == event.job.number
     assert most == 3
     assert len(record.evaluations) == 7
     assert len(set(record.plans)) == 7
@@ -251,3 +307,90 @@ def test_given_plans_are_each_trained_once_in_their_order() -> None:
     assert record.plans == [DWS, REGULAR]
     list(search(FixedPlans((F2, DWS, F4)), record, Clocked(2), 4))
     assert record.plans == [DWS, REGULAR, F2, F4]
+
+
+# Candidates that start from others
+
+
+def test_the_regular_network_comes_first_above_the_ceilings_too() -> None:
+    """As a reference: it is no trial, and wins nothing. The policy sees it."""
+    policy = Scripted([F4, REGULAR, DWS])
+    record, pool = warm_search(policy, 2)
+    assert [(job.plan, job.role, job.start and job.start.number) for job in pool.submitted] == [
+        *((REGULAR, "reference", None), (F4, "candidate", 0), (DWS, "candidate", 0))
+    ]
+    assert [(one.number, len(one.evaluations)) for one in policy.seen] == [(1, 1), (2, 2), (3, 3)]
+    assert record.evaluations[2].reason == "repeats candidate 0"
+    assert count_trained(record.evaluations.values()) == 2
+    before = dict(record.evaluations)
+    list(search(Scripted([F2]), record, pool, 2))
+    assert record.evaluations == before, "it is trained once"
+    list(search(Scripted([F2]), record, pool, 3))
+    assert [job.plan for job in pool.submitted[3:]] == [F2]
+
+
+def test_within_the_ceilings_the_regular_network_is_a_candidate() -> None:
+    record, pool = warm_search(Scripted([F4]), 2, constraints=Constraints(conv_macs=811_008))
+    assert [(job.plan, job.role) for job in pool.submitted] == [(REGULAR, "candidate"), (F4, "candidate")]
+    assert count_trained(record.evaluations.values()) == 2
+    assert ranking(tuple(record.evaluations.values()), record.constraints)[0].plan == REGULAR
+
+
+@pytest.mark.parametrize("state", ["complete", "failed", "pruned"])
+def test_a_reference_that_was_tried_is_not_trained_again(state: Any) -> None:
+    before = replace(trained(TINY, REGULAR, 0, 0.9, 0.8), state=state, role="reference")
+    _, pool = warm_search(Scripted([F4]), 1, evaluations={0: before})
+    (job,) = pool.submitted
+    assert (job.plan, job.start is None) == (F4, state != "complete")
+
+
+def test_a_regular_network_that_was_refused_is_trained_as_a_reference() -> None:
+    refused = Evaluation(0, REGULAR, plan_cost(TINY, REGULAR), "refused", "over budget")
+    record, _ = warm_search(Scripted([F4]), 1, evaluations={0: refused})
+    assert [(one.plan, one.role, one.state) for one in record.evaluations.values()] == [
+        *((REGULAR, "candidate", "refused"), (REGULAR, "reference", "complete"), (F4, "candidate", "complete"))
+    ]
+
+
+def test_what_is_trained_alone_has_the_threads_of_all_workers() -> None:
+    """And nothing else is begun meanwhile."""
+    record, pool = Listed(fidelity=Fidelity(True, final_epochs=8)), Clocked(3, fidelity=WARM)
+    alone = []
+    for event in search(Scripted([F4, F2, DWS]), record, pool, 3):
+        if isinstance(event, Progressed) and event.number in (0, 4):
+            alone.append((event.number, pool.busy))
+    assert alone == [(0, 1), (4, 1)]
+    assert [(job.role, job.threads) for job in pool.submitted] == [
+        *(("reference", 3), ("candidate", 1), ("candidate", 1), ("candidate", 1), ("final", 3))
+    ]
+
+
+def test_the_best_candidate_is_trained_on_at_the_end() -> None:
+    record, pool = warm_search(Scripted([F4, F2, DWS]), 3, final_epochs=8)
+    job = pool.submitted[-1]
+    assert (job.number, job.plan, job.role, job.start) == (4, F2, "final", Start(2, F2, Path("002"), 3))
+    final = record.evaluations[4]
+    assert (final.role, final.parent) == ("final", 2)
+    assert count_trained(record.evaluations.values()) == 3
+
+
+@pytest.mark.parametrize("policy", [Random(), TPE(startup=3)], ids=lambda policy: type(policy).__name__)
+def test_a_search_that_goes_on_after_a_final_training_suggests_the_same(policy: Policy) -> None:
+    whole, _ = warm_search(policy, 9, seed=5)
+    record, pool = warm_search(policy, 5, seed=5, final_epochs=8)
+    list(search(policy, record, pool, 9))
+    assert [number for number, one in record.evaluations.items() if one.role == "final"] == [6, 11]
+    assert [one.plan for one in record.history().evaluations] == whole.plans
+
+
+@pytest.mark.parametrize("stop", range(1, 12, 2))
+def test_a_warm_search_that_was_stopped_ends_the_same(stop: int) -> None:
+    whole, _ = warm_search(Random(), 3, seed=1, final_epochs=8)
+    record = Listed(seed=1, fidelity=whole.fidelity)
+    running = search(Random(), record, Clocked(fidelity=WARM), 3)
+    for _ in range(stop):
+        next(running)
+    running.close()
+    resumed, _ = warm_search(Random(), 3, seed=1, final_epochs=8, evaluations=dict(record.evaluations))
+    assert resumed.evaluations == whole.evaluations
+    assert [one.role for one in whole.evaluations.values()] == ["reference", *["candidate"] * 3, "final"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from networks import CPU, digits, sequence
+from networks import CPU, FAST, compiled, digits, sequence
 from torch import Tensor
 
 from fnet_search.data import DataSet, Split
@@ -14,10 +14,10 @@ from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.recipe import Augmentation, Recipe
-from fnet_search.train import Report, TrainingFailed, TrainingProgress, train
+from fnet_search.train import Report, Trained, TrainingFailed, TrainingProgress, accuracy, train
 
 TINY = load_space("tiny")
-FAST = Numerics("cpu", "bfloat16", True, 1)
+NUMERICS = [CPU, Numerics("cpu", "bfloat16", channels_last=True), pytest.param(FAST, marks=compiled)]
 RECIPE = Recipe(
     "test", 3, 64, 0.05, nesterov=True, weight_decay=5e-4, augmentation=Augmentation(0.1, 0.1, 15, True, True)
 )
@@ -35,15 +35,16 @@ def silent(progress: TrainingProgress) -> None:
 class Training:
     """Trainings that share a checkpoint; each starts with a new network."""
 
-    def __init__(self, data: DataSet, checkpoint: Path, numerics: Numerics = CPU) -> None:
-        self.data, self.checkpoint, self.numerics = data, checkpoint, numerics
+    def __init__(self, data: DataSet, checkpoint: Path, numerics: Numerics = CPU, watched: bool = False) -> None:
+        self.data, self.checkpoint, self.numerics, self.watched = data, checkpoint, numerics, watched
+        self.trained = Trained(0, ())
 
     def __call__(
         self, report: Report = silent, recipe: Recipe = RECIPE, seed: int = 0, key: str = "k"
     ) -> dict[str, Tensor]:
         network = build(TINY, recipe.initializer, seed)
-        images = train(network, self.data, recipe, self.numerics, seed, report, self.checkpoint, key, None)
-        assert images == recipe.epochs * len(self.data.train)
+        watch = self.data.evaluation if self.watched else None
+        self.trained = train(network, self.data, recipe, self.numerics, seed, report, self.checkpoint, key, watch)
         return network.state_dict()
 
 
@@ -59,13 +60,38 @@ def stopping(when: Callable[[TrainingProgress], bool]) -> Report:
     return report
 
 
-@pytest.mark.parametrize("numerics", [CPU, FAST], ids=str)
+@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16", "fast"])
 def test_a_training_is_a_function_of_its_seed(data: DataSet, tmp_path: Path, numerics: Numerics) -> None:
     one, two, other = (
         Training(data, tmp_path / name, numerics)(seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert same(one, two)
     assert not same(one, other)
+
+
+@compiled
+def test_two_threads_are_reproducible_too(data: DataSet, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one, two, three = (Training(data, tmp_path / name, replace(FAST, threads=2))() for name in "abc")
+    finally:
+        torch.set_num_threads(before)
+    assert same(one, two)
+    assert same(one, three)
+
+
+@compiled
+def test_fused_norms_train_the_same_network(data: DataSet, tmp_path: Path) -> None:
+    """Up to rounding, which a training enlarges: here over two steps in float32."""
+    recipe = Recipe("r", 1, 100, 0.05, augmentation=Augmentation(0.1, 0.1, 15))
+    plain, fast = (
+        Training(data, tmp_path / name, numerics)(recipe=recipe)
+        for name, numerics in (("plain", CPU), ("fast", replace(FAST, dtype="float32")))
+    )
+    assert not same(plain, fast)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fast[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_norms_end_with_the_statistics_of_the_training_images_at_rest(data: DataSet, tmp_path: Path) -> None:
@@ -85,7 +111,7 @@ def test_norms_end_with_the_statistics_of_the_training_images_at_rest(data: Data
     torch.testing.assert_close(norm.get_buffer("running_var"), variance, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("numerics", [CPU, FAST], ids=str)
+@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16", "fast"])
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_resumed_training_equals_an_uninterrupted_one(
@@ -98,15 +124,84 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
         cut(stopping(lambda progress: progress.epoch == epoch + (not ended) and progress.ended == ended))
     seen: list[TrainingProgress] = []
     assert same(cut(seen.append), whole)
-    assert [progress.epoch for progress in seen if progress.ended] == list(range(epoch + 1, RECIPE.epochs + 1))
+    assert [progress.epoch for progress in seen if progress.ended] == list(range(1, RECIPE.epochs + 1))
+    assert {progress.epoch for progress in seen if not progress.ended} == set(range(epoch + 1, RECIPE.epochs + 1))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_a_resumed_training_had_reached_is_reported_again(data: DataSet, tmp_path: Path, watched: bool) -> None:
+    """The accuracies of its epochs, but not their losses."""
+    whole, cut = (Training(data, tmp_path / name, watched=watched) for name in ("whole", "cut"))
+    first, resumed = list[TrainingProgress](), list[TrainingProgress]()
+    whole(first.append)
+    with pytest.raises(KeyboardInterrupt):
+        cut(stopping(lambda progress: progress.epoch == 2 and progress.ended))
+    cut(resumed.append)
+    earlier = [replace(progress, loss=None) for progress in first if progress.ended and progress.epoch < 3]
+    assert resumed == earlier + [progress for progress in first if progress.epoch == 3]
+    assert cut.trained == whole.trained
+    assert {progress.split for progress in resumed} == {"validation" if watched else "training"}
 
 
 def test_a_finished_training_is_not_done_again(data: DataSet, tmp_path: Path) -> None:
     training = Training(data, tmp_path / "c")
-    whole = training()
+    whole, trained = training(), training.trained
     seen: list[TrainingProgress] = []
     assert same(training(seen.append), whole)
-    assert seen == []
+    assert [(progress.epoch, progress.ended) for progress in seen] == [(1, True), (2, True), (3, True)]
+    assert training.trained == trained
+
+
+def test_what_a_training_comes_to(data: DataSet, tmp_path: Path) -> None:
+    training, seen = Training(data, tmp_path / "c"), list[TrainingProgress]()
+    training(seen.append)
+    assert (training.trained.images, training.trained.stopped) == (3 * 200, False)
+    assert training.trained.accuracies == tuple(progress.accuracy for progress in seen if progress.ended)
+    assert len(set(training.trained.accuracies)) == 3
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_training_is_stopped_at_the_end_of_an_epoch(data: DataSet, tmp_path: Path, epoch: int) -> None:
+    """Without what comes at the end of a whole one; a verdict within an epoch counts for nothing."""
+    whole, cut = Training(data, tmp_path / "whole"), Training(data, tmp_path / "cut")
+    whole()
+    seen: list[TrainingProgress] = []
+
+    def report(progress: TrainingProgress) -> bool:
+        seen.append(progress)
+        return not progress.ended or progress.epoch >= epoch
+
+    stopped = cut(report)
+    assert cut.trained == Trained(epoch * 200, whole.trained.accuracies[:epoch], stopped=True)
+    assert (seen[-1].epoch, seen[-1].ended) == (epoch, True)
+
+    seen.clear()
+    again = cut(report)
+    assert [(progress.epoch, progress.ended) for progress in seen] == [(number, True) for number in range(1, epoch + 1)]
+    assert cut.trained == Trained(epoch * 200, whole.trained.accuracies[:epoch], stopped=True)
+    assert same(again, stopped)
+
+    network = cut(silent)  # the verdict may be another one by now
+    assert cut.trained == whole.trained
+    assert same(network, whole())
+
+
+def test_a_training_is_stopped_earlier_than_it_had_come(data: DataSet, tmp_path: Path) -> None:
+    """What was trained beyond counts for nothing."""
+    training = Training(data, tmp_path / "c")
+    training()
+    accuracies = training.trained.accuracies
+    training(lambda progress: progress.epoch == 1)
+    assert training.trained == Trained(200, accuracies[:1], stopped=True)
+
+
+def test_a_verdict_at_the_last_epoch_comes_too_late(data: DataSet, tmp_path: Path) -> None:
+    whole, late = Training(data, tmp_path / "whole"), Training(data, tmp_path / "late")
+    expected = whole()
+    for _ in range(2):
+        assert same(late(lambda progress: progress.epoch == 3), expected)
+        assert late.trained == whole.trained
+        assert not late.trained.stopped
 
 
 def test_checkpoints_of_another_training_are_ignored(data: DataSet, tmp_path: Path) -> None:
@@ -167,7 +262,9 @@ def test_what_is_reported(data: DataSet, tmp_path: Path) -> None:
     assert {progress.split for progress in seen} == {"training"}
     assert [progress.accuracy for progress in seen[:steps]] == [None] * steps
     assert all(progress.accuracy == ends[0].accuracy for progress in seen[steps : 2 * steps])
-    assert 0 < ends[-1].loss < ends[0].loss
+    losses = [progress.loss for progress in seen if progress.loss is not None]
+    assert len(losses) == len(seen)
+    assert 0 < losses[-1] < losses[steps]
 
 
 def one_dense() -> Network:
@@ -225,10 +322,8 @@ def test_every_epoch_has_draws_of_its_own(data: DataSet, tmp_path: Path) -> None
     for name, changes in (("order", Augmentation()), ("images", Augmentation(shift=0.2))):
         recipe = replace(RECIPE, learning_rate=1e-20, batch_size=50 if name == "order" else 200, augmentation=changes)
         Training(data, tmp_path / name)(seen.append, recipe)
-        first_steps = [
-            progress.loss for progress, last in zip(seen, [None, *seen], strict=False) if not last or last.ended
-        ]
-        assert len({round(loss, 4) for loss in first_steps}) == RECIPE.epochs
+        first_steps = [now.loss for now, last in zip(seen, [None, *seen], strict=False) if not last or last.ended]
+        assert len({round(loss or 0, 4) for loss in first_steps}) == RECIPE.epochs
         seen.clear()
 
 
@@ -239,4 +334,23 @@ def test_no_batch_holds_one_image(tmp_path: Path, images: int) -> None:
     split = Split(torch.zeros(images, 3, 4, 4, dtype=torch.uint8), torch.arange(images) % 2)
     data = DataSet("d", ("a", "b"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
     recipe = Recipe("r", 1, 2 if images < 33 else 32, 0.01)
-    assert train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, tmp_path / "c", "k", None) == images
+    found = train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+    assert found.images == images
+
+
+@pytest.mark.parametrize(
+    ("images", "step"), [(1, 1), (1999, 1), (2000, 1), (2001, 2), (4000, 2), (4001, 3), (5000, 3), (7000, 4)]
+)
+def test_an_even_part_of_a_split_is_watched(images: int, step: int) -> None:
+    """At most 2,000 images. This network always says 3, which is right for those that are looked at, but the first."""
+    network = one_dense()
+    with torch.no_grad():
+        network.layer("d").get_parameter("weight").zero_()
+        network.layer("d").get_parameter("bias").copy_(torch.arange(10) == 3)
+    labels = torch.where(torch.arange(images) % step == 0, 3, 4)
+    labels[0] = 4
+    split = Split(torch.zeros(images, 3, 8, 8, dtype=torch.uint8), labels)
+    data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+    looked_at = len(range(0, images, step))
+    assert looked_at <= 2000
+    assert accuracy(network, data, split, CPU) == (looked_at - 1) / looked_at

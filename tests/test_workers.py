@@ -1,21 +1,30 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
-from networks import CPU, digits
+import torch
+from networks import CPU, FAST, compiled, digits, noise, sequence
 
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Setup, evaluate
-from fnet_search.macro import load_space
+from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Job, Setup, Start, evaluate, unfinished
+from fnet_search.macro import Activation, Conv, Dense, Flatten, Pool, load_space
 from fnet_search.plan import plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
+from fnet_search.quantities import percent
 from fnet_search.recipe import Recipe
 from fnet_search.scheme import Scheme
-from fnet_search.workers import DEATHS_ALLOWED, Finished, Job, Progressed, WorkerPool
+from fnet_search.train import TrainingProgress
+from fnet_search.workers import DEATHS_ALLOWED, Finished, Progressed, WorkerPool, check_memory, cores, memory_of
 
 TINY = load_space("tiny")
 REGULAR, F2 = regular(TINY), uniform(TINY, 2)
@@ -30,7 +39,17 @@ def data() -> DataSet:
 @pytest.fixture(scope="module")
 def expected(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
     """Candidate 3, regular, evaluated in this process."""
-    return evaluate(SETUP, data, 3, REGULAR, tmp_path_factory.mktemp("expected"), lambda progress: None)
+    return evaluate(SETUP, data, Job(3, REGULAR, tmp_path_factory.mktemp("expected")), lambda progress: None)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def pids() -> list[int]:
@@ -104,12 +123,56 @@ def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: P
     assert finished is not None
     assert finished.evaluation == expected
     assert epochs[:2] == [1, 2]
-    assert 1 not in epochs[2:]
+    assert epochs[-3:] == [1, 2, 3], "what was reached is reported again"
+
+
+@compiled
+def test_what_a_worker_did_before_changes_nothing(data: DataSet, tmp_path: Path) -> None:
+    """Nor do kernels that it compiled for another network and another number of threads."""
+    setup = replace(SETUP, recipe=SETUP.recipe.with_epochs(1), numerics=FAST)
+    jobs = [Job(4, F2, tmp_path / "4", threads=2), Job(3, REGULAR, tmp_path / "3"), Job(5, F2, tmp_path / "5")]
+    found = []
+    with WorkerPool(1, setup, data, tmp_path) as pool:
+        for job in jobs:
+            pool.submit(job)
+            found += results(pool)
+    assert len(pids()) == 0
+    expected = []
+    for job in reversed(jobs):
+        with threads(job.threads):
+            expected.append(evaluate(setup, data, replace(job, folder=job.folder / "here"), lambda progress: None))
+    assert [one.evaluation for one in found] == expected[::-1]
+    assert found[0].evaluation.layers != found[2].evaluation.layers, "more threads round otherwise"
+
+
+def test_hopeless_candidates_are_stopped(data: DataSet, tmp_path: Path, expected: Evaluation) -> None:
+    """At the end of an epoch, by the judge; the worker goes on with others."""
+    asked: list[tuple[int, int, bool]] = []
+
+    def judge(number: int, progress: TrainingProgress) -> bool:
+        asked.append((number, progress.epoch, progress.ended))
+        return number == 3 and (not progress.ended or progress.epoch == 2)
+
+    found: dict[int, Evaluation] = {}
+    with WorkerPool(1, SETUP, data, tmp_path) as pool:
+        for number in (3, 4):
+            pool.submit(Job(number, REGULAR, tmp_path / str(number)))
+            events = []
+            while pool.busy:
+                events += list(pool.events(judge))
+            steps = [one.progress for one in events if isinstance(one, Progressed) and one.number == number]
+            assert [(number, one.epoch, one.ended) for one in steps] == [one for one in asked if one[0] == number]
+            found |= {one.evaluation.number: one.evaluation for one in events if isinstance(one, Finished)}
+    assert [(number, epoch) for number, epoch, ended in asked if ended] == [(3, 1), (3, 2), (4, 1), (4, 2), (4, 3)]
+    reason = f"behind the others after epoch 2 of 3 ({percent(expected.accuracies[1], 1)})"
+    stopped = unfinished(SETUP, Job(3, REGULAR, tmp_path), "pruned", reason)
+    assert found[3] == replace(stopped, epochs=2, trained_images=2 * 200, accuracies=expected.accuracies[:2])
+    assert found[4] == replace(expected, number=4)
 
 
 def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path: Path) -> None:
     with WorkerPool(1, SETUP, data, tmp_path) as pool:
-        pool.submit(Job(3, F2, tmp_path / "3"))
+        pool.submit(Job(3, F2, tmp_path / "3", start=Start(1, REGULAR, tmp_path / "1", 5)))
         deaths, finished = 0, None
         while pool.busy:
             for pid in pids():
@@ -124,6 +187,7 @@ def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path:
     assert (one.number, one.plan, one.cost, one.state) == (3, F2, plan_cost(TINY, F2), "failed")
     assert one.reason == f"its worker died {DEATHS_ALLOWED} times, the last time with exit code -9"
     assert (one.split, one.scheme, one.seed) == ("validation", "percentile:1", 7)
+    assert (one.role, one.parent, one.inherited_epochs, one.epochs) == ("candidate", 1, 5, 0)
 
 
 def test_an_error_of_files_is_no_fault_of_the_candidate(data: DataSet, tmp_path: Path) -> None:
@@ -141,3 +205,60 @@ def test_leaving_the_pool_ends_what_is_running(data: DataSet, tmp_path: Path) ->
         assert len(pids()) == 1
     assert pids() == []
     assert not (tmp_path / ".dataset.safetensors").exists()
+
+
+def test_memory_of_a_worker_by_hand() -> None:
+    """A data set, weights with gradients, momenta and copies, and activations with gradients, beyond what all need."""
+    space = sequence((3, 8, 8), c=Conv(4, (1, 1)), a=Activation(), p=Pool(), f=Flatten(), d=Dense(2))
+    data = noise(space, 100)  # the same in every split
+    images = 3 * 100 * 3 * 8 * 8
+    params = 3 * 4 + 4 * 4 * 4 * 2 + 2
+    activations = 2 * 4 * 8 * 8 + 2 * 4 * 4 * 4 + 2
+    fixed = memory_of(space, Recipe("r", 1, 64, 0.1), data) - images - 24 * params - 8 * activations * 250
+    assert 300e6 < fixed < 1.5e9
+    for batch, rows in ((2, 250), (250, 250), (251, 251), (1000, 1000)):
+        found = memory_of(space, Recipe("r", 1, batch, 0.1), data)
+        assert found == fixed + images + 24 * params + 8 * activations * rows
+
+
+def test_memory_of_a_worker_as_measured(tmp_path: Path) -> None:
+    """Of one that has trained and measured the regular network; its heap is kept."""
+    space, recipe, data = load_space("factorizenet"), Recipe("r", 1, 64, 0.01), digits(128)
+    data = replace(data, evaluation=data.evaluation.take(torch.arange(250)))
+    with WorkerPool(1, Setup(space, recipe, Scheme(), CPU, 0, "validation"), data, tmp_path) as pool:
+        pool.submit(Job(0, regular(space), tmp_path / "0"))
+        assert results(pool)[0].evaluation.state == "complete"
+        (pid,) = pids()
+        measured = psutil.Process(pid).memory_info().rss
+    assert 0.7 < memory_of(space, recipe, data) / measured < 2
+
+
+def test_more_workers_than_memory_holds(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = memory_of(TINY, SETUP.recipe, data)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * each + 1000))
+    for workers in (1, 2, 3):
+        check_memory(workers, TINY, SETUP.recipe, data)
+    with pytest.raises(FnetError) as caught:
+        check_memory(4, TINY, SETUP.recipe, data)
+    assert str(caught.value) == (
+        f"4 workers need about {4 * each / 1e9:.1f} GB, of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or "
+        "a smaller batch"
+    )
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=each // 2))
+    check_memory(1, TINY, SETUP.recipe, data)  # it may still fit: an estimate must not keep anyone from trying
+    with pytest.raises(FnetError, match=r"use --workers 1 or a smaller batch$"):
+        check_memory(2, TINY, SETUP.recipe, data)
+
+
+def test_far_more_workers_than_memory_holds(data: DataSet) -> None:
+    """Of this machine."""
+    with pytest.raises(FnetError, match=r"^1000000 workers need about \d{6}\.\d GB, of which \d+\.\d GB are free; use"):
+        check_memory(1_000_000, TINY, SETUP.recipe, data)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
+def test_cores_are_those_that_may_be_used() -> None:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom fnet_search.workers import cores\n"
+    child = subprocess.run([sys.executable, "-c", code + "print(cores())"], capture_output=True, text=True, check=True)
+    assert child.stdout == "1\n"
+    assert 1 <= cores() <= (os.cpu_count() or 1)

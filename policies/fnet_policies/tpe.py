@@ -1,95 +1,111 @@
 """Optuna's TPE over the rate indices, kept under the ceilings."""
 
-import logging
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import TPESampler
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
+from optuna.samplers._tpe.sampler import default_gamma
 
-from fnet_search.choose import best_plan
-from fnet_search.plan import FactorizationPlan, from_indices, indices, legal_rates, plan_cost
+from fnet_search.choose import best_plan, sample_plan
+from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, plan_cost
 from fnet_search.policy import History
 
-Space = Mapping[str, IntDistribution]
-"""Per layer, the index of its rate."""
+Values = npt.NDArray[np.float64]
 
-_STUDY = "fnet_policies.tpe"
-# Optuna announces every new study. Ours are thrown away after a call: only they are kept quiet, nobody else's.
-logging.getLogger("optuna.storages._in_memory").addFilter(lambda record: _STUDY not in record.getMessage())
+_CANDIDATES = 24
+"""Draws per layer, of which a proposal has the best: Optuna's default."""
+
+_PARAMETERS = TPESampler()._parzen_estimator_parameters
 
 
 @dataclass(frozen=True)
 class TPE:
-    """Tree-structured Parzen estimator (``optuna.samplers.TPESampler``), maximising quint8 accuracy.
+    """Tree-structured Parzen estimator, maximising quint8 accuracy, with the estimators of Optuna's ``TPESampler``.
 
-    The study is made anew from the history in each call. A proposal over a ceiling or already seen is not suggested:
-    the study learns that it is infeasible, and is asked again. When `proposals` of them failed in one call, the plan
-    that the model scores best among all unseen ones under the ceilings. None if there is none left.
+    The first `startup` plans are uniform under the ceilings. Then the model of the history makes so many `proposals`:
+    the first of them that is unseen and under the ceilings is suggested, or else the plan that the model scores best
+    among all that are. None if there is none left.
 
-    One estimator per layer (``multivariate=False``), so that the model's score of a plan is a sum over layers and its
-    maximum can be found exactly. Running plans count as bad ones (constant liar), so that workers spread out.
+    One estimator per layer (Optuna's ``multivariate=False``), so that the model's score of a plan is a sum over layers
+    and its maximum can be found exactly. Running plans count as bad (constant liar), so that workers spread out.
     """
 
-    proposals: int = 8
+    startup: int = 10
+    proposals: int = 32
 
     def suggest(self, history: History) -> FactorizationPlan | None:
-        space, constraints, seen = history.space, history.constraints, history.seen
-        indexed = {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
-        sampler = TPESampler(multivariate=False, constant_liar=True, seed=int(history.rng.integers(2**31)))
-        study = optuna.create_study(study_name=_STUDY, direction="maximize", sampler=sampler)
-        study.add_trials(_past(history, indexed))
-        for _ in range(self.proposals):
-            trial = study.ask(dict(indexed))
-            plan = from_indices(space, tuple(trial.params[layer] for layer in indexed))
-            cost = plan_cost(space, plan)
-            if plan not in seen and not constraints.refusal(cost):
+        space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
+        good, bad = _split(history)
+        if len(good) + len(bad) - len(history.running) < self.startup:
+            return sample_plan(space, constraints, seen, rng)
+        likely, scores = _model(history, good, bad)
+        drawn = [_best_of(_CANDIDATES, likely[layer], scores[layer], rng.random(self.proposals)) for layer in scores]
+        for chosen in zip(*drawn, strict=True):
+            plan = from_indices(space, chosen)
+            if plan not in seen and not constraints.refusal(plan_cost(space, plan)):
                 return plan
-            for name, violation in constraints.of_cost(cost).items():
-                trial.set_constraint(name, violation)
-            trial.set_constraint("seen", float(plan in seen))
-            study.tell(trial, state=TrialState.PRUNED)
-        return best_plan(space, constraints, _scores(study, sampler, indexed), seen)
+        return best_plan(space, constraints, scores, seen)
 
 
-def _past(history: History, indexed: Space) -> Iterator[FrozenTrial]:
-    """The history as trials. Failed evaluations tell nothing about accuracy and are left out."""
+def _split(history: History) -> tuple[Values, Values]:
+    """Rate indices of the good and of the bad plans, a row a plan, in the history's order: as Optuna splits trials.
 
-    def trial(
-        plan: FactorizationPlan, state: TrialState, value: float | None, violations: Mapping[str, float]
-    ) -> FrozenTrial:
-        params = dict(zip(indexed, indices(history.space, plan), strict=True))
-        return create_trial(
-            state=state, value=value, params=params, distributions=dict(indexed), constraints=dict(violations)
-        )
-
-    for evaluation in history.evaluations:
-        violations = history.constraints.of(evaluation)
-        if evaluation.state == "complete" and evaluation.quint8_accuracy is not None:
-            yield trial(evaluation.plan, TrialState.COMPLETE, evaluation.quint8_accuracy, violations)
-        elif evaluation.state == "refused":
-            yield trial(evaluation.plan, TrialState.PRUNED, None, violations)
-    for plan in history.running:
-        yield trial(plan, TrialState.RUNNING, None, {})
-
-
-def _scores(study: optuna.Study, sampler: TPESampler, indexed: Space) -> dict[str, npt.NDArray[np.float64]]:
-    """log l(x) - log g(x) at each layer's indices: what ``TPESampler._sample`` of Optuna 5.0 maximises by sampling.
-
-    Optuna has no public way to its estimators. The lines below are those of `_sample`, but for the candidates.
+    From the best: feasible plans by accuracy; pruned ones, those first that came furthest; infeasible ones by their
+    excess. Failed ones tell nothing about accuracy and are left out.
     """
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
-    finished = sum(trial.state != TrialState.RUNNING for trial in trials)
-    below, above = _split_trials(study, trials, default_gamma(finished))
-    scores = {}
-    for layer, distribution in indexed.items():
-        good = sampler._build_parzen_estimator(study, {layer: distribution}, below, handle_below=True)
-        bad = sampler._build_parzen_estimator(study, {layer: distribution}, above, handle_below=False)
-        every = {layer: np.arange(distribution.high + 1, dtype=np.float64)}
-        scores[layer] = sampler._compute_acquisition_func(every, good, bad)
-    return scores
+    places = [{rate: index for index, rate in enumerate(rates)} for rates in legal_rates(history.space).values()]
+    plans, ranks = [], list[tuple[int, float, float]]()
+    for one in history.evaluations:
+        if one.state == "failed":
+            continue
+        excess = sum(value for value in history.constraints.of(one).values() if value > 0)
+        if excess > 0:
+            ranks.append((2, excess, 0.0))
+        elif one.state == "complete" and one.quint8_accuracy is not None:
+            ranks.append((0, -one.quint8_accuracy, 0.0))
+        else:
+            ranks.append((1, -len(one.accuracies), -one.accuracies[-1] if one.accuracies else 0.0))
+        plans.append(one.plan)
+    best = sorted(range(len(ranks)), key=ranks.__getitem__)[: default_gamma(len(ranks))]
+    is_good = np.zeros(len(ranks) + len(history.running), dtype=bool)
+    is_good[best] = True
+    rows = [
+        [place[rate] for place, (_, rate) in zip(places, plan.rates, strict=True)]
+        for plan in (*plans, *history.running)
+    ]
+    every = np.array(rows, dtype=np.float64).reshape(len(rows), len(places))
+    return every[is_good], every[~is_good]
+
+
+def _model(history: History, good: Values, bad: Values) -> tuple[dict[str, Values], dict[str, Values]]:
+    """Per layer and rate index: the log density of the good plans, and the score: that less the bad ones'."""
+    likely, unlikely = (_log_densities(history, rows) for rows in (good, bad))
+    return likely, {layer: likely[layer] - unlikely[layer] for layer in likely}
+
+
+def _log_densities(history: History, rows: Values) -> dict[str, Values]:
+    """Per layer, the log density of each rate index where plans like those of `rows` are likely.
+
+    Optuna has no public way to its estimators; tests hold them against what its sampler does.
+    """
+    densities = {}
+    for (layer, rates), observed in zip(legal_rates(history.space).items(), rows.T, strict=True):
+        indexed: dict[str, BaseDistribution] = {layer: IntDistribution(0, len(rates) - 1)}
+        estimator = _ParzenEstimator({layer: observed}, indexed, _PARAMETERS)
+        densities[layer] = estimator.log_pdf({layer: np.arange(len(rates), dtype=np.float64)})
+    return densities
+
+
+def _best_of(count: int, log_density: Values, scores: Values, uniform: Values) -> list[int]:
+    """For each of the `uniform` numbers: of `count` draws from a density, the one with the best score.
+
+    The largest of so many uniform numbers is distributed as u ** (1 / count); the density's quantile there, with the
+    indices in the order of their scores, is the draw that scores best.
+    """
+    order = np.argsort(scores, kind="stable")
+    reached = np.cumsum(np.exp(log_density[order]))
+    places = np.searchsorted(reached / reached[-1], uniform ** (1 / count), side="right")
+    return [int(index) for index in order[np.minimum(places, len(order) - 1)]]

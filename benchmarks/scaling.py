@@ -9,9 +9,10 @@ all workers together; ratios to one worker are medians over rounds, with quartil
 import argparse
 
 from machine import machine, ratio, spread
-from trainers import Trainer, cores, together
+from trainers import Trainer, together
 
 from fnet_search.numerics import resolve
+from fnet_search.workers import cores
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ import argparse
 from math import prod
 
 from machine import machine, ratio, spread
-from trainers import PLANS, Trainer, cores, together
+from trainers import PLANS, Trainer, together
 
 from fnet_search.numerics import resolve
+from fnet_search.workers import cores
 
 
 def main() -> None:

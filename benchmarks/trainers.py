@@ -1,7 +1,6 @@
 """Processes that train one network for some steps when told to, and say how fast: what `throughput`, `scaling` and
 `roofline` share. Ours is `train.train` itself; `plain` is what one writes first."""
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from fnet_search.numerics import Numerics
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import _environment
+from fnet_search.workers import environment
 
 SPACE = "factorizenet-gap"
 BATCH = 128
@@ -29,7 +28,7 @@ class Trainer:
         if numerics is None:
             self._process.start()
         else:
-            with _environment(threads):
+            with environment(threads):
                 self._process.start()
 
     def ask(self, plan: str, steps: int) -> None:
@@ -136,7 +135,3 @@ def _network(plan: str):
     space = load_space(SPACE)
     recipe = replace(load_recipe("paper").with_epochs(1), batch_size=BATCH)
     return build(factorize(space, parse_plan(space, plan)), recipe.initializer, 0), recipe
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

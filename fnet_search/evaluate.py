@@ -38,7 +38,7 @@ CALIBRATION_SAMPLES = 1024
 CORRECTION_SAMPLES = 256
 """Of these, for bias correction."""
 SQNR_SAMPLES = 128
-TRANSFORM_SAMPLES = 512
+TRANSFORM_SAMPLES = 256
 """Random training samples that a network is fitted to its parent on."""
 ATTEMPTS = 2
 

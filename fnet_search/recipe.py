@@ -85,11 +85,11 @@ class Recipe:
         return replace(self, epochs=epochs, milestones=scaled)
 
     def warm(self, epochs: int | None = None) -> "Recipe":
-        """For a network that starts from a trained parent: few epochs at a small rate, which falls from the start.
+        """For a network that starts from a trained parent: few epochs at a small rate, without a rise (`one-cycle`).
 
         A transformed network knows most already: a high rate would make it forget (design, section 7).
         """
-        wanted = epochs or max(1, round(self.warm_share * self.epochs))
+        wanted = max(1, round(self.warm_share * self.epochs)) if epochs is None else epochs
         return replace(self.with_epochs(wanted), learning_rate=self.learning_rate * self.warm_rate, warmup=0.0)
 
     def rate(self, step: int, steps_per_epoch: int) -> float:

@@ -153,7 +153,7 @@ class WorkerPool:
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.setup, self._data), daemon=True)
-        with _environment(self.setup.numerics.threads), _uninterrupted():
+        with environment(self.setup.numerics.threads), _uninterrupted():
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -174,7 +174,7 @@ class WorkerPool:
 
 
 @contextmanager
-def _environment(threads: int) -> Iterator[None]:
+def environment(threads: int) -> Iterator[None]:
     """What a worker must find in its environment from the start.
 
     OpenMP reads its threads when torch is imported. glibc gives every large tensor fresh pages and takes them back,

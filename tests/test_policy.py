@@ -187,14 +187,14 @@ def test_a_child_starts_from_the_best_that_divides_it(rates: tuple[int, int, int
     assert choose_parent(reversed(list(known.values())), plan(*rates)) == known[parent]
 
 
-def test_of_equal_parents_the_smallest_then_the_first() -> None:
+def test_of_equal_parents_the_largest_then_the_first() -> None:
     def one(number: int, macs: int, fp32: float | None = 0.8) -> Evaluation:
         return replace(REGULAR, number=number, cost=Cost(macs, macs, 1), fp32_accuracy=fp32)
 
-    large, small, later, unmeasured = one(0, 90), one(2, 80), one(3, 80), one(1, 10, None)
+    small, large, later, unmeasured = one(0, 80), one(2, 90), one(3, 90), one(1, 100, None)
     plan = uniform(TINY, 4)
-    assert choose_parent((large, later, small, unmeasured), plan) == small
-    assert choose_parent((large, unmeasured), plan) == large
+    assert choose_parent((small, later, large, unmeasured), plan) == large
+    assert choose_parent((small, unmeasured), plan) == small
     assert choose_parent((unmeasured,), plan) == unmeasured
     assert choose_parent((), plan) is None
     assert choose_parent([replace(one(0, 90), plan=depthwise(TINY))], plan) is None

@@ -312,7 +312,7 @@ def test_a_parent_is_one_whose_weights_are_kept(opened: Opened) -> None:
     assert having_weights(record) == [1, 2, 3]
     job = record.start(F4, "candidate")
     assert job.start is not None
-    assert job.start.number == 2, "of those that divide f4, equally good, the one with the fewest MACs"
+    assert job.start.number == 1, "of those that divide f4, equally good, the one with the most MACs"
     end(record, job, failed(TINY, F4, job.number))
     job = record.start(uniform(TINY, 8), "candidate")
     end(record, job, pruned(TINY, job.plan, job.number))

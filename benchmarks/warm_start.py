@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("--space", default="factorizenet")
     parser.add_argument("--plans", nargs="+", default=["f4", "init2"])
+    parser.add_argument("--images", type=int, help="so many training images, drawn at random; else all")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--warm-epochs", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -43,6 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     space = load_space(options.space)
     data = load_dataset(options.dataset, space.input_shape, Path("data"))
+    if options.images is not None:
+        drawn = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[: options.images]
+        data = replace(data, train=data.train.take(drawn))
     space = space.with_classes(len(data.classes))
     recipe = load_recipe("quick").with_epochs(options.epochs)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def _numerics(out: Path) -> Numerics:
     """Those of the first time, where this goes on."""
     path = out / "numerics.json"
     if not path.is_file():
-        path.write_text(json.dumps(resolve("auto").to_json()))
+        path.write_text(json.dumps(resolve("auto", workers=cores(), cores=cores()).to_json()))
     return Numerics.from_json(json.loads(path.read_text()))
 
 

@@ -104,6 +104,12 @@ def _shared(command: Any) -> Any:
             help="Threads of a worker on the CPU.",
         ),
         click.option(
+            "--numerics-of",
+            metavar="RUN",
+            type=click.Path(path_type=Path),
+            help="Compute as this earlier run did, measuring nothing: equal runs then give equal bits.",
+        ),
+        click.option(
             "--out",
             type=click.Path(path_type=Path),
             show_default="runs/<study name>",
@@ -303,6 +309,10 @@ def _request(
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
         raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
+    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
+    for name, default in own if options["numerics_of"] else ():
+        if options[name] != default:
+            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
     return Request(
         space=space,
         dataset=_absolute(options["dataset"]),
@@ -317,6 +327,7 @@ def _request(
         dtype=options["dtype"],
         threads=options["threads"],
         fused=options["fused"],
+        numerics_of=options["numerics_of"],
         storage=options["storage"],
         data_dir=options["data_dir"],
         download=options["download"],

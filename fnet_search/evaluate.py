@@ -20,7 +20,7 @@ from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan, factorize, plan_cost
+from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
 from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
 from fnet_search.profile import profile
 from fnet_search.quantities import percent
@@ -68,6 +68,11 @@ class Setup:
         warm = job.start is not None and job.role == "candidate"
         return self.recipe.warm(self.fidelity.warm_epochs) if warm else self.recipe
 
+    def threads_of(self, job: "Job") -> int:
+        """Of the worker that trains it. The network that all others start from, and the final one, are alone."""
+        first = self.fidelity.warm_start and job.plan == regular(self.space)
+        return self.numerics.alone_threads if first or job.role == "final" else self.numerics.threads
+
 
 @dataclass(frozen=True)
 class Start:
@@ -88,8 +93,6 @@ class Job:
     folder: Path
     role: Role = "candidate"
     start: Start | None = None
-    threads: int = 1
-    """Workers whose threads it may use: those that would be idle otherwise."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,10 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     key = f"{job.plan} seed={seed} epochs={recipe.epochs}"
     if job.start is not None:
         stages.before(f"starting from candidate {job.start.number}")
-        trained = child(setup, data, job.start, trained)
+        try:
+            trained = child(setup, data, job.start, trained)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise TrainingFailed(f"cannot start from candidate {job.start.number}: {error}") from None
         zero_shot = accuracy(trained, data, data.evaluation, setup.numerics)
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
         key += f" parent={job.start.number}"

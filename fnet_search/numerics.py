@@ -17,7 +17,7 @@ DType = Literal["float32", "tf32", "bfloat16"]
 
 GROUPS = (1, 2, 4, 8, 16)
 """Channels a group for which `Numerics.group_widths` are measured."""
-CLEAR = 1.05
+CLEAR = 1.1
 """A way that differs from the plain one must be so many times faster."""
 
 
@@ -35,6 +35,8 @@ class Numerics:
     group_widths: tuple[int, ...] = ()
     """Channels a group that convolutions of 1, 2, 4, ... channels a group are computed with, as block-diagonal ones
     (`kernels.block_diagonal`); wider ones are computed as they are."""
+    alone_threads: int = 1
+    """Of a worker on the CPU while the others have nothing to do (reference, final training)."""
 
     @contextmanager
     def arithmetic(self, autocast: bool = True) -> Iterator[None]:
@@ -68,7 +70,8 @@ class Numerics:
         if wider:
             parts.append(f"groups of {', '.join(wider)} channels")
         if not self.device.startswith("cuda"):
-            parts.append(f"{self.threads} thread{'s' * (self.threads > 1)} a worker")
+            alone = f", {self.alone_threads} alone" if self.alone_threads > self.threads else ""
+            parts.append(f"{self.threads} thread{'s' * (self.threads > 1)} a worker{alone}")
         return ", ".join(parts)
 
 
@@ -94,12 +97,18 @@ def check_dtype(device: str, dtype: str) -> None:
 
 
 def resolve(
-    device: str, dtype: str = "auto", most_threads: int = 1, threads: int | None = None, fused: bool | None = None
+    device: str,
+    dtype: str = "auto",
+    workers: int = 1,
+    cores: int = 1,
+    threads: int | None = None,
+    fused: bool | None = None,
 ) -> Numerics:
     """The fastest way on this device, by timing a block of a network forward and backward: a second or two, and where
     kernels must be compiled, up to 15 s more for the first time on a machine.
 
-    A worker on the CPU gets `threads`, or one, or `most_threads` if they are faster. What is given is not measured.
+    A worker on the CPU gets `threads`, or one, or its share of the cores if that is faster. What is given is not
+    measured.
     Raises FnetError for a device that is not there and for arithmetic or kernels that it cannot do.
     """
     if device == "auto":
@@ -107,47 +116,57 @@ def resolve(
     check_dtype(check_device(device), dtype)
     before = torch.get_num_threads()
     try:
-        chosen = replace(_dtype(device, dtype), threads=threads or 1)
-        if fused is not False:
-            chosen = _fused(chosen, required=fused is True)
+        chosen = _fastest([_fused(way, fused) for way in _ways(device, dtype, threads or 1)])
         chosen = replace(chosen, group_widths=tuple(_width(chosen, own) for own in GROUPS))
-        wider = replace(chosen, threads=most_threads)
-        if device == "cpu" and threads is None and most_threads > 1 and _faster(_block(wider), _block(chosen)):
-            chosen = wider
-        return chosen
+        wider = replace(chosen, threads=cores // workers)
+        if device == "cpu" and threads is None and wider.threads > 1:
+            chosen = _fastest([chosen, wider])
+        return replace(chosen, alone_threads=chosen.threads * workers)
     finally:
         torch.set_num_threads(before)
 
 
-def _dtype(device: str, dtype: str) -> Numerics:
-    plain = Numerics(device)
-    if dtype != "auto":
-        return Numerics(device, dtype, channels_last=True)  # type: ignore[arg-type]
-    wanted: tuple[DType, ...] = ("bfloat16", "tf32") if device.startswith("cuda") else ("bfloat16",)
-    for fast in wanted:
-        # bfloat16 without hardware for it is many times slower, with it many times faster.
-        candidate = Numerics(device, fast, channels_last=True)
+def _ways(device: str, dtype: str, threads: int) -> list[Numerics]:
+    """What could be fast: float32 and, where the device has them, narrower dtypes; each in the memory format that it is
+    faster in."""
+    known: list[DType] = ["float32", "bfloat16", "tf32"] if device.startswith("cuda") else ["float32", "bfloat16"]
+    ways: list[Numerics] = []
+    for one in known:
+        if dtype not in ("auto", one):
+            continue
         try:
-            check_dtype(device, fast)
+            check_dtype(device, one)
         except FnetError:
             continue
-        if _faster(_block(candidate), _block(plain)):
-            return candidate
-    return Numerics(device, channels_last=True)
+        formats = [Numerics(device, one, channels_last, threads) for channels_last in (True, False)]
+        # bfloat16 without hardware for it is many times slower: nothing more is timed in it.
+        if not ways or _timed(_block(formats[0])) < 3 * _timed(_block(ways[0])):
+            ways.append(_fastest(formats))
+    return ways
 
 
-def _fused(plain: Numerics, required: bool) -> Numerics:
-    """Fused norms where they can be compiled, which takes a C++ compiler, and are faster."""
+def _fused(plain: Numerics, wanted: bool | None) -> Numerics:
+    """Fused norms where they are wanted, or can be compiled, which takes a C++ compiler, and are faster."""
+    if wanted is False:
+        return plain
     candidate = replace(plain, fused=True)
     try:
-        found = required or _faster(_block(candidate), _block(plain))
         _block(candidate)()
     except Exception as error:  # whatever torch.compile and the compilers behind it raise
-        if required:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
-        found = False
-    return candidate if found else plain
+        if wanted is None:
+            return plain
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
+    return candidate if wanted else _fastest([plain, candidate])
+
+
+def _fastest(ways: list[Numerics]) -> Numerics:
+    """The first, unless another is clearly faster."""
+    best = ways[0]
+    for other in ways[1:]:
+        if _faster(_block(other), _block(best)):
+            best = other
+    return best
 
 
 def _width(numerics: Numerics, own: int) -> int:
@@ -160,8 +179,12 @@ def _width(numerics: Numerics, own: int) -> int:
 
 
 def _block(numerics: Numerics) -> Callable[[], None]:
-    """A factorized layer, forward and backward: grouped and pointwise convolution, each with BatchNorm and ReLU."""
-    convs = nn.Conv2d(64, 64, 3, padding=1, groups=4, bias=False), nn.Conv2d(64, 64, 1, bias=False)
+    """A regular layer and a factorized one, forward and backward: each convolution with BatchNorm and ReLU."""
+    convs = (
+        nn.Conv2d(64, 64, 3, padding=1, bias=False),
+        nn.Conv2d(64, 64, 3, padding=1, groups=16, bias=False),
+        nn.Conv2d(64, 64, 1, bias=False),
+    )
     pairs = [(conv, nn.BatchNorm2d(64)) for conv in convs]
     for module in (module for pair in pairs for module in pair):
         module.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
@@ -179,13 +202,13 @@ def _grouped(numerics: Numerics, own: int, width: int) -> Callable[[], None]:
     conv.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     merge = width // own
 
-    return _pass(numerics, lambda x: conv(x) if merge == 1 else block_diagonal(x, conv, merge), size=16)
+    return _pass(numerics, lambda x: conv(x) if merge == 1 else block_diagonal(x, conv, merge), size=32)
 
 
 def _pass(numerics: Numerics, forward: Callable[[Tensor], Tensor], size: int) -> Callable[[], None]:
     """A step forward and backward over a batch of activations, too large for a cache as those of a training are."""
     generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(64, 64, size, size, generator=generator).to(numerics.device)
+    batch = torch.randn(16, 64, size, size, generator=generator).to(numerics.device)
     x = batch.to(memory_format=numerics.memory_format).requires_grad_()
 
     def step() -> None:

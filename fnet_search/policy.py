@@ -240,15 +240,18 @@ def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> li
 
 def choose_parent(evaluations: Iterable[Evaluation], plan: FactorizationPlan) -> Evaluation | None:
     """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the one
-    with the highest fp32 accuracy, then the most conv MACs (of the less factorized a child loses less), then the lowest
-    number. None if there is none."""
+    with the most conv MACs (of the least factorized a child loses least), then the highest fp32 accuracy, then the
+    lowest number. None if there is none.
+
+    So all children of a search start from its reference, if it was trained: they had equal training, and which ended
+    before does not matter."""
     rates = dict(plan.rates)
     fitting = [
         one
         for one in evaluations
         if one.state == "complete" and all(rates[layer] % rate == 0 for layer, rate in one.plan.rates)
     ]
-    return min(fitting, key=lambda one: (-(one.fp32_accuracy or 0.0), -one.cost.conv_macs, one.number), default=None)
+    return min(fitting, key=lambda one: (-one.cost.conv_macs, -(one.fp32_accuracy or 0.0), one.number), default=None)
 
 
 def policy_names() -> list[str]:

@@ -55,6 +55,7 @@ class Request:
     dtype: str
     threads: int | None
     fused: bool | None
+    numerics_of: Path | None
     storage: str | None
     data_dir: Path
     download: bool
@@ -158,11 +159,15 @@ def run_study(
     space = request.space.with_classes(len(data.classes))
     _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
-    on_cuda = request.device.startswith("cuda") or (request.device == "auto" and torch.cuda.is_available())
+    recorded = _recorded(run, request)
+    device = recorded.device if recorded else request.device
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     workers = workers or (ON_CUDA if on_cuda else cores())
     if not on_cuda:
         check_memory(workers, space, request.recipe, data)
-    numerics = _numerics(run, request, workers, display)
+    if recorded is None:
+        display.status("measuring what this device is fast with")
+    numerics = recorded or resolve(device, request.dtype, workers, cores(), request.threads, request.fused)
     config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
     storage = _storage(request.storage, run)
     with run.locked():
@@ -228,21 +233,25 @@ def _json(facts: dict[str, Any]) -> Any:
     return json.loads(json.dumps(facts))
 
 
-def _numerics(run: RunFolder, request: Request, workers: int, display: Display) -> Numerics:
-    """The recorded numerics where there are some and nothing else is wanted, else those this machine is fast with."""
-    if run.exists:
-        recorded = Numerics.from_json(run.config()["numerics"])
-        wanted = (
-            request.device in ("auto", recorded.device),
-            request.dtype in ("auto", recorded.dtype),
-            request.threads in (None, recorded.threads),
-            request.fused in (None, recorded.fused),
-        )
-        if all(wanted):
-            check_device(recorded.device)
-            return recorded
-    display.status("measuring what this device is fast with")
-    return resolve(request.device, request.dtype, max(1, cores() // workers), request.threads, request.fused)
+def _recorded(run: RunFolder, request: Request) -> Numerics | None:
+    """The numerics recorded in the run that was named, or here, where nothing else is wanted.
+
+    Raises FnetError for a device that is not there any more, and where that run cannot be read.
+    """
+    known = run if request.numerics_of is None else RunFolder(request.numerics_of)
+    if request.numerics_of is None and not run.exists:
+        return None
+    found = Numerics.from_json(known.config()["numerics"])
+    wanted = (
+        request.device in ("auto", found.device),
+        request.dtype in ("auto", found.dtype),
+        request.threads in (None, found.threads),
+        request.fused in (None, found.fused),
+    )
+    if not all(wanted):
+        return None
+    check_device(found.device)
+    return found
 
 
 def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
@@ -252,7 +261,7 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     evaluations = record.audited
     figures = save_figures(space, constraints, evaluations, run.path / "figures")
     record.attach(figures)
-    settings = dict(_settings(run.config(), space, constraints))
+    settings = dict(_settings(run.config(), space, constraints, evaluations))
     more = [*requantize.section(opened), *latency.section(opened)]
     report = write_report(
         run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more
@@ -301,8 +310,6 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
 def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> None:
     """Trains a network once more; first the one that it started from, where its weights are gone."""
     job = record.again(evaluation)
-    if job.role != "candidate":  # it had the threads of all workers
-        job = replace(job, threads=pool.count)
     if job.start is not None and not (job.start.folder / WEIGHTS).is_file():
         _again(record, pool, next(one for one in record.evaluations if one.number == evaluation.parent))
     pool.submit(job)
@@ -311,7 +318,9 @@ def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> Non
             pass
 
 
-def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Constraints) -> Iterator[tuple[str, str]]:
+def _settings(
+    config: dict[str, Any], space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
+) -> Iterator[tuple[str, str]]:
     recipe = config["recipe"]
     limits = {
         "conv MACs": constraints.conv_macs and f"at most {mmac(constraints.conv_macs)}",
@@ -334,6 +343,10 @@ def _settings(config: dict[str, Any], space: Macroarchitecture, constraints: Con
         yield "warm start", f"from trained parents, {epochs} epoch{'s' * (epochs > 1)}, a smaller learning rate"
     if fidelity.get("prune"):
         yield "pruning", "successive halving over validation accuracies"
+    for one in evaluations:
+        if one.role == "final" and one.state == "complete":
+            more = f"{one.epochs} epoch{'s' * (one.epochs > 1)}"
+            yield "final training", f"of candidate {one.parent}, for {more}, as candidate {one.number}"
     yield "quantization", config["scheme"]
     yield "seed", str(config["seed"])
     yield "numerics", str(Numerics.from_json(config["numerics"]))

@@ -212,13 +212,14 @@ class RunFolder:
 
 
 def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[int]:
-    """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference, and
-    all of given plans."""
+    """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
+    parents, and all of given plans."""
     ranked = ranking(evaluations, constraints)
     candidates = [one.number for one in ranked if one.role == "candidate"][:KEPT]
     finals = [one.number for one in ranked if one.role == "final"][:1]
     others = [one.number for one in evaluations if one.split == "test" or one.role == "reference"]
-    return {*candidates, *finals, *others}
+    parents = [one.parent for one in evaluations if one.parent is not None]
+    return {*candidates, *finals, *others, *parents}
 
 
 def read_evaluation(path: Path) -> Evaluation:

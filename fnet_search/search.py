@@ -5,7 +5,7 @@ This is the file to read first. Around it: `policy` (what a policy sees), `evalu
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from fnet_search.errors import FnetError
@@ -93,8 +93,8 @@ def _reference(record: Record, pool: WorkerPool) -> Iterator[Event]:
 
 
 def _alone(record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role) -> Iterator[Event]:
-    """Trains a plan while nothing else is to be done, with the threads of all workers."""
-    job = replace(record.start(plan, role), threads=pool.count)
+    """Trains a plan while nothing else is to be done."""
+    job = record.start(plan, role)
     yield Started(job)
     pool.submit(job)
     while pool.busy:

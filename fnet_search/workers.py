@@ -83,7 +83,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """`count` processes with `setup.numerics.threads` threads each. Use as a context manager: leaving it ends them.
+    """`count` processes with `setup.threads_of` threads each. Use as a context manager: leaving it ends them.
 
     The data set travels in one file in `scratch`, so that no process decodes it again.
     """
@@ -217,7 +217,7 @@ def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> 
         while True:
             job = pipe.recv()
             assert isinstance(job, Job)
-            torch.set_num_threads(setup.numerics.threads * job.threads)
+            torch.set_num_threads(setup.threads_of(job))
             pipe.send(_run(pipe, setup, data, job))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone

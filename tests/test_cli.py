@@ -221,6 +221,11 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
             "--warm-epochs is of candidates that start from others; leave it or --no-warm-start out",
         ),
         (("evaluate", "--space", "tiny", "--plan", "f2", "--warm-epochs", "3"), "'--warm-epochs'"),
+        (("run", *TINY, "--numerics-of", "none"), "none is not a run folder: it has no config.json"),
+        (
+            ("run", *TINY, "--numerics-of", "none", "--threads", "3"),
+            "--numerics-of says how to compute; leave it or --threads out",
+        ),
         (("run", *TINY, "--device", "cuda:77"), "device 'cuda:77' is not there; this machine has: cpu"),
         (("run", *TINY, "--device", "meta"), "unknown device 'meta'; known: auto, cpu, cuda, cuda:N"),
         (("run", *TINY, "--device", "cpu:1"), "unknown device 'cpu:1'; did you mean 'cpu'?"),

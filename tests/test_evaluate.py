@@ -45,6 +45,7 @@ from fnet_search.weights import read_tensors, write_tensors
 
 TINY = load_space("tiny")
 PLAN = parse_plan(TINY, "f2")
+REGULAR = parse_plan(TINY, "regular")
 RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
 SETUP = Setup(TINY, RECIPE, Scheme(), CPU, 7, "validation")
 
@@ -413,9 +414,6 @@ def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
     assert replace(wrong, audit=None) == measure(one.folded, one.network, data, data.evaluation)
 
 
-REGULAR = parse_plan(TINY, "regular")
-
-
 @pytest.fixture(scope="module")
 def parent(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Start:
     """The regular network, trained for three epochs, that others start from."""
@@ -510,6 +508,34 @@ def test_how_a_candidate_is_trained(role: Role, started: bool, expected: Recipe)
     assert setup.recipe_of(Job(12, PLAN, Path("12"), role, start)) == expected
     share = replace(setup, fidelity=Fidelity(True, None, True, 5)).recipe_of(Job(12, PLAN, Path("12"), role, start))
     assert share == (RECIPE.warm() if expected == RECIPE.warm(2) else expected)
+
+
+def test_a_parent_that_is_not_finite_is_a_failed_start(data: DataSet, parent: Start, tmp_path: Path) -> None:
+    state, facts = read_tensors(parent.folder / WEIGHTS)
+    name = next(name for name in state if name.endswith("conv_16_1.weight") or "conv_16_1" in name)
+    broken = replace(parent, folder=tmp_path / "parent")
+    write_tensors(broken.folder / WEIGHTS, state | {name: torch.full_like(state[name], torch.nan)}, facts)
+    found = evaluate(SETUP, data, Job(12, PLAN, tmp_path / "12", start=broken), silent)
+    assert found.state == "failed"
+    assert found.reason.startswith("cannot start from candidate 1: ")
+    assert "\n" not in found.reason
+
+
+@pytest.mark.parametrize(
+    ("role", "plan", "warm", "threads"),
+    [
+        ("reference", REGULAR, True, 4),
+        ("candidate", REGULAR, True, 4),  # within the ceilings; others start from it too
+        ("candidate", REGULAR, False, 2),
+        ("candidate", PLAN, True, 2),
+        ("final", PLAN, True, 4),
+        ("final", PLAN, False, 4),
+    ],
+)
+def test_what_is_trained_alone_has_more_threads(role: Role, plan: FactorizationPlan, warm: bool, threads: int) -> None:
+    numerics = replace(SETUP.numerics, threads=2, alone_threads=4)
+    setup = replace(SETUP, numerics=numerics, fidelity=Fidelity(warm))
+    assert setup.threads_of(Job(12, plan, Path("12"), role)) == threads
 
 
 def test_a_hopeless_candidate_is_not_measured(outcome: Outcome, data: DataSet, parent: Start, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,9 @@ def fits(widths: tuple[int, ...]) -> bool:
 )
 def test_what_is_asked_for(dtype: DType, threads: int, fused: bool) -> None:
     """Whatever would be faster."""
-    found = resolve("cpu", dtype, most_threads=2, threads=threads, fused=fused)
-    assert replace(found, group_widths=()) == Numerics("cpu", dtype, True, threads, fused)
+    found = resolve("cpu", dtype, workers=2, cores=4, threads=threads, fused=fused)
+    asked = Numerics("cpu", dtype, found.channels_last, threads, fused, found.group_widths, 2 * threads)
+    assert found == asked
     assert fits(found.group_widths)
 
 
@@ -36,7 +36,7 @@ def test_what_is_measured() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        found = resolve("auto", most_threads=2)
+        found = resolve("auto", workers=2, cores=5)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -44,7 +44,7 @@ def test_what_is_measured() -> None:
     assert found.device == ("cuda" if on_cuda else "cpu")
     assert found.dtype in (("bfloat16", "tf32", "float32") if on_cuda else ("bfloat16", "float32"))
     assert found.threads in ((1,) if on_cuda else (1, 2))
-    assert found.channels_last
+    assert found.alone_threads == 2 * found.threads
     assert fits(found.group_widths)
 
 
@@ -77,7 +77,7 @@ def test_fused_norms_without_a_compiler(tmp_path: Path) -> None:
 
 
 def test_numerics_come_back_from_json() -> None:
-    numerics = Numerics("cpu", "bfloat16", True, 2, True, (16, 16, 4, 8, 16))
+    numerics = Numerics("cpu", "bfloat16", True, 2, True, (16, 16, 4, 8, 16), 6)
     assert Numerics.from_json(json.loads(json.dumps(numerics.to_json()))) == numerics
     of_version_0_1 = {"device": "cpu", "dtype": "float32", "channels_last": False, "threads": 3}
     assert Numerics.from_json(of_version_0_1) == Numerics("cpu", "float32", False, 3)
@@ -88,6 +88,7 @@ def test_numerics_come_back_from_json() -> None:
     [
         (Numerics("cpu"), "cpu, float32, channels_first, 1 thread a worker"),
         (Numerics("cpu", "bfloat16", True, 2), "cpu, bfloat16, channels_last, 2 threads a worker"),
+        (Numerics("cpu", alone_threads=2), "cpu, float32, channels_first, 1 thread a worker, 2 alone"),
         (Numerics("cuda:1", "bfloat16", True, 2), "cuda:1, bfloat16, channels_last"),
         (Numerics("cuda", "tf32"), "cuda, tf32, channels_first"),
         (Numerics("cpu", fused=True), "cpu, float32, channels_first, fused norms, 1 thread a worker"),

@@ -154,20 +154,21 @@ def test_a_reference_is_not_ranked_and_what_was_trained_on_is() -> None:
 @pytest.mark.parametrize(
     ("rates", "parent"),
     [
-        ((1, 1, 1), "regular"),
+        ((1, 1, 1), None),
         ((2, 2, 2), "f2"),
         ((4, 4, 4), "f2"),
-        ((8, 16, 16), "late"),
-        ((2, 4, 1), "regular"),  # f2 does not divide the last 1
-        ((1, 8, 8), "late"),
-        ((2, 8, 8), "late"),  # and not f2, which divides it too, but is less accurate
-        ((8, 8, 4), "late"),
+        ((8, 16, 16), "late"),  # f2 and far divide it too, with fewer MACs
+        ((8, 8, 8), "late"),  # f4 failed, f8 was stopped
         ((8, 2, 16), "f2"),
-        ((1, 16, 1), "regular"),
+        ((2, 4, 1), None),  # f2 does not divide the last 1
+        ((1, 8, 8), "late"),
+        ((1, 16, 1), None),
     ],
 )
-def test_a_child_starts_from_the_best_that_divides_it(rates: tuple[int, int, int], parent: str) -> None:
-    """In every layer."""
+def test_a_child_starts_from_the_least_factorized_that_divides_it(
+    rates: tuple[int, int, int], parent: str | None
+) -> None:
+    """In every layer. From regular, where that was trained."""
 
     def plan(*rates: int) -> FactorizationPlan:
         return make_plan(TINY, dict(zip(("conv_8", "conv_16_1", "conv_16_2"), rates, strict=True)))
@@ -176,25 +177,28 @@ def test_a_child_starts_from_the_best_that_divides_it(rates: tuple[int, int, int
         return Evaluation(number, plan, plan_cost(TINY, plan), fp32_accuracy=fp32, quint8_accuracy=1 - fp32)
 
     known = {
-        "regular": one(0, plan(1, 1, 1), 0.6),
         "f2": one(1, plan(2, 2, 2), 0.7),
         "late": one(2, plan(1, 8, 4), 0.8),
         "f4": replace(one(3, plan(4, 4, 4), 0.9), state="failed"),
         "f8": replace(one(4, plan(8, 8, 8), 0.95), state="pruned"),
         "far": one(5, plan(8, 16, 8), 0.2),
     }
-    assert choose_parent(known.values(), plan(*rates)) == known[parent]
-    assert choose_parent(reversed(list(known.values())), plan(*rates)) == known[parent]
+    expected = None if parent is None else known[parent]
+    assert choose_parent(known.values(), plan(*rates)) == expected
+    assert choose_parent(reversed(list(known.values())), plan(*rates)) == expected
+    regular = one(6, plan(1, 1, 1), 0.1)
+    assert choose_parent([*known.values(), regular], plan(*rates)) == regular
 
 
-def test_of_equal_parents_the_largest_then_the_first() -> None:
+def test_of_equal_parents_the_most_accurate_then_the_first() -> None:
     def one(number: int, macs: int, fp32: float | None = 0.8) -> Evaluation:
         return replace(REGULAR, number=number, cost=Cost(macs, macs, 1), fp32_accuracy=fp32)
 
-    small, large, later, unmeasured = one(0, 80), one(2, 90), one(3, 90), one(1, 100, None)
+    small, good, later, unmeasured = one(0, 80, 0.9), one(2, 90), one(3, 90), one(1, 90, None)
     plan = uniform(TINY, 4)
-    assert choose_parent((small, later, large, unmeasured), plan) == large
-    assert choose_parent((small, unmeasured), plan) == small
+    assert choose_parent((small, later, good, unmeasured), plan) == good
+    assert choose_parent((small, one(4, 90, 0.85), good), plan) == one(4, 90, 0.85)
+    assert choose_parent((small, unmeasured), plan) == unmeasured
     assert choose_parent((unmeasured,), plan) == unmeasured
     assert choose_parent((), plan) is None
     assert choose_parent([replace(one(0, 90), plan=depthwise(TINY))], plan) is None

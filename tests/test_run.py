@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -47,6 +48,7 @@ SEARCH = Request(
     dtype="float32",
     threads=1,
     fused=False,
+    numerics_of=None,
     storage=None,
     data_dir=Path("data"),
     download=False,
@@ -96,10 +98,10 @@ def go(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def widths() -> Iterator[None]:
+def plain_choices() -> Iterator[None]:
     """Measured, they may differ from run to run: runs are the same for equal numerics."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(numerics, "_width", lambda numerics, own: own)
+        patched.setattr(numerics, "_faster", lambda one, other: False)
         yield
 
 
@@ -160,7 +162,7 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
     config = json.loads((whole[0] / "config.json").read_text())
     assert config["numerics"] == {
         **{"device": "cpu", "dtype": "float32", "channels_last": True, "threads": 1},
-        **{"fused": False, "group_widths": [1, 2, 4, 8, 16]},
+        **{"fused": False, "group_widths": [1, 2, 4, 8, 16], "alone_threads": 1},
     }
     assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False}
     assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
@@ -272,7 +274,10 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
             "fidelity.warm_start: False recorded, True wanted",
         ),
         ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
-        ({"threads": 9}, "numerics.threads: 1 recorded, 9 wanted"),
+        (
+            {"threads": 9},
+            "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
+        ),
         ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),
         ({"space": load_space("factorizenet")}, "space"),
         ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
@@ -286,6 +291,25 @@ def test_another_configuration_is_refused(run: Path, change: dict[str, object], 
         go(run, request=replace(SEARCH, **change))
     assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out"
     assert files_in(run) == before
+
+
+def test_a_run_computes_as_another_one_did(run: Path, tmp_path: Path) -> None:
+    """Also in what this device would not choose."""
+    recorded = json.loads((run / "config.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    recorded["numerics"] |= {"channels_last": False, "group_widths": [32, 16, 16, 8, 16], "alone_threads": 5}
+    (other / "config.json").write_text(json.dumps(recorded))
+    like = replace(WARM, dtype="auto", device="auto", threads=None, fused=None, numerics_of=other)
+    _, notes = go(tmp_path / "new", request=like)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["numerics"] == recorded["numerics"]
+    assert not any("measuring what" in text for text in notes.texts)
+
+    with pytest.raises(FnetError, match=f"^{re.escape(str(tmp_path / 'none'))} is not a run folder"):
+        go(tmp_path / "third", request=replace(like, numerics_of=tmp_path / "none"))
+    assert not (tmp_path / "third").exists()
+    with pytest.raises(FnetError, match=r"\(numerics\.channels_last: True recorded, False wanted; "):
+        go(run, request=replace(SEARCH, numerics_of=other))
 
 
 @pytest.fixture
@@ -448,7 +472,7 @@ def warm(children: tuple[Path, Outcome, list[Event]], tmp_path: Path) -> Path:
 
 
 def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Event]]) -> None:
-    folder, outcome, events = children
+    folder, outcome, _ = children
     reference, *candidates, final = outcome.evaluations
     assert [one.role for one in outcome.evaluations] == ["reference", "candidate", "candidate", "final"]
     best = max(candidates, key=lambda one: one.quint8_accuracy or 0.0)
@@ -463,7 +487,6 @@ def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Eve
     assert final.trained_images == 2 * images
     found = final.zero_shot_accuracy
     assert found == pytest.approx(best.fp32_accuracy, abs=0.01), "its own weights; in the arithmetic of the training"
-    assert [job.threads for job in (event.job for event in events if isinstance(event, Started))] == [1, 1, 1, 1]
     assert outcome.winner is not None
     assert outcome.winner.role != "reference"
     assert json.loads((folder / "config.json").read_text())["fidelity"] == {
@@ -475,6 +498,8 @@ def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Eve
     page = (folder / "report.html").read_text()
     assert "<th>warm start</th><td>from trained parents, 1 epoch, a smaller learning rate</td>" in page
     assert "<th>pruning</th>" in page
+    trained_on = f"of candidate {best.number}, for 2 epochs, as candidate 3"
+    assert f"<th>final training</th><td>{trained_on}</td>" in page
 
 
 def test_the_same_warm_search_again_gives_the_same_table(

@@ -21,7 +21,7 @@ from fnet_search.macro import Activation, Conv, Dense, Flatten, Pool, load_space
 from fnet_search.plan import plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
 from fnet_search.quantities import percent
-from fnet_search.recipe import Recipe
+from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.scheme import Scheme
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import DEATHS_ALLOWED, Finished, Progressed, WorkerPool, check_memory, cores, memory_of
@@ -129,8 +129,9 @@ def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: P
 @compiled
 def test_what_a_worker_did_before_changes_nothing(data: DataSet, tmp_path: Path) -> None:
     """Nor do kernels that it compiled for another network and another number of threads."""
-    setup = replace(SETUP, recipe=SETUP.recipe.with_epochs(1), numerics=FAST)
-    jobs = [Job(4, F2, tmp_path / "4", threads=2), Job(3, REGULAR, tmp_path / "3"), Job(5, F2, tmp_path / "5")]
+    numerics, fidelity = replace(FAST, alone_threads=2), Fidelity(final_epochs=1)
+    setup = replace(SETUP, recipe=SETUP.recipe.with_epochs(1), numerics=numerics, fidelity=fidelity)
+    jobs = [Job(4, F2, tmp_path / "4", "final"), Job(3, REGULAR, tmp_path / "3"), Job(5, F2, tmp_path / "5")]
     found = []
     with WorkerPool(1, setup, data, tmp_path) as pool:
         for job in jobs:
@@ -139,7 +140,7 @@ def test_what_a_worker_did_before_changes_nothing(data: DataSet, tmp_path: Path)
     assert len(pids()) == 0
     expected = []
     for job in reversed(jobs):
-        with threads(job.threads):
+        with threads(2 if job.role == "final" else 1):
             expected.append(evaluate(setup, data, replace(job, folder=job.folder / "here"), lambda progress: None))
     assert [one.evaluation for one in found] == expected[::-1]
     assert found[0].evaluation.layers != found[2].evaluation.layers, "more threads round otherwise"

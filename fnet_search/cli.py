@@ -154,13 +154,15 @@ def _shared(command: Any) -> Any:
     help="Epochs of candidates that start from a trained network.",
 )
 @click.option(
-    "--prune/--no-prune", default=True, help="Stop candidates that are behind the others after equal epochs, early."
+    "--prune/--no-prune",
+    default=True,
+    help="Stop candidates that are behind the others after equal epochs, early; takes two epochs or more.",
 )
 @click.option(
     "--final-epochs",
     type=click.IntRange(0),
     show_default="--epochs with --warm-start, else none",
-    help="Epochs that the best candidate is trained on for at the end of the search.",
+    help="Epochs that the best candidate is trained on for at the end of the search; unless it had them from scratch.",
 )
 @_shared
 def run(**options: Any) -> None:

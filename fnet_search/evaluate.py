@@ -199,24 +199,29 @@ def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
 def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluation:
     """Trains and measures one candidate; leaves its weights, float and quantized, in its folder.
 
-    A training that fails (loss not finite, out of memory, not quantizable) is tried once more with another seed, then
-    the evaluation is ``failed`` with the reason. Errors of files are raised, also where those of the parent cannot be
-    read.
+    A training that fails (loss not finite, not quantizable) is tried once more with another seed, one that was out of
+    memory from its checkpoint on; then the evaluation is ``failed`` with the reason. Errors of files are raised, also
+    where those of the parent cannot be read.
     """
-    reason = ""
-    for attempt in range(ATTEMPTS):
-        seed = setup.seed + 1_000_000 * attempt
+    reason, seed, judged = "", setup.seed, report
+
+    def unjudged(progress: TrainingProgress) -> None:
+        """What the first seed reached has been compared with others: a second one is not stopped for it."""
+        report(progress)
+
+    for _ in range(ATTEMPTS):
         try:
-            return _attempt(setup, data, job, seed, report)
+            return _attempt(setup, data, job, seed, judged)
         except TrainingFailed as failure:
-            reason = str(failure)
+            reason, seed, judged = str(failure), seed + 1_000_000, unjudged
+            (job.folder / CHECKPOINT).unlink(missing_ok=True)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             reason = f"out of memory: {str(error).splitlines()[0]}" if str(error) else "out of memory"
             if setup.numerics.device.startswith("cuda"):
                 torch.cuda.empty_cache()
-        (job.folder / CHECKPOINT).unlink(missing_ok=True)
+    (job.folder / CHECKPOINT).unlink(missing_ok=True)
     return unfinished(setup, job, "failed", f"{reason} (tried {ATTEMPTS} times)")
 
 

@@ -60,6 +60,7 @@ class Numerics:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> "Numerics":
+        """Inverse of `to_json`. Raises TypeError for anything else."""
         return Numerics(**{**data, "group_widths": tuple(data.get("group_widths", ()))})
 
     def __str__(self) -> str:
@@ -96,6 +97,18 @@ def check_dtype(device: str, dtype: str) -> None:
         raise FnetError(f"dtype bfloat16 is not supported by {device}; use tf32 or float32")
 
 
+def check_kernels(numerics: Numerics) -> None:
+    """Raises FnetError where the kernels of fused norms cannot be compiled."""
+    before = torch.get_num_threads()
+    try:
+        _block(numerics)()
+    except Exception as error:  # whatever torch.compile and the compilers behind it raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
+    finally:
+        torch.set_num_threads(before)
+
+
 def resolve(
     device: str,
     dtype: str = "auto",
@@ -121,7 +134,7 @@ def resolve(
         wider = replace(chosen, threads=cores // workers)
         if device == "cpu" and threads is None and wider.threads > 1:
             chosen = _fastest([chosen, wider])
-        return replace(chosen, alone_threads=chosen.threads * workers)
+        return replace(chosen, alone_threads=max(chosen.threads, min(cores, workers * chosen.threads)))
     finally:
         torch.set_num_threads(before)
 
@@ -139,8 +152,10 @@ def _ways(device: str, dtype: str, threads: int) -> list[Numerics]:
         except FnetError:
             continue
         formats = [Numerics(device, one, channels_last, threads) for channels_last in (True, False)]
-        # bfloat16 without hardware for it is many times slower: nothing more is timed in it.
-        if not ways or _timed(_block(formats[0])) < 3 * _timed(_block(ways[0])):
+        # bfloat16 without hardware for it is many times slower: nothing more is timed in it. The first time warms up.
+        steps = [_block(way) for way in (formats[0], *ways[:1])]
+        times = [(_timed(step), _timed(step))[1] for step in steps]
+        if times[0] <= 3 * times[-1]:
             ways.append(_fastest(formats))
     return ways
 
@@ -151,12 +166,11 @@ def _fused(plain: Numerics, wanted: bool | None) -> Numerics:
         return plain
     candidate = replace(plain, fused=True)
     try:
-        _block(candidate)()
-    except Exception as error:  # whatever torch.compile and the compilers behind it raise
-        if wanted is None:
-            return plain
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
+        check_kernels(candidate)
+    except FnetError:
+        if wanted:
+            raise
+        return plain
     return candidate if wanted else _fastest([plain, candidate])
 
 

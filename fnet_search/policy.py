@@ -8,6 +8,7 @@ have, and any number of workers can share one policy.
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
+from math import prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -239,19 +240,20 @@ def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> li
 
 
 def choose_parent(evaluations: Iterable[Evaluation], plan: FactorizationPlan) -> Evaluation | None:
-    """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the one
-    with the most conv MACs (of the least factorized a child loses least), then the highest fp32 accuracy, then the
+    """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the least
+    factorized one (smallest product of rates: of it a child loses least), then the highest fp32 accuracy, then the
     lowest number. None if there is none.
 
     So all children of a search start from its reference, if it was trained: they had equal training, and which ended
-    before does not matter."""
-    rates = dict(plan.rates)
-    fitting = [
-        one
-        for one in evaluations
-        if one.state == "complete" and all(rates[layer] % rate == 0 for layer, rate in one.plan.rates)
-    ]
-    return min(fitting, key=lambda one: (-one.cost.conv_macs, -(one.fp32_accuracy or 0.0), one.number), default=None)
+    before does not matter.
+    """
+
+    def key(one: Evaluation) -> tuple[int, float, int]:
+        return prod(one.plan.by_layer.values()), -(one.fp32_accuracy or 0.0), one.number
+
+    trained = (one for one in evaluations if one.state == "complete")
+    fitting = (one for one in trained if all(plan[layer] % rate == 0 for layer, rate in one.plan.rates))
+    return min(fitting, key=key, default=None)
 
 
 def policy_names() -> list[str]:

@@ -15,11 +15,11 @@ from fnet_search import latency, requantize
 from fnet_search.audit import audit
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import WEIGHTS, Setup, measure
+from fnet_search.evaluate import WEIGHTS, Setup, load_trained, measure
 from fnet_search.export import MODEL, quantized_model
 from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
-from fnet_search.numerics import Numerics, check_device, check_dtype, resolve
+from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 from fnet_search.plan import cost_table, label
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName
 from fnet_search.quantities import mmac, percent
@@ -31,7 +31,7 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
 from fnet_search.search import Event, FixedPlans, search, trained
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
-from fnet_search.workers import WorkerPool, check_memory, cores
+from fnet_search.workers import WorkerPool, check_memory, cores, fitting
 
 ON_CUDA = 2
 """Workers that share a CUDA device: small networks do not fill one."""
@@ -162,8 +162,10 @@ def run_study(
     recorded = _recorded(run, request)
     device = recorded.device if recorded else request.device
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    workers = workers or (ON_CUDA if on_cuda else cores())
-    if not on_cuda:
+    if workers is None:
+        threads = recorded.threads if recorded else request.threads or 1
+        workers = ON_CUDA if on_cuda else fitting(space, request.recipe, data, threads)
+    elif not on_cuda:
         check_memory(workers, space, request.recipe, data)
     if recorded is None:
         display.status("measuring what this device is fast with")
@@ -192,6 +194,8 @@ def run_study(
             trials = done + len(set(policy.plans) - record.history().seen)
         display.begin(run, setup, trials, done)
         with WorkerPool(workers, setup, data, run.path) as pool:
+            if setup.fidelity.warm_start and (done < trials or record.to_finish()):
+                _restore(record, pool, display)
             for event in search(policy, record, pool, trials):
                 display.show(event)
             test = _test(record, data, pool, display)
@@ -236,7 +240,7 @@ def _json(facts: dict[str, Any]) -> Any:
 def _recorded(run: RunFolder, request: Request) -> Numerics | None:
     """The numerics recorded in the run that was named, or here, where nothing else is wanted.
 
-    Raises FnetError for a device that is not there any more, and where that run cannot be read.
+    Raises FnetError for a device or a compiler that is not there any more, and where that run cannot be read.
     """
     known = run if request.numerics_of is None else RunFolder(request.numerics_of)
     if request.numerics_of is None and not run.exists:
@@ -251,6 +255,8 @@ def _recorded(run: RunFolder, request: Request) -> Numerics | None:
     if not all(wanted):
         return None
     check_device(found.device)
+    if found.fused:
+        check_kernels(found)
     return found
 
 
@@ -305,6 +311,18 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     facts = metadata(run.config(), record.space, winner, test, "quint8")
     run.write_best(winner, test, quantized_model(quantized, facts))
     return test
+
+
+def _restore(record: StudyRecord, pool: WorkerPool, display: Display) -> None:
+    """Trains once more what others start from, where its weights were lost since."""
+    for one in record.starts:
+        folder = record.run.candidate(one.number)
+        try:
+            load_trained(record.space, one.plan, folder)
+        except FnetError as error:
+            display.status(f"training candidate {one.number} once more ({error})")
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            _again(record, pool, one)
 
 
 def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> None:

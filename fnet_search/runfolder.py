@@ -27,6 +27,7 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
+from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
 from fnet_search.policy import Audit, Constraints, Evaluation, ranking
 from fnet_search.report import candidates_csv, layers_csv
@@ -101,6 +102,7 @@ class RunFolder:
         proper = {
             "data": config["data"].keys() >= _DATA,
             "constraints": config["constraints"].keys() <= vars(Constraints()).keys(),
+            "numerics": _are_numerics(config["numerics"]),
         }
         for key, is_proper in proper.items():
             if not is_proper:
@@ -220,6 +222,14 @@ def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[i
     others = [one.number for one in evaluations if one.split == "test" or one.role == "reference"]
     parents = [one.parent for one in evaluations if one.parent is not None]
     return {*candidates, *finals, *others, *parents}
+
+
+def _are_numerics(facts: dict[str, Any]) -> bool:
+    try:
+        Numerics.from_json(facts)
+    except TypeError:
+        return False
+    return True
 
 
 def read_evaluation(path: Path) -> Evaluation:

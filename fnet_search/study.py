@@ -20,7 +20,7 @@ from optuna.trial import Trial, TrialState, create_trial
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, indices, label, legal_rates, plan_cost
+from fnet_search.plan import FactorizationPlan, indices, label, legal_rates, plan_cost, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, History, Role, SplitName, choose_parent, ranking
 from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
@@ -237,6 +237,16 @@ class StudyRecord:
     def _best(self) -> Evaluation | None:
         ranked = ranking(tuple(one for one in self.evaluations if one.role == "candidate"), self.constraints)
         return ranked[0] if ranked else None
+
+    @property
+    def starts(self) -> list[Evaluation]:
+        """The networks that others start from: parents, the regular one, and that of the final training."""
+        parents = {one.parent for one in self.evaluations if one.role == "candidate"}
+        parents |= {one.number for one in self.evaluations if one.plan == regular(self.space)}
+        if best := self.to_finish():
+            parents.add(best.number)
+        past = (one for one in self.evaluations if one.state == "complete" and one.role != "final")
+        return [one for one in past if one.number in parents]
 
     def to_finish(self) -> Evaluation | None:
         epochs, best = self._setup.fidelity.final_epochs, self._best()

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,14 +45,19 @@ def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
     return 600 * 2**20 + images + 24 * plan_cost(space, plan).params + 8 * activations * max(recipe.batch_size, 250)
 
 
+def fitting(space: Macroarchitecture, recipe: Recipe, data: DataSet, threads: int = 1) -> int:
+    """How many workers with so many threads the cores, and the memory that is free now, have room for; at least one."""
+    free: int = psutil.virtual_memory().available
+    return max(1, min(cores() // threads, free // memory_of(space, recipe, data)))
+
+
 def check_memory(workers: int, space: Macroarchitecture, recipe: Recipe, data: DataSet) -> None:
     """Raises FnetError for more workers than the memory that is free now holds."""
     each, free = memory_of(space, recipe, data), psutil.virtual_memory().available
     if workers > 1 and workers * each > free:
-        fitting = max(1, free // each)
         raise FnetError(
             f"{workers} workers need about {workers * each / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; use "
-            f"--workers {fitting} or a smaller batch"
+            f"--workers {max(1, free // each)} or a smaller batch"
         )
 
 
@@ -75,11 +81,19 @@ class Finished:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Fault:
+    """What a worker is about to die of, in a line."""
+
+    reason: str
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: "Connection[object, object]"
     job: Job | None = None
+    fault: str = ""
 
 
 class WorkerPool:
@@ -139,6 +153,9 @@ class WorkerPool:
                 continue
             if isinstance(message, str):
                 raise FnetError(f"candidate {worker.job.number if worker.job else '?'}: {message}")
+            if isinstance(message, _Fault):
+                worker.fault = f", of {message.reason}"
+                continue
             if isinstance(message, Finished):
                 worker.job = None
             if isinstance(message, Progressed):
@@ -169,7 +186,7 @@ class WorkerPool:
         if deaths < DEATHS_ALLOWED:
             self.submit(dead.job)
             return
-        reason = f"its worker died {deaths} times, the last time with exit code {dead.process.exitcode}"
+        reason = f"its worker died {deaths} times, lastly with exit code {dead.process.exitcode}{dead.fault}"
         yield Finished(unfinished(self.setup, dead.job, "failed", reason), 0.0)
 
 
@@ -221,6 +238,13 @@ def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> 
             pipe.send(_run(pipe, setup, data, job))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone
+    except FnetError as error:
+        pipe.send(str(error))
+    except Exception as error:  # a process that met what it does not know is not used again
+        line = next(iter(str(error).splitlines()), "")
+        with suppress(OSError):
+            pipe.send(_Fault(f"{type(error).__name__}: {line}".removesuffix(": ")))
+        sys.exit(1)
 
 
 def _run(pipe: "Connection[object, object]", setup: Setup, data: DataSet, job: Job) -> Finished | str:

@@ -432,24 +432,17 @@ def until(run: "subprocess.Popen[str]", pattern: str) -> list[str]:
     return said
 
 
-def with_the_numerics_of(run: Path, new: Path) -> None:
-    """Begins a run like another: measured again, the numerics may be others, and the results differ by rounding."""
-    new.mkdir()
-    config = json.loads((run / "config.json").read_text())
-    (new / "config.json").write_text(json.dumps({**config, "study": new.name}))
-
-
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
     """Stopped by SIGTERM, by Ctrl-C (which goes to the workers too) and by SIGKILL, each time within a training."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "3")
-    arguments += (*PLAIN, "--no-warm-start", "--min-quint8", "100%")
+    arguments += ("--no-warm-start", "--min-quint8", "100%")
     said = {}
     for signum, code, pattern in (
         (signal.SIGTERM, 128 + signal.SIGTERM, r"^candidate 0 .*: epoch 1 of 3"),
         (signal.SIGINT, 130, r"^candidate 0 .*: epoch 2 of 3"),
         (signal.SIGKILL, -signal.SIGKILL, r"^candidate 1 .*: epoch 1 of 3"),
     ):
-        run = process(*arguments, "--out", "stopped", cwd=tmp_path)
+        run = process(*arguments, *PLAIN, "--out", "stopped", cwd=tmp_path)
         said[signum] = until(run, pattern)
         os.killpg(run.pid, signum)
         _, err = run.communicate()
@@ -457,13 +450,12 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
         assert err.strip() == ("interrupted; the same command goes on from here" if signum == signal.SIGINT else "")
     told = [[line.partition(";")[0] for line in lines if ": epoch 1 of 3" in line] for lines in said.values()]
     assert told[0] == told[1], "from its checkpoint: what it had reached is told again"
-    code, out, err = fnet(*arguments, "--out", "stopped")
+    code, out, err = fnet(*arguments, *PLAIN, "--out", "stopped")
     assert (code, err) == (3, "")
     assert "up to 2 candidates, 1 trained before;" in out
     nearest = out.splitlines()[-1].replace("stopped", "whole")
     assert nearest.startswith("no candidate met the constraints; nearest, missing min_quint8: candidate ")
-    with_the_numerics_of(tmp_path / "stopped", tmp_path / "whole")
-    code, out, err = fnet(*arguments, "--out", "whole")
+    code, out, err = fnet(*arguments, "--workers", "1", "--numerics-of", "stopped", "--out", "whole")
     assert (code, out.splitlines()[-1]) == (3, nearest)
     whole, stopped = files_in(tmp_path / "whole"), files_in(tmp_path / "stopped")
     assert whole["candidates.csv"] == stopped["candidates.csv"]
@@ -477,26 +469,25 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
 def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
     """The host, by SIGKILL: within the training of the reference, of a child, and of the final one."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "2")
-    arguments += (*PLAIN, "--warm-epochs", "2")
+    arguments += ("--warm-epochs", "2")
     for pattern in (
         r"^reference 0 \(regular\): epoch 1 of 2, validation accuracy [\d.]+ %; [\d:]+ left$",
         r"^candidate 2 \(.*\): epoch 1 of 2, ",
         r"^final training 3 \(.*\): epoch 1 of 2, ",
     ):
-        run = process(*arguments, "--out", "stopped", cwd=tmp_path)
+        run = process(*arguments, *PLAIN, "--out", "stopped", cwd=tmp_path)
         said = until(run, pattern)
         run.kill()
         run.communicate()
     started = [line.partition(" (")[0] for line in said if " starts" in line]
     assert started == ["candidate 2", "final training 3"], "nothing that ended is trained again"
-    code, out, err = fnet(*arguments, "--out", "stopped")
+    code, out, err = fnet(*arguments, *PLAIN, "--out", "stopped")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     (start,) = (line for line in lines if " starts" in line)
     assert re.fullmatch(r"final training 3 \(.*, 0\.\d+ MMAC\) starts, from candidate [12]", start)
     assert "│ reference: others start from it │" in out
-    with_the_numerics_of(tmp_path / "stopped", tmp_path / "whole")
-    code, out, err = fnet(*arguments, "--out", "whole")
+    code, out, err = fnet(*arguments, "--workers", "1", "--numerics-of", "stopped", "--out", "whole")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == lines[-1].replace("stopped", "whole")
     whole, stopped = (files_in(tmp_path / name) for name in ("whole", "stopped"))
@@ -514,8 +505,7 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
             cwd=tmp_path,
         )
         out, err = run.communicate()
-        assert run.returncode == 0
-        assert "Traceback" not in err
+        assert (run.returncode, err) == (0, "")
         said.append(out.splitlines())
     assert said[0][1] == "measuring what this device is fast with ..."
     assert not any("measuring what" in line for line in said[1]), "what was measured is recorded"

@@ -1,3 +1,4 @@
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from fnet_search.ranges import calibrate
 from fnet_search.recipe import Augmentation, Fidelity, Recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import RangeMethod, Scheme, parse_scheme
-from fnet_search.train import TrainingProgress, accuracy, train
+from fnet_search.train import Report, TrainingFailed, TrainingProgress, accuracy, train
 from fnet_search.weights import read_tensors, write_tensors
 
 TINY = load_space("tiny")
@@ -224,12 +225,14 @@ def test_out_of_memory_is_recorded(data: DataSet, tmp_path: Path, error: Excepti
 
 
 def test_a_second_try_has_another_seed(data: DataSet, tmp_path: Path) -> None:
+    """And is not stopped: it is the first one that was compared with others."""
     steps = []
 
-    def report(progress: TrainingProgress) -> None:
+    def report(progress: TrainingProgress) -> bool:
         steps.append(progress)
         if len(steps) == 5:
-            raise MemoryError
+            raise TrainingFailed("the loss was not finite in epoch 1 of 2")
+        return progress.ended
 
     setup = replace(SETUP, recipe=RECIPE.with_epochs(1))
     found = evaluate(setup, data, Job(0, PLAN, tmp_path), report)
@@ -237,6 +240,40 @@ def test_a_second_try_has_another_seed(data: DataSet, tmp_path: Path) -> None:
     direct = evaluate(replace(setup, seed=7 + 1_000_000), data, Job(0, PLAN, tmp_path / "direct"), silent)
     assert same_tensors(tmp_path / WEIGHTS, tmp_path / "direct" / WEIGHTS)
     assert direct.fp32_accuracy == found.fp32_accuracy
+    found = evaluate(
+        replace(SETUP, recipe=RECIPE.with_epochs(2)), data, Job(0, PLAN, tmp_path / "two"), failing(report)
+    )
+    assert (found.state, found.epochs) == ("complete", 2)
+
+
+def failing(report: Report) -> Report:
+    """Whose first epoch fails, once."""
+    told = iter(range(10**9))
+
+    def failing(progress: TrainingProgress) -> bool | None:
+        if next(told) == 0:
+            raise TrainingFailed("the loss was not finite in epoch 1 of 2")
+        return report(progress)
+
+    return failing
+
+
+def test_out_of_memory_goes_on_from_the_checkpoint(data: DataSet, tmp_path: Path) -> None:
+    """With the same seed: the network is that of a training with enough memory. Also after the last epoch."""
+    setup, expected = replace(SETUP, recipe=RECIPE.with_epochs(2)), []
+    for name, when in (("plain", None), ("in epoch 2", (2, "")), ("measuring", (2, "measuring"))):
+        told: list[TrainingProgress] = []
+
+        def report(progress: TrainingProgress, when: object = when, told: list[TrainingProgress] = told) -> None:
+            told.append(progress)
+            if (progress.epoch, progress.stage) == when and [(one.epoch, one.stage) for one in told].count(when) == 1:
+                raise MemoryError
+
+        expected.append(evaluate(setup, data, Job(0, PLAN, tmp_path / name), report))
+        first_epoch = [one for one in told if one.epoch == 1 and not one.ended]
+        assert len(first_epoch) == math.ceil(400 / RECIPE.batch_size)
+        assert same_tensors(tmp_path / name / WEIGHTS, tmp_path / "plain" / WEIGHTS)
+    assert expected[1:] == expected[:1] * 2
 
 
 def test_other_errors_are_raised(data: DataSet, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def fits(widths: tuple[int, ...]) -> bool:
 def test_what_is_asked_for(dtype: DType, threads: int, fused: bool) -> None:
     """Whatever would be faster."""
     found = resolve("cpu", dtype, workers=2, cores=4, threads=threads, fused=fused)
-    asked = Numerics("cpu", dtype, found.channels_last, threads, fused, found.group_widths, 2 * threads)
+    asked = Numerics("cpu", dtype, found.channels_last, threads, fused, found.group_widths, min(4, 2 * threads))
     assert found == asked
     assert fits(found.group_widths)
 

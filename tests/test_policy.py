@@ -157,8 +157,8 @@ def test_a_reference_is_not_ranked_and_what_was_trained_on_is() -> None:
         ((1, 1, 1), None),
         ((2, 2, 2), "f2"),
         ((4, 4, 4), "f2"),
-        ((8, 16, 16), "late"),  # f2 and far divide it too, with fewer MACs
-        ((8, 8, 8), "late"),  # f4 failed, f8 was stopped
+        ((8, 16, 16), "f2"),  # late and far divide it too, and late has more MACs
+        ((8, 8, 8), "f2"),  # f4 failed, f8 was stopped
         ((8, 2, 16), "f2"),
         ((2, 4, 1), None),  # f2 does not divide the last 1
         ((1, 8, 8), "late"),
@@ -191,17 +191,17 @@ def test_a_child_starts_from_the_least_factorized_that_divides_it(
 
 
 def test_of_equal_parents_the_most_accurate_then_the_first() -> None:
-    def one(number: int, macs: int, fp32: float | None = 0.8) -> Evaluation:
-        return replace(REGULAR, number=number, cost=Cost(macs, macs, 1), fp32_accuracy=fp32)
+    def one(number: int, rate: int, fp32: float | None = 0.8) -> Evaluation:
+        return replace(REGULAR, number=number, plan=uniform(TINY, rate), fp32_accuracy=fp32)
 
-    small, good, later, unmeasured = one(0, 80, 0.9), one(2, 90), one(3, 90), one(1, 90, None)
+    small, good, later, unmeasured = one(0, 4, 0.9), one(2, 2), one(3, 2), one(1, 2, None)
     plan = uniform(TINY, 4)
     assert choose_parent((small, later, good, unmeasured), plan) == good
-    assert choose_parent((small, one(4, 90, 0.85), good), plan) == one(4, 90, 0.85)
+    assert choose_parent((small, one(4, 2, 0.85), good), plan) == one(4, 2, 0.85)
     assert choose_parent((small, unmeasured), plan) == unmeasured
     assert choose_parent((unmeasured,), plan) == unmeasured
     assert choose_parent((), plan) is None
-    assert choose_parent([replace(one(0, 90), plan=depthwise(TINY))], plan) is None
+    assert choose_parent([replace(one(0, 2), plan=depthwise(TINY))], plan) is None
 
 
 def test_history_knows_what_was_suggested() -> None:

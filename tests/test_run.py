@@ -527,6 +527,23 @@ def test_a_warm_search_goes_on(warm: Path, children: tuple[Path, Outcome, list[E
     assert (child.role, child.parent, child.inherited_epochs) == ("candidate", 0, 1)
 
 
+def test_what_others_start_from_is_trained_again_where_it_was_lost(
+    warm: Path, children: tuple[Path, Outcome, list[Event]]
+) -> None:
+    """To the same bits; where nothing starts from it any more, it is not."""
+    reference = warm / "candidates" / "000" / "weights.safetensors"
+    before = read_tensors(children[0] / reference.relative_to(warm))[0]
+    reference.write_bytes(reference.read_bytes()[:1000])
+    _, notes = go(warm, request=WARM)
+    assert reference.stat().st_size == 1000, "this run had ended"
+    outcome, notes = go(warm, 3, WARM)
+    assert any(text.startswith("training candidate 0 once more (") for text in notes.texts)
+    after = read_tensors(reference)[0]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [one.state for one in outcome.evaluations[4:]] == ["complete"] * len(outcome.evaluations[4:])
+    assert outcome.evaluations[4].parent == 0
+
+
 def test_within_the_budget_the_regular_network_may_win(tmp_path: Path) -> None:
     """Trained from scratch with as many epochs, it is not trained on."""
     request = replace(WARM, constraints=Constraints(conv_macs=811_008), fidelity=Fidelity(True, final_epochs=1))

@@ -19,7 +19,7 @@ TINY = load_space("tiny")
 FREE = Constraints()
 CONFIG = {
     **{"space": "", "dataset": "digits", "policy": "tpe", "scheme": "minmax", "split": "test", "seed": 0},
-    **{"recipe": {"epochs": 1}, "fidelity": {"warm_start": False}, "constraints": {}, "numerics": {}},
+    **{"recipe": {"epochs": 1}, "fidelity": {"warm_start": False}, "constraints": {}, "numerics": {"device": "cpu"}},
     "data": {"fingerprint": "0f", "classes": ["a", "b"], "mean": [0.5], "std": [0.25]},
 }
 
@@ -97,6 +97,10 @@ def test_a_folder_with_hidden_files_only_is_as_good_as_new(tmp_path: Path, name:
         ("{", "cannot read PATH: Expecting property name"),
         ("[1]", "PATH is not the configuration of a run"),
         ("{}", "PATH is not the configuration of a run: it has no proper 'space'"),
+        (
+            json.dumps({**CONFIG, "numerics": {"device": "cpu", "of_a_later_version": 1}}),
+            "PATH is not the configuration of a run: it has no proper 'numerics'",
+        ),
         (json.dumps({**CONFIG, "data": 3}), "PATH is not the configuration of a run: it has no proper 'data'"),
         (json.dumps({**CONFIG, "seed": None}), "PATH is not the configuration of a run: it has no proper 'seed'"),
     ],

@@ -18,16 +18,25 @@ from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Job, Setup, Start, evaluate, unfinished
 from fnet_search.macro import Activation, Conv, Dense, Flatten, Pool, load_space
-from fnet_search.plan import plan_cost, regular, uniform
+from fnet_search.plan import depthwise, plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
 from fnet_search.quantities import percent
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.scheme import Scheme
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import DEATHS_ALLOWED, Finished, Progressed, WorkerPool, check_memory, cores, memory_of
+from fnet_search.workers import (
+    DEATHS_ALLOWED,
+    Finished,
+    Progressed,
+    WorkerPool,
+    check_memory,
+    cores,
+    fitting,
+    memory_of,
+)
 
 TINY = load_space("tiny")
-REGULAR, F2 = regular(TINY), uniform(TINY, 2)
+REGULAR, F2, DWS = regular(TINY), uniform(TINY, 2), depthwise(TINY)
 SETUP = Setup(TINY, Recipe("test", 3, 50, 0.05), Scheme(), CPU, 7, "validation")
 
 
@@ -186,9 +195,21 @@ def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path:
     assert finished is not None
     one = finished.evaluation
     assert (one.number, one.plan, one.cost, one.state) == (3, F2, plan_cost(TINY, F2), "failed")
-    assert one.reason == f"its worker died {DEATHS_ALLOWED} times, the last time with exit code -9"
+    assert one.reason == f"its worker died {DEATHS_ALLOWED} times, lastly with exit code -9"
     assert (one.split, one.scheme, one.seed) == ("validation", "percentile:1", 7)
     assert (one.role, one.parent, one.inherited_epochs, one.epochs) == ("candidate", 1, 5, 0)
+
+
+def test_what_a_worker_died_of_is_said(data: DataSet, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the reason, not in a traceback."""
+    setup = replace(SETUP, numerics=replace(CPU, group_widths=("sixteen",)))
+    with WorkerPool(1, setup, data, tmp_path) as pool:
+        pool.submit(Job(3, DWS, tmp_path / "3"))
+        (finished,) = results(pool)
+    cause = "of TypeError: '>' not supported between instances of 'int' and 'str'"
+    died = f"its worker died {DEATHS_ALLOWED} times, lastly with exit code 1"
+    assert (finished.evaluation.state, finished.evaluation.reason) == ("failed", f"{died}, {cause}")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_an_error_of_files_is_no_fault_of_the_candidate(data: DataSet, tmp_path: Path) -> None:
@@ -245,7 +266,10 @@ def test_more_workers_than_memory_holds(data: DataSet, monkeypatch: pytest.Monke
         f"4 workers need about {4 * each / 1e9:.1f} GB, of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or "
         "a smaller batch"
     )
+    monkeypatch.setattr("fnet_search.workers.cores", lambda: 12)
+    assert [fitting(TINY, SETUP.recipe, data, threads) for threads in (1, 4, 5, 6, 12, 13)] == [3, 3, 2, 2, 1, 1]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=each // 2))
+    assert fitting(TINY, SETUP.recipe, data) == 1
     check_memory(1, TINY, SETUP.recipe, data)  # it may still fit: an estimate must not keep anyone from trying
     with pytest.raises(FnetError, match=r"use --workers 1 or a smaller batch$"):
         check_memory(2, TINY, SETUP.recipe, data)

@@ -3,21 +3,24 @@ backward) a second, against a large matrix product in the same dtype, in the sam
 
     python benchmarks/roofline.py [--rounds 5] [--steps 7]
 
-One thread, space factorizenet-gap, batch 128. The products are of 4096 x 4096 matrices. Where the rest goes: shares of
+One thread, in an environment like a worker's, space factorizenet-gap, batch 128. The products are of 4096 x 4096
+matrices. Where the rest goes: shares of
 the time of a few steps by kind of operation, from torch's profiler.
 """
 
 import argparse
 import time
+from multiprocessing import get_context
 
 import torch
 from machine import machine, ratio, spread
 from torch.profiler import ProfilerActivity, profile
-from trainers import PLANS, SPACE, _ours
+from trainers import BATCH, PLANS, SPACE, ours
 
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics, resolve
 from fnet_search.plan import parse_plan, plan_cost
+from fnet_search.workers import environment
 
 SIZE = 4096
 KINDS = {
@@ -32,8 +35,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=7)
     options = parser.parse_args()
+    process = get_context("spawn").Process(target=_measure, args=(options.rounds, options.steps))
+    with environment(1):
+        process.start()
+    process.join()
+
+
+def _measure(rounds: int, steps: int) -> None:
     torch.set_num_threads(1)
-    numerics = resolve("cpu")
+    numerics = resolve("cpu", threads=1)
     print(f"{machine()}\n{numerics}\n", flush=True)
     dtype = torch.bfloat16 if numerics.dtype == "bfloat16" else torch.float32
     factors = [torch.randn(SIZE, SIZE).to(dtype) for _ in range(2)]
@@ -43,11 +53,12 @@ def main() -> None:
     _gemm(factors)
     for plan in PLANS:
         macs = 3 * plan_cost(space, parse_plan(space, plan)).total_macs / 1e9
-        _ours(plan, 1, numerics)
+        ours(plan, 1, numerics)
         rates, limits = [], []
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             limits.append(_gemm(factors))
-            rates.append(_ours(plan, options.steps, numerics))
+            start, end = ours(plan, steps, numerics)
+            rates.append(steps * BATCH / (end - start))
         reached = [macs * rate for rate in rates]
         share = ratio([100 * value for value in reached], limits)
         values = f"{spread(rates).median:10.0f}{spread(reached).median:9.0f}{spread(limits).median:13.0f}{share!s:>24}"
@@ -64,7 +75,7 @@ def _gemm(factors: list[torch.Tensor]) -> float:
 def _shares(plan: str, numerics: Numerics) -> list[float]:
     """Of the time of a few steps, in %."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        _ours(plan, 3, numerics)
+        ours(plan, 3, numerics)
     own = {event.key: event.self_cpu_time_total for event in found.key_averages()}
     whole = sum(own.values())
     parts = [sum(time for name, time in own.items() if any(word in name for word in words)) for words in KINDS.values()]

@@ -20,6 +20,7 @@ from statistics import mean, stdev
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from machine import machine
+from scipy.stats import t
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
@@ -35,8 +36,6 @@ from fnet_search.train import _settle, train
 from fnet_search.workers import cores, environment
 
 SPACE = "factorizenet"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""97.5 % quantile of Student's distribution, by number of seeds."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,8 @@ def main() -> None:
             plain, ours = ([found[plan, side, seed][index] for seed in options.seeds] for side in sides)
             differences = [one - other for one, other in zip(ours, plain, strict=True)]
             spread = "one seed"
-            if (count := len(differences)) in STUDENT:
-                half = STUDENT[count] * stdev(differences) / math.sqrt(count)
+            if (count := len(differences)) > 1:
+                half = t.ppf(0.975, count - 1) * stdev(differences) / math.sqrt(count)
                 spread = f"{mean(differences) - half:+.2f} to {mean(differences) + half:+.2f}"
             print(f"{plan:9}{name:>10}{mean(plain):10.2f}{mean(ours):10.2f}{mean(differences):+12.2f} ({spread})")
 

@@ -1,9 +1,9 @@
-"""Processes that train one network for some steps when told to, and say how fast: what `throughput`, `scaling` and
-`roofline` share. Ours is `train.train` itself; `plain` is what one writes first."""
+"""Processes that train one network for some steps when told to, and say when they began and ended: what `throughput`,
+`scaling` and `roofline` share. Ours is `train.train` itself; `plain` is what one writes first."""
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -31,12 +31,12 @@ class Trainer:
             with environment(threads):
                 self._process.start()
 
-    def ask(self, plan: str, steps: int) -> None:
-        """Begins to train."""
-        self._pipe.send((plan, steps))
+    def tell(self, what: tuple[str, int] | str) -> None:
+        """A plan and a number of steps: build the network, train a step, answer; then ``go``: the others."""
+        self._pipe.send(what)
 
-    def rate(self) -> float:
-        """Images a second of what was asked for."""
+    def answer(self) -> float:
+        """The time on the clock that all processes share, in seconds."""
         return float(self._pipe.recv())
 
     def close(self) -> None:
@@ -45,10 +45,16 @@ class Trainer:
 
 
 def together(trainers: Sequence[Trainer], plan: str, steps: int) -> float:
-    """Images a second of all of them, at the same time."""
+    """Images a second of all of them at the same time: from a common start, when each has a step behind it, to the end
+    of the last one."""
     for trainer in trainers:
-        trainer.ask(plan, steps)
-    return sum(trainer.rate() for trainer in trainers)
+        trainer.tell((plan, steps))
+    for trainer in trainers:
+        trainer.answer()
+    start = time.monotonic()
+    for trainer in trainers:
+        trainer.tell("go")
+    return len(trainers) * steps * BATCH / (max(trainer.answer() for trainer in trainers) - start)
 
 
 def _serve(pipe: Connection, threads: int, numerics: Numerics | None) -> None:
@@ -56,9 +62,14 @@ def _serve(pipe: Connection, threads: int, numerics: Numerics | None) -> None:
 
     torch.set_num_threads(threads)
     images = _images()
+
+    def go() -> None:
+        pipe.send(time.monotonic())
+        pipe.recv()
+
     while (asked := pipe.recv()) is not None:
         plan, steps = asked
-        pipe.send(_plain(plan, steps, *images) if numerics is None else _ours(plan, steps, numerics))
+        pipe.send(_plain(plan, steps, *images, go) if numerics is None else ours(plan, steps, numerics, go)[1])
 
 
 def _images():
@@ -71,9 +82,9 @@ def _images():
     return [to_pil_image(image) for image in split.images], split.labels
 
 
-def _plain(plan: str, steps: int, images, labels) -> float:
-    """float32, torch's default memory format, torchvision's transforms image by image, unfused SGD: steps a second
-    times the batch."""
+def _plain(plan: str, steps: int, images, labels, go: Callable[[], None]) -> float:
+    """float32, torch's default memory format, torchvision's transforms image by image, unfused SGD: when it ended. `go`
+    is called after the first step, which allocates."""
     import torch
     import torch.nn.functional as F  # noqa: N812 (its usual name)
     from torchvision import transforms
@@ -91,21 +102,21 @@ def _plain(plan: str, steps: int, images, labels) -> float:
         ]
     )
     network.train()
-    start = 0.0
     for step in range(steps + 1):
-        if step == 1:  # the first one allocates
-            start = time.perf_counter()
+        if step == 1:
+            go()
         chosen = torch.randint(len(images), (BATCH,))
         batch = torch.stack([change(images[index]) for index in chosen.tolist()])
         loss = F.cross_entropy(network(batch), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return steps * BATCH / (time.perf_counter() - start)
+    return time.monotonic()
 
 
-def _ours(plan: str, steps: int, numerics: Numerics) -> float:
-    """`train.train` on as many images as the steps take, timed from the end of the first step on."""
+def ours(plan: str, steps: int, numerics: Numerics, go: Callable[[], None] = lambda: None) -> tuple[float, float]:
+    """`train.train` on as many images as the steps take: when it began the second step, and ended the last one. `go` as
+    in `_plain`."""
     import torch
 
     from fnet_search.data import load_dataset
@@ -119,11 +130,13 @@ def _ours(plan: str, steps: int, numerics: Numerics) -> float:
 
     def report(progress: TrainingProgress) -> None:
         if not progress.ended:
-            times.append(time.perf_counter())
+            if not times:
+                go()
+            times.append(time.monotonic())
 
     with tempfile.TemporaryDirectory() as folder:
         train(network, data, recipe, numerics, 0, report, Path(folder) / "checkpoint", "", None)
-    return steps * BATCH / (times[-1] - times[0])
+    return times[0], times[-1]
 
 
 def _network(plan: str):

@@ -12,7 +12,9 @@ import argparse
 import json
 import math
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from fnet_search.policy import Evaluation
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import parse_scheme
-from fnet_search.workers import Finished, Progressed, WorkerPool, cores
+from fnet_search.workers import Finished, Progressed, WorkerPool, cores, environment
 
 
 def main() -> None:
@@ -51,6 +53,7 @@ def main() -> None:
     space = space.with_classes(len(data.classes))
     recipe = load_recipe("quick").with_epochs(options.epochs)
     options.out.mkdir(parents=True, exist_ok=True)
+    _same(options)
     numerics = _numerics(options.out)
     print(machine())
     print(f"{options.dataset}: {len(data.train):,} training, {len(data.test):,} test images; {numerics}\n", flush=True)
@@ -72,6 +75,15 @@ def main() -> None:
                 jobs[f"{name} warm {epochs}"] = Job(number, plans[name], place / f"{name}-warm{epochs}", start=start)
             done |= _train(warm_setup, data, jobs, options.out)
         _print(setup, data, done, start, place, options)
+
+
+def _same(options: argparse.Namespace) -> None:
+    """What is read again must have been trained alike."""
+    path = options.out / "options.json"
+    alike = {name: getattr(options, name) for name in ("dataset", "space", "images", "epochs")}
+    if path.is_file() and json.loads(path.read_text()) != alike:
+        raise SystemExit(f"{options.out} holds trainings with {path.read_text()}; choose another --out")
+    path.write_text(json.dumps(alike))
 
 
 def _numerics(out: Path) -> Numerics:
@@ -103,6 +115,8 @@ def _train(setup: Setup, data: DataSet, jobs: dict[str, Job], scratch: Path) -> 
                     print(f"  {waiting[event.number][0]}: epoch {step.epoch} of {step.epochs}", flush=True)
                 if isinstance(event, Finished):
                     name, job = waiting[event.evaluation.number]
+                    if event.evaluation.state != "complete":
+                        raise SystemExit(f"{name}: {event.evaluation.reason}")
                     facts = {"evaluation": event.evaluation.to_json(), "seconds": event.seconds}
                     (job.folder / "evaluation.json").write_text(json.dumps(facts))
                     found[name] = event.evaluation, event.seconds
@@ -126,13 +140,22 @@ def _print(setup: Setup, data: DataSet, done, start: Start, place: Path, options
             interval = f"{100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
             share = f"{100 * epochs / options.epochs:.0f} %"
             print(f"{name:28}{share:>10}{100 * mean:+11.2f} {interval:>18}")
+    with environment(1), ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:  # side by side too
+        transforms = {name: pool.submit(_transform, setup, data, start, name) for name in options.plans}
+        for name, running in transforms.items():
+            seconds, whole = running.result(), done[name][1]
+            print(
+                f"transform of {name}: {seconds:.1f} s, {100 * seconds / whole:.2f} % of the {whole:.0f} s from scratch"
+            )
+
+
+def _transform(setup: Setup, data: DataSet, start: Start, name: str) -> float:
+    """Seconds."""
     torch.set_num_threads(setup.numerics.threads)
-    for name in options.plans:
-        fresh = build(factorize(setup.space, parse_plan(setup.space, name)), setup.recipe.initializer, 0)
-        before = time.perf_counter()
-        child(setup, data, start, fresh)
-        seconds, whole = time.perf_counter() - before, done[name][1]
-        print(f"transform of {name}: {seconds:.1f} s, {100 * seconds / whole:.2f} % of the {whole:.0f} s from scratch")
+    fresh = build(factorize(setup.space, parse_plan(setup.space, name)), setup.recipe.initializer, 0)
+    before = time.perf_counter()
+    child(setup, data, start, fresh)
+    return time.perf_counter() - before
 
 
 def _hits(setup: Setup, data: DataSet, one: Evaluation, folder: Path) -> torch.Tensor:

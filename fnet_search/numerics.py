@@ -77,7 +77,12 @@ class Numerics:
 
 
 def check_device(device: str) -> str:
-    """Raises FnetError for a device that is not there or cannot be named."""
+    """The device; for ``auto`` CUDA where there is one.
+
+    Raises FnetError for one that is not there or cannot be named.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=torch.device(device)).item()
     except (RuntimeError, AssertionError, ValueError, ImportError):
@@ -124,9 +129,8 @@ def resolve(
     measured.
     Raises FnetError for a device that is not there and for arithmetic or kernels that it cannot do.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_dtype(check_device(device), dtype)
+    device = check_device(device)
+    check_dtype(device, dtype)
     before = torch.get_num_threads()
     try:
         chosen = _fastest([_fused(way, fused) for way in _ways(device, dtype, threads or 1)])

@@ -31,10 +31,7 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
 from fnet_search.search import Event, FixedPlans, search, trained
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
-from fnet_search.workers import WorkerPool, check_memory, cores, fitting
-
-ON_CUDA = 2
-"""Workers that share a CUDA device: small networks do not fill one."""
+from fnet_search.workers import WorkerPool, cores, how_many
 
 
 @dataclass(frozen=True)
@@ -149,8 +146,7 @@ def run_study(
     """
     if run.exists:
         _compare(run, request.config())
-    if request.device != "auto":
-        check_dtype(check_device(request.device), request.dtype)
+    check_dtype(check_device(request.device), request.dtype)
     display.status(f"reading {request.dataset}")
     shape, reading = request.space.input_shape, partial(display.advance, "reading images")
     data = load_dataset(request.dataset, shape, request.data_dir, request.download, reading)
@@ -160,13 +156,9 @@ def run_study(
     _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
     recorded = _recorded(run, request)
-    device = recorded.device if recorded else request.device
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    if workers is None:
-        threads = recorded.threads if recorded else request.threads or 1
-        workers = ON_CUDA if on_cuda else fitting(space, request.recipe, data, threads)
-    elif not on_cuda:
-        check_memory(workers, space, request.recipe, data)
+    device = recorded.device if recorded else check_device(request.device)
+    threads = recorded.threads if recorded else request.threads or 1
+    workers = how_many(workers, device, threads, space, request.recipe, data)
     if recorded is None:
         display.status("measuring what this device is fast with")
     numerics = recorded or resolve(device, request.dtype, workers, cores(), request.threads, request.fused)

@@ -28,6 +28,8 @@ from fnet_search.recipe import Recipe
 from fnet_search.train import TrainingProgress
 
 DEATHS_ALLOWED = 5
+ON_CUDA = 2
+"""Workers that share a CUDA device: small networks do not fill one."""
 
 
 def cores() -> int:
@@ -36,8 +38,8 @@ def cores() -> int:
 
 
 def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
-    """Bytes that a worker on the CPU needs for the regular network, about: torch itself, the data set, three numbers a
-    parameter and the copies of one step, and each activation with its gradient for a batch."""
+    """Bytes that a worker needs on its device for the regular network, about: torch itself, the data set, three numbers
+    a parameter and the copies of one step, and each activation with its gradient for a batch."""
     plan = regular(space)
     network = factorize(space, plan)
     activations = sum(math.prod(network.shapes[node.name]) for node in network.order)
@@ -45,20 +47,25 @@ def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
     return 600 * 2**20 + images + 24 * plan_cost(space, plan).params + 8 * activations * max(recipe.batch_size, 250)
 
 
-def fitting(space: Macroarchitecture, recipe: Recipe, data: DataSet, threads: int = 1) -> int:
-    """How many workers with so many threads the cores, and the memory that is free now, have room for; at least one."""
-    free: int = psutil.virtual_memory().available
-    return max(1, min(cores() // threads, free // memory_of(space, recipe, data)))
+def how_many(
+    wanted: int | None, device: str, threads: int, space: Macroarchitecture, recipe: Recipe, data: DataSet
+) -> int:
+    """Workers: those that are wanted, or as many as there is room for: one for `threads` cores, or `ON_CUDA`.
 
-
-def check_memory(workers: int, space: Macroarchitecture, recipe: Recipe, data: DataSet) -> None:
-    """Raises FnetError for more workers than the memory that is free now holds."""
-    each, free = memory_of(space, recipe, data), psutil.virtual_memory().available
-    if workers > 1 and workers * each > free:
+    Raises FnetError for more than the memory holds that is free now, of the CUDA device where there is one.
+    """
+    on_cuda = device.startswith("cuda")
+    free: int = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+    each = memory_of(space, recipe, data)
+    fitting = max(1, free // each)
+    if wanted is None:
+        return min(fitting, ON_CUDA if on_cuda else max(1, cores() // threads))
+    if wanted > fitting:
         raise FnetError(
-            f"{workers} workers need about {workers * each / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; use "
-            f"--workers {max(1, free // each)} or a smaller batch"
+            f"{wanted} workers need about {wanted * each / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; use "
+            f"--workers {fitting} or a smaller batch"
         )
+    return wanted
 
 
 Judge = Callable[[int, TrainingProgress], bool]

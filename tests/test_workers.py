@@ -29,9 +29,8 @@ from fnet_search.workers import (
     Finished,
     Progressed,
     WorkerPool,
-    check_memory,
     cores,
-    fitting,
+    how_many,
     memory_of,
 )
 
@@ -255,30 +254,36 @@ def test_memory_of_a_worker_as_measured(tmp_path: Path) -> None:
     assert 0.7 < memory_of(space, recipe, data) / measured < 2
 
 
-def test_more_workers_than_memory_holds(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_many_workers_there_is_room_for(data: DataSet, monkeypatch: pytest.MonkeyPatch) -> None:
     each = memory_of(TINY, SETUP.recipe, data)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * each + 1000))
-    for workers in (1, 2, 3):
-        check_memory(workers, TINY, SETUP.recipe, data)
-    with pytest.raises(FnetError) as caught:
-        check_memory(4, TINY, SETUP.recipe, data)
-    assert str(caught.value) == (
-        f"4 workers need about {4 * each / 1e9:.1f} GB, of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or "
-        "a smaller batch"
-    )
+
+    def found(wanted: int | None, threads: int = 1, device: str = "cpu") -> int:
+        return how_many(wanted, device, threads, TINY, SETUP.recipe, data)
+
     monkeypatch.setattr("fnet_search.workers.cores", lambda: 12)
-    assert [fitting(TINY, SETUP.recipe, data, threads) for threads in (1, 4, 5, 6, 12, 13)] == [3, 3, 2, 2, 1, 1]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * each + 1000))
+    assert [found(None, threads) for threads in (1, 4, 5, 6, 12, 13)] == [3, 3, 2, 2, 1, 1]
+    assert [found(wanted) for wanted in (1, 2, 3)] == [1, 2, 3]
+    free = f"of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or a smaller batch"
+    with pytest.raises(FnetError) as caught:
+        found(4)
+    assert str(caught.value) == f"4 workers need about {4 * each / 1e9:.1f} GB, {free}"
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * each + 1000, 80 * each))
+    assert (found(None, device="cuda:1"), found(5, device="cuda:1")) == (2, 5)
+    with pytest.raises(FnetError, match=f" of which {5 * each / 1e9:.1f} GB are free; use --workers 5 or a smaller"):
+        found(6, device="cuda:1")
+
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=each // 2))
-    assert fitting(TINY, SETUP.recipe, data) == 1
-    check_memory(1, TINY, SETUP.recipe, data)  # it may still fit: an estimate must not keep anyone from trying
+    assert (found(None), found(1)) == (1, 1), "it may still fit: an estimate must not keep anyone from trying"
     with pytest.raises(FnetError, match=r"use --workers 1 or a smaller batch$"):
-        check_memory(2, TINY, SETUP.recipe, data)
+        found(2)
 
 
 def test_far_more_workers_than_memory_holds(data: DataSet) -> None:
     """Of this machine."""
     with pytest.raises(FnetError, match=r"^1000000 workers need about \d{6}\.\d GB, of which \d+\.\d GB are free; use"):
-        check_memory(1_000_000, TINY, SETUP.recipe, data)
+        how_many(1_000_000, "cpu", 1, TINY, SETUP.recipe, data)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")

@@ -49,7 +49,7 @@ def record_run(folder: Path, space: Macroarchitecture, plans: Sequence[str]) -> 
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
     limits = {"conv_macs": None, "params": None, "min_quint8": None, "max_drop": None}
     texts = {"dataset": "digits", "policy": "fixed plans", "scheme": "minmax", "split": "test"}
-    more = {"recipe": {}, "constraints": limits, "data": facts, "numerics": {}, "seed": 0}
+    more = {"recipe": {}, "constraints": limits, "data": facts, "numerics": {"device": "cpu"}, "seed": 0}
     run.write_config({"space": to_toml(space), **texts, **more})
     for number, name in enumerate(plans):
         plan = named_plans(space)[name]

@@ -4,8 +4,7 @@ backward) a second, against a large matrix product in the same dtype, in the sam
     python benchmarks/roofline.py [--rounds 5] [--steps 7]
 
 One thread, in an environment like a worker's, space factorizenet-gap, batch 128. The products are of 4096 x 4096
-matrices. Where the rest goes: shares of
-the time of a few steps by kind of operation, from torch's profiler.
+matrices. Where the rest goes: shares of the time of a few steps by kind of operation, from torch's profiler.
 """
 
 import argparse

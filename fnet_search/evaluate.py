@@ -243,7 +243,7 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
         stages.before(f"starting from candidate {job.start.number}")
         try:
             trained = child(setup, data, job.start, trained)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not export it
             raise TrainingFailed(f"cannot start from candidate {job.start.number}: {error}") from None
         zero_shot = accuracy(trained, data, data.evaluation, setup.numerics)
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)

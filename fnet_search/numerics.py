@@ -146,9 +146,8 @@ def resolve(
 def _ways(device: str, dtype: str, threads: int) -> list[Numerics]:
     """What could be fast: float32 and, where the device has them, narrower dtypes; each in the memory format that it is
     faster in."""
-    known: list[DType] = ["float32", "bfloat16", "tf32"] if device.startswith("cuda") else ["float32", "bfloat16"]
     ways: list[Numerics] = []
-    for one in known:
+    for one in get_args(DType):
         if dtype not in ("auto", one):
             continue
         try:

@@ -234,8 +234,8 @@ def _recorded(run: RunFolder, request: Request) -> Numerics | None:
 
     Raises FnetError for a device or a compiler that is not there any more, and where that run cannot be read.
     """
-    known = run if request.numerics_of is None else RunFolder(request.numerics_of)
-    if request.numerics_of is None and not run.exists:
+    known = RunFolder(request.numerics_of) if request.numerics_of is not None else run
+    if known is run and not run.exists:
         return None
     found = Numerics.from_json(known.config()["numerics"])
     wanted = (

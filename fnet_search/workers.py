@@ -246,7 +246,8 @@ def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> 
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone
     except FnetError as error:
-        pipe.send(str(error))
+        with suppress(OSError):
+            pipe.send(str(error))
     except Exception as error:  # a process that met what it does not know is not used again
         line = next(iter(str(error).splitlines()), "")
         with suppress(OSError):

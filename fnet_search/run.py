@@ -161,6 +161,8 @@ def run_study(
     workers = how_many(workers, device, threads, space, request.recipe, data)
     if recorded is None:
         display.status("measuring what this device is fast with")
+    elif recorded.fused and not run.exists:
+        check_kernels(recorded)
     numerics = recorded or resolve(device, request.dtype, workers, cores(), request.threads, request.fused)
     config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
     storage = _storage(request.storage, run)
@@ -184,9 +186,12 @@ def run_study(
         done = trained(record.evaluations)
         if isinstance(policy, FixedPlans):
             trials = done + len(set(policy.plans) - record.history().seen)
+        unfinished = done < trials or record.to_finish() is not None
+        if unfinished and numerics.fused:  # recorded where there was a compiler
+            check_kernels(numerics)
         display.begin(run, setup, trials, done)
         with WorkerPool(workers, setup, data, run.path) as pool:
-            if setup.fidelity.warm_start and (done < trials or record.to_finish()):
+            if unfinished and setup.fidelity.warm_start:
                 _restore(record, pool, display)
             for event in search(policy, record, pool, trials):
                 display.show(event)
@@ -232,7 +237,7 @@ def _json(facts: dict[str, Any]) -> Any:
 def _recorded(run: RunFolder, request: Request) -> Numerics | None:
     """The numerics recorded in the run that was named, or here, where nothing else is wanted.
 
-    Raises FnetError for a device or a compiler that is not there any more, and where that run cannot be read.
+    Raises FnetError for a device that is not there any more, and where that run cannot be read.
     """
     known = RunFolder(request.numerics_of) if request.numerics_of is not None else run
     if known is run and not run.exists:
@@ -247,8 +252,6 @@ def _recorded(run: RunFolder, request: Request) -> Numerics | None:
     if not all(wanted):
         return None
     check_device(found.device)
-    if found.fused:
-        check_kernels(found)
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PLAIN, SMALL, TINY, Result, files_in, process
+from networks import compiled
 from PIL import Image
 
 from fnet_search.weights import read_tensors
@@ -527,3 +528,28 @@ def test_fused_norms_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monk
     (line,) = err.splitlines()
     assert line.startswith("fnet-search: the kernels of --fused cannot be compiled here: ")
     assert not (tmp_path / "run").exists()
+
+
+@compiled
+@pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
+def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can be looked at; to go on, or to begin one like it, takes a compiler: nothing is lost for the lack of one."""
+    arguments = ("run", *TINY, "--epochs", "1", "--no-warm-start", "--workers", "1", "--out", "run")
+    first = process(*arguments, "--trials", "1", "--dtype", "float32", "--fused", cwd=tmp_path)
+    out, err = first.communicate()
+    assert (first.returncode, err) == (0, "")
+    before = (tmp_path / "run" / "candidates.csv").read_bytes()
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    again = process(*arguments, "--trials", "1", cwd=tmp_path)
+    last, err = again.communicate()
+    assert (again.returncode, err, last.splitlines()[-1]) == (0, "", out.splitlines()[-1])
+    like = ("run", *TINY, "--numerics-of", "run", "--out", "new")
+    for given in ((*arguments, "--trials", "2"), like):
+        run = process(*given, cwd=tmp_path)
+        _, err = run.communicate()
+        assert run.returncode == 2
+        (line,) = err.splitlines()
+        assert line.startswith("fnet-search: the kernels of --fused cannot be compiled here: ")
+    assert (tmp_path / "run" / "candidates.csv").read_bytes() == before
+    assert not (tmp_path / "new").exists()

@@ -32,7 +32,7 @@ from fnet_search.numerics import Numerics, resolve
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.recipe import Recipe, load_recipe
 from fnet_search.scheme import Scheme
-from fnet_search.train import _settle, train
+from fnet_search.train import settle, train
 from fnet_search.workers import cores, environment
 
 SPACE = "factorizenet"
@@ -96,7 +96,7 @@ def _plain(network: Network, data: DataSet, recipe: Recipe, seed: int) -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    _settle(network, data, Numerics("cpu"), seed)
+    settle(network, data, Numerics("cpu"), seed)
 
 
 def main() -> None:

@@ -213,8 +213,7 @@ def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluatio
         try:
             return _attempt(setup, data, job, seed, judged)
         except TrainingFailed as failure:
-            reason, seed, judged = str(failure), seed + 1_000_000, unjudged
-            (job.folder / CHECKPOINT).unlink(missing_ok=True)
+            reason, seed, judged = str(failure), seed + 1_000_000, unjudged  # not from its checkpoint: the key differs
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise

@@ -128,7 +128,7 @@ def train(
         if not math.isfinite(float(loss_sum)):
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
         if epoch + 1 == recipe.epochs:
-            _settle(network, data, numerics, seed)
+            settle(network, data, numerics, seed)
         seen = float(correct) / len(data.train)
         accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics))
         _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
@@ -149,7 +149,7 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
     )
 
 
-def _settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> None:
+def settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> None:
     """BatchNorm statistics anew, from random training images as they are, once the weights rest.
 
     The running ones lag behind the weights: after the few steps of a short training they are worth nothing.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -16,8 +17,8 @@ from matplotlib.figure import Figure
 from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, label
-from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+from fnet_search.plan import FactorizationPlan, label, legal_rates
+from fnet_search.policy import Constraints, Evaluation, LayerStats, Probes, ranking
 from fnet_search.quantities import millions
 
 DPI = 150
@@ -362,7 +363,46 @@ def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure
 # All of them
 
 
-def figures(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> dict[str, Figure]:
+def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
+    """Heat maps of what each rate of each layer does to the probed network, layers by rates: the noise that it adds to
+    the float and to the quantized logits, and the loss in quint8; in each cell also the number."""
+    panels = {
+        "noise of the fp32 logits (%)": probes.increase(space, lambda one: 100 * one.logit_noise),
+        "more noise of the quint8 logits (%)": probes.increase(space, lambda one: 100 * one.quint8_logit_noise),
+        "more quint8 loss (0.001 nats)": probes.increase(space, lambda one: 1000 * one.quint8_loss),
+    }
+    legal = legal_rates(space)
+    rates = sorted({rate for of in legal.values() for rate in of})
+    figure = new_figure(0.9 + len(panels) * (0.75 + 0.2 * len(legal)), 7.2)
+    heading(figure, f"One layer changed, nothing trained: {space.name}, from {label(space, probes.plan)}")
+    for axes, (title, increases) in zip(
+        figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        cells = np.full((len(legal), len(rates)), np.nan)
+        for row, (layer, of) in enumerate(legal.items()):
+            for rate, value in zip(of, increases[layer], strict=True):
+                if rate % probes.plan[layer] == 0:
+                    cells[row, rates.index(rate)] = value
+        top = max(float(np.nanmax(np.abs(cells))), 1e-12)
+        axes.imshow(cells, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+        for row, column in zip(*np.nonzero(np.isfinite(cells)), strict=True):
+            value = cells[row, column]
+            colour = "white" if abs(value) > 0.65 * top else "black"
+            axes.text(column, row, f"{value:.2g}", color=colour, fontsize=6.5, ha="center", va="center")
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xticks(range(len(rates)), [str(rate) for rate in rates], fontsize=7.5)
+        axes.set_yticks(range(len(legal)), list(legal), fontsize=7.5, parse_math=False)
+        axes.spines[:].set_visible(False)
+    axes.set_xlabel("rate f", fontsize=9)
+    return figure
+
+
+def figures(
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    probes: Probes | None = None,
+) -> dict[str, Figure]:
     """The figures of a run by name; those that would show nothing are left out."""
     trained = ranking(tuple(evaluations), constraints)
     drawn = {
@@ -376,16 +416,23 @@ def figures(space: Macroarchitecture, constraints: Constraints, evaluations: Seq
         drawn["layer_precisions"] = precisions_figure(space, constraints, profiled)
     if profiled and profiled[0] is trained[0]:
         drawn["best_layers"] = candidate_figure(space, trained[0])
+    if probes is not None:
+        drawn["probes"] = probes_figure(space, probes)
     return drawn
 
 
 def save_figures(
-    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], folder: Path
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    folder: Path,
+    probes: Probes | None = None,
 ) -> list[Path]:
     """Writes the figures as ``accuracy_vs_macs.png``, ``qmse_vs_macs.png``, ``qce_vs_macs.png``, ``drop_vs_macs.png``,
-    ``layer_ranges.png``, ``layer_precisions.png`` and ``best_layers.png``; returns those that there was data for."""
+    ``layer_ranges.png``, ``layer_precisions.png``, ``best_layers.png`` and ``probes.png``; returns those that there was
+    data for."""
     paths = []
-    for name, figure in figures(space, constraints, evaluations).items():
+    for name, figure in figures(space, constraints, evaluations, probes).items():
         paths.append(folder / f"{name}.png")
         save_png(figure, paths[-1])
     return paths

@@ -122,7 +122,8 @@ class Network(nn.Module):
             if isinstance(node.layer, Conv)
         }
 
-    def _apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
+    def apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
+        """One layer on float tensors [N, C, H, W] or [N, K]."""
         key, x = _key(node.name), inputs[0]
         if key not in self.layers:
             done = self.training and node.inputs[0] in self._fused
@@ -138,7 +139,7 @@ class Network(nn.Module):
         return output
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.network, x, self._apply_node)
+        return run(self.network, x, self.apply_node)
 
 
 def _key(name: str) -> str:

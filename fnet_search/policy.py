@@ -5,17 +5,18 @@ numbers come from ``(history.seed, history.number)``; so a resumed search sugges
 have, and any number of workers can share one policy.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
 from math import prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import Cost, FactorizationPlan
+from fnet_search.plan import Cost, FactorizationPlan, legal_rates
 
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
@@ -152,6 +153,72 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What one change does: a trained network in which one layer has another rate, made by warm start and not trained.
+
+    Measured on `images` held-out training images. Losses are mean cross entropies in nats, accuracies fractions of 1.
+    """
+
+    layer: str
+    """Empty: the network as it is."""
+    rate: int
+    conv_macs: int
+    """Of the whole network, so changed."""
+    images: int
+    loss: float
+    quint8_loss: float
+    fp32_accuracy: float
+    quint8_accuracy: float
+    logit_snr_db: float | None
+    """Signal to noise of the float logits, the logits without the change being the signal; None: no noise."""
+    logit_sqnr_db: float | None
+    """Of the quantized logits, against the same."""
+    layers: tuple[LayerStats, ...]
+    """Of the changed layer's convolutions; of all that can be factorized where nothing is changed."""
+    fisher: float | None = None
+    """Fisher score of the whole network at initialisation, for policies that ask for it (`Policy`)."""
+
+    @property
+    def logit_noise(self) -> float:
+        """Energy of the noise of the float logits as a share of the signal's."""
+        return 0.0 if self.logit_snr_db is None else 10 ** (-self.logit_snr_db / 10)
+
+    @property
+    def quint8_logit_noise(self) -> float:
+        """That of the quantized logits."""
+        return 0.0 if self.logit_sqnr_db is None else 10 ** (-self.logit_sqnr_db / 10)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Probe":
+        return Probe(**{**data, "layers": tuple(LayerStats(**layer) for layer in data["layers"])})
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What was measured on one trained network, candidate `number`, of this `plan`: as it is, and for every layer and
+    legal rate that can start from it (the multiples of the layer's own rate), with that one change."""
+
+    number: int
+    plan: FactorizationPlan
+    unchanged: Probe
+    changes: tuple[Probe, ...]
+
+    def increase(self, space: Macroarchitecture, value: Callable[[Probe], float]) -> dict[str, npt.NDArray[np.float64]]:
+        """Per layer and legal rate, how much more a value is than without the change.
+
+        0 where nothing is changed, and for rates that were not probed since the network is factorized further.
+        """
+        base, measured = value(self.unchanged), {(one.layer, one.rate): value(one) for one in self.changes}
+        return {
+            layer: np.array([measured.get((layer, rate), base) - base for rate in rates])
+            for layer, rates in legal_rates(space).items()
+        }
+
+
+@dataclass(frozen=True)
 class Constraints:
     """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention).
 
@@ -198,8 +265,8 @@ class History:
     """The past of a search, as a policy sees it when suggestion `number` is asked for.
 
     `evaluations` holds every finished one, pruned, refused and failed ones and the reference too, in order of their
-    numbers, but not final trainings; `running` the plans whose evaluations are still to come. Take random numbers from
-    `rng` only.
+    numbers, but not final trainings; `running` the plans whose evaluations are still to come; `probes` what was
+    measured before the first suggestion for policies that require it. Take random numbers from `rng` only.
     """
 
     space: Macroarchitecture
@@ -208,6 +275,7 @@ class History:
     running: tuple[FactorizationPlan, ...] = ()
     number: int = 0
     seed: int = 0
+    probes: Probes | None = None
 
     @property
     def seen(self) -> frozenset[FactorizationPlan]:
@@ -220,12 +288,38 @@ class History:
         return np.random.default_rng((self.seed, self.number))
 
 
+PROBES, FISHER = "probes", "fisher"
+"""What a policy can require: `History.probes`, and in them the Fisher scores."""
+
+
 class Policy(Protocol):
-    """Proposes the next plan."""
+    """Proposes the next plan.
+
+    One that needs to be told more than evaluations has an attribute `requires`, of the names above, as in
+    ``requires = frozenset({"probes"})``: the host measures it before the first suggestion (`requirements`).
+    """
 
     def suggest(self, history: History) -> FactorizationPlan | None:
         """The next plan to train. None with plans still running: ask again when one ends; else: done."""
         ...
+
+
+def requirements(policy: Policy) -> frozenset[str]:
+    """What the policy needs in its history. Raises FnetError for what no host knows."""
+    required = frozenset(getattr(policy, "requires", ()))
+    if strange := required - {PROBES, FISHER}:
+        raise FnetError(f"policy {type(policy).__name__} requires {', '.join(sorted(strange))}; known: probes, fisher")
+    return required
+
+
+def probes_of(history: History, policy: object) -> Probes:
+    """The probes, for a policy that requires them. Raises FnetError where the host has not measured them."""
+    if history.probes is None:
+        raise FnetError(
+            f"policy {type(policy).__name__} needs probes of a trained network: the host must measure them with "
+            "fnet_search.probes.probe_network and give them as History(probes=...)"
+        )
+    return history.probes
 
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:

@@ -1,18 +1,18 @@
 """Layer statistics of a trained, folded, quantized network (paper, section 2; design, section 3)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Conv, Dense
+from fnet_search.macro import Conv, Dense
 from fnet_search.network import Network, walk
 from fnet_search.plan import layer_cost
 from fnet_search.policy import LayerStats
 from fnet_search.quantize import QuantizedNetwork
-from fnet_search.ranges import Batches, TensorStats
+from fnet_search.ranges import TensorStats
 
 
 def channel_precision(low: Tensor, high: Tensor) -> tuple[float, int]:
@@ -36,15 +36,20 @@ def profile(
     folded: FoldedNetwork,
     quantized: QuantizedNetwork,
     stats: Mapping[str, TensorStats],
-    batches: Batches,
+    inputs: Iterable[tuple[Tensor, Tensor]],
+    layers: Collection[str] | None = None,
 ) -> tuple[LayerStats, ...]:
-    """One LayerStats per convolution and dense layer, in network order; SQNR over the samples of `batches`."""
-    energy = _energies(folded, quantized, batches)
+    """One LayerStats per convolution and dense layer, or of those named in `layers`, in network order.
+
+    SQNR over `inputs`: batches for the float network, and what stands for them in the quantized one (the same, unless
+    they come out of a network before this one).
+    """
     carrier = quantized.carrier
+    nodes = [node for node in trained.network.order if isinstance(node.layer, Conv | Dense)]
+    nodes = [node for node in nodes if layers is None or node.name in layers]
+    energy = _energies(folded, quantized, inputs, {carrier[node.name] for node in nodes})
     found = []
-    for node in trained.network.order:
-        if not isinstance(node.layer, Conv | Dense):
-            continue
+    for node in nodes:
         raw = trained.layer(node.name).get_parameter("weight").detach().cpu()
         weight, layer = folded.weight[node.name].cpu(), quantized.layers[node.name]
         weight_precision, dead_weights = channel_precision(*_extremes(raw))
@@ -87,14 +92,18 @@ def _extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _energies(
-    folded: FoldedNetwork, quantized: QuantizedNetwork, batches: Batches
+    folded: FoldedNetwork,
+    quantized: QuantizedNetwork,
+    inputs: Iterable[tuple[Tensor, Tensor]],
+    tensors: Collection[str],
 ) -> dict[str, tuple[float, float, float]]:
     """Per carrier tensor: energy of the signal, of its own quantization noise, and of the accumulated noise."""
-    sums = dict.fromkeys(quantized.params, (0.0, 0.0, 0.0))
-    for batch in batches():
+    sums = dict.fromkeys(tensors, (0.0, 0.0, 0.0))
+    last = [node.name for node in folded.network.order if node.name in sums][-1]
+    for batch, quantized_batch in inputs:
         floats = walk(folded.network, batch, folded.apply_node)
-        for (node, x), (_, codes) in zip(floats, quantized.codes(batch), strict=True):
-            if node.name not in sums or node.name == INPUT:
+        for (node, x), (_, codes) in zip(floats, quantized.codes(quantized_batch), strict=False):
+            if node.name not in sums:
                 continue
             params = quantized.params[node.name]
             local = params.dequantize(params.quantize(x)) - x
@@ -102,4 +111,6 @@ def _energies(
             energies = (float(part.square().sum(dtype=torch.float64)) for part in parts)
             a, b, c = (old + new for old, new in zip(sums[node.name], energies, strict=True))
             sums[node.name] = (a, b, c)
+            if node.name == last:
+                break
     return sums

@@ -15,7 +15,7 @@ from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.runfolder import RunFolder
-from fnet_search.search import Event, Refused, Started
+from fnet_search.search import Event, ProbesProgressed, Refused, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
 
@@ -92,6 +92,9 @@ class TerminalDisplay:
                 cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
                 start = f", from candidate {job.start.number}" if job.start else ""
                 self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) starts{start}")
+            case ProbesProgressed(done, total):
+                self.advance("probing the rates of all layers", done, total)
+                return
             case Progressed(number, progress):
                 self._running[number] = progress
                 if not self._live and progress.ended:

@@ -265,7 +265,7 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
     reach max over outputs of sum |q_w - z_w| 255 stays under 2^24, in slices of input channels where it does not;
     float64 for groups and kernels with a longer reach, and on other devices, whose kernels may transform their inputs.
     """
-    x = codes.float() - zero
+    x = codes.float().sub_(zero)
     weight, slices = weights.centred.to(x.device), weights.slices
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
@@ -282,7 +282,7 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
         total = torch.stack([apply(x[:, part], weight[:, part]).to(torch.int32) for part in slices]).sum(
             0, dtype=torch.int32
         )
-    return total + weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2))
+    return total.add_(weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2)))
 
 
 def requantize(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor:
@@ -290,8 +290,8 @@ def requantize(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor
 
     M is float32, [1] or [C_out].
     """
-    scaled = total.float() * multiplier.to(total.device).view(1, -1, *[1] * (total.ndim - 2))
-    return clip(torch.round(scaled) + target.zero)
+    scaled = total.float().mul_(multiplier.to(total.device).view(1, -1, *[1] * (total.ndim - 2)))
+    return clip(scaled.round_().add_(target.zero))
 
 
 def _average_pool(layer: Pool, codes: Tensor, source: QuantParams, target: QuantParams) -> Tensor:

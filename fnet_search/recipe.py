@@ -45,6 +45,8 @@ class Recipe:
     schedule: Schedule = "one-cycle"
     milestones: tuple[float, ...] = ()
     warmup: float = 0.2
+    epoch_share: float = 1.0
+    """Of the training images, those that an epoch has: drawn anew for each."""
     warm_share: float = 0.2
     """Epochs of a training that starts from a parent, as a share of `epochs`; at least one epoch."""
     warm_rate: float = 0.25
@@ -61,6 +63,7 @@ class Recipe:
             "weight_decay must not be negative": not 0 <= self.weight_decay < float("inf"),
             "label_smoothing must be in [0, 1)": not 0 <= self.label_smoothing < 1,
             "warmup must be in [0, 1)": not 0 <= self.warmup < 1,
+            "epoch_share must be in (0, 1]": not 0 < self.epoch_share <= 1,
             "warm_share must be in (0, 1]": not 0 < self.warm_share <= 1,
             "warm_rate must be in (0, 1]": not 0 < self.warm_rate <= 1,
             "zoom must be in [0, 1)": not 0 <= self.augmentation.zoom < 1,
@@ -84,13 +87,21 @@ class Recipe:
         scaled = tuple(milestone * epochs / self.epochs for milestone in self.milestones)
         return replace(self, epochs=epochs, milestones=scaled)
 
-    def warm(self, epochs: int | None = None) -> "Recipe":
+    def warm(self, epochs: float | None = None) -> "Recipe":
         """For a network that starts from a trained parent: few epochs at a small rate, without a rise (`one-cycle`).
 
-        A transformed network knows most already: a high rate would make it forget (design, section 7).
+        A transformed network knows most already: a high rate would make it forget (design, section 7). Less than one
+        epoch is one with that share of the images.
         """
         wanted = max(1, round(self.warm_share * self.epochs)) if epochs is None else epochs
-        return replace(self.with_epochs(wanted), learning_rate=self.learning_rate * self.warm_rate, warmup=0.0)
+        whole = replace(self, learning_rate=self.learning_rate * self.warm_rate, warmup=0.0)
+        if wanted < 1:
+            return replace(whole.with_epochs(1), epoch_share=wanted * self.epoch_share)
+        return whole.with_epochs(round(wanted))
+
+    def images(self, training: int) -> int:
+        """Images of an epoch, where there are so many training images."""
+        return max(2, round(self.epoch_share * training))
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -112,8 +123,8 @@ class Fidelity:
 
     warm_start: bool = False
     """Children start from trained parents."""
-    warm_epochs: int | None = None
-    """Of those; None: the recipe's share."""
+    warm_epochs: float | None = None
+    """Of those, whole ones or a part of one; None: the recipe's share."""
     prune: bool = False
     """Successive halving stops the hopeless."""
     final_epochs: int = 0

@@ -13,7 +13,7 @@ from fnet_search.figures import candidate_figure, figures, plan_name
 from fnet_search.macro import Macroarchitecture
 from fnet_search.page import NONE, cells, png, table, write_page
 from fnet_search.plan import label, plan_cost, regular
-from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
+from fnet_search.policy import Constraints, Evaluation, LayerStats, Probes, ranking
 from fnet_search.quantities import millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
@@ -72,6 +72,34 @@ def layers_csv(evaluation: Evaluation) -> str:
     """One line a convolution or dense layer, every field of LayerStats a column; empty: no noise or no signal."""
     types = {field.name: field.type if field.type in (str, int) else float for field in fields(LayerStats)}
     return _head(types) + "".join(_line(types, vars(layer)) for layer in evaluation.layers)
+
+
+PROBE_COLUMNS: dict[str, type] = {
+    "layer": str,
+    "rate": int,
+    "conv_macs": int,
+    "conv_macs_saved": int,
+    "images": int,
+    **dict.fromkeys(("loss", "quint8_loss", "fp32_accuracy", "quint8_accuracy"), float),
+    **dict.fromkeys(("logit_snr_db", "logit_sqnr_db", "folded_range", "folded_precision"), float),
+    **dict.fromkeys(("activation_range", "activation_precision", "fisher"), float),
+}
+
+
+def probes_csv(probes: Probes) -> str:
+    """One line a change of a layer's rate, first the network as it is. Losses in nats. The widest range and the lowest
+    precision of the convolutions that stand for the layer; empty: not measured."""
+    lines = [_head(PROBE_COLUMNS)]
+    for one in (probes.unchanged, *probes.changes):
+        derived = {
+            "conv_macs_saved": probes.unchanged.conv_macs - one.conv_macs,
+            "folded_range": max((part.folded_max - part.folded_min for part in one.layers), default=None),
+            "folded_precision": min((part.folded_precision for part in one.layers), default=None),
+            "activation_range": max((part.activation_max - part.activation_min for part in one.layers), default=None),
+            "activation_precision": min((part.activation_precision for part in one.layers), default=None),
+        }
+        lines.append(_line(PROBE_COLUMNS, {**vars(one), **derived}))
+    return "".join(lines)
 
 
 def _head(columns: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 from fnet_search.plan import cost_table, label
-from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName
+from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName, requirements
 from fnet_search.quantities import mmac, percent
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
@@ -77,7 +77,8 @@ class Request:
         """All but the final training, which comes after the search and may be made longer."""
         facts = asdict(self.fidelity)
         del facts["final_epochs"]
-        return {**facts, "warm_epochs": self.fidelity.warm_epochs or self.recipe.warm().epochs}
+        warm = self.recipe.warm(self.fidelity.warm_epochs)
+        return {**facts, "warm_epochs": warm.epochs if warm.epoch_share == 1 else warm.epoch_share}
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def run_study(
             check_kernels(numerics)
         display.begin(run, setup, trials, done)
         with WorkerPool(workers, setup, data, run.path) as pool:
-            if unfinished and setup.fidelity.warm_start:
+            if unfinished and (setup.fidelity.warm_start or requirements(policy)):
                 _restore(record, pool, display)
             for event in search(policy, record, pool, trials):
                 display.show(event)
@@ -353,7 +354,7 @@ def _settings(
     fidelity = config.get("fidelity", {})
     if fidelity.get("warm_start"):
         epochs = fidelity["warm_epochs"]
-        yield "warm start", f"from trained parents, {epochs} epoch{'s' * (epochs > 1)}, a smaller learning rate"
+        yield "warm start", f"from trained parents, {epochs:g} epoch{'s' * (epochs > 1)}, a smaller learning rate"
     if fidelity.get("prune"):
         yield "pruning", "successive halving over validation accuracies"
     for one in evaluations:

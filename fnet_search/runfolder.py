@@ -5,6 +5,7 @@ journal.log        the Optuna study (unless another storage was given)
 artifacts/         files attached to the study and its trials
 candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
 timings.csv        seconds a candidate took
+probes.csv         where the policy asked for them: one row a layer and rate
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise
 best/              the winner's files, its test.json, and model.onnx
@@ -29,8 +30,8 @@ from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
-from fnet_search.policy import Audit, Constraints, Evaluation, ranking
-from fnet_search.report import candidates_csv, layers_csv
+from fnet_search.policy import Audit, Constraints, Evaluation, Probes, ranking
+from fnet_search.report import candidates_csv, layers_csv, probes_csv
 
 KEPT = 3
 """So many of the best candidates keep their weights."""
@@ -142,6 +143,11 @@ class RunFolder:
     def write_timings(self, seconds: Mapping[int, float]) -> None:
         lines = [f"{number},{seconds[number]}\n" for number in sorted(seconds)]
         write_text(self.path / "timings.csv", "".join(["number,seconds\n", *lines]))
+
+    def write_probes(self, probes: Probes) -> Path:
+        path = self.path / "probes.csv"
+        write_text(path, probes_csv(probes))
+        return path
 
     def requantized(self, number: int) -> list[Path]:
         """Folders of a candidate's network quantized otherwise, each called after its scheme."""

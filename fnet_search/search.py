@@ -11,9 +11,10 @@ from typing import Protocol
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job
 from fnet_search.plan import FactorizationPlan, check_plan, plan_cost, regular
-from fnet_search.policy import Evaluation, History, Policy, Role
+from fnet_search.policy import FISHER, Evaluation, History, Policy, Probe, Role, requirements
+from fnet_search.probes import ProbeTask
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import Finished, Progressed, WorkerPool
+from fnet_search.workers import Finished, Probed, Probing, Progressed, WorkerPool
 
 REFUSALS_IN_A_ROW = 1000
 """After so many refused plans, one after the other, a policy is taken to have no other."""
@@ -33,7 +34,15 @@ class Started:
     job: Job
 
 
-Event = Refused | Started | Progressed | Finished
+@dataclass(frozen=True)
+class ProbesProgressed:
+    """So many of the rates to be probed, over all layers, are measured."""
+
+    done: int
+    total: int
+
+
+Event = Refused | Started | Progressed | Finished | ProbesProgressed
 
 
 class Record(Protocol):
@@ -59,6 +68,15 @@ class Record(Protocol):
         """Records an evaluation: complete, pruned or failed."""
         ...
 
+    def to_probe(self, fisher: bool) -> list[ProbeTask]:
+        """What is still to be measured of the probes: of the regular network, or if that failed of the least factorized
+        one that was trained. Raises FnetError where there is none."""
+        ...
+
+    def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
+        """Records what a task measured."""
+        ...
+
     def to_finish(self) -> Evaluation | None:
         """The best candidate, where its final training is still to come."""
         ...
@@ -68,12 +86,15 @@ def search(policy: Policy, record: Record, pool: WorkerPool, trials: int) -> Ite
     """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
     happens.
 
-    Where candidates start from others, the regular network is trained first, above the ceilings too. The best candidate
-    may be trained on at the end (`Fidelity`). Raises FnetError for a policy that fails or suggests a plan that is not
-    of the space.
+    Where candidates start from others, or the policy requires probes, the regular network is trained first, above the
+    ceilings too, and probed. The best candidate may be trained on at the end (`Fidelity`). Raises FnetError for a
+    policy that fails or suggests a plan that is not of the space.
     """
-    if pool.setup.fidelity.warm_start:
+    required = requirements(policy)
+    if pool.setup.fidelity.warm_start or required:
         yield from _reference(record, pool)
+    if required and trained(record.history().evaluations) < trials:
+        yield from _probes(record, pool, fisher=FISHER in required)
     while True:
         yield from _fill(policy, record, pool, trials)
         if not pool.busy:
@@ -92,6 +113,21 @@ def _reference(record: Record, pool: WorkerPool) -> Iterator[Event]:
         yield from _alone(record, pool, plan, "reference" if above else "candidate")
 
 
+def _probes(record: Record, pool: WorkerPool, fisher: bool) -> Iterator[Event]:
+    """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
+    waiting = record.to_probe(fisher)
+    done, total = dict.fromkeys(waiting, 0), sum(len(task.rates) for task in waiting)
+    while waiting or pool.busy:
+        while waiting and pool.busy < pool.count:
+            pool.submit(waiting.pop(0))
+        for event in pool.events():
+            if isinstance(event, Probing):
+                done[event.task] = event.done
+                yield ProbesProgressed(sum(done.values()), total)
+            if isinstance(event, Probed):
+                record.probed(event.task, event.probes)
+
+
 def _alone(record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role) -> Iterator[Event]:
     """Trains a plan while nothing else is to be done."""
     job = record.start(plan, role)
@@ -103,6 +139,7 @@ def _alone(record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role
 
 def _events(record: Record, pool: WorkerPool) -> Iterator[Event]:
     for event in pool.events(record.progress):
+        assert isinstance(event, Progressed | Finished)
         if isinstance(event, Finished):
             record.finish(event.evaluation, event.seconds)
         yield event

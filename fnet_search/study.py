@@ -20,8 +20,20 @@ from optuna.trial import Trial, TrialState, create_trial
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, indices, label, legal_rates, plan_cost, regular
-from fnet_search.policy import Audit, Constraints, Evaluation, History, Role, SplitName, choose_parent, ranking
+from fnet_search.plan import FactorizationPlan, depthwise, indices, label, legal_rates, plan_cost, regular
+from fnet_search.policy import (
+    Audit,
+    Constraints,
+    Evaluation,
+    History,
+    Probe,
+    Probes,
+    Role,
+    SplitName,
+    choose_parent,
+    ranking,
+)
+from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
@@ -29,6 +41,8 @@ from fnet_search.train import TrainingProgress
 
 EVALUATION = "evaluation"
 """User attribute with the whole evaluation as JSON: what `history` is rebuilt from."""
+PROBED = "probes"
+"""Prefix of user attributes of the study, one a layer: the network probed, and what was measured."""
 SECONDS = "train_seconds"
 """User attribute of candidates that were trained: how long it took, failed ones too."""
 
@@ -116,6 +130,8 @@ class StudyRecord:
     _jobs: dict[int, Job] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
     _stopped: set[int] = field(default_factory=set)
+    _probed: dict[str, tuple[int, tuple[Probe, ...]]] = field(default_factory=dict)
+    """By layer: the number of the network, and what was measured."""
     _seconds: dict[int, float] = field(default_factory=dict)
     _lines: dict[int, str] = field(default_factory=dict)
     """Of candidates.csv, each made once."""
@@ -142,6 +158,10 @@ class StudyRecord:
                     self.study.tell(trial.number, *_outcome(evaluation))
             elif not trial.state.is_finished():  # of a run that was cut off; its number is issued again
                 self.study.tell(trial.number, state=TrialState.FAIL)
+        for name, facts in self.study.user_attrs.items():
+            if name.startswith(f"{PROBED}:"):
+                measured = tuple(map(Probe.from_json, facts["probes"]))
+                self._probed[name.removeprefix(f"{PROBED}:")] = facts["number"], measured
         self._write()
 
     @property
@@ -182,12 +202,38 @@ class StudyRecord:
         roles = [one.role for one in self.evaluations] + [job.role for job in self._jobs.values()]
         past = tuple(one for one in self.evaluations if one.role != "final")
         running = tuple(self._jobs[n].plan for n in sorted(self._jobs))
-        return History(self.space, self.constraints, past, running, self._next() - roles.count("final"), self.seed)
+        number = self._next() - roles.count("final")
+        return History(self.space, self.constraints, past, running, number, self.seed, self.probes)
 
     def _next(self) -> int:
         """The lowest number that nothing has: one of a run that was cut off is issued again."""
         taken = self._evaluations.keys() | self._jobs.keys()
         return next(n for n in range(len(taken) + 1) if n not in taken)
+
+    @property
+    def probes(self) -> Probes | None:
+        """None where none were asked for, or not all are measured."""
+        layers = legal_rates(self.space)
+        if self._probed.keys() != set(layers):
+            return None
+        number, _ = self._probed[next(iter(layers))]
+        measured = (one for layer in layers for one in self._probed[layer][1])
+        return probes_from(number, self._evaluations[number].plan, measured)
+
+    def to_probe(self, fisher: bool) -> list[ProbeTask]:
+        history = self.history()
+        one = choose_parent(history.evaluations, depthwise(self.space))
+        if one is None:
+            reasons = [f"candidate {one.number}: {one.reason}" for one in history.evaluations if one.state == "failed"]
+            raise FnetError(f"there is no trained network to probe ({'; '.join(reasons) or 'none was trained'})")
+        start = Start(one.number, one.plan, self.run.candidate(one.number), one.epochs + one.inherited_epochs)
+        return [task for task in probe_tasks(self.space, start, fisher) if task.layer not in self._probed]
+
+    def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
+        facts = {"number": task.start.number, "probes": [one.to_json() for one in probes]}
+        self.study.set_user_attr(f"{PROBED}:{task.layer}", facts)
+        self._probed[task.layer] = task.start.number, probes
+        self._write()
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
         number = self._next()
@@ -339,6 +385,8 @@ class StudyRecord:
         """Brings the run folder in line with the study, also after a run that was cut off between the two."""
         self.run.write_candidates(self._lines)
         self.run.write_timings(self._seconds)
+        if (probes := self.probes) is not None:
+            self.run.write_probes(probes)
         parents = {job.start.number for job in self._jobs.values() if job.start is not None}
         self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept)
 

@@ -86,7 +86,8 @@ def train(
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     network.speed_up(numerics.fused, numerics.group_widths)
     optimizer = _optimizer(network, recipe)
-    steps = min(math.ceil(len(data.train) / recipe.batch_size), len(data.train) // 2)  # no batch of one: BatchNorm
+    count = recipe.images(len(data.train))
+    steps = min(math.ceil(count / recipe.batch_size), count // 2)  # no batch of one: BatchNorm
     accuracies = _resume(network, optimizer, checkpoint, key)
     split = "training" if watch is None else "validation"
 
@@ -97,10 +98,10 @@ def train(
 
     for epoch in range(len(accuracies)):
         if ended(epoch, None):
-            return Trained((epoch + 1) * len(data.train), tuple(accuracies[: epoch + 1]), stopped=True)
+            return Trained((epoch + 1) * count, tuple(accuracies[: epoch + 1]), stopped=True)
     for epoch in range(len(accuracies), recipe.epochs):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(data.train), generator=generator).to(numerics.device)
+        order = torch.randperm(len(data.train), generator=generator)[:count].to(numerics.device)
         maps = affine_maps(len(order), data.train.images.shape[2:], recipe.augmentation, data.flips, generator)
         maps = maps.to(numerics.device)
         network.train()
@@ -129,12 +130,12 @@ def train(
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
         if epoch + 1 == recipe.epochs:
             settle(network, data, numerics, seed)
-        seen = float(correct) / len(data.train)
+        seen = float(correct) / count
         accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics))
         _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
         if ended(epoch, float(loss_sum) / steps):
-            return Trained((epoch + 1) * len(data.train), tuple(accuracies), stopped=True)
-    return Trained(recipe.epochs * len(data.train), tuple(accuracies))
+            return Trained((epoch + 1) * count, tuple(accuracies), stopped=True)
+    return Trained(recipe.epochs * count, tuple(accuracies))
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:

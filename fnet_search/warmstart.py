@@ -5,6 +5,7 @@ channels above zero leaves P G x, a least squares problem: each changed layer is
 its place, layer after layer, from what the child itself, as far as it is built, feeds it.
 """
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
@@ -38,14 +39,33 @@ class _Both:
     child: list[Tensor]
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a changed layer is to compute: at random places, what it reads x [n, D], what the parent gives y [n, O] and
+    its hidden channels z [n, C_in] (y where it has none); their covariances with x, float64; all that the parent gives.
+    """
+
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    yx: Tensor
+    zx: Tensor
+    wanted: list[Tensor]
+
+
 @torch.no_grad()
-def warm_start(parent: Network, child: Network, batches: Batches) -> None:
+def warm_start(
+    parent: Network, child: Network, batches: Batches, targets: MutableMapping[str, Target] | None = None
+) -> None:
     """Fills `child`, of another plan on the space of `parent`, so that it computes nearly the same.
 
     `parent` is in evaluation mode. Layers whose rate is unchanged are copied; so are the norms after the others, but
     for mean and variance, which follow the fit. All samples pass one layer before the next: memory grows with them.
-    Raises FnetError unless every rate of the child is a multiple of the parent's.
+    `targets` takes the targets of the layers; those that are in it are not computed again, so it may be given for more
+    children that have the same parent, samples and first changed layer. Raises FnetError unless every rate of the child
+    is a multiple of the parent's.
     """
+    targets = {} if targets is None else targets
     changed = _changed(parent.network, child.network)
     parts = {f"{name}.{part}" for name in changed for part in PARTS}
     for node in child.network.order:
@@ -63,7 +83,10 @@ def warm_start(parent: Network, child: Network, batches: Batches) -> None:
         name, _, part = node.name.rpartition(".")
         wanted, fed = inputs[0].parent, inputs[0].child
         if part == "grouped":  # from here on, the parent's side is what the layer as a whole is to give
-            wanted = _fit(parent, child, name, wanted, fed)
+            if name not in targets:
+                targets[name] = _target(parent, _conv(child.network, node.name), name, wanted, fed)
+            _fit(parent, child, name, targets[name])
+            wanted = targets[name].wanted
         return _Both(wanted, _outputs(child, node, [fed]))
 
     samples, mode = list(batches()), child.training
@@ -119,18 +142,25 @@ def _conv(network: Macroarchitecture, name: str) -> Conv:
     return layer
 
 
-def _fit(parent: Network, child: Network, name: str, inputs: list[Tensor], fed: list[Tensor]) -> list[Tensor]:
-    """Fits a layer of the child, which is fed `fed`, and the norms after it, to what the parent's gives for `inputs`;
-    returns that.
-
-    The hidden channels are lifted; or, if the parent's layer is factorized too, each is fitted to one of the parent's,
-    so that the ReLU bends what it bends there. What loses less is taken.
-    """
+def _target(parent: Network, conv: Conv, name: str, inputs: list[Tensor], fed: list[Tensor]) -> Target:
+    """What a layer of the child, which is fed `fed`, is fitted to: what the parent's gives for `inputs`."""
     nodes = parent.network.by_name
     factorized = name not in nodes
     hidden = wanted = _outputs(parent, nodes[f"{name}.grouped" if factorized else name], [inputs])
     for part in PARTS[1:] if factorized else ():
         wanted = _outputs(parent, nodes[f"{name}.{part}"], [wanted])
+    x, y, z = _places(conv, fed, wanted, hidden)
+    yx = _covariance(y, x)
+    zx = _covariance(z, x) if factorized else yx
+    return Target(x, y, _ridged(_covariance(x, x), PATCH_RIDGE), yx, zx, wanted)
+
+
+def _fit(parent: Network, child: Network, name: str, target: Target) -> None:
+    """Fits a layer of the child, and the norms after it, to a target.
+
+    The hidden channels are lifted; or, if the parent's layer is factorized too, each is fitted to one of the parent's,
+    so that the ReLU bends what it bends there. What loses less is taken.
+    """
     grouped, norm, pointwise = (child.layer(f"{name}.{part}") for part in PARTS if part != "relu")
     assert isinstance(grouped, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)
@@ -139,13 +169,11 @@ def _fit(parent: Network, child: Network, name: str, inputs: list[Tensor], fed: 
     after = [child.layer(reader.name) for reader in readers if isinstance(reader.layer, BatchNorm)]
     offset = pointwise.bias is not None or 0 < len(after) == len(readers)
 
-    conv = _conv(child.network, f"{name}.grouped")
-    x, y, z = _places(conv, fed, wanted, hidden)
-    xx = _ridged(_covariance(x, x), PATCH_RIDGE)
+    conv, x, y, xx = _conv(child.network, f"{name}.grouped"), target.x, target.y, target.xx
     gain = _gain(after[0]) if after else xx.new_ones(y.shape[1])  # an error counts for what the norm makes of it
-    ways = [_lifted(x, _joint(xx, _covariance(y, x) * gain.view(-1, 1), conv))]
-    if factorized:
-        ways.append(_imitating(x, _separate(xx, _covariance(z, x), conv), parent.layer(f"{name}.norm")))
+    ways = [_lifted(x, _joint(xx, target.yx * gain.view(-1, 1), conv))]
+    if name not in parent.network.by_name:
+        ways.append(_imitating(x, _separate(xx, target.zx, conv), parent.layer(f"{name}.norm")))
     fits = [
         _pointwise(F.relu(F.batch_norm(_grouped(x, way.kernel), *way.norm, eps=norm.eps)), y, offset) for way in ways
     ]
@@ -165,7 +193,6 @@ def _fit(parent: Network, child: Network, name: str, inputs: list[Tensor], fed: 
         narrower = torch.sqrt((left + norm.eps) / (variance + norm.eps))
         mean.copy_(fit.mean - (fit.mean - mean) * narrower - (fit.offset if pointwise.bias is None else 0))
         variance.copy_(left)
-    return wanted
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:

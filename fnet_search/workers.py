@@ -23,7 +23,8 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, evaluate, unfinished
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import factorize, plan_cost, regular
-from fnet_search.policy import Evaluation
+from fnet_search.policy import Evaluation, Probe
+from fnet_search.probes import ProbeTask, probe_layer
 from fnet_search.recipe import Recipe
 from fnet_search.train import TrainingProgress
 
@@ -68,6 +69,9 @@ def how_many(
     return wanted
 
 
+Task = Job | ProbeTask
+"""What a worker does: train a candidate, or probe a layer."""
+
 Judge = Callable[[int, TrainingProgress], bool]
 """Told of each step of a candidate; whether its training is to stop, where an epoch ended."""
 
@@ -89,6 +93,22 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Probing:
+    """So many of a task's rates are measured."""
+
+    task: ProbeTask
+    done: int
+
+
+@dataclass(frozen=True)
+class Probed:
+    """All rates of a task are measured."""
+
+    task: ProbeTask
+    probes: tuple[Probe, ...]
+
+
+@dataclass(frozen=True)
 class _Fault:
     """What a worker is about to die of, in a line."""
 
@@ -99,12 +119,13 @@ class _Fault:
 class _Worker:
     process: BaseProcess
     pipe: "Connection[object, object]"
-    job: Job | None = None
+    task: Task | None = None
     fault: str = ""
 
 
 class WorkerPool:
-    """`count` processes with `setup.threads_of` threads each. Use as a context manager: leaving it ends them.
+    """`count` processes that train and probe, with `setup.threads_of` threads each. Use as a context manager: leaving
+    it ends them.
 
     The data set travels in one file in `scratch`, so that no process decodes it again.
     """
@@ -114,7 +135,7 @@ class WorkerPool:
         self._data = scratch / ".dataset.safetensors"
         data.save(self._data)
         self._workers: list[_Worker] = []
-        self._deaths: dict[int, int] = {}
+        self._deaths: dict[Task, int] = {}
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -130,22 +151,24 @@ class WorkerPool:
 
     @property
     def busy(self) -> int:
-        """Candidates in training."""
-        return sum(worker.job is not None for worker in self._workers)
+        """Workers that have a task."""
+        return sum(worker.task is not None for worker in self._workers)
 
-    def submit(self, job: Job) -> None:
-        """Gives a candidate to an idle worker, starting one if there are fewer than `count`."""
-        idle = [worker for worker in self._workers if worker.job is None]
+    def submit(self, task: Task) -> None:
+        """Gives a task to an idle worker, starting one if there are fewer than `count`."""
+        idle = [worker for worker in self._workers if worker.task is None]
         if not idle:
             if len(self._workers) == self.count:
                 raise RuntimeError("every worker is busy; wait for an event first")
             idle = [self._start()]
             self._workers += idle
-        idle[0].job = job
+        idle[0].task = task
         with suppress(OSError):  # it died while idle: `events` sees that and replaces it
-            idle[0].pipe.send(job)
+            idle[0].pipe.send(task)
 
-    def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Progressed | Finished]:
+    def events(
+        self, judge: Judge = lambda number, progress: False
+    ) -> Iterator[Progressed | Finished | Probing | Probed]:
         """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk).
 
         A worker whose epoch ended waits for what `judge` says of it.
@@ -159,18 +182,18 @@ class WorkerPool:
                 yield from self._replace(worker)
                 continue
             if isinstance(message, str):
-                raise FnetError(f"candidate {worker.job.number if worker.job else '?'}: {message}")
+                raise FnetError(f"{_named(worker.task)}: {message}")
             if isinstance(message, _Fault):
                 worker.fault = f", of {message.reason}"
                 continue
-            if isinstance(message, Finished):
-                worker.job = None
+            if isinstance(message, Finished | Probed):
+                worker.task = None
             if isinstance(message, Progressed):
                 stop = judge(message.number, message.progress)
                 if message.progress.ended:
                     with suppress(OSError):  # it died meanwhile
                         worker.pipe.send(stop)
-            assert isinstance(message, Progressed | Finished)
+            assert isinstance(message, Progressed | Finished | Probing | Probed)
             yield message
 
     def _start(self) -> _Worker:
@@ -183,18 +206,27 @@ class WorkerPool:
         return _Worker(process, ours)
 
     def _replace(self, dead: _Worker) -> Iterator[Finished]:
-        """A new worker takes over the candidate of a dead one, from its checkpoint; the fifth death is the last."""
+        """A new worker takes over the task of a dead one, a training from its checkpoint; the fifth death is the last:
+        a candidate has failed, a probe raises FnetError."""
         dead.process.join()
         dead.pipe.close()
         self._workers.remove(dead)
-        if dead.job is None:
+        if dead.task is None:
             return
-        deaths = self._deaths[dead.job.number] = self._deaths.get(dead.job.number, 0) + 1
+        deaths = self._deaths[dead.task] = self._deaths.get(dead.task, 0) + 1
         if deaths < DEATHS_ALLOWED:
-            self.submit(dead.job)
+            self.submit(dead.task)
             return
         reason = f"its worker died {deaths} times, lastly with exit code {dead.process.exitcode}{dead.fault}"
-        yield Finished(unfinished(self.setup, dead.job, "failed", reason), 0.0)
+        if isinstance(dead.task, ProbeTask):
+            raise FnetError(f"{_named(dead.task)}: {reason}")
+        yield Finished(unfinished(self.setup, dead.task, "failed", reason), 0.0)
+
+
+def _named(task: Task | None) -> str:
+    if isinstance(task, ProbeTask):
+        return f"probing layer {task.layer!r}"
+    return "a worker" if task is None else f"candidate {task.number}"
 
 
 @contextmanager
@@ -234,15 +266,15 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
-    """A worker's life: jobs in, news out, until the other end is closed."""
+    """A worker's life: tasks in, news out, until the other end is closed."""
     torch.backends.cudnn.allow_tf32 = False  # evaluations are in float32 proper, on CUDA too
     try:
         data = read_dataset(data_path).to(setup.numerics.device)
         while True:
-            job = pipe.recv()
-            assert isinstance(job, Job)
-            torch.set_num_threads(setup.threads_of(job))
-            pipe.send(_run(pipe, setup, data, job))
+            task = pipe.recv()
+            assert isinstance(task, Job | ProbeTask)
+            torch.set_num_threads(setup.numerics.threads if isinstance(task, ProbeTask) else setup.threads_of(task))
+            pipe.send(_run(pipe, setup, data, task))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the host is gone
     except FnetError as error:
@@ -255,23 +287,26 @@ def _work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> 
         sys.exit(1)
 
 
-def _run(pipe: "Connection[object, object]", setup: Setup, data: DataSet, job: Job) -> Finished | str:
-    start = time.monotonic()
-    last = 0.0
+def _run(pipe: "Connection[object, object]", setup: Setup, data: DataSet, task: Task) -> Finished | Probed | str:
+    start, last = time.monotonic(), 0.0
+    number = task.number if isinstance(task, Job) else 0
 
     def report(progress: TrainingProgress) -> bool:
         nonlocal last
         if progress.ended or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            pipe.send(Progressed(job.number, progress))
+            pipe.send(Progressed(number, progress))
         return progress.ended and bool(pipe.recv())
 
     try:
-        evaluation = evaluate(setup, data, job, report)
+        if isinstance(task, ProbeTask):
+            return Probed(task, probe_layer(setup, data, task, lambda done: pipe.send(Probing(task, done))))
+        evaluation = evaluate(setup, data, task, report)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise
     except OSError as error:
-        return f"{error.strerror or error}: {error.filename or job.folder}"
+        folder = task.start.folder if isinstance(task, ProbeTask) else task.folder
+        return f"{error.strerror or error}: {error.filename or folder}"
     except FnetError as error:
         return str(error)
     return Finished(evaluation, time.monotonic() - start)

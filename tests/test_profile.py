@@ -52,7 +52,7 @@ def profiled(
     folded = fold(trained)
     stats = dict(calibrate(folded, batches_of(x), RangeMethod("percentile", Fraction(percentile))))
     parts = (trained, folded, quantize(folded, stats, per_channel), stats)
-    return parts, {layer.layer: layer for layer in profile(*parts, batches_of(*x.split(3)))}
+    return parts, {layer.layer: layer for layer in profile(*parts, [(part, part) for part in x.split(3)])}
 
 
 def noise_db(x: Tensor, seen: Tensor) -> float:
@@ -187,7 +187,7 @@ def test_a_layer_that_a_norm_follows_elsewhere_is_measured_on_its_own_output() -
 def test_batches_make_no_difference(batch: int) -> None:
     x = normal(12, *MIXED.input_shape)
     parts, found = profiled(randomized(MIXED), x)
-    for layer in profile(*parts, batches_of(*x.split(batch))):
+    for layer in profile(*parts, [(part, part) for part in x.split(batch)]):
         for name in ("weight_sqnr_db", "activation_sqnr_db", "accumulated_sqnr_db"):
             assert getattr(layer, name) == pytest.approx(getattr(found[layer.layer], name), rel=1e-4)
 

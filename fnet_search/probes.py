@@ -1,0 +1,272 @@
+"""Probes: what each rate of each layer does to a trained network, all else unchanged and nothing trained.
+
+Only what follows a change is computed again: the network is cut where a single tensor leads to the layer, and what
+comes after that cut, its *tail*, is a network of its own; it is fed what the trained network gives at the cut, in
+float and in codes. All rates of a layer share that, and what the warm start fits them to.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from fnet_search.correct import correct_biases
+from fnet_search.data import DataSet
+from fnet_search.evaluate import TRANSFORM_SAMPLES, Setup, Start, calibration, folded_for, load_quantized, load_trained
+from fnet_search.fold import FoldedNetwork
+from fnet_search.macro import INPUT, Activation, BatchNorm, Macroarchitecture, Node
+from fnet_search.network import Network, build, walk
+from fnet_search.params import QuantParams
+from fnet_search.plan import FactorizationPlan, factorize, legal_rates, make_plan, plan_cost
+from fnet_search.policy import Probe, Probes
+from fnet_search.profile import profile, sqnr_db
+from fnet_search.quantize import QuantizedNetwork, quantize
+from fnet_search.ranges import calibrate
+from fnet_search.sensitivity import sample
+from fnet_search.warmstart import Target, warm_start
+
+PROBED = 512
+"""Images of the validation split, at most."""
+PROFILED = 32
+"""Training images for the SQNR of the changed layer."""
+MINIBATCH = 64
+"""Training images for a Fisher score."""
+BATCH = 64
+"""Images at a time."""
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """One layer of the trained network `start`, to be probed at these rates; its own rate stands for no change.
+
+    With `fisher`, their Fisher scores too.
+    """
+
+    layer: str
+    rates: tuple[int, ...]
+    start: Start
+    fisher: bool = False
+
+
+def probe_tasks(space: Macroarchitecture, start: Start, fisher: bool = False) -> list[ProbeTask]:
+    """A task a layer, in network order: those with the longest tails first. The last one also measures the network as
+    it is."""
+    tasks = []
+    for layer, rates in legal_rates(space).items():
+        own = start.plan[layer]
+        tasks.append(ProbeTask(layer, tuple(rate for rate in rates if rate % own == 0 and rate > own), start, fisher))
+    last = tasks.pop()
+    return [*tasks, replace(last, rates=(start.plan[last.layer], *last.rates))]
+
+
+def probes_from(number: int, plan: FactorizationPlan, measured: Iterable[Probe]) -> Probes:
+    """What the tasks of a network measured, put together."""
+    unchanged, *changes = sorted(measured, key=lambda one: bool(one.layer))
+    return Probes(number, plan, unchanged, tuple(changes))
+
+
+def probe_network(setup: Setup, data: DataSet, start: Start, fisher: bool = False) -> Probes:
+    """All probes of the trained network whose files `evaluate` left in ``start.folder``, one after the other.
+
+    For hosts of their own; a search shares the layers between its workers. Raises FnetError as `probe_layer`.
+    """
+    tasks = probe_tasks(setup.space, start, fisher)
+    return probes_from(start.number, start.plan, (probe for task in tasks for probe in probe_layer(setup, data, task)))
+
+
+@torch.no_grad()
+def probe_layer(
+    setup: Setup, data: DataSet, task: ProbeTask, seen: Callable[[int], None] = lambda done: None
+) -> tuple[Probe, ...]:
+    """Measures the rates of one layer; `seen` is told how many of them are done.
+
+    Raises FnetError, naming the file, where weights or codes of the network are missing or broken.
+    """
+    trained = load_trained(setup.space, task.start.plan, task.start.folder).to(setup.numerics.device)
+    folded, quantized = load_quantized(trained, setup.scheme, task.start.folder)
+    at = cut(setup.space, task.layer)
+    space = tail(setup.space, at)
+    fed = _feed(setup, data, folded, quantized, _source(trained.network, folded.network, at))
+    parent = _network(space, task.start.plan).to(setup.numerics.device)
+    weights = trained.state_dict()
+    parent.load_state_dict({name: weights[name] for name in parent.state_dict()})
+    targets: dict[str, Target] = {}
+    found = []
+    for rate in task.rates:
+        plan = make_plan(setup.space, {**task.start.plan.by_layer, task.layer: rate})
+        child = _network(space, plan).to(setup.numerics.device)
+        warm_start(parent, child, fed.training, targets)
+        unchanged = plan == task.start.plan
+        found.append(
+            replace(
+                _measure(setup, child, fed, [] if unchanged else _parts(task.layer, rate)),
+                layer="" if unchanged else task.layer,
+                rate=rate,
+                conv_macs=plan_cost(setup.space, plan).conv_macs,
+                fisher=fisher_score(setup, data, plan) if task.fisher else None,
+            )
+        )
+        seen(len(found))
+    return tuple(found)
+
+
+def _parts(layer: str, rate: int) -> list[str]:
+    """The convolutions that stand for a layer."""
+    return [layer] if rate == 1 else [f"{layer}.grouped", f"{layer}.pointwise"]
+
+
+def cut(space: Macroarchitecture, layer: str) -> str:
+    """The node, or the input, that gives the last tensor [C, H, W] before a layer that all that follows depends on.
+
+    None that a BatchNorm or an activation reads: these stay with the layer that they belong to, so that a tail is
+    folded and quantized as it is within the whole network.
+    """
+    position = {name: index for index, name in enumerate((INPUT, *(node.name for node in space.order)))}
+
+    def alone(name: str) -> bool:
+        crossing = {a for a, b in space.graph.edges if position[a] <= position[name] < position[b]}
+        bound = any(isinstance(reader.layer, BatchNorm | Activation) for reader in space.consumers(name))
+        return crossing == {name} and not bound and len(space.shapes[name]) == 3
+
+    return next(name for name in reversed(list(position)[: position[layer]]) if name == INPUT or alone(name))
+
+
+def tail(space: Macroarchitecture, at: str) -> Macroarchitecture:
+    """What comes after a `cut`, as a network that reads that tensor."""
+    names = [INPUT, *(node.name for node in space.order)]
+    nodes = (
+        Node(node.name, node.layer, tuple(INPUT if name == at else name for name in node.inputs))
+        for node in space.order[names.index(at) :]
+    )
+    channels, height, width = space.shapes[at]
+    return Macroarchitecture(space.name, (channels, height, width), tuple(nodes))
+
+
+def _network(space: Macroarchitecture, plan: FactorizationPlan) -> Network:
+    """That of the part of a plan that is about a tail, in evaluation mode."""
+    return Network(factorize(space, make_plan(space, {layer: plan[layer] for layer in legal_rates(space)}))).eval()
+
+
+def _source(network: Macroarchitecture, folded: Macroarchitecture, at: str) -> str:
+    """What gives the tensor at a cut in the folded network of a plan: the pointwise part of a factorized layer, the
+    layer that a BatchNorm was folded into."""
+    name = at if at == INPUT or at in network.by_name else f"{at}.pointwise"
+    return name if name == INPUT or name in folded.by_name else network.by_name[name].inputs[0]
+
+
+@dataclass(frozen=True)
+class _Fed:
+    """What a trained network gives at a cut [N, C, H, W]: for training images; for those that are measured on, float
+    and as codes with these parameters; and the float logits [N, classes] and labels [N] of these."""
+
+    samples: Tensor
+    floats: Tensor
+    codes: Tensor
+    params: QuantParams
+    logits: Tensor
+    labels: Tensor
+
+    def training(self) -> Iterator[Tensor]:
+        return iter(torch.split(self.samples, BATCH))
+
+    def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Batches: floats, the values that the codes stand for, logits, labels."""
+        parts = (torch.split(tensor, BATCH) for tensor in (self.floats, self.codes, self.logits, self.labels))
+        return ((x, self.params.dequantize(codes), *rest) for x, codes, *rest in zip(*parts, strict=True))
+
+
+def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: QuantizedNetwork, source: str) -> _Fed:
+    def floats(x: Tensor) -> tuple[Tensor, Tensor]:
+        """At the cut, and the logits."""
+        at = x
+        for node, output in walk(folded.network, x, folded.apply_node):
+            at = output if node.name == source else at
+        return at, output
+
+    def codes(x: Tensor) -> Tensor:
+        if source == INPUT:
+            return quantized.params[INPUT].quantize(x)
+        return next(output for node, output in quantized.codes(x) if node.name == source)
+
+    images = sample(data.evaluation, PROBED)
+    batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
+    samples = [floats(_faster(x))[0] for x in calibration(data, setup.seed, TRANSFORM_SAMPLES)()]
+    given, logits = zip(*map(floats, batches), strict=True)
+    return _Fed(
+        torch.cat(samples),
+        torch.cat(given),
+        torch.cat([*map(codes, batches)]),
+        quantized.params[quantized.carrier[source]],
+        torch.cat(logits),
+        images.labels,
+    )
+
+
+def _faster(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last)
+
+
+def _measure(setup: Setup, trained: Network, fed: _Fed, layers: list[str]) -> Probe:
+    """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
+    folded = folded_for(setup.scheme, trained)
+    stats = dict(calibrate(folded, fed.training, setup.scheme.ranges))
+    low, high = (fed.params.scale * (code - fed.params.zero) for code in (0, 255))  # those of the whole network
+    stats[INPUT] = replace(stats[INPUT], low=low, high=high)
+    quantized = quantize(folded, stats, setup.scheme.per_channel)
+    if setup.scheme.bias_correct:
+        quantized = correct_biases(folded, quantized, fed.training)
+    sums = torch.zeros(6, dtype=torch.float64)
+    for x, x8, logits, labels in fed.measured():
+        both = folded(x), quantized(x8)
+        losses = [F.cross_entropy(y.double(), labels, reduction="sum") for y in both]
+        hits = [(y.argmax(1) == labels).sum().double() for y in both]
+        noises = [(y - logits).double().square().sum() for y in both]
+        sums += torch.stack([*losses, *hits, *noises]).cpu()
+    signal = float(fed.logits.double().square().sum())
+    few = fed.samples[:PROFILED]
+    loss, quint8_loss, fp32_accuracy, quint8_accuracy = (sums[:4] / len(fed.labels)).tolist()
+    return Probe(
+        layer="",
+        rate=1,
+        conv_macs=0,
+        images=len(fed.labels),
+        loss=loss,
+        quint8_loss=quint8_loss,
+        fp32_accuracy=fp32_accuracy,
+        quint8_accuracy=quint8_accuracy,
+        logit_snr_db=sqnr_db(signal, float(sums[4])),
+        logit_sqnr_db=sqnr_db(signal, float(sums[5])),
+        layers=profile(trained, folded, quantized, stats, [(few, few)], layers) if layers else (),
+    )
+
+
+def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
+    """How much the loss of a freshly initialised network of a plan hangs on the channels of its factorizable layers.
+
+    Sum over channels of the mean over a minibatch of (sum over places of a dL/da)^2 / 2, with the outputs a of each
+    layer after its norm and activation (BlockSwap, arXiv:1906.04113, equation 3).
+    """
+    network = build(factorize(setup.space, plan), setup.recipe.initializer, setup.seed)
+    network.to(setup.numerics.device).train()
+    ends = {_end(network.network, _parts(layer, rate)[-1]) for layer, rate in plan.rates}
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(setup.seed))[:MINIBATCH]
+    batch = data.train.take(chosen.to(data.train.images.device))
+    activations = []
+    with torch.enable_grad():
+        for node, output in walk(network.network, _faster(data.normalise(batch.images)), network.apply_node):
+            if node.name in ends:
+                activations.append(output)
+        loss = F.cross_entropy(output, batch.labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, activations)
+    pairs = zip(activations, gradients, strict=True)
+    return sum(float((a * gradient).flatten(2).sum(2).square().mean(0).sum()) / 2 for a, gradient in pairs)
+
+
+def _end(network: Macroarchitecture, name: str) -> str:
+    """The norm or activation that ends a layer."""
+    readers = network.consumers(name)
+    if len(readers) == 1 and isinstance(readers[0].layer, BatchNorm | Activation):
+        return _end(network, readers[0].name)
+    return name

@@ -307,7 +307,8 @@ def record(
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
     facts = {"plan": str(evaluation.plan), "scheme": str(scheme), "weights": _digest(trained)}
     write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
-    return replace(evaluation, scheme=str(scheme), **vars(measures), layers=layers)
+    images = len(data.evaluation)
+    return replace(evaluation, scheme=str(scheme), images=images, **vars(measures), layers=layers)
 
 
 class _Stages:

@@ -47,6 +47,7 @@ tr.best { background: var(--mark); }
 .reason { display: block; font-size: .78rem; max-width: 12rem; }
 td:has(.plan) { min-width: 13rem; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1.5rem; }
+.bar { display: inline-block; height: .7em; background: var(--accent); }
 figure { margin: 1rem 0; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: .4rem; }

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import Cost, FactorizationPlan, legal_rates
+from fnet_search.quantities import millions
 
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
@@ -115,6 +116,8 @@ class Evaluation:
     training images where nothing is held out."""
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
+    images: int = 0
+    """Of `split`, that the accuracies were measured on."""
     qmse: float | None = None
     """Mean of (y_fp32 - y_quint8)^2 over samples and classes, on the logits."""
     qce: float | None = None
@@ -288,6 +291,58 @@ class History:
         return np.random.default_rng((self.seed, self.number))
 
 
+@dataclass(frozen=True)
+class Step:
+    """To another rate of one layer: the conv MACs and the quint8 accuracy (fraction of 1) that are expected to be more
+    then, or less (negative)."""
+
+    rate: int
+    conv_macs: int
+    quint8_accuracy: float
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A layer's rate in a plan, and the steps to the next lower and the next higher legal one."""
+
+    layer: str
+    rate: int
+    lower: Step | None
+    higher: Step | None
+
+    @property
+    def reason(self) -> str:
+        """In words, for people."""
+        parts = []
+        if self.lower is not None:
+            parts.append(f"against {self.lower.rate} it {_trade(-self.lower.conv_macs, -self.lower.quint8_accuracy)}")
+        if self.higher is not None:
+            parts.append(f"{self.higher.rate} {_trade(self.higher.conv_macs, self.higher.quint8_accuracy, 'would ')}")
+        return "; ".join(parts)
+
+
+def _trade(macs: int, accuracy: float, would: str = "") -> str:
+    """As in: saves 1.2 MMAC for 0.10 points."""
+    verbs = ("save", "cost") if would else ("saves", "costs")
+    traded = f"{would}{verbs[macs > 0]} {millions(abs(macs))} MMAC"
+    points = f"{100 * abs(accuracy):.2f} points"
+    return f"{traded} and {'gain' if would else 'gains'} {points}" if accuracy > 0 else f"{traded} for {points}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a plan: what its policy expects of it, its layers, and which features the expectation rests on.
+
+    `expected` quint8 accuracy on the evaluation split, with its standard deviation `spread`, fractions of 1;
+    `importances` are shares of what varies over the plans of the space.
+    """
+
+    expected: float
+    spread: float
+    choices: tuple[LayerChoice, ...]
+    importances: Mapping[str, float]
+
+
 PROBES, FISHER = "probes", "fisher"
 """What a policy can require: `History.probes`, and in them the Fisher scores."""
 
@@ -296,7 +351,8 @@ class Policy(Protocol):
     """Proposes the next plan.
 
     One that needs to be told more than evaluations has an attribute `requires`, of the names above, as in
-    ``requires = frozenset({"probes"})``: the host measures it before the first suggestion (`requirements`).
+    ``requires = frozenset({"probes"})``: the host measures it before the first suggestion (`requirements`). One that
+    can say why has a method ``explain(history, plan) -> Explanation``; hosts show it for the winner.
     """
 
     def suggest(self, history: History) -> FactorizationPlan | None:

@@ -13,7 +13,7 @@ from fnet_search.figures import candidate_figure, figures, plan_name
 from fnet_search.macro import Macroarchitecture
 from fnet_search.page import NONE, cells, png, table, write_page
 from fnet_search.plan import label, plan_cost, regular
-from fnet_search.policy import Constraints, Evaluation, LayerStats, Probes, ranking
+from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
 from fnet_search.quantities import millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
@@ -74,6 +74,8 @@ def layers_csv(evaluation: Evaluation) -> str:
     return _head(types) + "".join(_line(types, vars(layer)) for layer in evaluation.layers)
 
 
+_STEP: dict[str, type] = {"rate": int, "conv_macs": int, "quint8_accuracy": float}
+
 PROBE_COLUMNS: dict[str, type] = {
     "layer": str,
     "rate": int,
@@ -99,6 +101,25 @@ def probes_csv(probes: Probes) -> str:
             "activation_precision": min((part.activation_precision for part in one.layers), default=None),
         }
         lines.append(_line(PROBE_COLUMNS, {**vars(one), **derived}))
+    return "".join(lines)
+
+
+CHOICE_COLUMNS: dict[str, type] = {
+    "layer": str,
+    "rate": int,
+    **{f"{side}_{name}": kind for side in ("lower", "higher") for name, kind in _STEP.items()},
+    "reason": str,
+}
+
+
+def choices_csv(explanation: Explanation) -> str:
+    """One line a layer; of the next lower and higher rate, the conv MACs and the expected quint8 accuracy (fraction of
+    1) that are more than the plan's, or less (negative); empty: there is no such rate."""
+    lines = [_head(CHOICE_COLUMNS)]
+    for one in explanation.choices:
+        steps = {"lower": one.lower, "higher": one.higher}
+        derived = {f"{side}_{name}": getattr(step, name, None) for side, step in steps.items() for name in _STEP}
+        lines.append(_line(CHOICE_COLUMNS, {**vars(one), **derived, "reason": one.reason}))
     return "".join(lines)
 
 
@@ -129,6 +150,8 @@ CAPTIONS = {
     "wider than the trained one, above all early in the network: their errors pass through everything after.",
     "layer_precisions": "The share of the tensor's range that an average channel uses. A wide range and a low "
     "precision in one layer mean that most channels have only a few of the 256 codes.",
+    "probes": "What each rate of each layer does alone, in the trained network that candidates start from. Rows that "
+    "stay pale can be factorized far at little cost; dark cells are where to keep the rate low.",
     "best_layers": "The same for one network, with signal to quantization noise. Where the accumulated SQNR falls well "
     "below the local one, the noise comes from before that layer; about 6 dB is one bit.",
 }
@@ -149,6 +172,9 @@ GLOSSARY = {
     "channel precision": "Mean over output channels of (channel's range / tensor's range).",
     "SQNR": "Signal to quantization noise in dB: local with only this tensor quantized, accumulated with everything "
     "before it too.",
+    "probe": "A trained network with one layer's rate changed, made by warm start, not trained, measured on validation "
+    "images. Noise: energy of the difference of its logits from those of the network without the change, as a share of "
+    "the energy of these.",
     "dead channel": "A channel that never changes. It counts 0 in a precision.",
     "range method": "How activation ranges are found on the calibration images: percentile:1 clips the top and bottom "
     "1 %, minmax nothing, mse takes the range with the least squared error.",
@@ -296,6 +322,41 @@ def _training(one: Evaluation) -> str:
     return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
 
 
+def explanation_section(explanation: Explanation | None) -> list[tuple[str, str]]:
+    """Heading and HTML of why the winner is what it is; nothing where the policy does not say."""
+    if explanation is None:
+        return []
+    expected = f"{percent(explanation.expected)} ± {100 * explanation.spread:.2f} points"
+    intro = f"<p>Of this plan the policy expects {expected} in quint8. Steps of one layer, all others unchanged:</p>"
+    head = (
+        "<tr><th>layer</th>" + "".join(f'<th class="number">{name}</th>' for name in _CHOICE_HEAD) + "<th>why</th></tr>"
+    )
+    rows = []
+    for one in explanation.choices:
+        steps = [_step(step) for step in (one.lower, one.higher)]
+        numbers = cells([str(one.rate), *steps[0], *steps[1]])
+        rows.append(f"<tr>{cells([one.layer], numbers=False)}{numbers}{cells([one.reason], numbers=False)}</tr>")
+    shares = sorted(explanation.importances.items(), key=lambda item: -item[1])
+    bars = "".join(
+        f"<tr>{cells([name], numbers=False)}{cells([f'{100 * share:.0f}'])}"
+        f'<td><span class="bar" style="width:{max(1, round(200 * share))}px"></span></td></tr>'
+        for name, share in shares
+    )
+    importances = table(
+        '<tr><th>what the expectation rests on</th><th class="number">share %</th><th></th></tr>', [bars]
+    )
+    return [("Why this plan", intro + table(head, rows) + importances)]
+
+
+_CHOICE_HEAD = ("rate", "next lower", "MMAC", "points", "next higher", "MMAC", "points")
+
+
+def _step(step: Step | None) -> list[str]:
+    if step is None:
+        return [NONE] * 3
+    return [str(step.rate), f"{step.conv_macs / 1e6:+.1f}", f"{100 * step.quint8_accuracy:+.2f}"]
+
+
 def _span(low: float, high: float) -> str:
     return f"{low:.3g} to {high:.3g}"
 
@@ -337,9 +398,13 @@ def _layers(evaluation: Evaluation) -> str:
 
 
 def _figures(
-    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], best: Evaluation | None
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    best: Evaluation | None,
+    probes: Probes | None,
 ) -> str:
-    drawn = figures(space, constraints, evaluations)
+    drawn = figures(space, constraints, evaluations, probes)
     if best is not None and best.layers:  # of its final training, where there was one
         drawn["best_layers"] = candidate_figure(space, best)
     shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
@@ -357,6 +422,7 @@ def write_report(
     best_test: Evaluation | None,
     split: str,
     more: Sequence[tuple[str, str]] = (),
+    probes: Probes | None = None,
 ) -> Path:
     """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
     how it was found; every candidate; `more` sections, heading and HTML; the figures."""
@@ -368,7 +434,7 @@ def write_report(
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
         ("Candidates", _candidates(space, constraints, ranked, others)),
         *more,
-        ("Figures", _figures(space, constraints, evaluations, best)),
+        ("Figures", _figures(space, constraints, evaluations, best, probes)),
     ]
     layers = []
     if best is not None:

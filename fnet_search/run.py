@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,20 @@ from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 from fnet_search.plan import cost_table, label
-from fnet_search.policy import Audit, Constraints, Evaluation, Policy, SplitName, requirements
+from fnet_search.policy import (
+    Audit,
+    Constraints,
+    Evaluation,
+    Explanation,
+    Policy,
+    SplitName,
+    load_policy,
+    requirements,
+)
 from fnet_search.quantities import mmac, percent
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
-from fnet_search.report import write_report
+from fnet_search.report import explanation_section, write_report
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
@@ -261,15 +271,31 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
     opened = open_run(run.path)
     evaluations = record.audited
-    figures = save_figures(space, constraints, evaluations, run.path / "figures")
-    record.attach(figures)
+    figures = save_figures(space, constraints, evaluations, run.path / "figures", record.probes)
     settings = dict(_settings(run.config(), space, constraints, evaluations))
-    more = [*requantize.section(opened), *latency.section(opened)]
+    explanation = _explanation(record, run.config()["policy"])
+    tables = [] if record.probes is None else [run.write_probes(record.probes)]
+    if explanation is not None:
+        tables.append(run.write_choices(explanation))
+    record.attach([*figures, *tables])
+    more = [*explanation_section(explanation), *requantize.section(opened), *latency.section(opened)]
     report = write_report(
-        run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more
+        run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more, record.probes
     )
     feasible = winner is not None and constraints.feasible(winner)
     return Outcome(space, constraints, evaluations, winner, feasible, test, report)
+
+
+def _explanation(record: StudyRecord, policy_name: str) -> Explanation | None:
+    """Why the winner, where the policy was told of layers and can say so; None also where it is not installed any more,
+    and where the winner was found by other means."""
+    if record.winner is None or record.probes is None:
+        return None
+    with suppress(FnetError):
+        explain = getattr(load_policy(policy_name), "explain", None)
+        found = explain(record.history(), record.winner.plan) if explain is not None else None
+        return found if isinstance(found, Explanation) else None
+    return None
 
 
 def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:

@@ -6,6 +6,7 @@ artifacts/         files attached to the study and its trials
 candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
 timings.csv        seconds a candidate took
 probes.csv         where the policy asked for them: one row a layer and rate
+choices.csv        where the policy can say why: the winner's layers, and the steps to the next rates
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise
 best/              the winner's files, its test.json, and model.onnx
@@ -30,8 +31,8 @@ from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
-from fnet_search.policy import Audit, Constraints, Evaluation, Probes, ranking
-from fnet_search.report import candidates_csv, layers_csv, probes_csv
+from fnet_search.policy import Audit, Constraints, Evaluation, Explanation, Probes, ranking
+from fnet_search.report import candidates_csv, choices_csv, layers_csv, probes_csv
 
 KEPT = 3
 """So many of the best candidates keep their weights."""
@@ -147,6 +148,11 @@ class RunFolder:
     def write_probes(self, probes: Probes) -> Path:
         path = self.path / "probes.csv"
         write_text(path, probes_csv(probes))
+        return path
+
+    def write_choices(self, explanation: Explanation) -> Path:
+        path = self.path / "choices.csv"
+        write_text(path, choices_csv(explanation))
         return path
 
     def requantized(self, number: int) -> list[Path]:

@@ -4,9 +4,13 @@ One file a policy, registered by name as entry points of the group ``fnet_search
 is made with no arguments and has ``suggest(history)``, a pure function of the history: start from `random`.
 """
 
+from fnet_policies.fisher import Fisher
+from fnet_policies.greedy import Greedy
+from fnet_policies.layer_guided import LayerGuided
+from fnet_policies.nsga2 import NSGA2
 from fnet_policies.progressive_doubling import ProgressiveDoubling
 from fnet_policies.random import Random
 from fnet_policies.reverse_pyramid import ReversePyramid
 from fnet_policies.tpe import TPE
 
-__all__ = ["TPE", "ProgressiveDoubling", "Random", "ReversePyramid"]
+__all__ = ["NSGA2", "TPE", "Fisher", "Greedy", "LayerGuided", "ProgressiveDoubling", "Random", "ReversePyramid"]

@@ -1,0 +1,426 @@
+"""Claim: under a MAC budget, `layer-guided` finds a plan that is not below the best that any policy found, with at most
+a third of the trained images of the next best policy.
+
+    python benchmarks/policies.py imagefolder:PATH --out FOLDER
+    python benchmarks/policies.py imagefolder:PATH --out FOLDER --minutes 120    # and again: it goes on
+
+Every policy searches alone, one plan after the other, from the same trained reference and probes of a seed. A plan that
+several policies suggest is trained once for a seed. Candidates are compared on validation images; what the best of
+them reaches on the test images is only looked at afterwards. Writes evaluations.csv, searches.csv, table.txt and
+policies.png to FOLDER.
+"""
+
+import argparse
+import base64
+import csv
+import json
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import machine
+
+from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
+from fnet_search.data import DataSet, load_dataset, read_dataset
+from fnet_search.evaluate import Job, Setup, Start, evaluate, load_quantized, load_trained
+from fnet_search.export import quantized_model
+from fnet_search.figures import COLOURS, new_figure, save_png, style
+from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.numerics import Numerics, resolve
+from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
+from fnet_search.policy import Constraints, Evaluation, History, Policy, Probe, Probes
+from fnet_search.probes import probe_layer, probe_tasks, probes_from
+from fnet_search.quantities import parse_budget
+from fnet_search.recipe import Fidelity, load_recipe
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import parse_scheme
+from fnet_search.search import refusal
+from fnet_search.workers import cores, environment
+
+POLICIES: dict[str, Policy] = {
+    "layer-guided": LayerGuided(),
+    "  no statistics": LayerGuided(statistics=False),
+    "  no probes": LayerGuided(by_probes=False),
+    "  no learning": LayerGuided(learning=False),
+    "greedy": Greedy(),
+    "fisher": Fisher(),
+    "reverse-pyramid": ReversePyramid(),
+    "progressive-doubling": ProgressiveDoubling(),
+    "random": Random(),
+    "tpe": TPE(),
+    "nsga2": NSGA2(),
+}
+RIVALS = [name for name in POLICIES if name.strip() == name and name != "layer-guided"]
+WARM_RATE, WARM_EPOCHS = 0.05, 0.25
+"""Of children: as few images leave a transformed network better at a rate below the recipe's."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What all searches have in common, and where it is kept."""
+
+    out: Path
+    space: Macroarchitecture
+    numerics: Numerics
+
+    def setup(self, seed: int) -> Setup:
+        recipe = replace(load_recipe("quick"), warm_rate=WARM_RATE)
+        scheme, fidelity = parse_scheme("percentile:1"), Fidelity(True, WARM_EPOCHS)
+        return Setup(self.space, recipe, scheme, self.numerics, seed, "validation", fidelity=fidelity)
+
+    def start(self, parent: int) -> Start:
+        """The reference of a seed."""
+        folder = self.out / f"seed{parent}" / "reference"
+        return Start(0, regular(self.space), folder, self.setup(parent).recipe.epochs)
+
+    def folder(self, seed: int, plan: FactorizationPlan, parent: int) -> Path:
+        name = "-".join(str(rate) for _, rate in plan.rates)
+        return self.out / f"seed{seed}" / (name if parent == seed else f"{name}-from{parent}")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One trained plan: its evaluation on the validation split, and which test images its quint8 network gets right."""
+
+    evaluation: Evaluation
+    test_hits: np.ndarray
+    seconds: float
+
+    @property
+    def test(self) -> float:
+        return float(self.test_hits.mean())
+
+
+@cache
+def _data(path: Path) -> DataSet:
+    return read_dataset(path)
+
+
+def _measure(study: Study, seed: int, plan: FactorizationPlan, parent: int | None) -> None:
+    """Trains and measures a plan from the reference of seed `parent`; None: that reference. Leaves ``result.json``."""
+    began, setup, data = time.monotonic(), study.setup(seed), _data(study.out / "data.safetensors")
+    folder = study.start(seed).folder if parent is None else study.folder(seed, plan, parent)
+    job = Job(0 if parent is None else 1, plan, folder, "reference" if parent is None else "candidate")
+    if parent is not None:
+        job = replace(job, start=study.start(parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(setup.threads_of(job))
+    evaluation = evaluate(setup, data, job, lambda progress: None)
+    hits = torch.zeros(0, dtype=torch.bool)
+    if evaluation.state == "complete":
+        _, quantized = load_quantized(load_trained(study.space, plan, folder), setup.scheme, folder)
+        runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
+        parts = [runtime(data.normalise(x)).argmax(1) == labels for x, labels in data.test.batches(50)]
+        hits = torch.cat(parts)
+    if parent is not None:
+        for weights in folder.glob("*.safetensors"):
+            weights.unlink()
+    packed = base64.b64encode(np.packbits(hits.numpy()).tobytes()).decode()
+    facts = {"evaluation": evaluation.to_json(), "hits": packed, "images": len(hits)}
+    partial = folder / "result.tmp"
+    partial.write_text(json.dumps({**facts, "seconds": time.monotonic() - began}))
+    partial.rename(folder / "result.json")
+
+
+def _read(folder: Path) -> Measured | None:
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text())
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(facts["hits"]), dtype=np.uint8))
+    return Measured(Evaluation.from_json(facts["evaluation"]), bits[: facts["images"]], facts["seconds"])
+
+
+def _probe(study: Study, seed: int, layer: str) -> None:
+    """Probes one layer of a reference, with Fisher scores; leaves ``probes/LAYER.json``."""
+    torch.set_num_threads(study.numerics.threads)
+    task = next(one for one in probe_tasks(study.space, study.start(seed), fisher=True) if one.layer == layer)
+    found = probe_layer(study.setup(seed), _data(study.out / "data.safetensors"), task)
+    path = study.out / f"seed{seed}" / "probes" / f"{layer}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps([one.to_json() for one in found]))
+
+
+def probes_of(study: Study, seed: int) -> Probes:
+    paths = [study.out / f"seed{seed}" / "probes" / f"{task.layer}.json" for task in _tasks(study, seed)]
+    measured = (Probe.from_json(one) for path in paths for one in json.loads(path.read_text()))
+    return probes_from(0, regular(study.space), measured)
+
+
+def _tasks(study: Study, seed: int):
+    return probe_tasks(study.space, study.start(seed))
+
+
+@dataclass(frozen=True)
+class Search:
+    """One policy, one budget, one seed: a function of what is measured."""
+
+    study: Study
+    seed: int
+    budget: str
+    policy: str
+    trials: int
+
+    def walk(self) -> Iterator[FactorizationPlan | Measured]:
+        """The trained candidates, in order; a plan that is not trained yet is given again until it is."""
+        study, space = self.study, self.study.space
+        constraints = Constraints(conv_macs=parse_budget(self.budget, plan_cost(space, regular(space)).conv_macs))
+        reference = _read(study.start(self.seed).folder)
+        assert reference is not None
+        past, trained = [reference.evaluation], 0
+        probes = probes_of(study, self.seed)
+        while trained < self.trials:
+            history = History(space, constraints, tuple(past), (), len(past), self.seed, probes)
+            plan = POLICIES[self.policy].suggest(history)
+            if plan is None:
+                return
+            if reason := refusal(history, plan):
+                past.append(Evaluation(len(past), plan, plan_cost(space, plan), "refused", reason))
+                continue
+            while (measured := _read(study.folder(self.seed, plan, self.seed))) is None:
+                yield plan
+            past.append(replace(measured.evaluation, number=len(past)))
+            trained += 1
+            yield measured
+
+
+def main() -> None:
+    options = _options()
+    study = _study(options)
+    print(f"{machine()}\n{study.numerics}", flush=True)
+    searches = [
+        Search(study, seed, budget, policy, options.trials)
+        for seed in options.seeds
+        for budget in options.budgets
+        for policy in options.policies
+    ]
+    deadline = time.monotonic() + 60 * options.minutes
+    with environment(study.numerics.threads), ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
+        done = _references(study, options.seeds, pool, deadline) and _searches(study, searches, pool, deadline)
+    if not done:
+        print("not done yet: the same command goes on")
+        return
+    report(study, searches, options)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset")
+    parser.add_argument("--space", default="factorizenet")
+    parser.add_argument("--images", type=int, default=20_000, help="training images, drawn at random")
+    parser.add_argument("--validation", type=int, default=2_500, help="images held out of the others")
+    parser.add_argument("--budgets", nargs="+", default=["45%", "25%"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no training is begun after so many")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def _study(options: argparse.Namespace) -> Study:
+    """Data, numerics and options of the first time are used again."""
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    alike = {name: getattr(options, name) for name in ("dataset", "space", "images", "validation")}
+    kept = out / "options.json"
+    if kept.is_file() and json.loads(kept.read_text()) != alike:
+        raise SystemExit(f"{out} holds trainings with {kept.read_text()}; choose another --out")
+    space = load_space(options.space)
+    if not (out / "data.safetensors").is_file():
+        data = load_dataset(options.dataset, space.input_shape, Path("data"))
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+        held_out = order[options.images : options.images + options.validation]
+        data = replace(data, train=data.train.take(order[: options.images]), evaluation=data.train.take(held_out))
+        data.save(out / "data.safetensors")
+    if not (out / "numerics.json").is_file():
+        (out / "numerics.json").write_text(json.dumps(resolve("auto", workers=cores(), cores=cores()).to_json()))
+    kept.write_text(json.dumps(alike))
+    numerics = Numerics.from_json(json.loads((out / "numerics.json").read_text()))
+    classes = len(_data(out / "data.safetensors").classes)
+    return Study(out, space.with_classes(classes), numerics)
+
+
+def _references(study: Study, seeds: list[int], pool: ProcessPoolExecutor, deadline: float) -> bool:
+    """Trains and probes what all start from; whether all of it is there."""
+    for seed in seeds:
+        if _read(study.start(seed).folder) is None:
+            if time.monotonic() > deadline:
+                return False
+            pool.submit(_measure, study, seed, regular(study.space), None).result()
+            print(f"seed {seed}: reference trained", flush=True)
+    running = []
+    for seed in seeds:
+        for task in _tasks(study, seed):
+            if not (study.out / f"seed{seed}" / "probes" / f"{task.layer}.json").is_file():
+                running.append(pool.submit(_probe, study, seed, task.layer))
+    for one in running:
+        one.result()
+    return True
+
+
+def _searches(study: Study, searches: list[Search], pool: ProcessPoolExecutor, deadline: float) -> bool:
+    """Trains what the searches ask for, until all are done; whether they are."""
+    running: dict[Future[None], tuple[int, FactorizationPlan]] = {}
+    began, trained = time.monotonic(), 0
+    walks = {search: search.walk() for search in searches}
+    wanted: dict[Search, FactorizationPlan] = {}
+    while walks or running:
+        for search, walk in list(walks.items()):
+            if len(running) >= 2 * cores() or time.monotonic() > deadline:
+                break
+            if search in wanted and (search.seed, wanted[search]) in running.values():
+                continue
+            plan = next((one for one in walk if isinstance(one, FactorizationPlan)), None)
+            if plan is None:
+                del walks[search]
+                continue
+            wanted[search] = plan
+            if (search.seed, plan) not in running.values():
+                running[pool.submit(_measure, study, search.seed, plan, search.seed)] = search.seed, plan
+        if not running:
+            return not walks
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            done.result()
+            seed, plan = running.pop(done)
+            trained += 1
+            measured = _read(study.folder(seed, plan, seed))
+            assert measured is not None
+            each = (time.monotonic() - began) / trained
+            print(f"{_line(study, seed, plan, measured)} {each:.0f} s each, {len(walks)} searches left", flush=True)
+    return True
+
+
+def _line(study: Study, seed: int, plan: FactorizationPlan, measured: Measured) -> str:
+    one = measured.evaluation
+    if one.state != "complete":
+        return f"seed {seed} {label(study.space, plan)}: {one.state}, {one.reason}"
+    found = [one.zero_shot_accuracy, one.fp32_accuracy, one.quint8_accuracy, measured.test]
+    named = ("before", "fp32", "quint8", "test quint8")
+    shown = ", ".join(f"{name} {100 * (value or 0):.2f} %" for name, value in zip(named, found, strict=True))
+    named_plan = f"seed {seed} {label(study.space, plan)}: {one.cost.conv_macs / 1e6:.1f} MMAC"
+    return f"{named_plan}, {shown}; {measured.seconds:.0f} s,"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A finished search: after each candidate the images that all candidates so far were trained on, and the best of
+    them by validation."""
+
+    search: Search
+    images: list[int]
+    best: list[Measured]
+
+    @staticmethod
+    def of(search: Search) -> "Curve":
+        found = [one for one in search.walk() if isinstance(one, Measured)]
+        images = np.cumsum([one.evaluation.trained_images for one in found]).tolist()
+        ranked = [max(found[: end + 1], key=_by_validation) for end in range(len(found))]
+        return Curve(search, images, ranked)
+
+    @property
+    def needed(self) -> int:
+        """Images until the last best one was found."""
+        return self.images[next(place for place, one in enumerate(self.best) if one is self.best[-1])]
+
+
+def _by_validation(one: Measured) -> tuple[float, int]:
+    return one.evaluation.quint8_accuracy or 0.0, -one.evaluation.cost.conv_macs
+
+
+def report(study: Study, searches: list[Search], options: argparse.Namespace) -> None:
+    """Tables, CSV files and the picture, from what is measured."""
+    curves = {(one.policy, one.budget, one.seed): Curve.of(one) for one in searches}
+    lines = [_reference_line(study, options)]
+    for budget in options.budgets:
+        lines += _table(study, curves, budget, options)
+    text = "\n".join(lines)
+    print(text)
+    (study.out / "table.txt").write_text(f"{machine()}\n{study.numerics}\n{text}\n")
+    _write_csv(study, curves)
+    save_png(_picture(study, curves, options), study.out / "policies.png")
+
+
+def _reference_line(study: Study, options: argparse.Namespace) -> str:
+    found = [_read(study.start(seed).folder) for seed in options.seeds]
+    tests = ", ".join(f"{100 * one.test:.2f}" for one in found if one is not None)
+    images = found[0].evaluation.trained_images if found[0] is not None else 0
+    return f"reference: {images:,} images trained on, quint8 on test images {tests} % (seeds {options.seeds})"
+
+
+def _table(
+    study: Study, curves: dict[tuple[str, str, int], Curve], budget: str, options: argparse.Namespace
+) -> list[str]:
+    """A line a policy; differences to the best plan that any policy of the table found are paired by test images."""
+    policies, seeds = options.policies, options.seeds
+    best = {s: max((curves[p, budget, s].best[-1] for p in policies), key=_by_validation) for s in seeds}
+    head = f"{'policy':22}{'trained':>9}{'images':>10}{'to best':>10}{'test quint8 %':>15}{'less best (95 %)':>26}"
+    lines = [f"\nbudget {budget}, {len(seeds)} seeds; best by validation of all: ", head]
+    lines[0] += ", ".join(f"{label(study.space, one.evaluation.plan)} {100 * one.test:.2f} %" for one in best.values())
+    for policy in policies:
+        own = [curves[policy, budget, seed] for seed in seeds]
+        tests = [100 * one.best[-1].test for one in own]
+        pairs = np.concatenate(
+            [one.best[-1].test_hits.astype(float) - best[seed].test_hits for one, seed in zip(own, seeds, strict=True)]
+        )
+        mean, half = 100 * pairs.mean(), 196 * pairs.std() / math.sqrt(len(pairs))
+        trained, images, needed = (
+            np.mean(values)
+            for values in ([len(one.best) for one in own], [one.images[-1] for one in own], [one.needed for one in own])
+        )
+        interval = f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})"
+        shown = f"{np.mean(tests):.2f} +-{np.std(tests):.2f}"
+        lines.append(f"{policy:22}{trained:9.1f}{images:10,.0f}{needed:10,.0f}{shown:>15}{interval:>26}")
+    return lines
+
+
+def _write_csv(study: Study, curves: dict[tuple[str, str, int], Curve]) -> None:
+    with (study.out / "searches.csv").open("w", newline="") as opened:
+        table = csv.writer(opened, lineterminator="\n")
+        names = ("zero_shot", "fp32", "quint8", "test_quint8")
+        table.writerow(["policy", "budget", "seed", "candidate", "plan", "conv_macs", "trained_images", *names])
+        for (policy, budget, seed), curve in curves.items():
+            for place, one in enumerate((m for m in curve.search.walk() if isinstance(m, Measured)), 1):
+                it = one.evaluation
+                accuracies = [it.zero_shot_accuracy, it.fp32_accuracy, it.quint8_accuracy, one.test]
+                rates = "-".join(str(rate) for _, rate in it.plan.rates)
+                shown = ["" if value is None else f"{value:.4f}" for value in accuracies]
+                row = [policy.strip(), budget, seed, place, rates, it.cost.conv_macs, it.trained_images, *shown]
+                table.writerow(row)
+
+
+def _picture(study: Study, curves: dict[tuple[str, str, int], Curve], options: argparse.Namespace):
+    """Test accuracy of the best so far, mean over seeds, against images."""
+    figure = new_figure(3.6 * len(options.budgets))
+    for axes, budget in zip(
+        figure.subplots(len(options.budgets), 1, squeeze=False)[:, 0], options.budgets, strict=True
+    ):
+        style(axes)
+        for place, policy in enumerate(options.policies):
+            own = [curves[policy, budget, seed] for seed in options.seeds]
+            steps = sorted({images for one in own for images in one.images})
+            means = []
+            for images in steps:
+                reached = [one.best[max(0, int(np.searchsorted(one.images, images, "right")) - 1)] for one in own]
+                means.append(100 * np.mean([one.test for one in reached]))
+            line = "-" if policy == "layer-guided" else ":" if policy.startswith(" ") else "--"
+            width = 2.4 if policy == "layer-guided" else 1.1
+            colour = COLOURS[place % len(COLOURS)]
+            axes.plot(np.array(steps) / 1000, means, line, linewidth=width, color=colour, label=policy.strip())
+            axes.plot(steps[-1] / 1000, means[-1], "o", markersize=3.5, color=colour)
+        axes.set_title(f"budget {budget}", fontsize=9, loc="left")
+        axes.set_ylabel("quint8 accuracy of the best so far,\ntest images (%)", fontsize=8)
+        axes.legend(fontsize=7, ncols=3, frameon=False)
+    axes.set_xlabel("images that candidates were trained on (thousands; the reference is not counted)", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Layer-guided search: what single layers do to a trained network decides, and every evaluation corrects it.
+
+The quint8 accuracy of a plan is taken to be linear in features that are sums over its layers: noise that a layer's rate
+adds to the logits, by probes, and noise in its weights and activations, by layer statistics. So the plan with the best
+prediction under the ceilings is found exactly among all of a space (`choose.best_plan`). The weights of the features
+start from the probes, and are corrected, with what is left uncertain, by a Gaussian process over the evaluations.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import nnls
+from scipy.stats import norm
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel
+
+from fnet_search.choose import best_plan, sample_plan
+from fnet_search.plan import FactorizationPlan, cost_table, indices, legal_rates
+from fnet_search.policy import (
+    PROBES,
+    Evaluation,
+    Explanation,
+    History,
+    LayerChoice,
+    LayerStats,
+    Probe,
+    Probes,
+    Step,
+    probes_of,
+)
+
+Values = npt.NDArray[np.float64]
+Table = dict[str, Values]
+"""Per layer, a number for each of its legal rates."""
+
+OFFSET = 0.05
+"""What training changes in the accuracy of all plans alike, about (fraction of 1)."""
+SLOPE = 0.01
+"""How much a feature that varies by one standard deviation over a space may change the accuracy, about."""
+TRAINING = 0.004
+"""How much another seed, and what is not linear, change the accuracy, about."""
+DRAWS = 32
+"""Plans that come into question: the best for so many draws of the weights, and the best for their mean."""
+
+
+@dataclass(frozen=True)
+class LayerGuided:
+    """The plan under the constraints with the best chance of being better than the best one so far.
+
+    It stops when no plan is expected to be better by more than the binomial noise of the validation split. Running
+    plans count as evaluated, with what is predicted for them, so that workers get different plans.
+
+    `statistics`, `by_probes` and `learning` leave parts of it out, to see what they are worth: the layer statistics;
+    all that probes say (then a plan is described by the logarithms of its rates); what evaluations say.
+    """
+
+    statistics: bool = True
+    by_probes: bool = True
+    learning: bool = True
+    least: int = 3
+    """Evaluations before it may stop."""
+
+    requires = frozenset({PROBES})
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        model = Model.of(self, history)
+        space, constraints, seen = history.space, history.constraints, history.seen
+        weights = [model.weights] if not self.learning else [model.weights, *model.draws(history.rng)]
+        if not any(weight.any() for weight in weights):
+            return sample_plan(space, constraints, seen, history.rng)
+        best = (best_plan(space, constraints, model.scores(weight), seen) for weight in weights)
+        plans = list(dict.fromkeys(plan for plan in best if plan is not None))
+        if not plans or not self.learning:
+            return plans[0] if plans else None
+        chance, gain = model.improvement(plans)
+        if len(model.evaluations) >= self.least and gain.max() <= model.noise:
+            return None
+        return plans[int(np.argmax(chance))]
+
+    def explain(self, history: History, plan: FactorizationPlan) -> Explanation:
+        """Why a plan: what each layer's next rates would save and are expected to cost, and which features count."""
+        model = Model.of(self, history)
+        mean, covariance = model.predict([plan])
+        scores, costs = model.scores(model.weights), cost_table(history.space).by_layer
+
+        def step(layer: str, index: int, new: int) -> Step | None:
+            legal = legal_rates(history.space)[layer]
+            if not 0 <= new < len(legal):
+                return None
+            macs = costs[layer][new].conv_macs - costs[layer][index].conv_macs
+            return Step(legal[new], macs, float(scores[layer][new] - scores[layer][index]))
+
+        places = zip(plan.rates, indices(history.space, plan), strict=True)
+        choices = tuple(
+            LayerChoice(layer, rate, step(layer, at, at - 1), step(layer, at, at + 1)) for (layer, rate), at in places
+        )
+        shares = model.weights**2 / (float((model.weights**2).sum()) or 1.0)
+        importances = {one.name: float(share) for one, share in zip(model.features, shares, strict=True)}
+        return Explanation(float(mean[0, 0]), math.sqrt(max(0.0, float(covariance[0, 0]))), choices, importances)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A sum over layers of increases over the probed network; it varies by one (standard deviation) over a space.
+
+    `prior` is what one such unit is expected to do to the quint8 and the fp32 accuracy, before any evaluation.
+    """
+
+    name: str
+    table: Table
+    prior: tuple[float, float] = (0.0, 0.0)
+
+
+def _scaled(name: str, table: Table, prior: tuple[float, float] = (0.0, 0.0)) -> Feature:
+    spread = math.sqrt(sum(float(values.var()) for values in table.values())) or 1.0
+    scaled = {layer: values / spread for layer, values in table.items()}
+    return Feature(name, scaled, (prior[0] * spread, prior[1] * spread))
+
+
+def probe_features(history: History, probes: Probes) -> list[Feature]:
+    """Noise of the logits, float and quantized, as shares of their energy.
+
+    Losses and accuracies over a few hundred images are noise themselves, for changes this small; the noise of the
+    logits is not. What it does to the loss is seen over all probes together (least squares, not negative), and so is
+    what the loss does to the accuracy.
+    """
+    changes, base = probes.changes, probes.unchanged
+
+    def increases(value: Callable[[Probe], float]) -> Values:
+        return np.array([value(one) - value(base) for one in changes])
+
+    noises = {
+        "noise of the fp32 logits": lambda one: one.logit_noise,
+        "noise of the quint8 logits": lambda one: one.quint8_logit_noise,
+    }
+    seen = np.stack([increases(value) for value in noises.values()], axis=1)
+    loss, quint8_loss = increases(lambda one: one.loss), increases(lambda one: one.quint8_loss)
+    accuracies = np.concatenate([increases(lambda one: one.fp32_accuracy), increases(lambda one: one.quint8_accuracy)])
+    losses = np.concatenate([loss, quint8_loss])
+    per_nat = min(0.0, float(accuracies @ losses) / (float(losses @ losses) or 1.0))
+    on_quint8, on_fp32 = nnls(seen, quint8_loss)[0], nnls(seen[:, :1], loss)[0]
+    priors = [(per_nat * on_quint8[0], per_nat * on_fp32[0]), (per_nat * on_quint8[1], 0.0)]
+    tables = [probes.increase(history.space, value) for value in noises.values()]
+    return [_scaled(name, table, prior) for name, table, prior in zip(noises, tables, priors, strict=True)]
+
+
+STATISTICS: Mapping[str, Callable[[LayerStats], float]] = {
+    "noise of the folded weights": lambda layer: 10 ** (-(layer.weight_sqnr_db or 100.0) / 10),
+    "noise of the activations": lambda layer: 10 ** (-(layer.activation_sqnr_db or 100.0) / 10),
+    "lost channel precision": lambda layer: -math.log2(max(layer.folded_precision, 2**-8)),
+}
+"""What is summed over the convolutions that stand for a layer: noise as a share of the signal's energy; bits."""
+
+
+def statistics_features(history: History, probes: Probes) -> list[Feature]:
+    """Layer statistics of each rate: as the probes found them, and as training left them in evaluated plans.
+
+    What training changes in all rates alike, seen where both are known, is taken over for those that no evaluation had.
+    """
+    found = []
+    legal = legal_rates(history.space)
+    for name, value in STATISTICS.items():
+        probed: dict[tuple[str, int], float] = {}
+        for one in probes.changes:
+            probed[one.layer, one.rate] = sum(map(value, one.layers))
+        trained: dict[tuple[str, int], list[float]] = {}
+        for evaluation in history.evaluations:
+            for key in evaluation.plan.rates if evaluation.layers else ():
+                trained.setdefault(key, []).append(sum(map(value, _parts(evaluation, key[0]))))
+        means = {key: float(np.mean(values)) for key, values in trained.items()}
+        both = [means[key] - probed[key] for key in means.keys() & probed.keys()]
+        shift = float(np.mean(sorted(both))) if both else 0.0
+        known = {**{key: amount + shift for key, amount in probed.items()}, **means}
+        table = {
+            layer: np.array(
+                [known.get((layer, rate), 0.0) - known.get((layer, probes.plan[layer]), 0.0) for rate in rates]
+            )
+            for layer, rates in legal.items()
+        }
+        found.append(_scaled(name, table))
+    return found
+
+
+def _parts(evaluation: Evaluation, layer: str) -> list[LayerStats]:
+    names = (layer, f"{layer}.grouped", f"{layer}.pointwise")
+    return [one for one in evaluation.layers if one.layer in names]
+
+
+def rate_features(history: History) -> list[Feature]:
+    """The logarithm of each layer's rate: what is known of a plan without probes."""
+    legal = legal_rates(history.space)
+    return [
+        _scaled(
+            f"rate of {layer}",
+            {name: np.log2(of) if name == layer else np.zeros(len(of)) for name, of in legal.items()},
+        )
+        for layer in legal
+    ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is expected of every plan: a Gaussian process, linear in the features, around what the probes say.
+
+    Two outputs, quint8 and fp32 accuracy. `evaluations` are those that it has learnt from.
+    """
+
+    history: History
+    features: tuple[Feature, ...]
+    base: tuple[float, float]
+    """Accuracies of the probed network."""
+    evaluations: tuple[Evaluation, ...]
+    noise: float
+    """Binomial standard error of an accuracy on the validation split; 0 where its size is not known."""
+    process: GaussianProcessRegressor
+
+    @staticmethod
+    def of(policy: LayerGuided, history: History) -> "Model":
+        """Raises FnetError where the host has measured no probes."""
+        probes = probes_of(history, policy)
+        features = probe_features(history, probes) if policy.by_probes else rate_features(history)
+        if policy.statistics and policy.by_probes:
+            features += statistics_features(history, probes)
+        trained = tuple(
+            one
+            for one in history.evaluations
+            if one.number != probes.number and one.quint8_accuracy is not None and one.fp32_accuracy is not None
+        )
+        probed = next((one for one in history.evaluations if one.number == probes.number), None)
+        quint8 = probes.unchanged.quint8_accuracy if probed is None else probed.quint8_accuracy or 0.0
+        fp32 = probes.unchanged.fp32_accuracy if probed is None else probed.fp32_accuracy or 0.0
+        images = max((one.images for one in trained), default=0)
+        noise = math.sqrt(quint8 * (1 - quint8) / images) if images else 0.0
+        kernel: Kernel = ConstantKernel(SLOPE**2, "fixed") * DotProduct(OFFSET / SLOPE, "fixed")
+        process = GaussianProcessRegressor(kernel, alpha=noise**2 + TRAINING**2, optimizer=None)
+        model = Model(history, tuple(features), (quint8, fp32), trained if policy.learning else (), noise, process)
+        return model._learnt()
+
+    def _learnt(self) -> "Model":
+        """Fitted to the evaluations; then to the running plans as if they gave what is predicted."""
+        plans = [one.plan for one in self.evaluations]
+        if not plans:
+            return self
+        found = np.array([[one.quint8_accuracy, one.fp32_accuracy] for one in self.evaluations], dtype=np.float64)
+        x, left = self.inputs(plans), found - self.prior(plans)
+        self.process.fit(x, left)
+        if self.history.running:
+            pending = self.inputs(self.history.running)
+            self.process.fit(np.vstack([x, pending]), np.vstack([left, self.process.predict(pending)]))
+        return self
+
+    def inputs(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> Values:
+        """[plans, features]."""
+        rows = [indices(self.history.space, plan) for plan in plans]
+        columns = [
+            [sum(float(values[index]) for values, index in zip(one.table.values(), row, strict=True)) for row in rows]
+            for one in self.features
+        ]
+        return np.array(columns, dtype=np.float64).T
+
+    def prior(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> Values:
+        """[plans, 2] accuracies that are expected before any evaluation."""
+        weights = np.array([one.prior for one in self.features])
+        return np.asarray(np.array(self.base) + self.inputs(plans) @ weights)
+
+    def predict(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> tuple[Values, Values]:
+        """Expected accuracies [plans, 2], quint8 and fp32, and the covariance [plans, plans] of either."""
+        x = self.inputs(plans)
+        mean, covariance = self.process.predict(x, return_cov=True)
+        if covariance.ndim == 3:
+            covariance = covariance[..., 0]  # both outputs have the same
+        return np.asarray(self.prior(plans) + mean.reshape(len(plans), -1)), covariance
+
+    @property
+    def weights(self) -> Values:
+        """Of the features, on the quint8 accuracy."""
+        outputs: Values = self.process.predict(self._basis)
+        return self._weights(outputs)
+
+    def draws(self, rng: np.random.Generator) -> list[Values]:
+        """Weights as they may be."""
+        drawn = self.process.sample_y(self._basis, DRAWS, int(rng.integers(2**31)))
+        return [self._weights(drawn[..., draw]) for draw in range(DRAWS)]
+
+    @property
+    def _basis(self) -> Values:
+        """Inputs that tell a linear function: no feature, and each alone."""
+        return np.vstack([np.zeros(len(self.features)), np.eye(len(self.features))])
+
+    def _weights(self, outputs: Values) -> Values:
+        quint8 = np.asarray(outputs, dtype=np.float64).reshape(len(self.features) + 1, -1)[:, 0]
+        prior = np.array([one.prior[0] for one in self.features])
+        return np.asarray(quint8[1:] - quint8[0] + prior)
+
+    def scores(self, weights: Values) -> Table:
+        """Per layer and rate, what these weights make of it: a sum over layers is a plan's quint8 accuracy, but for a
+        constant."""
+        return {
+            layer: sum(
+                (weight * one.table[layer] for weight, one in zip(weights, self.features, strict=True)),
+                np.zeros(len(rates)),
+            )
+            for layer, rates in legal_rates(self.history.space).items()
+        }
+
+    def improvement(self, plans: list[FactorizationPlan]) -> tuple[Values, Values]:
+        """Of each plan: the chance that it meets the constraints and is better than the best one so far by more than
+        the noise; and how much better it is expected to be (expected improvement), a fraction of 1."""
+        constraints = self.history.constraints
+        done = [one.plan for one in self.evaluations if constraints.feasible(one)]
+        mean, covariance = self.predict([*plans, *done])
+        quint8, variance = mean[:, 0], covariance.diagonal()
+        new, old = slice(len(plans)), slice(len(plans), None)
+        floor = np.full(len(plans), constraints.min_quint8 or -math.inf)
+        if constraints.max_drop is not None:
+            floor = np.maximum(floor, (1 - constraints.max_drop) * mean[new, 1])
+        meets = norm.cdf((quint8[new] - floor) / np.sqrt(np.maximum(variance[new], 1e-12)))
+        best = len(plans) + int(np.argmax(quint8[old])) if done else int(np.argmax(quint8[new]))
+        more = quint8[new] - quint8[best]
+        spread = np.sqrt(np.maximum(variance[new] + variance[best] - 2 * covariance[new, best], 1e-12))
+        margin = self.noise if done else 0.0
+        gain = more * norm.cdf(more / spread) + spread * norm.pdf(more / spread)
+        return meets * norm.cdf((more - margin) / spread), meets * gain

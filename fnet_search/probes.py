@@ -27,14 +27,14 @@ from fnet_search.ranges import calibrate
 from fnet_search.sensitivity import sample
 from fnet_search.warmstart import Target, warm_start
 
-PROBED = 512
+PROBED = 256
 """Images of the validation split, at most."""
 PROFILED = 32
 """Training images for the SQNR of the changed layer."""
 MINIBATCH = 64
 """Training images for a Fisher score."""
 BATCH = 64
-"""Images at a time."""
+"""Images at a time that are measured."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Fed:
     labels: Tensor
 
     def training(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.samples, BATCH))
+        return iter(torch.split(self.samples, 128))  # as `evaluate.calibration`: a warm start draws places by batch
 
     def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Batches: floats, the values that the codes stand for, logits, labels."""
@@ -261,7 +261,7 @@ def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
         loss = F.cross_entropy(output, batch.labels, reduction="sum")
         gradients = torch.autograd.grad(loss, activations)
     pairs = zip(activations, gradients, strict=True)
-    return sum(float((a * gradient).flatten(2).sum(2).square().mean(0).sum()) / 2 for a, gradient in pairs)
+    return sum(float((a.detach() * gradient).flatten(2).sum(2).square().mean(0).sum()) / 2 for a, gradient in pairs)
 
 
 def _end(network: Macroarchitecture, name: str) -> str:

@@ -62,8 +62,8 @@ class TerminalDisplay:
     def advance(self, what: str, done: int, total: int) -> None:
         if what != self._what:
             self._what, self._start, self._quarter = what, time.monotonic(), -1
-        left = (time.monotonic() - self._start) / done * (total - done)
-        text = f"{what}: {done:,} of {total:,}, {clock(left)} left"
+        left = clock((time.monotonic() - self._start) / done * (total - done)) + " left" if done else "starting"
+        text = f"{what}: {done:,} of {total:,}, {left}"
         if self._live:
             self._live.update(Text(text))
         elif 4 * done // total > self._quarter:

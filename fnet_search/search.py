@@ -117,6 +117,8 @@ def _probes(record: Record, pool: WorkerPool, fisher: bool) -> Iterator[Event]:
     """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
     waiting = record.to_probe(fisher)
     done, total = dict.fromkeys(waiting, 0), sum(len(task.rates) for task in waiting)
+    if waiting:
+        yield ProbesProgressed(0, total)
     while waiting or pool.busy:
         while waiting and pool.busy < pool.count:
             pool.submit(waiting.pop(0))

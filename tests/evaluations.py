@@ -1,5 +1,7 @@
 """Evaluations as a training might have left them, made up by hand for the tests of what shows them."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from fnet_search.macro import (
@@ -15,8 +17,17 @@ from fnet_search.macro import (
     Node,
     Pool,
 )
-from fnet_search.plan import FactorizationPlan, factorize, layer_cost, named_plans, plan_cost
-from fnet_search.policy import Evaluation, LayerStats
+from fnet_search.plan import (
+    FactorizationPlan,
+    factorize,
+    layer_cost,
+    legal_rates,
+    make_plan,
+    named_plans,
+    plan_cost,
+    regular,
+)
+from fnet_search.policy import Evaluation, LayerStats, Probe, Probes
 
 PAPER = {  # fp32 and quint8 accuracy of the paper's networks; those that it does not name are made up
     "regular": (0.8837, 0.8560),
@@ -65,6 +76,36 @@ def layer_stats(space: Macroarchitecture, plan: FactorizationPlan, seed: int = 0
             )
         )
     return tuple(layers)
+
+
+def probes(space: Macroarchitecture, seed: int = 0, noise: Mapping[str, Sequence[float]] | None = None) -> Probes:
+    """Plausible probes of a regular network: further factorized is noisier. All else follows from the noise of the
+    quint8 logits over that of the network as it is, which may be given per layer and rate."""
+    rng, plan, changes = np.random.default_rng(seed), regular(space), []
+    unchanged = Probe("", 1, plan_cost(space, plan).conv_macs, 256, 0.6, 0.9, 0.8, 0.75, None, 7.0, (), 1.0)
+    for layer, rates in legal_rates(space).items():
+        grown = np.cumsum(rng.uniform(0.001, 0.01, len(rates)))
+        for index, rate in enumerate(rates[1:], 1):
+            more = float(grown[index]) if noise is None else noise[layer][index]
+            changed = make_plan(space, {layer: rate})
+            statistics = [one for one in layer_stats(space, changed, seed) if one.layer.startswith(f"{layer}.")]
+            changes.append(
+                Probe(
+                    layer,
+                    rate,
+                    plan_cost(space, changed).conv_macs,
+                    256,
+                    loss=0.6 + more / 4,
+                    quint8_loss=0.9 + more,
+                    fp32_accuracy=0.8 - more / 8,
+                    quint8_accuracy=0.75 - more / 2,
+                    logit_snr_db=-10 * np.log10(0.1 * more + 1e-9),
+                    logit_sqnr_db=-10 * np.log10(unchanged.quint8_logit_noise + more),
+                    layers=tuple(statistics),
+                    fisher=float(rng.uniform(0.5, 1.5)),
+                )
+            )
+    return Probes(0, plan, unchanged, tuple(changes))
 
 
 def trained(

@@ -6,20 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluations import probes, trained
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import Cost, FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import (
+    FISHER,
+    PROBES,
     Audit,
     Constraints,
     Evaluation,
     History,
+    LayerChoice,
     LayerStats,
+    Policy,
+    Step,
     choose_parent,
     load_policy,
     policy_names,
     ranking,
+    requirements,
 )
 
 TINY = load_space("tiny")
@@ -260,7 +267,76 @@ def test_bad_policies(name: str, complaint: str) -> None:
 def test_our_entry_points_lead_to_policies() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     targets = project["entry-points"]["fnet_search.policies"]
-    assert set(targets) == {"progressive-doubling", "random", "reverse-pyramid", "tpe"}
+    rivals = {"progressive-doubling", "random", "reverse-pyramid", "tpe", "nsga2", "greedy", "fisher"}
+    assert set(targets) == rivals | {"layer-guided"}
     for target in targets.values():
         module, _, name = target.partition(":")
-        assert getattr(import_module(module), name)().suggest(History(TINY)) is not None
+        assert getattr(import_module(module), name)().suggest(History(TINY, probes=probes(TINY))) is not None
+
+
+CEILING = Constraints(conv_macs=plan_cost(TINY, uniform(TINY, 2)).conv_macs)
+
+
+def searched(
+    policy: Policy, trials: int = 12, seed: int = 5, workers: int = 1
+) -> tuple[History, list[FactorizationPlan]]:
+    """What a policy suggests one after the other, `workers` at a time; what a plan reaches is a function of it."""
+    history = History(TINY, CEILING, (replace(REGULAR, role="reference"),), number=1, seed=seed, probes=probes(TINY))
+    suggested: list[FactorizationPlan] = []
+    while len(suggested) < trials:
+        plan = policy.suggest(history)
+        running = history.running if plan is None else (*history.running, plan)
+        suggested += [] if plan is None else [plan]
+        history = replace(history, running=running, number=history.number + (plan is not None))
+        if plan is None and not running:
+            break
+        if plan is None or len(running) == workers:
+            rates = [rate for _, rate in running[0].rates]
+            one = trained(TINY, running[0], history.number - len(running), 0.8, 0.7 - 0.01 * sum(rates) % 0.05)
+            history = replace(history, evaluations=(*history.evaluations, one), running=running[1:])
+    return history, suggested
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(policy_names()) & {"nsga2", "greedy", "fisher", "layer-guided", "tpe", "random"})
+)
+def test_ours_are_functions_of_the_past(name: str) -> None:
+    """Asked again, or made anew, they say the same; no plan twice, none above the ceilings; workers get other plans."""
+    history, suggested = searched(load_policy(name))
+    assert len(set(suggested)) == len(suggested) >= 2
+    assert all(not CEILING.refusal(plan_cost(TINY, plan)) for plan in suggested)
+    assert searched(load_policy(name)) == (history, suggested)
+    again = load_policy(name)
+    assert again.suggest(history) == again.suggest(history) == load_policy(name).suggest(history)
+    _, side_by_side = searched(load_policy(name), workers=3)
+    assert len(set(side_by_side)) == len(side_by_side)
+
+
+def test_requirements_are_known_or_refused() -> None:
+    assert requirements(load_policy("random")) == frozenset()
+    assert requirements(load_policy("layer-guided")) == {PROBES}
+    assert requirements(load_policy("fisher")) == {PROBES, FISHER}
+
+    class Strange:
+        requires = ("probes", "horoscopes")
+
+        def suggest(self, history: History) -> None:
+            return None
+
+    with pytest.raises(FnetError, match="policy Strange requires horoscopes; known: probes, fisher"):
+        requirements(Strange())
+
+
+@pytest.mark.parametrize("name", ["layer-guided", "greedy", "fisher"])
+def test_without_probes_the_method_to_provide_is_named(name: str) -> None:
+    with pytest.raises(FnetError, match=r"needs probes .* fnet_search\.probes\.probe_network .*History\(probes=...\)"):
+        load_policy(name).suggest(History(TINY))
+
+
+def test_reasons_are_in_words() -> None:
+    lower, higher = Step(2, 1_500_000, 0.002), Step(8, -250_000, -0.0125)
+    choice = LayerChoice("conv", 4, lower, higher)
+    assert choice.reason == "against 2 it saves 1.5 MMAC for 0.20 points; 8 would save 0.25 MMAC for 1.25 points"
+    odd = LayerChoice("conv", 4, Step(2, -1_000_000, -0.01), Step(8, 2_000_000, 0.03))
+    assert odd.reason == "against 2 it costs 1 MMAC and gains 1.00 points; 8 would cost 2 MMAC and gain 3.00 points"
+    assert LayerChoice("conv", 1, None, None).reason == ""

@@ -38,8 +38,11 @@ Table = dict[str, Values]
 
 OFFSET = 0.05
 """What training changes in the accuracy of all plans alike, about (fraction of 1)."""
-SLOPE = 0.01
-"""How much a feature that varies by one standard deviation over a space may change the accuracy, about."""
+DOUBT = 0.5
+"""How uncertain what a feature does to the accuracy is before any evaluation, as a share of what all are expected to do
+together, when they vary by one standard deviation over a space."""
+LEAST_DOUBT = 0.002
+"""Of the accuracy (fraction of 1): where the probes show next to nothing, and without them."""
 TRAINING = 0.004
 """How much another seed, and what is not linear, change the accuracy, about."""
 DRAWS = 32
@@ -112,12 +115,14 @@ class Feature:
     name: str
     table: Table
     prior: tuple[float, float] = (0.0, 0.0)
+    harmful: bool = True
+    """Whether more of it can only be worse."""
 
 
-def _scaled(name: str, table: Table, prior: tuple[float, float] = (0.0, 0.0)) -> Feature:
+def _scaled(name: str, table: Table, prior: tuple[float, float] = (0.0, 0.0), harmful: bool = True) -> Feature:
     spread = math.sqrt(sum(float(values.var()) for values in table.values())) or 1.0
     scaled = {layer: values / spread for layer, values in table.items()}
-    return Feature(name, scaled, (prior[0] * spread, prior[1] * spread))
+    return Feature(name, scaled, (prior[0] * spread, prior[1] * spread), harmful)
 
 
 def probe_features(history: History, probes: Probes) -> list[Feature]:
@@ -196,6 +201,7 @@ def rate_features(history: History) -> list[Feature]:
         _scaled(
             f"rate of {layer}",
             {name: np.log2(of) if name == layer else np.zeros(len(of)) for name, of in legal.items()},
+            harmful=False,
         )
         for layer in legal
     ]
@@ -234,7 +240,8 @@ class Model:
         fp32 = probes.unchanged.fp32_accuracy if probed is None else probed.fp32_accuracy or 0.0
         images = max((one.images for one in trained), default=0)
         noise = math.sqrt(quint8 * (1 - quint8) / images) if images else 0.0
-        kernel: Kernel = ConstantKernel(SLOPE**2, "fixed") * DotProduct(OFFSET / SLOPE, "fixed")
+        doubt = max(LEAST_DOUBT, DOUBT * sum(abs(one.prior[0]) for one in features))
+        kernel: Kernel = ConstantKernel(doubt**2, "fixed") * DotProduct(OFFSET / doubt, "fixed")
         process = GaussianProcessRegressor(kernel, alpha=noise**2 + TRAINING**2, optimizer=None)
         model = Model(history, tuple(features), (quint8, fp32), trained if policy.learning else (), noise, process)
         return model._learnt()
@@ -281,9 +288,11 @@ class Model:
         return self._weights(outputs)
 
     def draws(self, rng: np.random.Generator) -> list[Values]:
-        """Weights as they may be."""
+        """Weights as they may be: noise that is said to help is taken to do nothing."""
         drawn = self.process.sample_y(self._basis, DRAWS, int(rng.integers(2**31)))
-        return [self._weights(drawn[..., draw]) for draw in range(DRAWS)]
+        weights = [self._weights(drawn[..., draw]) for draw in range(DRAWS)]
+        noisy = np.array([one.harmful for one in self.features])
+        return [np.where(noisy, np.minimum(weight, 0.0), weight) for weight in weights]
 
     @property
     def _basis(self) -> Values:

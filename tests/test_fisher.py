@@ -1,0 +1,32 @@
+from itertools import product
+
+from evaluations import probes, refused
+
+from fnet_policies import Fisher
+from fnet_search.macro import load_space
+from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, plan_cost, uniform
+from fnet_search.policy import Constraints, History
+
+TINY = load_space("tiny")
+
+
+def test_plans_come_in_the_order_of_their_scores() -> None:
+    measured = probes(TINY)
+    fisher = {(one.layer, one.rate): one.fisher or 0.0 for one in measured.changes}
+    assert measured.unchanged.fisher == 1.0
+    constraints = Constraints(conv_macs=plan_cost(TINY, uniform(TINY, 2)).conv_macs)
+
+    def score(plan: FactorizationPlan) -> float:
+        return sum(fisher[layer, rate] - 1.0 for layer, rate in plan.rates if rate > 1)
+
+    every = [from_indices(TINY, chosen) for chosen in product(*(range(len(of)) for of in legal_rates(TINY).values()))]
+    under = [plan for plan in every if not constraints.refusal(plan_cost(TINY, plan))]
+    expected = sorted(under, key=score, reverse=True)
+    history = History(TINY, constraints, probes=measured)
+    for place in range(len(under)):
+        plan = Fisher().suggest(history)
+        assert plan == expected[place]
+        assert plan is not None
+        past = (*history.evaluations, refused(TINY, plan, place))
+        history = History(TINY, constraints, past, probes=measured)
+    assert Fisher().suggest(history) is None

@@ -1,0 +1,256 @@
+from dataclasses import replace
+from math import log10
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from evaluations import residual_space
+from networks import CPU, MIXED, digits
+
+from fnet_search.data import DataSet
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import (
+    TRANSFORM_SAMPLES,
+    Job,
+    Setup,
+    Start,
+    calibration,
+    evaluate,
+    folded_for,
+    load_quantized,
+    load_trained,
+    prepare,
+)
+from fnet_search.macro import INPUT, Macroarchitecture, load_space
+from fnet_search.network import Network, walk
+from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
+from fnet_search.policy import Probe, Probes
+from fnet_search.probes import (
+    PROBED,
+    ProbeTask,
+    cut,
+    fisher_score,
+    probe_layer,
+    probe_network,
+    probe_tasks,
+    probes_from,
+    tail,
+)
+from fnet_search.quantize import quantize
+from fnet_search.ranges import calibrate
+from fnet_search.recipe import load_recipe
+from fnet_search.scheme import parse_scheme
+from fnet_search.sensitivity import sample
+from fnet_search.warmstart import warm_start
+
+TINY = load_space("tiny")
+RECIPE = load_recipe("quick").with_epochs(1)
+
+
+def setup_of(space: Macroarchitecture = TINY, scheme: str = "percentile:1") -> Setup:
+    return Setup(space, RECIPE, parse_scheme(scheme), CPU, 3, "validation")
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return digits(400)
+
+
+def trained(setup: Setup, data: DataSet, plan: str, folder: Path) -> Start:
+    """A network of a plan, trained for an epoch."""
+    parsed = parse_plan(setup.space, plan)
+    assert evaluate(setup, data, Job(7, parsed, folder), lambda progress: None).state == "complete"
+    return Start(7, parsed, folder, 1)
+
+
+@pytest.fixture(scope="module")
+def start(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    return trained(setup_of(), data, "regular", tmp_path_factory.mktemp("regular"))
+
+
+@pytest.fixture(scope="module")
+def probes(data: DataSet, start: Start) -> Probes:
+    return probe_network(setup_of(), data, start, fisher=True)
+
+
+def test_a_chain_is_cut_right_before_the_layer() -> None:
+    space = load_space("factorizenet")
+    for layer in legal_rates(space):
+        assert [cut(space, layer)] == list(space.by_name[layer].inputs)
+
+
+def test_a_residual_network_is_cut_before_the_block() -> None:
+    space = residual_space()
+    assert cut(space, "block3.conv1") == "block2.act2"
+    assert cut(space, "block3.conv2") == "block2.act2"  # the shortcut passes the first convolution by
+    assert cut(space, "block1.conv2") == "stem"
+
+
+def test_no_cut_parts_a_layer_from_its_norm_or_activation() -> None:
+    assert cut(MIXED, "grouped") == "stem.act"
+    assert cut(MIXED, "two") == "sum.act"
+    assert cut(MIXED, "deep") == "most"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["block1.conv1", "block3.conv2", "block8.conv1"])
+def test_a_tail_computes_what_the_whole_network_does(layer: str) -> None:
+    space = residual_space()
+    at = cut(space, layer)
+    part = tail(space, at)
+    torch.manual_seed(0)
+    whole, rest = Network(space).eval(), Network(part).eval()
+    weights = whole.state_dict()
+    rest.load_state_dict({name: weights[name] for name in rest.state_dict()})
+    x = torch.randn(3, *space.input_shape)
+    outputs = {INPUT: x} | {node.name: output for node, output in walk(space, x, whole.apply_node)}
+    assert torch.equal(rest(outputs[at]), whole(x))
+    assert cut(part, layer) == INPUT
+
+
+def test_every_rate_of_every_layer_is_probed_and_nothing_changed_once() -> None:
+    space = load_space("factorizenet")
+    tasks = probe_tasks(space, Start(0, regular(space), Path(), 1))
+    assert sum(len(task.rates) for task in tasks) == 55 + 1
+    assert [task.layer for task in tasks] == list(legal_rates(space))
+    assert [task.rates[0] for task in tasks] == [2, 2, 2, 2, 2, 2, 2, 1]
+
+
+def test_a_factorized_network_is_probed_at_multiples_of_its_rates() -> None:
+    space = load_space("factorizenet")
+    tasks = {task.layer: task.rates for task in probe_tasks(space, Start(0, parse_plan(space, "init8"), Path(), 1))}
+    assert tasks["conv_64_1"] == (16, 32, 64)
+    assert tasks["conv_128_2"] == (32, 64, 128)
+    assert tasks["conv_256_3"] == (32, 64, 128, 256)  # first its own
+
+
+def long_way(setup: Setup, data: DataSet, start: Start, layer: str, rate: int) -> tuple[list[float], list[float]]:
+    """Losses, accuracies; energies of signal and noises: of the whole network, all of it computed."""
+    parent = load_trained(setup.space, start.plan, start.folder)
+    plan = make_plan(setup.space, {**start.plan.by_layer, layer: rate})
+    child = Network(factorize(setup.space, plan)).eval()
+    samples = calibration(data, setup.seed, TRANSFORM_SAMPLES)
+    warm_start(parent, child, samples)
+    folded = folded_for(setup.scheme, child)
+    before = prepare(parent, setup.scheme, data, setup.seed)
+    names = [INPUT, *(node.name for node in setup.space.order)]
+    unchanged = set(names[: names.index(layer)]) & before.stats.keys()
+    stats = {**calibrate(folded, samples, setup.scheme.ranges), **{name: before.stats[name] for name in unchanged}}
+    network = quantize(folded, stats, setup.scheme.per_channel)
+    part = sample(data.evaluation, PROBED)
+    x = data.normalise(part.images)
+    with torch.no_grad():
+        y, y8, reference = folded(x), network(x), before.folded(x)
+    losses = [float(F.cross_entropy(logits.double(), part.labels)) for logits in (y, y8)]
+    accuracies = [float((logits.argmax(1) == part.labels).double().mean()) for logits in (y, y8)]
+    energies = [float(z.double().square().sum()) for z in (reference, y - reference, y8 - reference)]
+    return [*losses, *accuracies], energies
+
+
+@pytest.mark.parametrize("scheme", ["percentile:1", "minmax+per-channel"])
+def test_a_probe_is_what_the_whole_network_gives_with_that_change(scheme: str, data: DataSet, tmp_path: Path) -> None:
+    setup = setup_of(scheme=scheme)
+    start = trained(setup, data, "regular", tmp_path)
+    for layer in legal_rates(TINY):
+        task = ProbeTask(layer, legal_rates(TINY)[layer][1:3], start)
+        for one in probe_layer(setup, data, task):
+            expected, (signal, noise, quint8_noise) = long_way(setup, data, start, layer, one.rate)
+            assert one.loss == pytest.approx(expected[0], rel=1e-4)
+            assert one.quint8_loss == pytest.approx(expected[1], rel=1e-3)
+            hits = [one.fp32_accuracy, one.quint8_accuracy]
+            assert hits == pytest.approx(expected[2:], abs=2 / one.images)  # rounded otherwise, a batch at a time
+            assert one.logit_snr_db == pytest.approx(10 * log10(signal / noise), abs=0.01)
+            # Ranges differ in the sixth digit, and so some codes by one.
+            assert one.logit_sqnr_db == pytest.approx(10 * log10(signal / quint8_noise), abs=0.2)
+            assert one.images == min(PROBED, len(data.evaluation))
+            assert one.conv_macs == plan_cost(TINY, make_plan(TINY, {layer: one.rate})).conv_macs
+
+
+def test_the_unchanged_network_is_measured_as_it_is(data: DataSet, start: Start, probes: Probes) -> None:
+    assert probes.number == start.number
+    assert probes.plan == regular(TINY)
+    one = probes.unchanged
+    assert (one.layer, one.rate, one.layers, one.logit_snr_db) == ("", 1, (), None)
+    parent = load_trained(TINY, start.plan, start.folder)
+    folded, quantized = load_quantized(parent, setup_of().scheme, start.folder)
+    part = sample(data.evaluation, PROBED)
+    x = data.normalise(part.images)
+    with torch.no_grad():
+        hits = [float((network(x).argmax(1) == part.labels).double().mean()) for network in (folded, quantized)]
+    assert one.fp32_accuracy == pytest.approx(hits[0], abs=2 / len(part))
+    assert one.quint8_accuracy == pytest.approx(hits[1], abs=5 / len(part))  # its last layers are calibrated on fewer
+
+
+def test_the_statistics_of_a_probe_are_those_of_the_changed_layer(probes: Probes) -> None:
+    for one in probes.changes:
+        names = [layer.layer for layer in one.layers]
+        assert names == ([one.layer] if one.rate == 1 else [f"{one.layer}.grouped", f"{one.layer}.pointwise"])
+        assert all(layer.weight_sqnr_db is not None for layer in one.layers)
+
+
+def test_increases_are_over_the_unchanged_network(probes: Probes) -> None:
+    table = probes.increase(TINY, lambda one: one.quint8_loss)
+    assert {layer: len(values) for layer, values in table.items()} == {
+        layer: len(rates) for layer, rates in legal_rates(TINY).items()
+    }
+    assert all(values[0] == 0 for values in table.values())
+    one = probes.changes[0]
+    assert table[one.layer][1] == one.quint8_loss - probes.unchanged.quint8_loss
+    noise = probes.increase(TINY, lambda one: one.logit_noise)
+    assert all((values[1:] > 0).all() for values in noise.values())
+
+
+def test_probes_survive_json(probes: Probes) -> None:
+    assert [Probe.from_json(one.to_json()) for one in probes.changes] == list(probes.changes)
+
+
+def test_a_factorized_network_can_be_probed(data: DataSet, tmp_path: Path) -> None:
+    setup = setup_of()
+    start = trained(setup, data, "f2", tmp_path)
+    found = probe_network(setup, data, start)
+    assert found.plan == parse_plan(TINY, "f2")
+    rates = {(one.layer, one.rate) for one in found.changes}
+    assert rates == {(layer, rate) for layer, of in legal_rates(TINY).items() for rate in of if rate > 2}
+    noise = found.increase(TINY, lambda one: one.logit_noise)
+    assert all(list(values[:2]) == [0, 0] for values in noise.values())  # less factorized, and as it is
+    for one in found.changes:
+        expected, _ = long_way(setup, data, start, one.layer, one.rate)
+        assert one.loss == pytest.approx(expected[0], rel=1e-3)
+
+
+def test_a_residual_network_can_be_probed(data: DataSet, tmp_path: Path) -> None:
+    setup = setup_of(residual_space(3))
+    start = trained(setup, data, "regular", tmp_path)
+    for layer in ("block1.conv2", "block2.conv1"):
+        (one,) = probe_layer(setup, data, ProbeTask(layer, (4,), start))
+        expected, (signal, noise, _) = long_way(setup, data, start, layer, 4)
+        assert one.loss == pytest.approx(expected[0], rel=1e-3)
+        assert one.logit_snr_db == pytest.approx(10 * log10(signal / noise), abs=0.05)
+
+
+def test_probing_tells_how_far_it_is_and_gives_the_same_again(data: DataSet, start: Start, probes: Probes) -> None:
+    task = probe_tasks(TINY, start)[0]
+    seen: list[int] = []
+    again = probe_layer(setup_of(), data, task, seen.append)
+    assert seen == [*range(1, len(task.rates) + 1)]
+    same = [replace(one, fisher=None) for one in probes.changes if one.layer == task.layer]
+    assert list(again) == same
+
+
+def test_missing_weights_are_named(data: DataSet, start: Start, tmp_path: Path) -> None:
+    with pytest.raises(FnetError, match=r"weights\.safetensors"):
+        probe_layer(setup_of(), data, ProbeTask("conv_8", (2,), replace(start, folder=tmp_path)))
+
+
+def test_a_fisher_score_is_the_sum_over_channels_of_squared_sensitivities(data: DataSet, probes: Probes) -> None:
+    setup = setup_of()
+    assert all(one.fisher is not None and one.fisher > 0 for one in probes.changes)
+    assert fisher_score(setup, data, regular(TINY)) == probes.unchanged.fisher
+    more = {one.fisher for one in probes.changes}
+    assert len(more) == len(probes.changes)
+
+
+def test_probes_of_all_layers_are_put_together_in_any_order(probes: Probes) -> None:
+    measured = [*probes.changes, probes.unchanged]
+    assert probes_from(7, regular(TINY), measured) == probes

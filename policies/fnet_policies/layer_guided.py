@@ -71,9 +71,9 @@ class LayerGuided:
     def suggest(self, history: History) -> FactorizationPlan | None:
         model = Model.of(self, history)
         space, constraints, seen = history.space, history.constraints, history.seen
-        weights = [model.weights] if not self.learning else [model.weights, *model.draws(history.rng)]
-        if not any(weight.any() for weight in weights):
+        if not model.weights.any():  # nothing is known yet
             return sample_plan(space, constraints, seen, history.rng)
+        weights = [model.weights, *(model.draws(history.rng) if self.learning else [])]
         best = (best_plan(space, constraints, model.scores(weight), seen) for weight in weights)
         plans = list(dict.fromkeys(plan for plan in best if plan is not None))
         if not plans or not self.learning:

@@ -1,0 +1,218 @@
+import math
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from evaluations import layer_stats, probes, trained
+from scipy.stats import spearmanr
+
+from fnet_policies import LayerGuided
+from fnet_policies.layer_guided import STATISTICS, Model
+from fnet_search.macro import load_space
+from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, make_plan, plan_cost, regular, uniform
+from fnet_search.policy import Constraints, Evaluation, History, Probes
+
+TINY = load_space("tiny")
+EVERY = [from_indices(TINY, chosen) for chosen in product(*(range(len(of)) for of in legal_rates(TINY).values()))]
+CEILING = Constraints(conv_macs=plan_cost(TINY, uniform(TINY, 2)).conv_macs)
+UNDER = [plan for plan in EVERY if not CEILING.refusal(plan_cost(TINY, plan))]
+REFERENCE = replace(trained(TINY, regular(TINY), 0, 0.8, 0.75), role="reference", images=400)
+
+
+def history_of(
+    *evaluations: Evaluation, constraints: Constraints = CEILING, measured: Probes | None = None, seed: int = 0
+) -> History:
+    past = (REFERENCE, *evaluations)
+    return History(TINY, constraints, past, (), len(past), seed, measured or probes(TINY))
+
+
+def noise(measured: Probes, plan: FactorizationPlan) -> float:
+    """Of the quantized logits, by the probes: the sum over layers."""
+    table = measured.increase(TINY, lambda one: one.quint8_logit_noise)
+    return sum(float(table[layer][legal_rates(TINY)[layer].index(rate)]) for layer, rate in plan.rates)
+
+
+def child(number: int, plan: FactorizationPlan, quint8: float, fp32: float = 0.8, images: int = 400) -> Evaluation:
+    return replace(trained(TINY, plan, number, fp32, quint8), parent=0, images=images)
+
+
+def test_without_evaluations_the_least_noise_under_the_budget() -> None:
+    """All that these probes say follows from the noise of the quantized logits: of all plans the least is best."""
+    for seed in range(5):
+        measured = probes(TINY, seed)
+        plan = LayerGuided(learning=False).suggest(history_of(measured=measured))
+        assert plan == min(UNDER, key=lambda plan: noise(measured, plan))
+
+
+def test_what_noise_does_to_the_accuracy_is_read_off_the_probes() -> None:
+    measured = probes(TINY)
+    model = Model.of(LayerGuided(), history_of(measured=measured))
+    mean, _ = model.predict(UNDER)
+    # Quint8 accuracy falls by a half of the noise, as the probes were made; the reference starts from 0.75.
+    assert mean[:, 0] == pytest.approx([0.75 - noise(measured, plan) / 2 for plan in UNDER], abs=1e-4)
+
+
+def test_plans_without_learning_come_in_the_order_of_the_prediction() -> None:
+    measured, evaluations = probes(TINY), list[Evaluation]()
+    expected = sorted(UNDER, key=lambda plan: noise(measured, plan))[:6]
+    for number, wanted in enumerate(expected, 1):
+        plan = LayerGuided(learning=False).suggest(history_of(*evaluations, measured=measured))
+        assert plan == wanted
+        evaluations.append(child(number, wanted, 0.2 + 0.1 * number))  # whatever they reach
+
+
+def test_evaluations_move_the_prediction() -> None:
+    """All plans end two points above what the probes say: one evaluation is enough to know half of it and more."""
+    measured = probes(TINY)
+    before, covariance = Model.of(LayerGuided(), history_of(measured=measured)).predict(UNDER)
+    known = child(1, UNDER[0], float(before[0, 0]) + 0.02, float(before[0, 1]) + 0.01, images=100_000)
+    model = Model.of(LayerGuided(), history_of(known, measured=measured))
+    after, less = model.predict(UNDER)
+    assert after[0, 0] == pytest.approx(before[0, 0] + 0.02, abs=0.001)
+    assert after[0, 1] == pytest.approx(before[0, 1] + 0.01, abs=0.001)
+    assert (after[:, 0] > before[:, 0] + 0.01).all()
+    assert (less.diagonal() < covariance.diagonal()).all()
+
+
+def test_layer_statistics_are_learnt_from() -> None:
+    """Where quint8 hangs on the noise of the activations, and the probes' logits say nothing, evaluations tell."""
+    silent = probes(TINY, noise={layer: [0.0] * len(rates) for layer, rates in legal_rates(TINY).items()})
+    statistics = {(one.layer, one.rate): one.layers for one in silent.changes}
+    of = STATISTICS["noise of the activations"]
+
+    def truth(plan: FactorizationPlan) -> float:
+        return 0.8 - 0.6 * sum(of(part) for layer, rate in plan.rates for part in statistics.get((layer, rate), ()))
+
+    order = np.random.default_rng(1).permutation(len(UNDER))
+    shown, hidden = ([UNDER[place] for place in part] for part in (order[:10], order[10:]))
+    evaluations = [
+        replace(child(number, plan, truth(plan), images=1_000_000), layers=()) for number, plan in enumerate(shown, 1)
+    ]
+
+    def ranked(policy: LayerGuided) -> float:
+        model = Model.of(policy, history_of(*evaluations, measured=silent))
+        return float(spearmanr(model.predict(hidden)[0][:, 0], [truth(plan) for plan in hidden]).statistic)
+
+    assert ranked(LayerGuided()) > 0.8
+    with pytest.warns(UserWarning, match="constant"):  # all predictions are equal
+        assert math.isnan(ranked(LayerGuided(statistics=False)))
+
+
+def test_statistics_of_evaluated_plans_replace_those_of_the_probes() -> None:
+    measured, plan = probes(TINY), uniform(TINY, 2)
+    noisy = [replace(one, activation_sqnr_db=3.0) for one in layer_stats(TINY, plan)]
+    known = replace(child(1, plan, 0.7), layers=tuple(noisy))
+    place = list(STATISTICS).index("noise of the activations") + 2  # after the two of the probes
+    before = Model.of(LayerGuided(), history_of(measured=measured)).features[place]
+    after = Model.of(LayerGuided(), history_of(known, measured=measured)).features[place]
+    assert before.name == after.name == "noise of the activations"
+    for layer in legal_rates(TINY):
+        values = after.table[layer] / np.ptp(after.table[layer])
+        expected = 2 * 10**-0.3  # both convolutions
+        own = next(one for one in REFERENCE.layers if one.layer == layer)
+        assert after.table[layer][0] == 0
+        assert values[1] > 0
+        ratio = after.table[layer][1] / (expected - STATISTICS[before.name](own))
+        first = next(iter(legal_rates(TINY)))
+        own_first = next(one for one in REFERENCE.layers if one.layer == first)
+        assert ratio == pytest.approx(after.table[first][1] / (expected - STATISTICS[before.name](own_first)))
+
+
+def test_running_plans_count_as_evaluated() -> None:
+    history = history_of(child(1, UNDER[3], 0.7))
+    suggested: list[FactorizationPlan] = []
+    for _ in range(4):
+        plan = LayerGuided().suggest(replace(history, running=tuple(suggested), number=2 + len(suggested)))
+        assert plan is not None
+        assert plan not in suggested
+        suggested.append(plan)
+    pending = Model.of(LayerGuided(), replace(history, running=tuple(suggested)))
+    _, with_running = pending.predict(suggested)
+    _, without = Model.of(LayerGuided(), history).predict(suggested)
+    assert (with_running.diagonal() < without.diagonal()).all()
+    assert pending.predict(UNDER)[0] == pytest.approx(Model.of(LayerGuided(), history).predict(UNDER)[0], abs=1e-6)
+
+
+def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:
+    measured = probes(TINY)
+    best = sorted(UNDER, key=lambda plan: noise(measured, plan))[:3]
+
+    def after(images: int, least: int = 3) -> FactorizationPlan | None:
+        done = [child(n, plan, 0.75 - noise(measured, plan) / 2, images=images) for n, plan in enumerate(best, 1)]
+        return LayerGuided(least=least).suggest(history_of(*done, measured=measured))
+
+    assert after(images=200) is None
+    assert after(images=200, least=4) is not None
+    assert after(images=10**9) is not None
+    noise_of_200 = math.sqrt(0.75 * 0.25 / 200)
+    history = history_of(*[child(n, plan, 0.7, images=200) for n, plan in enumerate(best, 1)])
+    assert Model.of(LayerGuided(), history).noise == noise_of_200
+
+
+def test_constraints_after_training_are_looked_ahead_at() -> None:
+    """The best prediction has a relative drop that is not allowed: another plan has the better chance."""
+    measured = probes(TINY)
+    model = Model.of(LayerGuided(), history_of(measured=measured))
+    plans = sorted(UNDER, key=lambda plan: noise(measured, plan))
+    mean = model.predict(plans)[0]
+    drops = (mean[:, 1] - mean[:, 0]) / mean[:, 1]
+    strict = replace(CEILING, max_drop=float(drops.min()))
+    chance, _ = replace(model, history=history_of(constraints=strict, measured=measured)).improvement(plans)
+    assert plans[int(np.argmax(chance))] == plans[int(np.argmin(drops))]
+    floored = replace(CEILING, min_quint8=float(mean[:, 0].max()) + 0.2)
+    low, _ = replace(model, history=history_of(constraints=floored, measured=measured)).improvement(plans)
+    high, _ = model.improvement(plans)
+    assert (low < high).all()
+
+
+def test_explanations_are_differences_of_predictions() -> None:
+    measured = probes(TINY)
+    history = history_of(child(1, UNDER[5], 0.71), child(2, UNDER[9], 0.69), measured=measured)
+    plan = make_plan(TINY, {"conv_8": 2, "conv_16_1": 16})
+    found, model = LayerGuided().explain(history, plan), Model.of(LayerGuided(), history)
+    own = float(model.predict([plan])[0][0, 0])
+    assert found.expected == pytest.approx(own)
+    assert [(choice.layer, choice.rate) for choice in found.choices] == list(plan.rates)
+    for choice in found.choices:
+        rates = legal_rates(TINY)[choice.layer]
+        at = rates.index(choice.rate)
+        assert (choice.lower is None) == (at == 0)
+        assert (choice.higher is None) == (at == len(rates) - 1)
+        for step, rate in ((choice.lower, rates[at - 1]), (choice.higher, rates[min(at + 1, len(rates) - 1)])):
+            if step is not None:
+                other = make_plan(TINY, {**plan.by_layer, choice.layer: rate})
+                assert step.rate == rate
+                assert step.conv_macs == plan_cost(TINY, other).conv_macs - plan_cost(TINY, plan).conv_macs
+                assert step.quint8_accuracy == pytest.approx(float(model.predict([other])[0][0, 0]) - own)
+    assert sum(found.importances.values()) == pytest.approx(1)
+    assert len(found.importances) == 2 + len(STATISTICS)
+    assert max(found.importances, key=found.importances.__getitem__) == "noise of the quint8 logits"
+
+
+def test_without_probes_it_starts_at_random_and_learns_rates() -> None:
+    blind = LayerGuided(by_probes=False)
+    first = [blind.suggest(history_of(seed=seed)) for seed in range(6)]
+    assert len(set(first)) > 1
+    evaluations = [
+        child(n, plan, 0.8 - 0.02 * math.log2(plan["conv_16_2"]), images=1_000_000)
+        for n, plan in enumerate(UNDER[::5], 1)
+    ]
+    model = Model.of(blind, history_of(*evaluations))
+    weights = dict(zip([one.name for one in model.features], model.weights, strict=True))
+    assert min(weights, key=weights.__getitem__) == "rate of conv_16_2"
+
+
+def test_plans_that_failed_or_were_stopped_teach_nothing() -> None:
+    history = history_of(child(1, UNDER[2], 0.7))
+    failed = replace(child(2, UNDER[4], 0.7), state="failed", quint8_accuracy=None, fp32_accuracy=None, layers=())
+    model = Model.of(LayerGuided(), history_of(child(1, UNDER[2], 0.7), failed))
+    assert model.predict(UNDER)[0] == pytest.approx(Model.of(LayerGuided(), history).predict(UNDER)[0])
+    assert LayerGuided().suggest(history_of(child(1, UNDER[2], 0.7), failed)) not in (UNDER[4], UNDER[2])
+
+
+def test_a_space_is_used_up() -> None:
+    least = min(EVERY, key=lambda plan: plan_cost(TINY, plan).conv_macs)
+    constraints = Constraints(conv_macs=plan_cost(TINY, least).conv_macs)
+    assert LayerGuided().suggest(history_of(constraints=constraints)) == least
+    assert LayerGuided().suggest(history_of(child(1, least, 0.7), constraints=constraints)) is None

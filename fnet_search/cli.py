@@ -133,7 +133,8 @@ def _shared(command: Any) -> Any:
 @click.option(
     "--policy",
     default="reverse-pyramid",
-    help="What proposes plans: progressive-doubling, random, reverse-pyramid, tpe, or an installed plug-in.",
+    help="What proposes plans: layer-guided, greedy, fisher, progressive-doubling, reverse-pyramid, tpe, nsga2, "
+    "random, or an installed plug-in.",
 )
 @click.option(
     "--audit",
@@ -149,9 +150,9 @@ def _shared(command: Any) -> Any:
 )
 @click.option(
     "--warm-epochs",
-    type=click.IntRange(1),
+    type=click.FloatRange(0, min_open=True),
     show_default="a fifth of --epochs",
-    help="Epochs of candidates that start from a trained network.",
+    help="Epochs of candidates that start from a trained network: whole ones, or a part of one, as in 0.25.",
 )
 @click.option(
     "--prune/--no-prune",
@@ -293,6 +294,8 @@ def _fidelity(options: dict[str, Any]) -> "Fidelity":
     warm, final = options["warm_start"], options["final_epochs"]
     if options["warm_epochs"] and not warm:
         raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
+    if (options["warm_epochs"] or 0) > 1 and options["warm_epochs"] % 1:
+        raise FnetError(f"--warm-epochs {options['warm_epochs']:g} is neither a whole number nor a part of one epoch")
     epochs = options["epochs"] or load_recipe(options["recipe"]).epochs
     final = (epochs if warm else 0) if final is None else final
     return Fidelity(warm, options["warm_epochs"], options["prune"], final)

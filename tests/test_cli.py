@@ -215,7 +215,8 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--workers", "1000000"), "1000000 workers need about "),
         (("evaluate", "--space", "tiny", "--plan", "f2", "--workers", "1000000"), " GB are free; use --workers "),
         (("run", *TINY, "--threads", "0"), "Invalid value for '--threads': 0 is not in the range x>=1."),
-        (("run", *TINY, "--warm-epochs", "0"), "Invalid value for '--warm-epochs': 0 is not in the range x>=1."),
+        (("run", *TINY, "--warm-epochs", "0"), "Invalid value for '--warm-epochs': 0.0 is not in the range x>0."),
+        (("run", *TINY, "--warm-epochs", "1.5"), "--warm-epochs 1.5 is neither a whole number nor a part of one epoch"),
         (("run", *TINY, "--final-epochs", "-1"), "Invalid value for '--final-epochs': -1 is not in the range x>=0."),
         (
             ("run", *TINY, "--no-warm-start", "--warm-epochs", "3"),

@@ -95,8 +95,7 @@ def test_layer_statistics_are_learnt_from() -> None:
         return float(spearmanr(model.predict(hidden)[0][:, 0], [truth(plan) for plan in hidden]).statistic)
 
     assert ranked(LayerGuided()) > 0.8
-    with pytest.warns(UserWarning, match="constant"):  # all predictions are equal
-        assert math.isnan(ranked(LayerGuided(statistics=False)))
+    assert ranked(LayerGuided(statistics=False)) < 0.5
 
 
 def test_statistics_of_evaluated_plans_replace_those_of_the_probes() -> None:

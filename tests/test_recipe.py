@@ -1,3 +1,4 @@
+from dataclasses import replace
 from math import isclose
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_a_warm_training_is_a_share_of_the_whole_one(epochs: int, share: float, 
     recipe = Recipe("r", epochs, 16, 0.4, warmup=0.3, warm_share=share)
     assert recipe.warm().epochs == expected
     assert recipe.warm(3).epochs == 3
+
+
+def test_a_warm_training_may_be_a_part_of_an_epoch() -> None:
+    recipe = Recipe("r", 20, 16, 0.4, milestones=(10,), schedule="steps")
+    quarter = recipe.warm(0.25)
+    assert (quarter.epochs, quarter.epoch_share, quarter.milestones) == (1, 0.25, (0.5,))
+    assert (quarter.images(1000), recipe.images(1000), quarter.images(3)) == (250, 1000, 2)
+    assert recipe.warm(1.0) == recipe.warm(1)
+    with pytest.raises(FnetError, match=r"epoch_share must be in \(0, 1\]"):
+        replace(recipe, epoch_share=0.0)
 
 
 def test_a_warm_training_falls_from_a_small_rate() -> None:

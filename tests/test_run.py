@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from evaluations import trained
+from optuna.artifacts import get_all_artifact_meta
 from PIL import Image
 
-from fnet_policies import Random
+from fnet_policies import LayerGuided, Random
 from fnet_search import numerics
 from fnet_search.audit import compare
 from fnet_search.data import hold_out, load_dataset
@@ -22,7 +23,7 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
 from fnet_search.macro import load_space
-from fnet_search.plan import parse_plan, regular
+from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
@@ -30,7 +31,7 @@ from fnet_search.run import Outcome, Request, open_study, report_again, run_stud
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme
-from fnet_search.search import Event, FixedPlans, Started
+from fnet_search.search import Event, FixedPlans, ProbesProgressed, Started
 from fnet_search.weights import read_tensors
 
 TINY = load_space("tiny")
@@ -542,6 +543,91 @@ def test_what_others_start_from_is_trained_again_where_it_was_lost(
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [one.state for one in outcome.evaluations[4:]] == ["complete"] * len(outcome.evaluations[4:])
     assert outcome.evaluations[4].parent == 0
+
+
+# A policy that is told of layers
+
+GUIDED = replace(WARM, policy_name="layer-guided")
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, list[Event]]:
+    """Copy it before it is changed."""
+    folder = tmp_path_factory.mktemp("run") / "guided"
+    outcome, notes = go(folder, 2, GUIDED, LayerGuided())
+    return folder, outcome, notes.events
+
+
+def test_probes_are_measured_recorded_and_drawn(guided: tuple[Path, Outcome, list[Event]]) -> None:
+    folder, outcome, events = guided
+    assert [one.role for one in outcome.evaluations] == ["reference", "candidate", "candidate", "final"]
+    assert [one.images for one in outcome.evaluations] == [287] * 4  # a fifth of the digits' training images
+    probed = [index for index, event in enumerate(events) if isinstance(event, ProbesProgressed)]
+    started = [index for index, event in enumerate(events) if isinstance(event, Started)]
+    assert started[0] < probed[0] < probed[-1] < started[1]
+    table = pd.read_csv(folder / "probes.csv")
+    changes = [(layer, rate) for layer, rates in legal_rates(TINY).items() for rate in rates[1:]]
+    assert list(zip(table["layer"][1:], table["rate"][1:], strict=True)) == changes
+    assert table["layer"].isna().tolist() == [True] + [False] * len(changes)
+    assert (folder / "figures" / "probes.png").is_file()
+    page = (folder / "report.html").read_text()
+    assert 'alt="probes"' in page
+    assert "Why this plan" in page
+    choices = pd.read_csv(folder / "choices.csv")
+    assert outcome.winner is not None
+    assert dict(zip(choices["layer"], choices["rate"], strict=True)) == outcome.winner.plan.by_layer
+    assert all(f"<td>{reason}</td>" in page for reason in choices["reason"])
+    assert "noise of the quint8 logits" in page
+    study = open_study(open_run(folder), None).study
+    attached = {meta.filename for meta in get_all_artifact_meta(study)}
+    assert {"probes.csv", "choices.csv", "probes.png"} <= attached
+
+
+class PulledPlug(Notes):
+    """A display of a host that is gone after some of the probes."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def show(self, event: Event) -> None:
+        super().show(event)
+        if isinstance(event, ProbesProgressed) and event.done >= self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 9])
+def test_a_search_that_was_cut_off_while_probing_ends_the_same(
+    guided: tuple[Path, Outcome, list[Event]], tmp_path: Path, after: int
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, 1, PulledPlug(after))
+    _, notes = go(folder, 2, GUIDED, LayerGuided())
+    total = [event.total for event in notes.events if isinstance(event, ProbesProgressed)]
+    rates = [len(rates) for rates in legal_rates(TINY).values()]
+    assert total[0] == sum(rates) - 2 if after == 1 else total[0] < sum(rates) - 2
+    for name in ("candidates.csv", "probes.csv", "choices.csv"):
+        assert (folder / name).read_bytes() == (guided[0] / name).read_bytes()
+
+
+def test_a_report_can_be_made_where_the_policy_is_gone(
+    guided: tuple[Path, Outcome, list[Event]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(guided[0], tmp_path / "copy"))
+    assert reported(folder).winner == guided[1].winner
+    assert "Why this plan" in (folder / "report.html").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "policy": "uninstalled"}))
+    assert reported(folder).winner == guided[1].winner
+    assert "Why this plan" not in (folder / "report.html").read_text()
+
+
+def test_from_scratch_the_regular_network_is_trained_to_be_probed(tmp_path: Path) -> None:
+    request = replace(GUIDED, fidelity=Fidelity())
+    outcome, _ = go(tmp_path / "run", 1, request, LayerGuided())
+    assert [(one.role, one.parent) for one in outcome.evaluations] == [("reference", None), ("candidate", None)]
+    assert (tmp_path / "run" / "probes.csv").is_file()
 
 
 def test_within_the_budget_the_regular_network_may_win(tmp_path: Path) -> None:

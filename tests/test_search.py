@@ -4,21 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluations import failed, pruned, trained
+from evaluations import failed, probes, pruned, trained
 
-from fnet_policies import TPE, ProgressiveDoubling, Random
+from fnet_policies import TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
-from fnet_search.policy import Constraints, Evaluation, History, Policy, Role, choose_parent, ranking
+from fnet_search.policy import Constraints, Evaluation, History, Policy, Probe, Role, choose_parent, ranking
+from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.scheme import Scheme
-from fnet_search.search import REFUSALS_IN_A_ROW, FixedPlans, Refused, Started, refusal, search
+from fnet_search.search import REFUSALS_IN_A_ROW, FixedPlans, ProbesProgressed, Refused, Started, refusal, search
 from fnet_search.search import trained as count_trained
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import Finished, Judge, Progressed
+from fnet_search.workers import Finished, Judge, Probed, Probing, Progressed
 
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
@@ -26,6 +27,7 @@ HALF = Constraints(conv_macs=507_904)
 """What f2 has; regular has 811,008."""
 HALFWAY = TrainingProgress(1, 2, True, 0.5, 1.0, 0.5, "validation")
 COLD, WARM = Fidelity(), Fidelity(warm_start=True)
+PROBES = probes(TINY)
 
 
 @dataclass
@@ -39,11 +41,22 @@ class Listed:
     progressed: list[int] = field(default_factory=list)
     stopped: tuple[FactorizationPlan, ...] = ()
     fidelity: Fidelity = COLD
+    measured: list[Probe] = field(default_factory=list)
+    """Probes of candidate 0."""
 
     def history(self) -> History:
         past = tuple(one for one in self._in_order if one.role != "final")
         number = self._next() - len(self.evaluations) + len(past)
-        return History(TINY, self.constraints, past, tuple(self.running.values()), number, self.seed)
+        whole = len(self.measured) == len(PROBES.changes) + 1
+        probes = probes_from(0, REGULAR, self.measured) if whole else None
+        return History(TINY, self.constraints, past, tuple(self.running.values()), number, self.seed, probes)
+
+    def to_probe(self, fisher: bool) -> list[ProbeTask]:
+        known = {one.layer for one in self.measured}
+        return [task for task in probe_tasks(TINY, Start(0, REGULAR, Path(), 1), fisher) if task.layer not in known]
+
+    def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
+        self.measured += probes
 
     @property
     def _in_order(self) -> tuple[Evaluation, ...]:
@@ -109,13 +122,20 @@ class Clocked:
     def busy(self) -> int:
         return len(self.jobs)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Any) -> None:
         assert self.busy < self.count
         self.jobs.append([job, 0])
         self.submitted.append(job)
 
-    def events(self, judge: Judge) -> Iterator[Progressed | Finished]:
+    def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Any]:
         entry = self.jobs[-1]
+        if isinstance(entry[0], ProbeTask):
+            self.jobs.remove(entry)
+            layer, rates = entry[0].layer, entry[0].rates
+            own = [PROBES.unchanged] if rates[0] == 1 else []
+            yield Probing(entry[0], len(rates))
+            yield Probed(entry[0], (*own, *(one for one in PROBES.changes if one.layer == layer)))
+            return
         job, entry[1] = entry[0], entry[1] + 1
         if entry[1] < 2:
             entry.append(judge(job.number, HALFWAY))
@@ -390,3 +410,48 @@ def test_a_warm_search_that_was_stopped_ends_the_same(stop: int) -> None:
     resumed, _ = warm_search(Random(), 3, seed=1, final_epochs=8, evaluations=dict(record.evaluations))
     assert resumed.evaluations == whole.evaluations
     assert [one.role for one in whole.evaluations.values()] == ["reference", *["candidate"] * 3, "final"]
+
+
+# Policies that require probes
+
+
+@pytest.mark.parametrize("fidelity", [COLD, WARM], ids=["cold", "warm"])
+def test_what_a_policy_requires_is_measured_before_its_first_suggestion(fidelity: Fidelity) -> None:
+    """On the regular network, which is trained for it where candidates start from scratch too."""
+    record, pool = Listed(fidelity=fidelity), Clocked(2, fidelity=fidelity)
+    events = list(search(Greedy(), record, pool, 2))
+    kinds = [type(one) for one in pool.submitted]
+    assert kinds == [Job] + [ProbeTask] * 3 + [Job] * 2
+    assert pool.submitted[0].role == "reference"
+    total = len(PROBES.changes) + 1
+    progressed = [(event.done, event.total) for event in events if isinstance(event, ProbesProgressed)]
+    assert progressed[0] == (0, total)
+    assert progressed[-1] == (total, total)
+    assert [done for done, _ in progressed] == sorted(done for done, _ in progressed)
+    assert record.plans[1:] == [Greedy().suggest(replace(record.history(), evaluations=())), record.plans[2]]
+    assert [task.fisher for task in pool.submitted[1:4]] == [False] * 3
+    list(search(Fisher(), other := Listed(), pool := Clocked(), 1))
+    assert [task.fisher for task in pool.submitted[1:4]] == [True] * 3
+    assert other.history().probes is not None
+
+
+@pytest.mark.parametrize("stop", range(1, 14, 2))
+def test_probes_are_not_measured_twice(stop: int) -> None:
+    """A search that was stopped anywhere ends the same; what it had recorded is not done again."""
+
+    def go(record: Listed, pool: Clocked) -> Iterator[Any]:
+        return search(LayerGuided(), record, pool, 3)
+
+    whole = Listed(fidelity=WARM)
+    list(go(whole, Clocked(fidelity=WARM)))
+    record, pool = Listed(fidelity=WARM), Clocked(fidelity=WARM)
+    running = go(record, pool)
+    for _ in range(stop):
+        next(running, None)
+    done = {one.layer for one in record.measured}
+    record = Listed(fidelity=WARM, evaluations=dict(record.evaluations), measured=list(record.measured))
+    list(go(record, pool := Clocked(fidelity=WARM)))
+    assert {task.layer for task in pool.submitted if isinstance(task, ProbeTask)} == {
+        layer for layer, _ in REGULAR.rates
+    } - {layer for layer in done if layer} - ({"conv_16_2"} if "" in done else set())
+    assert record.evaluations == whole.evaluations

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import pytest
-from evaluations import failed, pruned, trained
+from evaluations import failed, probes, pruned, trained
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -18,7 +18,7 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan, depthwise, indices, make_plan, regular, uniform
+from fnet_search.plan import FactorizationPlan, depthwise, indices, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
@@ -461,6 +461,47 @@ def test_random_suggests_the_same_after_a_final_training(opened: Opened, tmp_pat
         (one.plan, one.parent) for one in record.evaluations if one.parent is None
     ]
     assert [one.number for one in record.evaluations if one.role == "final"] == [3, 6]
+
+
+# Probes
+
+
+@STORAGES
+def test_probes_are_recorded_layer_by_layer_and_found_again(opened: Opened) -> None:
+    record = opened(WARM)
+    reference = finish(record, REGULAR, 0.9, 0.85, "reference")
+    measured = replace(probes(TINY), number=reference.number)
+    tasks = record.to_probe(fisher=True)
+    assert [task.layer for task in tasks] == list(legal_rates(TINY))
+    assert all(task.fisher for task in tasks)
+    start = Start(0, REGULAR, record.run.candidate(0), reference.epochs)
+    assert {task.start for task in tasks} == {start}
+    by_layer = {layer: tuple(one for one in measured.changes if one.layer == layer) for layer in legal_rates(TINY)}
+    by_layer[tasks[-1].layer] = (measured.unchanged, *by_layer[tasks[-1].layer])
+    for done, task in enumerate(tasks):
+        assert record.probes is record.history().probes is None
+        record.probed(task, by_layer[task.layer])
+        record = opened(WARM)
+        assert record.to_probe(fisher=False) == [replace(one, fisher=False) for one in tasks[done + 1 :]]
+    assert record.probes == record.history().probes == measured
+    table = pd.read_csv(record.run.path / "probes.csv")
+    assert len(table) == 1 + len(measured.changes)
+    assert table["conv_macs_saved"].tolist()[1:] == [
+        plan_cost(TINY, REGULAR).conv_macs - one.conv_macs for one in measured.changes
+    ]
+    assert table["quint8_loss"].tolist()[1:] == [one.quint8_loss for one in measured.changes]
+    lowest = [min(part.folded_precision for part in one.layers) for one in measured.changes]
+    assert table["folded_precision"].tolist()[1:] == lowest
+
+
+def test_without_a_trained_network_there_is_nothing_to_probe(opened: Opened) -> None:
+    record = opened(WARM)
+    with pytest.raises(FnetError, match=r"^there is no trained network to probe \(none was trained\)$"):
+        record.to_probe(fisher=False)
+    number = begin(record, REGULAR, "reference")
+    record.finish(replace(failed(TINY, REGULAR, number, "loss is NaN"), role="reference"), 2.0)
+    with pytest.raises(FnetError, match=r"no trained network to probe \(candidate 0: loss is NaN\)"):
+        record.to_probe(fisher=False)
 
 
 # Candidates that are stopped early

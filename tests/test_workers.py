@@ -20,6 +20,7 @@ from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Job, Setup, Sta
 from fnet_search.macro import Activation, Conv, Dense, Flatten, Pool, load_space
 from fnet_search.plan import depthwise, plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
+from fnet_search.probes import probe_layer, probe_tasks
 from fnet_search.quantities import percent
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.scheme import Scheme
@@ -27,6 +28,8 @@ from fnet_search.train import TrainingProgress
 from fnet_search.workers import (
     DEATHS_ALLOWED,
     Finished,
+    Probed,
+    Probing,
     Progressed,
     WorkerPool,
     cores,
@@ -110,6 +113,36 @@ def test_workers_evaluate_as_this_process_does(data: DataSet, tmp_path: Path, ex
     ]
     assert epochs == [1, 2, 3]
     assert {path.name for path in (tmp_path / "3").iterdir()} == {CHECKPOINT, WEIGHTS, QUANTIZED}
+
+
+def test_layers_are_probed_as_in_this_process(data: DataSet, tmp_path: Path) -> None:
+    """Beside a candidate; a killed worker's layer is probed again."""
+    assert evaluate(SETUP, data, Job(0, REGULAR, tmp_path / "0"), lambda progress: None).state == "complete"
+    first, second, _ = probe_tasks(TINY, Start(0, REGULAR, tmp_path / "0", 3))
+    events = []
+    with WorkerPool(2, SETUP, data, tmp_path) as pool:
+        pool.submit(first)
+        pool.submit(Job(4, F2, tmp_path / "4"))
+        while pool.busy:
+            events += list(pool.events())
+        pool.submit(second)
+        for pid in pids():
+            os.kill(pid, signal.SIGKILL)
+        while pool.busy:
+            events += list(pool.events())
+    probed = {event.task: event.probes for event in events if isinstance(event, Probed)}
+    assert probed == {task: probe_layer(SETUP, data, task) for task in (first, second)}
+    steps = [event.done for event in events if isinstance(event, Probing) and event.task == first]
+    assert steps == [*range(1, len(first.rates) + 1)]
+    assert [event.evaluation.number for event in events if isinstance(event, Finished)] == [4]
+
+
+def test_a_probe_that_cannot_be_made_is_an_error(data: DataSet, tmp_path: Path) -> None:
+    task = probe_tasks(TINY, Start(0, REGULAR, tmp_path / "nowhere", 3))[0]
+    with WorkerPool(1, SETUP, data, tmp_path) as pool:
+        pool.submit(task)
+        with pytest.raises(FnetError, match=r"^probing layer 'conv_8': .*nowhere.weights\.safetensors"):
+            results(pool)
 
 
 def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: Path, expected: Evaluation) -> None:

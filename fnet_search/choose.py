@@ -157,11 +157,7 @@ def best_plan(
     one ceiling that bound is met, so whole plans come up best first. Costs are integers, so a ceiling holds to the MAC.
     Raises ValueError unless there is one finite score per legal rate.
     """
-    legal = legal_rates(space)
-    values = [np.asarray(scores[layer], dtype=np.float64) for layer in legal]
-    for (layer, rates), value in zip(legal.items(), values, strict=True):
-        if value.shape != (len(rates),) or not np.isfinite(value).all():
-            raise ValueError(f"layer {layer!r} needs {len(rates)} finite scores, got {value.tolist()}")
+    legal, values = legal_rates(space), _values(space, scores)
     free = _Ceiling(0, tuple((0,) * len(rates) for rates in legal.values()))
     ceilings = _ceilings(space, constraints) or [free]
     bounds = [_bound(values, ceilings, kept) for kept in range(len(ceilings))]
@@ -188,6 +184,51 @@ def best_plan(
             if reach > -inf and all(bound.at(depth + 1, left) >= 0 for bound in spare):
                 heappush(heap, (-reach, -depth - 1, (*chosen, index), score + value, left))
     return None
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A plan that no other of fewer or equal conv MACs scores above, nor any of fewer scores as high as."""
+
+    plan: FactorizationPlan
+    conv_macs: int
+    score: float
+
+
+def pareto_front(space: Macroarchitecture, scores: Scores) -> list[FrontPoint]:
+    """The best plan at every budget: all that are on the Pareto front of conv MACs and the sum of `scores`, by MACs.
+
+    Exact, by dynamic programming: of the plans of the layers so far only those stay that none beats in both. Of plans
+    that are equal in both, one. Raises ValueError as `best_plan`.
+    """
+    values, table = _values(space, scores), cost_table(space)
+    cost, score = np.zeros(1, dtype=np.int64), np.zeros(1)
+    steps: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # for each layer: rate index, place before
+    for value, costs in zip(values, table.by_layer.values(), strict=True):
+        added = np.array([one.conv_macs for one in costs], dtype=np.int64)
+        sums, totals = np.add.outer(added, cost).ravel(), np.add.outer(value, score).ravel()
+        order = np.lexsort((np.arange(len(sums)), -totals, sums))
+        better = np.maximum.accumulate(totals[order])
+        front = order[np.concatenate([[True], better[1:] > better[:-1]])]
+        steps.append((front // len(cost), front % len(cost)))
+        cost, score = sums[front], totals[front]
+    places, chosen = np.arange(len(cost)), []
+    for rate, before in reversed(steps):
+        chosen.append(rate[places])
+        places = before[places]
+    rows = zip(*(column.tolist() for column in reversed(chosen)), strict=True)
+    macs: list[int] = (cost + table.fixed.conv_macs).tolist()
+    points = zip(rows, macs, score.tolist(), strict=True)
+    return [FrontPoint(from_indices(space, row), conv_macs, total) for row, conv_macs, total in points]
+
+
+def _values(space: Macroarchitecture, scores: Scores) -> list[Values]:
+    legal = legal_rates(space)
+    values = [np.asarray(scores[layer], dtype=np.float64) for layer in legal]
+    for (layer, rates), value in zip(legal.items(), values, strict=True):
+        if value.shape != (len(rates),) or not np.isfinite(value).all():
+            raise ValueError(f"layer {layer!r} needs {len(rates)} finite scores, got {value.tolist()}")
+    return values
 
 
 def sample_plan(

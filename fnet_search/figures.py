@@ -18,7 +18,7 @@ from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, label, legal_rates
-from fnet_search.policy import Constraints, Evaluation, LayerStats, Probes, ranking
+from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, ranking
 from fnet_search.quantities import millions
 
 DPI = 150
@@ -365,7 +365,8 @@ def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure
 
 def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
     """Heat maps of what each rate of each layer does to the probed network, layers by rates: the noise that it adds to
-    the float and to the quantized logits, and the loss in quint8; in each cell also the number."""
+    the float and to the quantized logits, and the loss in quint8; in each cell also the number. Empty: no legal rate,
+    or none that can start from the probed network."""
     panels = {
         "noise of the fp32 logits (%)": probes.increase(space, lambda one: 100 * one.logit_noise),
         "more noise of the quint8 logits (%)": probes.increase(space, lambda one: 100 * one.quint8_logit_noise),
@@ -383,7 +384,7 @@ def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
             for rate, value in zip(of, increases[layer], strict=True):
                 if rate % probes.plan[layer] == 0:
                     cells[row, rates.index(rate)] = value
-        top = max(float(np.nanmax(np.abs(cells))), 1e-12)
+        top = max(float(np.nanquantile(np.abs(cells), 0.97)), 1e-12)  # a single outlier leaves the others their colour
         axes.imshow(cells, cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
         for row, column in zip(*np.nonzero(np.isfinite(cells)), strict=True):
             value = cells[row, column]
@@ -397,11 +398,34 @@ def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
     return figure
 
 
+def front_figure(
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], explanation: Explanation
+) -> Figure:
+    """The expected quint8 accuracy of the best plan at every budget, and what was measured of trained candidates."""
+    figure = new_figure(4.0)
+    heading(figure, f"The best plan at every budget, as expected: {space.name}")
+    axes = figure.add_subplot()
+    style(axes)
+    axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+    axes.set_ylabel("quint8 accuracy (%)", fontsize=9)
+    macs = [conv_macs / 1e6 for _, conv_macs, _ in explanation.front]
+    axes.plot(macs, [100 * one for *_, one in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected")
+    measured = [one for one in evaluations if one.role == "candidate" and one.quint8_accuracy is not None]
+    points = [(one.cost.conv_macs / 1e6, 100 * (one.quint8_accuracy or 0.0)) for one in measured]
+    axes.plot(*zip(*points, strict=True), MARKERS[0], color=COLOURS[1], markersize=5, label="measured candidates")
+    if constraints.conv_macs is not None:
+        budget = f"budget {millions(constraints.conv_macs)} MMAC"
+        axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
+    legend(axes)
+    return figure
+
+
 def figures(
     space: Macroarchitecture,
     constraints: Constraints,
     evaluations: Sequence[Evaluation],
     probes: Probes | None = None,
+    explanation: Explanation | None = None,
 ) -> dict[str, Figure]:
     """The figures of a run by name; those that would show nothing are left out."""
     trained = ranking(tuple(evaluations), constraints)
@@ -418,6 +442,8 @@ def figures(
         drawn["best_layers"] = candidate_figure(space, trained[0])
     if probes is not None:
         drawn["probes"] = probes_figure(space, probes)
+    if explanation is not None and explanation.front:
+        drawn["front"] = front_figure(space, constraints, evaluations, explanation)
     return drawn
 
 
@@ -427,12 +453,13 @@ def save_figures(
     evaluations: Sequence[Evaluation],
     folder: Path,
     probes: Probes | None = None,
+    explanation: Explanation | None = None,
 ) -> list[Path]:
     """Writes the figures as ``accuracy_vs_macs.png``, ``qmse_vs_macs.png``, ``qce_vs_macs.png``, ``drop_vs_macs.png``,
-    ``layer_ranges.png``, ``layer_precisions.png``, ``best_layers.png`` and ``probes.png``; returns those that there was
-    data for."""
+    ``layer_ranges.png``, ``layer_precisions.png``, ``best_layers.png``, ``probes.png`` and ``front.png``; returns those
+    that there was data for."""
     paths = []
-    for name, figure in figures(space, constraints, evaluations, probes).items():
+    for name, figure in figures(space, constraints, evaluations, probes, explanation).items():
         paths.append(folder / f"{name}.png")
         save_png(figure, paths[-1])
     return paths

@@ -334,13 +334,15 @@ class Explanation:
     """Why a plan: what its policy expects of it, its layers, and which features the expectation rests on.
 
     `expected` quint8 accuracy on the evaluation split, with its standard deviation `spread`, fractions of 1;
-    `importances` are shares of what varies over the plans of the space.
+    `importances` are shares of what varies over the plans of the space (features on their own, not what they share).
     """
 
     expected: float
     spread: float
     choices: tuple[LayerChoice, ...]
     importances: Mapping[str, float]
+    front: tuple[tuple[FactorizationPlan, int, float], ...] = ()
+    """At every budget the best plan, its conv MACs, and the quint8 accuracy that is expected of it."""
 
 
 PROBES, FISHER = "probes", "fisher"

@@ -123,6 +123,15 @@ def choices_csv(explanation: Explanation) -> str:
     return "".join(lines)
 
 
+FRONT_COLUMNS: dict[str, type] = {"conv_macs": int, "expected_quint8_accuracy": float, "plan": str}
+
+
+def front_csv(explanation: Explanation) -> str:
+    """One line a plan on the front of conv MACs and expected quint8 accuracy (fraction of 1), by MACs."""
+    rows = (dict(zip(FRONT_COLUMNS, (macs, expected, plan), strict=True)) for plan, macs, expected in explanation.front)
+    return "".join([_head(FRONT_COLUMNS), *(_line(FRONT_COLUMNS, row) for row in rows)])
+
+
 def _head(columns: Iterable[str]) -> str:
     return _line(dict.fromkeys(columns, str), {name: name for name in columns})
 
@@ -150,6 +159,8 @@ CAPTIONS = {
     "wider than the trained one, above all early in the network: their errors pass through everything after.",
     "layer_precisions": "The share of the tensor's range that an average channel uses. A wide range and a low "
     "precision in one layer mean that most channels have only a few of the 256 codes.",
+    "front": "What the policy expects of the best plan at every budget, after all it has seen: look where the line "
+    "bends before you fix a budget. front.csv has the plans.",
     "probes": "What each rate of each layer does alone, in the trained network that candidates start from. Rows that "
     "stay pale can be factorized far at little cost; dark cells are where to keep the rate low.",
     "best_layers": "The same for one network, with signal to quantization noise. Where the accumulated SQNR falls well "
@@ -322,7 +333,7 @@ def _training(one: Evaluation) -> str:
     return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
 
 
-def explanation_section(explanation: Explanation | None) -> list[tuple[str, str]]:
+def _explained(explanation: Explanation | None) -> list[tuple[str, str]]:
     """Heading and HTML of why the winner is what it is; nothing where the policy does not say."""
     if explanation is None:
         return []
@@ -403,8 +414,9 @@ def _figures(
     evaluations: Sequence[Evaluation],
     best: Evaluation | None,
     probes: Probes | None,
+    explanation: Explanation | None,
 ) -> str:
-    drawn = figures(space, constraints, evaluations, probes)
+    drawn = figures(space, constraints, evaluations, probes, explanation)
     if best is not None and best.layers:  # of its final training, where there was one
         drawn["best_layers"] = candidate_figure(space, best)
     shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
@@ -423,9 +435,11 @@ def write_report(
     split: str,
     more: Sequence[tuple[str, str]] = (),
     probes: Probes | None = None,
+    explanation: Explanation | None = None,
 ) -> Path:
     """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
-    how it was found; every candidate; `more` sections, heading and HTML; the figures."""
+    how it was found; every candidate; why the winner, where its policy says; `more` sections, heading and HTML;
+    figures."""
     ranked = ranking(tuple(evaluations), constraints)
     others = sorted((one for one in evaluations if one not in ranked), key=lambda one: one.number)
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
@@ -433,8 +447,9 @@ def write_report(
         ("", _headline(space, constraints, evaluations, best, best_test, split)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
         ("Candidates", _candidates(space, constraints, ranked, others)),
+        *_explained(explanation),
         *more,
-        ("Figures", _figures(space, constraints, evaluations, best, probes)),
+        ("Figures", _figures(space, constraints, evaluations, best, probes, explanation)),
     ]
     layers = []
     if best is not None:

@@ -35,7 +35,7 @@ from fnet_search.policy import (
 from fnet_search.quantities import mmac, percent
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
-from fnet_search.report import explanation_section, write_report
+from fnet_search.report import write_report
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
@@ -271,16 +271,27 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
     opened = open_run(run.path)
     evaluations = record.audited
-    figures = save_figures(space, constraints, evaluations, run.path / "figures", record.probes)
-    settings = dict(_settings(run.config(), space, constraints, evaluations))
     explanation = _explanation(record, run.config()["policy"])
+    figures = save_figures(space, constraints, evaluations, run.path / "figures", record.probes, explanation)
+    settings = dict(_settings(run.config(), space, constraints, evaluations))
     tables = [] if record.probes is None else [run.write_probes(record.probes)]
     if explanation is not None:
-        tables.append(run.write_choices(explanation))
+        tables += run.write_explanation(explanation)
     record.attach([*figures, *tables])
-    more = [*explanation_section(explanation), *requantize.section(opened), *latency.section(opened)]
+    more = [*requantize.section(opened), *latency.section(opened)]
     report = write_report(
-        run.path, run.name, space, constraints, evaluations, settings, winner, test, record.split, more, record.probes
+        run.path,
+        run.name,
+        space,
+        constraints,
+        evaluations,
+        settings,
+        winner,
+        test,
+        record.split,
+        more,
+        record.probes,
+        explanation,
     )
     feasible = winner is not None and constraints.feasible(winner)
     return Outcome(space, constraints, evaluations, winner, feasible, test, report)

@@ -7,6 +7,7 @@ candidates.csv     one row a plan, refused ones too; no timings, so that two run
 timings.csv        seconds a candidate took
 probes.csv         where the policy asked for them: one row a layer and rate
 choices.csv        where the policy can say why: the winner's layers, and the steps to the next rates
+front.csv          and the best plan at every budget, as the policy expects it
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise
 best/              the winner's files, its test.json, and model.onnx
@@ -32,7 +33,7 @@ from fnet_search.files import read_json, write_json, write_text
 from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
 from fnet_search.policy import Audit, Constraints, Evaluation, Explanation, Probes, ranking
-from fnet_search.report import candidates_csv, choices_csv, layers_csv, probes_csv
+from fnet_search.report import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
 
 KEPT = 3
 """So many of the best candidates keep their weights."""
@@ -150,10 +151,11 @@ class RunFolder:
         write_text(path, probes_csv(probes))
         return path
 
-    def write_choices(self, explanation: Explanation) -> Path:
-        path = self.path / "choices.csv"
-        write_text(path, choices_csv(explanation))
-        return path
+    def write_explanation(self, explanation: Explanation) -> list[Path]:
+        choices, front = self.path / "choices.csv", self.path / "front.csv"
+        write_text(choices, choices_csv(explanation))
+        write_text(front, front_csv(explanation))
+        return [choices, front]
 
     def requantized(self, number: int) -> list[Path]:
         """Folders of a candidate's network quantized otherwise, each called after its scheme."""

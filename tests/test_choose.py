@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from fnet_search import choose
-from fnet_search.choose import best_plan, sample_plan
+from fnet_search.choose import best_plan, pareto_front, sample_plan
 from fnet_search.macro import INPUT, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Node, load_space
 from fnet_search.plan import (
     FactorizationPlan,
@@ -51,6 +51,42 @@ def score(space: Macroarchitecture, scores: Scores, plan: FactorizationPlan) -> 
 
 def allowed(constraints: Constraints) -> list[FactorizationPlan]:
     return [plan for plan in EVERY if not constraints.refusal(COST[plan])]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_has_the_best_plan_of_every_budget(seed: int) -> None:
+    """Held against all plans: what is on it no plan beats, and every plan off it is beaten or equalled by one on it."""
+    scores = random_scores(TINY, seed)
+    if seed % 2:  # with ties
+        scores = {layer: [round(value) for value in values] for layer, values in scores.items()}
+    front = pareto_front(TINY, scores)
+    for point in front:
+        assert point.conv_macs == COST[point.plan].conv_macs
+        assert point.score == pytest.approx(score(TINY, scores, point.plan))
+    macs, totals = [point.conv_macs for point in front], [point.score for point in front]
+    assert all(a < b for a, b in itertools.pairwise(macs))
+    assert all(a < b for a, b in itertools.pairwise(totals))
+    for budget in MACS:
+        best = max(score(TINY, scores, plan) for plan in EVERY if COST[plan].conv_macs <= budget)
+        assert max(point.score for point in front if point.conv_macs <= budget) == pytest.approx(best)
+
+
+def test_the_front_of_a_large_space_is_what_single_budgets_give() -> None:
+    space = load_space("factorizenet")
+    scores = {layer: (-np.cumsum(np.abs(values))).tolist() for layer, values in random_scores(space, 3).items()}
+    front = pareto_front(space, scores)
+    assert len(front) > 100
+    for share in (0.2, 0.3, 0.45, 0.7, 1.0):
+        budget = int(share * plan_cost(space, regular(space)).conv_macs)
+        plan = best_plan(space, Constraints(conv_macs=budget), scores)
+        assert plan is not None
+        at_most = [point for point in front if point.conv_macs <= budget]
+        assert at_most[-1].score == pytest.approx(score(space, scores, plan))
+
+
+def test_a_front_needs_a_score_for_every_rate() -> None:
+    with pytest.raises(ValueError, match="layer 'conv_8' needs 4 finite scores"):
+        pareto_front(TINY, {**random_scores(TINY, 0), "conv_8": [1.0]})
 
 
 def test_these_limits_bind() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from evaluations import failed, paper_evaluations, refused, residual_space, trained
+from evaluations import failed, paper_evaluations, probes, refused, residual_space, trained
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -21,6 +21,7 @@ from fnet_search.figures import (
     macs_figure,
     plan_name,
     precisions_figure,
+    probes_figure,
     ranges_figure,
     save_figures,
     selection,
@@ -305,8 +306,40 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_covers_another_or_sticks_out(case: str) -> None:
-    for figure in figures(*CASES[case]).values():
+    space = CASES[case][0]
+    for figure in figures(*CASES[case], probes(space)).values():
         readable(figure)
+
+
+def test_a_heat_map_has_what_each_probe_measured() -> None:
+    measured = probes(SPACE)
+    figure = probes_figure(SPACE, measured)
+    legal = legal_rates(SPACE)
+    rates = sorted({rate for of in legal.values() for rate in of})
+    assert len(figure.axes) == 3
+    of = {
+        0: lambda one: 100 * one.logit_noise,
+        1: lambda one: 100 * one.quint8_logit_noise,
+        2: lambda one: 1000 * one.quint8_loss,
+    }
+    for place, value in of.items():
+        axes = figure.axes[place]
+        assert [text.get_text() for text in axes.get_yticklabels()] == list(legal)
+        assert [text.get_text() for text in axes.get_xticklabels()] == list(map(str, rates))
+        shown = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
+        assert len(shown) == len(measured.changes) + len(legal)
+        for one in measured.changes:
+            cell = (rates.index(one.rate), list(legal).index(one.layer))
+            assert shown[cell] == f"{value(one) - value(measured.unchanged):.2g}"
+
+
+def test_a_heat_map_leaves_out_what_cannot_start_from_the_network() -> None:
+    plan = make_plan(SPACE, {"conv_64_1": 4})
+    measured = probes(SPACE)
+    changes = tuple(one for one in measured.changes if one.layer != "conv_64_1" or one.rate > 4)
+    (axes, *_) = probes_figure(SPACE, replace(measured, plan=plan, changes=changes)).axes
+    row = [round(text.get_position()[0]) for text in axes.texts if round(text.get_position()[1]) == 0]
+    assert row == [2, 3, 4, 5, 6]  # 4, its own, to 64
 
 
 def test_writes_pngs_of_stable_names_and_bytes(tmp_path: Path) -> None:

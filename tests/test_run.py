@@ -577,10 +577,14 @@ def test_probes_are_measured_recorded_and_drawn(guided: tuple[Path, Outcome, lis
     assert outcome.winner is not None
     assert dict(zip(choices["layer"], choices["rate"], strict=True)) == outcome.winner.plan.by_layer
     assert all(f"<td>{reason}</td>" in page for reason in choices["reason"])
+    front = pd.read_csv(folder / "front.csv")
+    assert front["conv_macs"].is_monotonic_increasing
+    assert front["expected_quint8_accuracy"].is_monotonic_increasing
+    assert 'alt="front"' in page
     assert "noise of the quint8 logits" in page
     study = open_study(open_run(folder), None).study
     attached = {meta.filename for meta in get_all_artifact_meta(study)}
-    assert {"probes.csv", "choices.csv", "probes.png"} <= attached
+    assert {"probes.csv", "choices.csv", "front.csv", "probes.png", "front.png"} <= attached
 
 
 class PulledPlug(Notes):

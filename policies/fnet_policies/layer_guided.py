@@ -17,7 +17,7 @@ from scipy.stats import norm
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel
 
-from fnet_search.choose import best_plan, sample_plan
+from fnet_search.choose import best_plan, pareto_front, sample_plan
 from fnet_search.plan import FactorizationPlan, cost_table, indices, legal_rates
 from fnet_search.policy import (
     PROBES,
@@ -102,7 +102,12 @@ class LayerGuided:
         )
         shares = model.weights**2 / (float((model.weights**2).sum()) or 1.0)
         importances = {one.name: float(share) for one, share in zip(model.features, shares, strict=True)}
-        return Explanation(float(mean[0, 0]), math.sqrt(max(0.0, float(covariance[0, 0]))), choices, importances)
+        points = pareto_front(history.space, scores)
+        offset = float(mean[0, 0]) - sum(
+            float(scores[layer][at]) for layer, at in zip(scores, indices(history.space, plan), strict=True)
+        )
+        front = tuple((point.plan, point.conv_macs, point.score + offset) for point in points)
+        return Explanation(float(mean[0, 0]), math.sqrt(max(0.0, float(covariance[0, 0]))), choices, importances, front)
 
 
 @dataclass(frozen=True)

@@ -11,36 +11,23 @@ policies.png to FOLDER.
 """
 
 import argparse
-import base64
 import csv
-import json
 import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cache
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
-import torch
 from machine import machine
+from plans import Measured, Study, arguments, line, measure, open_study, probes_of, read, references
 
 from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
-from fnet_search.data import DataSet, load_dataset, read_dataset
-from fnet_search.evaluate import Job, Setup, Start, evaluate, load_quantized, load_trained
-from fnet_search.export import quantized_model
 from fnet_search.figures import COLOURS, new_figure, save_png, style
-from fnet_search.macro import Macroarchitecture, load_space
-from fnet_search.numerics import Numerics, resolve
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
-from fnet_search.policy import Constraints, Evaluation, History, Policy, Probe, Probes
-from fnet_search.probes import probe_layer, probe_tasks, probes_from
+from fnet_search.policy import Constraints, Evaluation, History, Policy
 from fnet_search.quantities import parse_budget
-from fnet_search.recipe import Fidelity, load_recipe
-from fnet_search.runtime import Runtime
-from fnet_search.scheme import parse_scheme
 from fnet_search.search import refusal
 from fnet_search.workers import cores, environment
 
@@ -58,104 +45,6 @@ POLICIES: dict[str, Policy] = {
     "nsga2": NSGA2(),
 }
 RIVALS = [name for name in POLICIES if name.strip() == name and name != "layer-guided"]
-WARM_RATE, WARM_EPOCHS = 0.05, 0.25
-"""Of children: as few images leave a transformed network better at a rate below the recipe's."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """What all searches have in common, and where it is kept."""
-
-    out: Path
-    space: Macroarchitecture
-    numerics: Numerics
-
-    def setup(self, seed: int) -> Setup:
-        recipe = replace(load_recipe("quick"), warm_rate=WARM_RATE)
-        scheme, fidelity = parse_scheme("percentile:1"), Fidelity(True, WARM_EPOCHS)
-        return Setup(self.space, recipe, scheme, self.numerics, seed, "validation", fidelity=fidelity)
-
-    def start(self, parent: int) -> Start:
-        """The reference of a seed."""
-        folder = self.out / f"seed{parent}" / "reference"
-        return Start(0, regular(self.space), folder, self.setup(parent).recipe.epochs)
-
-    def folder(self, seed: int, plan: FactorizationPlan, parent: int) -> Path:
-        name = "-".join(str(rate) for _, rate in plan.rates)
-        return self.out / f"seed{seed}" / (name if parent == seed else f"{name}-from{parent}")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One trained plan: its evaluation on the validation split, and which test images its quint8 network gets right."""
-
-    evaluation: Evaluation
-    test_hits: np.ndarray
-    seconds: float
-
-    @property
-    def test(self) -> float:
-        return float(self.test_hits.mean())
-
-
-@cache
-def _data(path: Path) -> DataSet:
-    return read_dataset(path)
-
-
-def _measure(study: Study, seed: int, plan: FactorizationPlan, parent: int | None) -> None:
-    """Trains and measures a plan from the reference of seed `parent`; None: that reference. Leaves ``result.json``."""
-    began, setup, data = time.monotonic(), study.setup(seed), _data(study.out / "data.safetensors")
-    folder = study.start(seed).folder if parent is None else study.folder(seed, plan, parent)
-    job = Job(0 if parent is None else 1, plan, folder, "reference" if parent is None else "candidate")
-    if parent is not None:
-        job = replace(job, start=study.start(parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(setup.threads_of(job))
-    evaluation = evaluate(setup, data, job, lambda progress: None)
-    hits = torch.zeros(0, dtype=torch.bool)
-    if evaluation.state == "complete":
-        _, quantized = load_quantized(load_trained(study.space, plan, folder), setup.scheme, folder)
-        runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
-        parts = [runtime(data.normalise(x)).argmax(1) == labels for x, labels in data.test.batches(50)]
-        hits = torch.cat(parts)
-    if parent is not None:
-        for weights in folder.glob("*.safetensors"):
-            weights.unlink()
-    packed = base64.b64encode(np.packbits(hits.numpy()).tobytes()).decode()
-    facts = {"evaluation": evaluation.to_json(), "hits": packed, "images": len(hits)}
-    partial = folder / "result.tmp"
-    partial.write_text(json.dumps({**facts, "seconds": time.monotonic() - began}))
-    partial.rename(folder / "result.json")
-
-
-def _read(folder: Path) -> Measured | None:
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    facts = json.loads(path.read_text())
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(facts["hits"]), dtype=np.uint8))
-    return Measured(Evaluation.from_json(facts["evaluation"]), bits[: facts["images"]], facts["seconds"])
-
-
-def _probe(study: Study, seed: int, layer: str) -> None:
-    """Probes one layer of a reference, with Fisher scores; leaves ``probes/LAYER.json``."""
-    torch.set_num_threads(study.numerics.threads)
-    task = next(one for one in probe_tasks(study.space, study.start(seed), fisher=True) if one.layer == layer)
-    found = probe_layer(study.setup(seed), _data(study.out / "data.safetensors"), task)
-    path = study.out / f"seed{seed}" / "probes" / f"{layer}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps([one.to_json() for one in found]))
-
-
-def probes_of(study: Study, seed: int) -> Probes:
-    paths = [study.out / f"seed{seed}" / "probes" / f"{task.layer}.json" for task in _tasks(study, seed)]
-    measured = (Probe.from_json(one) for path in paths for one in json.loads(path.read_text()))
-    return probes_from(0, regular(study.space), measured)
-
-
-def _tasks(study: Study, seed: int):
-    return probe_tasks(study.space, study.start(seed))
 
 
 @dataclass(frozen=True)
@@ -172,7 +61,7 @@ class Search:
         """The trained candidates, in order; a plan that is not trained yet is given again until it is."""
         study, space = self.study, self.study.space
         constraints = Constraints(conv_macs=parse_budget(self.budget, plan_cost(space, regular(space)).conv_macs))
-        reference = _read(study.start(self.seed).folder)
+        reference = read(study.start(self.seed).folder)
         assert reference is not None
         past, trained = [reference.evaluation], 0
         probes = probes_of(study, self.seed)
@@ -184,7 +73,7 @@ class Search:
             if reason := refusal(history, plan):
                 past.append(Evaluation(len(past), plan, plan_cost(space, plan), "refused", reason))
                 continue
-            while (measured := _read(study.folder(self.seed, plan, self.seed))) is None:
+            while (measured := read(study.folder(self.seed, plan, self.seed))) is None:
                 yield plan
             past.append(replace(measured.evaluation, number=len(past)))
             trained += 1
@@ -193,7 +82,7 @@ class Search:
 
 def main() -> None:
     options = _options()
-    study = _study(options)
+    study = open_study(options)
     print(f"{machine()}\n{study.numerics}", flush=True)
     searches = [
         Search(study, seed, budget, policy, options.trials)
@@ -203,7 +92,7 @@ def main() -> None:
     ]
     deadline = time.monotonic() + 60 * options.minutes
     with environment(study.numerics.threads), ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
-        done = _references(study, options.seeds, pool, deadline) and _searches(study, searches, pool, deadline)
+        done = references(study, options.seeds, pool, deadline) and _searches(study, searches, pool, deadline)
     if not done:
         print("not done yet: the same command goes on")
         return
@@ -212,58 +101,12 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dataset")
-    parser.add_argument("--space", default="factorizenet")
-    parser.add_argument("--images", type=int, default=20_000, help="training images, drawn at random")
-    parser.add_argument("--validation", type=int, default=2_500, help="images held out of the others")
+    arguments(parser)
     parser.add_argument("--budgets", nargs="+", default=["45%", "25%"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no training is begun after so many")
-    parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
-
-
-def _study(options: argparse.Namespace) -> Study:
-    """Data, numerics and options of the first time are used again."""
-    out = options.out
-    out.mkdir(parents=True, exist_ok=True)
-    alike = {name: getattr(options, name) for name in ("dataset", "space", "images", "validation")}
-    kept = out / "options.json"
-    if kept.is_file() and json.loads(kept.read_text()) != alike:
-        raise SystemExit(f"{out} holds trainings with {kept.read_text()}; choose another --out")
-    space = load_space(options.space)
-    if not (out / "data.safetensors").is_file():
-        data = load_dataset(options.dataset, space.input_shape, Path("data"))
-        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-        held_out = order[options.images : options.images + options.validation]
-        data = replace(data, train=data.train.take(order[: options.images]), evaluation=data.train.take(held_out))
-        data.save(out / "data.safetensors")
-    if not (out / "numerics.json").is_file():
-        (out / "numerics.json").write_text(json.dumps(resolve("auto", workers=cores(), cores=cores()).to_json()))
-    kept.write_text(json.dumps(alike))
-    numerics = Numerics.from_json(json.loads((out / "numerics.json").read_text()))
-    classes = len(_data(out / "data.safetensors").classes)
-    return Study(out, space.with_classes(classes), numerics)
-
-
-def _references(study: Study, seeds: list[int], pool: ProcessPoolExecutor, deadline: float) -> bool:
-    """Trains and probes what all start from; whether all of it is there."""
-    for seed in seeds:
-        if _read(study.start(seed).folder) is None:
-            if time.monotonic() > deadline:
-                return False
-            pool.submit(_measure, study, seed, regular(study.space), None).result()
-            print(f"seed {seed}: reference trained", flush=True)
-    running = []
-    for seed in seeds:
-        for task in _tasks(study, seed):
-            if not (study.out / f"seed{seed}" / "probes" / f"{task.layer}.json").is_file():
-                running.append(pool.submit(_probe, study, seed, task.layer))
-    for one in running:
-        one.result()
-    return True
 
 
 def _searches(study: Study, searches: list[Search], pool: ProcessPoolExecutor, deadline: float) -> bool:
@@ -284,29 +127,18 @@ def _searches(study: Study, searches: list[Search], pool: ProcessPoolExecutor, d
                 continue
             wanted[search] = plan
             if (search.seed, plan) not in running.values():
-                running[pool.submit(_measure, study, search.seed, plan, search.seed)] = search.seed, plan
+                running[pool.submit(measure, study, search.seed, plan, search.seed)] = search.seed, plan
         if not running:
             return not walks
         for done in wait(running, return_when=FIRST_COMPLETED).done:
             done.result()
             seed, plan = running.pop(done)
             trained += 1
-            measured = _read(study.folder(seed, plan, seed))
+            measured = read(study.folder(seed, plan, seed))
             assert measured is not None
             each = (time.monotonic() - began) / trained
-            print(f"{_line(study, seed, plan, measured)} {each:.0f} s each, {len(walks)} searches left", flush=True)
+            print(f"{line(study, seed, plan, measured)} {each:.0f} s each, {len(walks)} searches left", flush=True)
     return True
-
-
-def _line(study: Study, seed: int, plan: FactorizationPlan, measured: Measured) -> str:
-    one = measured.evaluation
-    if one.state != "complete":
-        return f"seed {seed} {label(study.space, plan)}: {one.state}, {one.reason}"
-    found = [one.zero_shot_accuracy, one.fp32_accuracy, one.quint8_accuracy, measured.test]
-    named = ("before", "fp32", "quint8", "test quint8")
-    shown = ", ".join(f"{name} {100 * (value or 0):.2f} %" for name, value in zip(named, found, strict=True))
-    named_plan = f"seed {seed} {label(study.space, plan)}: {one.cost.conv_macs / 1e6:.1f} MMAC"
-    return f"{named_plan}, {shown}; {measured.seconds:.0f} s,"
 
 
 @dataclass(frozen=True)
@@ -349,7 +181,7 @@ def report(study: Study, searches: list[Search], options: argparse.Namespace) ->
 
 
 def _reference_line(study: Study, options: argparse.Namespace) -> str:
-    found = [_read(study.start(seed).folder) for seed in options.seeds]
+    found = [read(study.start(seed).folder) for seed in options.seeds]
     tests = ", ".join(f"{100 * one.test:.2f}" for one in found if one is not None)
     images = found[0].evaluation.trained_images if found[0] is not None else 0
     return f"reference: {images:,} images trained on, quint8 on test images {tests} % (seeds {options.seeds})"

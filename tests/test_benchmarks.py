@@ -1,19 +1,23 @@
 """The benchmarks run, and what they say of others is so; their figures are for people to read."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
 
 from fnet_search.macro import load_space
 from fnet_search.network import Network
-from fnet_search.plan import factorize, network_cost, parse_plan
+from fnet_search.plan import factorize, network_cost, parse_plan, plan_cost, regular
 
 Import = Callable[[str], Any]
+TINY = load_space("tiny")
 
 
 @pytest.fixture
@@ -74,3 +78,34 @@ def test_overhead_measures_a_search(benchmark: Import) -> None:
     for policy in ("random", "tpe"):
         assert f"\n{policy}: " in ran.output
         assert sum(line.startswith(f"{policy} ") for line in ran.output.splitlines()) == 3
+
+
+def run(name: str, *arguments: str) -> str:
+    """What a benchmark prints, run as its first lines say."""
+    script = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def test_policies_are_compared_and_ranked_on_plans_that_are_trained_once(tmp_path: Path) -> None:
+    """A small comparison, whole; another benchmark goes on in the folder."""
+    small = ("digits", "--space", "tiny", "--images", "200", "--validation", "100", "--out", str(tmp_path))
+    options = (*small, "--seeds", "1", "--budgets", "60%", "--trials", "2", "--policies", "layer-guided", "random")
+    printed = run("policies", *options)
+    results = list(tmp_path.glob("seed1/*/result.json"))
+    table = pd.read_csv(tmp_path / "searches.csv")
+    assert table.groupby("policy")["candidate"].max().to_dict() == {"layer-guided": 2, "random": 2}
+    assert len(results) == 1 + table["plan"].nunique()  # the reference too
+    assert (table["trained_images"] == 50).all()  # a quarter of an epoch
+    budget = 0.6 * plan_cost(TINY, regular(TINY)).conv_macs
+    assert (table["conv_macs"] <= budget).all()
+    assert list(tmp_path.glob("seed1/*-*/*.safetensors")) == []
+    (line,) = (line for line in printed.splitlines() if line.startswith("random"))
+    of_random = table[table["policy"] == "random"]
+    best = of_random.loc[of_random["quint8"].idxmax()]
+    assert f"{100 * best['test_quint8']:.2f} +-0.00" in line
+    assert (tmp_path / "policies.png").is_file()
+    ranked = run("ranking", *small, "--plans", "4", "--budget", "60%")
+    assert "reference trained" in printed
+    assert "reference trained" not in ranked
+    assert "another seed (the ceiling)" in ranked
+    assert len(pd.read_csv(tmp_path / "ranking.csv")) == 4

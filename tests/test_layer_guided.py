@@ -8,7 +8,7 @@ from evaluations import layer_stats, probes, trained
 from scipy.stats import spearmanr
 
 from fnet_policies import LayerGuided
-from fnet_policies.layer_guided import STATISTICS, Model
+from fnet_policies.layer_guided import KEPT, STATISTICS, Model
 from fnet_search.macro import load_space
 from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints, Evaluation, History, Probes
@@ -50,7 +50,28 @@ def test_what_noise_does_to_the_accuracy_is_read_off_the_probes() -> None:
     model = Model.of(LayerGuided(), history_of(measured=measured))
     mean, _ = model.predict(UNDER)
     # Quint8 accuracy falls by a half of the noise, as the probes were made; the reference starts from 0.75.
-    assert mean[:, 0] == pytest.approx([0.75 - noise(measured, plan) / 2 for plan in UNDER], abs=1e-4)
+    assert mean[:, 0] == pytest.approx([0.75 - KEPT * noise(measured, plan) / 2 for plan in UNDER], abs=1e-4)
+
+
+def test_noise_of_single_rates_counts_less_than_what_goes_with_the_float_noise() -> None:
+    """One rate is unlucky: it is expected to be worse than the float noise says, but not by all of the bad luck."""
+    measured, layer = probes(TINY), "conv_16_1"
+    unlucky = tuple(
+        replace(one, logit_sqnr_db=one.logit_sqnr_db and one.logit_sqnr_db - 0.5)
+        if (one.layer, one.rate) == (layer, 4)
+        else one
+        for one in measured.changes
+    )
+    plan = make_plan(TINY, {layer: 4})
+    more = next(
+        b.quint8_logit_noise - a.quint8_logit_noise for a, b in zip(measured.changes, unlucky, strict=True) if a != b
+    )
+    before, after = (
+        float(Model.of(LayerGuided(), history_of(measured=one)).predict([plan])[0][0, 0])
+        for one in (measured, replace(measured, changes=unlucky))
+    )
+    assert more > 0.01
+    assert 0 < before - after < KEPT * more / 2
 
 
 def test_plans_without_learning_come_in_the_order_of_the_prediction() -> None:
@@ -138,7 +159,9 @@ def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:
     best = sorted(UNDER, key=lambda plan: noise(measured, plan))[:3]
 
     def after(images: int, least: int = 3) -> FactorizationPlan | None:
-        done = [child(n, plan, 0.75 - noise(measured, plan) / 2, images=images) for n, plan in enumerate(best, 1)]
+        done = [
+            child(n, plan, 0.75 - KEPT * noise(measured, plan) / 2, images=images) for n, plan in enumerate(best, 1)
+        ]
         return LayerGuided(least=least).suggest(history_of(*done, measured=measured))
 
     assert after(images=200) is None
@@ -186,7 +209,7 @@ def test_explanations_are_differences_of_predictions() -> None:
                 assert step.quint8_accuracy == pytest.approx(float(model.predict([other])[0][0, 0]) - own)
     assert sum(found.importances.values()) == pytest.approx(1)
     assert len(found.importances) == 2 + len(STATISTICS)
-    assert max(found.importances, key=found.importances.__getitem__) == "noise of the quint8 logits"
+    assert max(found.importances, key=found.importances.__getitem__) == "noise of the fp32 logits"
 
 
 def test_without_probes_it_starts_at_random_and_learns_rates() -> None:

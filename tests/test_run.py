@@ -581,7 +581,7 @@ def test_probes_are_measured_recorded_and_drawn(guided: tuple[Path, Outcome, lis
     assert front["conv_macs"].is_monotonic_increasing
     assert front["expected_quint8_accuracy"].is_monotonic_increasing
     assert 'alt="front"' in page
-    assert "noise of the quint8 logits" in page
+    assert "noise of the fp32 logits" in page
     study = open_study(open_run(folder), None).study
     attached = {meta.filename for meta in get_all_artifact_meta(study)}
     assert {"probes.csv", "choices.csv", "front.csv", "probes.png", "front.png"} <= attached

@@ -176,7 +176,8 @@ def calibration(data: DataSet, seed: int, samples: int) -> Batches:
 
     def batches() -> Iterator[Tensor]:
         for start in range(0, len(chosen), 128):
-            yield data.normalise(data.train.images[chosen[start : start + 128].to(data.train.images.device)])
+            images = data.train.images[chosen[start : start + 128].to(data.train.images.device)]
+            yield data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
 
     return batches
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from fnet_search.correct import correct_biases
-from fnet_search.data import DataSet
+from fnet_search.data import DataSet, Split
 from fnet_search.evaluate import TRANSFORM_SAMPLES, Setup, Start, calibration, folded_for, load_quantized, load_trained
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import INPUT, Activation, BatchNorm, Macroarchitecture, Node
@@ -27,8 +27,10 @@ from fnet_search.ranges import calibrate
 from fnet_search.sensitivity import sample
 from fnet_search.warmstart import Target, warm_start
 
-PROBED = 256
-"""Images of the validation split, at most."""
+FEWEST, MOST = 128, 512
+"""Images of the validation split that are measured on: a tenth of it, within these bounds."""
+CALIBRATED = 128
+"""Training images for the activation ranges after a change."""
 PROFILED = 32
 """Training images for the SQNR of the changed layer."""
 MINIBATCH = 64
@@ -171,10 +173,18 @@ class _Fed:
     def training(self) -> Iterator[Tensor]:
         return iter(torch.split(self.samples, 128))  # as `evaluate.calibration`: a warm start draws places by batch
 
+    def few(self) -> Iterator[Tensor]:
+        return iter(torch.split(self.samples[:CALIBRATED], BATCH))
+
     def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Batches: floats, the values that the codes stand for, logits, labels."""
         parts = (torch.split(tensor, BATCH) for tensor in (self.floats, self.codes, self.logits, self.labels))
         return ((x, self.params.dequantize(codes), *rest) for x, codes, *rest in zip(*parts, strict=True))
+
+
+def probed_images(data: DataSet) -> Split:
+    """What probes are measured on: images of the validation split, in the proportions of the classes."""
+    return sample(data.evaluation, min(MOST, max(FEWEST, len(data.evaluation) // 10)))
 
 
 def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: QuantizedNetwork, source: str) -> _Fed:
@@ -190,7 +200,7 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
             return quantized.params[INPUT].quantize(x)
         return next(output for node, output in quantized.codes(x) if node.name == source)
 
-    images = sample(data.evaluation, PROBED)
+    images = probed_images(data)
     batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
     samples = [floats(_faster(x))[0] for x in calibration(data, setup.seed, TRANSFORM_SAMPLES)()]
     given, logits = zip(*map(floats, batches), strict=True)
@@ -211,12 +221,12 @@ def _faster(x: Tensor) -> Tensor:
 def _measure(setup: Setup, trained: Network, fed: _Fed, layers: list[str]) -> Probe:
     """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
     folded = folded_for(setup.scheme, trained)
-    stats = dict(calibrate(folded, fed.training, setup.scheme.ranges))
+    stats = dict(calibrate(folded, fed.few, setup.scheme.ranges))
     low, high = (fed.params.scale * (code - fed.params.zero) for code in (0, 255))  # those of the whole network
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
     quantized = quantize(folded, stats, setup.scheme.per_channel)
     if setup.scheme.bias_correct:
-        quantized = correct_biases(folded, quantized, fed.training)
+        quantized = correct_biases(folded, quantized, fed.few)
     sums = torch.zeros(6, dtype=torch.float64)
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)

@@ -62,14 +62,15 @@ class QuantizedLayer:
         """Consecutive slices of input channels (within a group), each with a reach that float32 sums exactly; none
         where one channel alone reaches further (kernels of 17x17 and more)."""
         reach = self.centred.abs().flatten(2).sum(2) * 255 if self.codes.ndim > 2 else self.centred.abs() * 255
-        found, start = [], 0
+        sums = F.pad(reach.double().cumsum(1), (1, 0))
+        found, start, window = [], 0, reach.shape[1]
         while start < reach.shape[1]:
-            sums = reach[:, start:].double().cumsum(1).amax(0)
-            fits = int((sums < EXACT_IN_FLOAT32).sum())
+            ahead = sums[:, start + 1 : start + 1 + window] - sums[:, start : start + 1]
+            fits = int((ahead.amax(0) < EXACT_IN_FLOAT32).sum())
             if not fits:
                 return []
             found.append(slice(start, start + fits))
-            start += fits
+            start, window = start + fits, 2 * fits  # the next one is about as long: no need to look further
         return found
 
 

@@ -1,6 +1,7 @@
 """Ranges of activations (design, section 3, rule 4): which tensors are quantized, and from where to where."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -91,13 +92,13 @@ class _Observer:
         self.channel_min = self.channel_max = torch.empty(0)
 
     def first_pass(self, tensor: Tensor) -> None:
-        channels = tensor.transpose(0, 1).flatten(1)
-        low, high = channels.amin(1).cpu(), channels.amax(1).cpu()
+        others = [axis for axis in range(tensor.ndim) if axis != 1]
+        low, high = tensor.amin(others).cpu(), tensor.amax(others).cpu()
         first = self.count == 0
         self.channel_min = low if first else torch.minimum(self.channel_min, low)
         self.channel_max = high if first else torch.maximum(self.channel_max, high)
         self.count += tensor.numel()
-        self.zeros += int((tensor == 0).sum())
+        self.zeros += tensor.numel() - int(torch.count_nonzero(tensor))
 
     def second_pass(self, tensor: Tensor) -> None:
         """Called with the same tensors again, unless `settled`."""
@@ -135,14 +136,16 @@ class _Percentiles(_Observer):
 
     def first_pass(self, tensor: Tensor) -> None:
         super().first_pass(tensor)
-        self.coarse += torch.bincount((_keys(tensor) >> 16) + (1 << 15), minlength=1 << 16).cpu()
+        counts = torch.bincount(_upper(_flat(tensor)).int() + (1 << 15), minlength=1 << 16).cpu()
+        self.coarse += torch.cat([counts[: 1 << 15].flip(0), counts[1 << 15 :]])  # negative floats fall as bits rise
 
     def second_pass(self, tensor: Tensor) -> None:
+        flat = _flat(tensor)
+        upper = _upper(flat)
         for rank in self.open_ranks():
             bucket, _ = _locate(self.coarse, rank)
-            key = (bucket - (1 << 15)) << 16
-            near = _keys(tensor[(tensor >= _float(key)) & (tensor <= _float(key | 0xFFFF))])
-            inside = near[near >> 16 == key >> 16]  # 0.0 and -0.0 are equal, but not in one bucket
+            key = bucket - (1 << 15)
+            inside = _keys(flat[upper == (key if key >= 0 else key ^ 0x7FFF)])
             found = torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
             self.fine[rank] = self.fine[rank] + found if rank in self.fine else found
 
@@ -172,9 +175,19 @@ class _Percentiles(_Observer):
         return _float(((bucket - (1 << 15)) << 16) | low_bits)
 
 
-def _keys(tensor: Tensor) -> Tensor:
-    """Flat int32 keys that order as the floats do."""
-    bits = tensor.contiguous().view(torch.int32).flatten()
+def _flat(tensor: Tensor) -> Tensor:
+    """All elements, in the order in which they lie in memory where that needs no copy."""
+    return (tensor.movedim(1, -1) if tensor.ndim == 4 and not tensor.is_contiguous() else tensor).flatten()
+
+
+def _upper(flat: Tensor) -> Tensor:
+    """The upper halves of the floats' bits, int16."""
+    return flat.view(torch.int16)[1 if sys.byteorder == "little" else 0 :: 2]
+
+
+def _keys(flat: Tensor) -> Tensor:
+    """int32 keys that order as the floats do."""
+    bits = flat.view(torch.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

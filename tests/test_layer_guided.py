@@ -158,7 +158,7 @@ def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:
     measured = probes(TINY)
     best = sorted(UNDER, key=lambda plan: noise(measured, plan))[:3]
 
-    def after(images: int, least: int = 3) -> FactorizationPlan | None:
+    def after(images: int, least: int = 2) -> FactorizationPlan | None:
         done = [
             child(n, plan, 0.75 - KEPT * noise(measured, plan) / 2, images=images) for n, plan in enumerate(best, 1)
         ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from evaluations import residual_space
 from networks import CPU, MIXED, digits
 
-from fnet_search.data import DataSet
+from fnet_search.data import DataSet, Split
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import (
     TRANSFORM_SAMPLES,
@@ -27,13 +27,14 @@ from fnet_search.network import Network, walk
 from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
 from fnet_search.policy import Probe, Probes
 from fnet_search.probes import (
-    PROBED,
+    CALIBRATED,
     ProbeTask,
     cut,
     fisher_score,
     probe_layer,
     probe_network,
     probe_tasks,
+    probed_images,
     probes_from,
     tail,
 )
@@ -41,7 +42,6 @@ from fnet_search.quantize import quantize
 from fnet_search.ranges import calibrate
 from fnet_search.recipe import load_recipe
 from fnet_search.scheme import parse_scheme
-from fnet_search.sensitivity import sample
 from fnet_search.warmstart import warm_start
 
 TINY = load_space("tiny")
@@ -136,9 +136,10 @@ def long_way(setup: Setup, data: DataSet, start: Start, layer: str, rate: int) -
     before = prepare(parent, setup.scheme, data, setup.seed)
     names = [INPUT, *(node.name for node in setup.space.order)]
     unchanged = set(names[: names.index(layer)]) & before.stats.keys()
-    stats = {**calibrate(folded, samples, setup.scheme.ranges), **{name: before.stats[name] for name in unchanged}}
+    few = calibration(data, setup.seed, CALIBRATED)
+    stats = {**calibrate(folded, few, setup.scheme.ranges), **{name: before.stats[name] for name in unchanged}}
     network = quantize(folded, stats, setup.scheme.per_channel)
-    part = sample(data.evaluation, PROBED)
+    part = probed_images(data)
     x = data.normalise(part.images)
     with torch.no_grad():
         y, y8, reference = folded(x), network(x), before.folded(x)
@@ -163,7 +164,7 @@ def test_a_probe_is_what_the_whole_network_gives_with_that_change(scheme: str, d
             assert one.logit_snr_db == pytest.approx(10 * log10(signal / noise), abs=0.01)
             # Ranges differ in the sixth digit, and so some codes by one.
             assert one.logit_sqnr_db == pytest.approx(10 * log10(signal / quint8_noise), abs=0.2)
-            assert one.images == min(PROBED, len(data.evaluation))
+            assert one.images == 128  # a tenth of 287 would say too little
             assert one.conv_macs == plan_cost(TINY, make_plan(TINY, {layer: one.rate})).conv_macs
 
 
@@ -174,7 +175,7 @@ def test_the_unchanged_network_is_measured_as_it_is(data: DataSet, start: Start,
     assert (one.layer, one.rate, one.layers, one.logit_snr_db) == ("", 1, (), None)
     parent = load_trained(TINY, start.plan, start.folder)
     folded, quantized = load_quantized(parent, setup_of().scheme, start.folder)
-    part = sample(data.evaluation, PROBED)
+    part = probed_images(data)
     x = data.normalise(part.images)
     with torch.no_grad():
         hits = [float((network(x).argmax(1) == part.labels).double().mean()) for network in (folded, quantized)]
@@ -254,3 +255,13 @@ def test_a_fisher_score_is_the_sum_over_channels_of_squared_sensitivities(data: 
 def test_probes_of_all_layers_are_put_together_in_any_order(probes: Probes) -> None:
     measured = [*probes.changes, probes.unchanged]
     assert probes_from(7, regular(TINY), measured) == probes
+
+
+@pytest.mark.parametrize(("held_out", "images"), [(100, 100), (287, 128), (2_500, 250), (5_000, 500), (10_000, 512)])
+def test_a_tenth_of_the_validation_images_is_probed_on(held_out: int, images: int, data: DataSet) -> None:
+    labels = torch.arange(held_out) % 10
+    evaluation = Split(torch.zeros(held_out, 1, 1, 1, dtype=torch.uint8), labels)
+    found = probed_images(replace(data, evaluation=evaluation))
+    assert len(found) == images
+    counts = found.labels.bincount()
+    assert int(counts.max() - counts.min()) <= 1

@@ -65,7 +65,7 @@ class LayerGuided:
     statistics: bool = True
     by_probes: bool = True
     learning: bool = True
-    least: int = 3
+    least: int = 2
     """Evaluations before it may stop."""
 
     requires = frozenset({PROBES})

@@ -333,12 +333,14 @@ def _trade(macs: int, accuracy: float, would: str = "") -> str:
 class Explanation:
     """Why a plan: what its policy expects of it, its layers, and which features the expectation rests on.
 
-    `expected` quint8 accuracy on the evaluation split, with its standard deviation `spread`, fractions of 1;
+    `expected` quint8 accuracy on the evaluation split, with its standard deviation `spread`, and `expected_drop` from
+    fp32, relative; fractions of 1;
     `importances` are shares of what varies over the plans of the space (features on their own, not what they share).
     """
 
     expected: float
     spread: float
+    expected_drop: float
     choices: tuple[LayerChoice, ...]
     importances: Mapping[str, float]
     front: tuple[tuple[FactorizationPlan, int, float], ...] = ()

@@ -338,7 +338,9 @@ def _explained(explanation: Explanation | None) -> list[tuple[str, str]]:
     if explanation is None:
         return []
     expected = f"{percent(explanation.expected)} ± {100 * explanation.spread:.2f} points"
-    intro = f"<p>Of this plan the policy expects {expected} in quint8. Steps of one layer, all others unchanged:</p>"
+    drop = f"a relative drop of {percent(explanation.expected_drop)}"
+    intro = f"<p>Of this plan the policy expects {expected} in quint8, and {drop}, by all that it has seen. "
+    intro += "Steps of one layer, all others unchanged:</p>"
     head = (
         "<tr><th>layer</th>" + "".join(f'<th class="number">{name}</th>' for name in _CHOICE_HEAD) + "<th>why</th></tr>"
     )

@@ -195,6 +195,8 @@ def test_explanations_are_differences_of_predictions() -> None:
     found, model = LayerGuided().explain(history, plan), Model.of(LayerGuided(), history)
     own = float(model.predict([plan])[0][0, 0])
     assert found.expected == pytest.approx(own)
+    fp32 = float(model.predict([plan])[0][0, 1])
+    assert found.expected_drop == pytest.approx((fp32 - own) / fp32)
     assert [(choice.layer, choice.rate) for choice in found.choices] == list(plan.rates)
     for choice in found.choices:
         rates = legal_rates(TINY)[choice.layer]

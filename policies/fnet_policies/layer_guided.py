@@ -109,7 +109,9 @@ class LayerGuided:
             float(scores[layer][at]) for layer, at in zip(scores, indices(history.space, plan), strict=True)
         )
         front = tuple((point.plan, point.conv_macs, point.score + offset) for point in points)
-        return Explanation(float(mean[0, 0]), math.sqrt(max(0.0, float(covariance[0, 0]))), choices, importances, front)
+        quint8, fp32 = mean[0].tolist()
+        spread = math.sqrt(max(0.0, float(covariance[0, 0])))
+        return Explanation(quint8, spread, (fp32 - quint8) / fp32, choices, importances, front)
 
 
 @dataclass(frozen=True)

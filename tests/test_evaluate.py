@@ -16,6 +16,7 @@ from fnet_search.evaluate import (
     CALIBRATION_SAMPLES,
     CHECKPOINT,
     CORRECTION_SAMPLES,
+    MEASURED,
     QUANTIZED,
     WEIGHTS,
     Job,
@@ -366,7 +367,7 @@ def test_ties_go_to_the_lowest_class() -> None:
     assert found.qmse == 0
     assert found.kl == pytest.approx(0, abs=1e-12)
     assert found.qce == pytest.approx(np.log(10))
-    assert counts == [250, 500, 600]
+    assert counts == [*range(MEASURED, 600 + 1, MEASURED)]
 
 
 def test_measuring_takes_an_uneven_number_of_images() -> None:

@@ -140,7 +140,7 @@ def test_statistics_of_evaluated_plans_replace_those_of_the_probes() -> None:
 
 
 def test_running_plans_count_as_evaluated() -> None:
-    history = history_of(child(1, UNDER[3], 0.7))
+    history = history_of(child(1, UNDER[3], 0.7, images=10**6))
     suggested: list[FactorizationPlan] = []
     for _ in range(4):
         plan = LayerGuided().suggest(replace(history, running=tuple(suggested), number=2 + len(suggested)))
@@ -165,6 +165,9 @@ def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:
         return LayerGuided(least=least).suggest(history_of(*done, measured=measured))
 
     assert after(images=200) is None
+    running = history_of(child(1, best[0], 0.75, images=200), measured=measured)
+    assert LayerGuided().suggest(running) is not None
+    assert LayerGuided().suggest(replace(running, running=(best[1],))) is None, "it may be asked again"
     assert after(images=200, least=4) is not None
     assert after(images=10**9) is not None
     noise_of_200 = math.sqrt(0.75 * 0.25 / 200)

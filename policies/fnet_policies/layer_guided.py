@@ -66,7 +66,7 @@ class LayerGuided:
     by_probes: bool = True
     learning: bool = True
     least: int = 2
-    """Evaluations before it may stop."""
+    """Evaluations, begun or ended, before it may stop."""
 
     requires = frozenset({PROBES})
 
@@ -81,8 +81,8 @@ class LayerGuided:
         if not plans or not self.learning:
             return plans[0] if plans else None
         chance, gain = model.improvement(plans)
-        if len(model.evaluations) >= self.least and gain.max() <= model.noise:
-            return None
+        if len(model.evaluations) + len(history.running) >= self.least and gain.max() <= model.noise:
+            return None  # with plans running: until one of them ends
         return plans[int(np.argmax(chance))]
 
     def explain(self, history: History, plan: FactorizationPlan) -> Explanation:

@@ -216,6 +216,11 @@ def _replacement(space: Macroarchitecture, node: Node, rate: int) -> list[Node]:
     ]
 
 
+def convolutions(layer: str, rate: int) -> tuple[str, ...]:
+    """Names of the convolutions that stand for a layer at a rate, in a plan's network."""
+    return (layer,) if rate == 1 else (f"{layer}.grouped", f"{layer}.pointwise")
+
+
 def factorize(space: Macroarchitecture, plan: FactorizationPlan) -> Macroarchitecture:
     """The network of a plan: every layer with a rate above 1 replaced by its groupwise separable convolution.
 

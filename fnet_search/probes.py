@@ -19,7 +19,7 @@ from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import INPUT, Activation, BatchNorm, Macroarchitecture, Node
 from fnet_search.network import Network, build, walk
 from fnet_search.params import QuantParams
-from fnet_search.plan import FactorizationPlan, factorize, legal_rates, make_plan, plan_cost
+from fnet_search.plan import FactorizationPlan, convolutions, factorize, legal_rates, make_plan, plan_cost
 from fnet_search.policy import Probe, Probes
 from fnet_search.profile import profile, sqnr_db
 from fnet_search.quantize import QuantizedNetwork, quantize
@@ -103,7 +103,7 @@ def probe_layer(
         unchanged = plan == task.start.plan
         found.append(
             replace(
-                _measure(setup, child, fed, [] if unchanged else _parts(task.layer, rate)),
+                _measure(setup, child, fed, () if unchanged else convolutions(task.layer, rate)),
                 layer="" if unchanged else task.layer,
                 rate=rate,
                 conv_macs=plan_cost(setup.space, plan).conv_macs,
@@ -112,11 +112,6 @@ def probe_layer(
         )
         seen(len(found))
     return tuple(found)
-
-
-def _parts(layer: str, rate: int) -> list[str]:
-    """The convolutions that stand for a layer."""
-    return [layer] if rate == 1 else [f"{layer}.grouped", f"{layer}.pointwise"]
 
 
 def cut(space: Macroarchitecture, layer: str) -> str:
@@ -218,7 +213,7 @@ def _faster(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _measure(setup: Setup, trained: Network, fed: _Fed, layers: list[str]) -> Probe:
+def _measure(setup: Setup, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
     """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
     folded = folded_for(setup.scheme, trained)
     stats = dict(calibrate(folded, fed.few, setup.scheme.ranges))
@@ -260,7 +255,7 @@ def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
     """
     network = build(factorize(setup.space, plan), setup.recipe.initializer, setup.seed)
     network.to(setup.numerics.device).train()
-    ends = {_end(network.network, _parts(layer, rate)[-1]) for layer, rate in plan.rates}
+    ends = {_end(network.network, convolutions(layer, rate)[-1]) for layer, rate in plan.rates}
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(setup.seed))[:MINIBATCH]
     batch = data.train.take(chosen.to(data.train.images.device))
     activations = []

@@ -127,16 +127,13 @@ def test_statistics_of_evaluated_plans_replace_those_of_the_probes() -> None:
     before = Model.of(LayerGuided(), history_of(measured=measured)).features[place]
     after = Model.of(LayerGuided(), history_of(known, measured=measured)).features[place]
     assert before.name == after.name == "noise of the activations"
-    for layer in legal_rates(TINY):
-        values = after.table[layer] / np.ptp(after.table[layer])
-        expected = 2 * 10**-0.3  # both convolutions
-        own = next(one for one in REFERENCE.layers if one.layer == layer)
-        assert after.table[layer][0] == 0
-        assert values[1] > 0
-        ratio = after.table[layer][1] / (expected - STATISTICS[before.name](own))
-        first = next(iter(legal_rates(TINY)))
-        own_first = next(one for one in REFERENCE.layers if one.layer == first)
-        assert ratio == pytest.approx(after.table[first][1] / (expected - STATISTICS[before.name](own_first)))
+    of = STATISTICS[before.name]
+    own = {one.layer: of(one) for one in REFERENCE.layers}
+    more = {layer: 2 * 10**-0.3 - own[layer] for layer in legal_rates(TINY)}  # two convolutions, at 3 dB each
+    scale = {after.table[layer][1] / more[layer] for layer in more}
+    assert max(scale) == pytest.approx(min(scale))
+    assert min(scale) > 0
+    assert {layer: float(values[0]) for layer, values in after.table.items()} == dict.fromkeys(more, 0.0)
 
 
 def test_running_plans_count_as_evaluated() -> None:
@@ -152,6 +149,14 @@ def test_running_plans_count_as_evaluated() -> None:
     _, without = Model.of(LayerGuided(), history).predict(suggested)
     assert (with_running.diagonal() < without.diagonal()).all()
     assert pending.predict(UNDER)[0] == pytest.approx(Model.of(LayerGuided(), history).predict(UNDER)[0], abs=1e-6)
+
+
+def test_running_plans_count_before_there_is_an_evaluation() -> None:
+    history = history_of()
+    running = replace(history, running=(UNDER[0],))
+    before, less = (Model.of(LayerGuided(), one).predict([UNDER[0]])[1][0, 0] for one in (history, running))
+    assert less < before / 2
+    assert LayerGuided().suggest(running) not in (None, UNDER[0])
 
 
 def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:

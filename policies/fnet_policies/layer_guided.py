@@ -18,7 +18,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel
 
 from fnet_search.choose import best_plan, pareto_front, sample_plan
-from fnet_search.plan import FactorizationPlan, cost_table, indices, legal_rates
+from fnet_search.plan import FactorizationPlan, convolutions, cost_table, indices, legal_rates
 from fnet_search.policy import (
     PROBES,
     Evaluation,
@@ -189,8 +189,10 @@ def statistics_features(history: History, probes: Probes) -> list[Feature]:
             probed[one.layer, one.rate] = sum(map(value, one.layers))
         trained: dict[tuple[str, int], list[float]] = {}
         for evaluation in history.evaluations:
-            for key in evaluation.plan.rates if evaluation.layers else ():
-                trained.setdefault(key, []).append(sum(map(value, _parts(evaluation, key[0]))))
+            measured = {one.layer: value(one) for one in evaluation.layers}
+            for layer, rate in evaluation.plan.rates if measured else ():
+                total = sum(measured[name] for name in convolutions(layer, rate))
+                trained.setdefault((layer, rate), []).append(total)
         means = {key: float(np.mean(values)) for key, values in trained.items()}
         both = [means[key] - probed[key] for key in means.keys() & probed.keys()]
         shift = float(np.mean(sorted(both))) if both else 0.0
@@ -203,11 +205,6 @@ def statistics_features(history: History, probes: Probes) -> list[Feature]:
         }
         found.append(_scaled(name, table))
     return found
-
-
-def _parts(evaluation: Evaluation, layer: str) -> list[LayerStats]:
-    names = (layer, f"{layer}.grouped", f"{layer}.pointwise")
-    return [one for one in evaluation.layers if one.layer in names]
 
 
 def rate_features(history: History) -> list[Feature]:
@@ -263,19 +260,18 @@ class Model:
         return model._learnt()
 
     def _learnt(self) -> "Model":
-        """Fitted to the evaluations; then to the running plans as if they gave what is predicted."""
-        plans = [one.plan for one in self.evaluations]
-        if not plans:
-            return self
-        found = np.array([[one.quint8_accuracy, one.fp32_accuracy] for one in self.evaluations], dtype=np.float64)
-        x, left = self.inputs(plans), found - self.prior(plans)
-        self.process.fit(x, left)
-        if self.history.running:
-            pending = self.inputs(self.history.running)
-            self.process.fit(np.vstack([x, pending]), np.vstack([left, self.process.predict(pending)]))
+        """Fitted to the evaluations; then to the running plans too, as if they gave what is predicted."""
+        plans, running = [one.plan for one in self.evaluations], list(self.history.running)
+        found = [(one.quint8_accuracy, one.fp32_accuracy) for one in self.evaluations]
+        known = np.array(found, dtype=np.float64).reshape(-1, 2)
+        if plans:
+            self.process.fit(self.inputs(plans), known - self.prior(plans))
+        if running:
+            both, expected = [*plans, *running], self.predict(running)[0]
+            self.process.fit(self.inputs(both), np.vstack([known, expected]) - self.prior(both))
         return self
 
-    def inputs(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> Values:
+    def inputs(self, plans: list[FactorizationPlan]) -> Values:
         """[plans, features]."""
         rows = [indices(self.history.space, plan) for plan in plans]
         columns = [
@@ -284,12 +280,12 @@ class Model:
         ]
         return np.array(columns, dtype=np.float64).T
 
-    def prior(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> Values:
+    def prior(self, plans: list[FactorizationPlan]) -> Values:
         """[plans, 2] accuracies that are expected before any evaluation."""
         weights = np.array([one.prior for one in self.features])
         return np.asarray(np.array(self.base) + self.inputs(plans) @ weights)
 
-    def predict(self, plans: tuple[FactorizationPlan, ...] | list[FactorizationPlan]) -> tuple[Values, Values]:
+    def predict(self, plans: list[FactorizationPlan]) -> tuple[Values, Values]:
         """Expected accuracies [plans, 2], quint8 and fp32, and the covariance [plans, plans] of either."""
         x = self.inputs(plans)
         mean, covariance = self.process.predict(x, return_cov=True)

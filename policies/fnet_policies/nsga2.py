@@ -9,7 +9,7 @@ from optuna.trial import create_trial
 
 from fnet_search.choose import sample_plan
 from fnet_search.plan import FactorizationPlan, from_indices, indices, legal_rates, plan_cost
-from fnet_search.policy import History
+from fnet_search.policy import Evaluation, History
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class NSGA2:
         space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
         trained = [one for one in history.evaluations if one.quint8_accuracy is not None and one.role == "candidate"]
         if len(trained) >= self.population:
-            study = self._study(history, int(rng.integers(2**31)))
+            study = self._study(history, trained, int(rng.integers(2**31)))
             for _ in range(self.proposals):
                 proposed = study.ask(_distributions(history)).params
                 plan = from_indices(space, tuple(proposed[layer] for layer in legal_rates(space)))
@@ -37,14 +37,13 @@ class NSGA2:
                     return plan
         return sample_plan(space, constraints, seen, rng)
 
-    def _study(self, history: History, seed: int) -> optuna.Study:
+    def _study(self, history: History, trained: list[Evaluation], seed: int) -> optuna.Study:
         """The trained plans as a study in memory, `population` of them a generation, in order."""
         sampler = NSGAIISampler(population_size=self.population, seed=seed)
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         optuna.logging.set_verbosity(before)
-        trained = [one for one in history.evaluations if one.quint8_accuracy is not None and one.role == "candidate"]
         for place, one in enumerate(trained):
             study.add_trial(
                 create_trial(

@@ -134,6 +134,27 @@ def test_statistics_of_evaluated_plans_replace_those_of_the_probes() -> None:
     assert max(scale) == pytest.approx(min(scale))
     assert min(scale) > 0
     assert {layer: float(values[0]) for layer, values in after.table.items()} == dict.fromkeys(more, 0.0)
+    # What training changed at rate 2 is taken over for rate 4.
+    probed = {(one.layer, one.rate): sum(map(of, one.layers)) for one in measured.changes}
+    shift = float(np.mean([2 * 10**-0.3 - probed[layer, 2] for layer in more]))
+    for layer in more:
+        expected = (probed[layer, 4] + shift - own[layer]) * min(scale)
+        assert after.table[layer][2] == pytest.approx(expected)
+
+
+def test_noise_is_never_taken_to_help() -> None:
+    history = history_of(child(1, UNDER[3], 0.7))
+    drawn = Model.of(LayerGuided(), history).draws(history.rng)
+    assert all((weights <= 0).all() for weights in drawn)
+    assert len({tuple(weights) for weights in drawn}) == len(drawn)
+    blind = Model.of(LayerGuided(by_probes=False), history).draws(history.rng)
+    assert any((weights > 0).any() for weights in blind), "a rate alone may do both"
+
+
+def test_the_chance_is_of_being_better_by_more_than_the_noise() -> None:
+    model = Model.of(LayerGuided(), history_of(child(1, UNDER[3], 0.7)))
+    noisy, quiet = (replace(model, noise=noise).improvement(UNDER)[0] for noise in (0.02, 0.0))
+    assert (noisy < quiet).all()
 
 
 def test_running_plans_count_as_evaluated() -> None:

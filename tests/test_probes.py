@@ -1,6 +1,7 @@
 from dataclasses import replace
 from math import log10
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from evaluations import residual_space
 from networks import CPU, MIXED, digits
 
+import fnet_search.probes
 from fnet_search.data import DataSet, Split
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import (
@@ -22,7 +24,18 @@ from fnet_search.evaluate import (
     load_trained,
     prepare,
 )
-from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
+from fnet_search.macro import (
+    INPUT,
+    Activation,
+    Add,
+    BatchNorm,
+    Conv,
+    Dense,
+    Flatten,
+    Macroarchitecture,
+    Node,
+    load_space,
+)
 from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
 from fnet_search.policy import Probe, Probes
@@ -38,7 +51,7 @@ from fnet_search.probes import (
     probes_from,
     tail,
 )
-from fnet_search.quantize import quantize
+from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
 from fnet_search.recipe import load_recipe
 from fnet_search.scheme import parse_scheme
@@ -91,6 +104,22 @@ def test_no_cut_parts_a_layer_from_its_norm_or_activation() -> None:
     assert cut(MIXED, "grouped") == "stem.act"
     assert cut(MIXED, "two") == "sum.act"
     assert cut(MIXED, "deep") == "most"
+
+
+def test_a_norm_that_is_read_beside_its_activation_is_no_cut() -> None:
+    """It would be a norm without its layer, and an activation that its layer does not clip at."""
+    nodes = (
+        Node("a", Conv(8), (INPUT,)),
+        Node("a.norm", BatchNorm(), ("a",)),
+        Node("a.act", Activation(), ("a.norm",)),
+        Node("b", Conv(8, factorize=True), ("a.act",)),
+        Node("sum", Add(), ("b", "a.norm")),
+        Node("flat", Flatten(), ("sum",)),
+        Node("out", Dense(5), ("flat",)),
+    )
+    kernels = [replace(node.layer, padding=(1, 1)) if isinstance(node.layer, Conv) else node.layer for node in nodes]
+    padded = tuple(replace(node, layer=layer) for node, layer in zip(nodes, kernels, strict=True))
+    assert cut(Macroarchitecture("beside", (3, 6, 6), padded), "b") == INPUT
 
 
 @torch.no_grad()
@@ -166,6 +195,23 @@ def test_a_probe_is_what_the_whole_network_gives_with_that_change(scheme: str, d
             assert one.logit_sqnr_db == pytest.approx(10 * log10(signal / quint8_noise), abs=0.2)
             assert one.images == 128  # a tenth of 287 would say too little
             assert one.conv_macs == plan_cost(TINY, make_plan(TINY, {layer: one.rate})).conv_macs
+
+
+def test_a_tail_takes_the_codes_of_the_whole_network(
+    data: DataSet, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its input has their scale and zero point, not a range of its own."""
+    made: list[QuantizedNetwork] = []
+
+    def spying(*arguments: Any) -> QuantizedNetwork:
+        made.append(quantize(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(fnet_search.probes, "quantize", spying)
+    probe_layer(setup_of(), data, ProbeTask("conv_16_2", (2,), start))
+    parent = load_trained(TINY, start.plan, start.folder)
+    _, whole = load_quantized(parent, setup_of().scheme, start.folder)
+    assert [one.params[INPUT] for one in made] == [whole.params["conv_16_1.act"]]
 
 
 def test_the_unchanged_network_is_measured_as_it_is(data: DataSet, start: Start, probes: Probes) -> None:

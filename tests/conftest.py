@@ -1,10 +1,13 @@
 """The command line as the tests call it."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests run on the same cores
 
 import optuna
 import pytest

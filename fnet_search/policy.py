@@ -325,8 +325,10 @@ def _trade(macs: int, accuracy: float, would: str = "") -> str:
     """As in: saves 1.2 MMAC for 0.10 points."""
     verbs = ("save", "cost") if would else ("saves", "costs")
     traded = f"{would}{verbs[macs > 0]} {millions(abs(macs))} MMAC"
-    points = f"{100 * abs(accuracy):.2f} points"
-    return f"{traded} and {'gain' if would else 'gains'} {points}" if accuracy > 0 else f"{traded} for {points}"
+    points = round(100 * accuracy, 2)
+    if points > 0:
+        return f"{traded} and {'gain' if would else 'gains'} {points:.2f} points"
+    return f"{traded} for {abs(points):.2f} points"
 
 
 @dataclass(frozen=True)

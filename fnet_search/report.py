@@ -355,10 +355,9 @@ def _explained(explanation: Explanation | None) -> list[tuple[str, str]]:
         f'<td><span class="bar" style="width:{max(1, round(200 * share))}px"></span></td></tr>'
         for name, share in shares
     )
-    importances = table(
-        '<tr><th>what the expectation rests on</th><th class="number">share %</th><th></th></tr>', [bars]
-    )
-    return [("Why this plan", intro + table(head, rows) + importances)]
+    importances = table('<tr><th>feature</th><th class="number">share %</th><th></th></tr>', [bars])
+    between = "<p>What the expectation rests on:</p>"
+    return [("Why this plan", intro + table(head, rows) + between + importances)]
 
 
 _CHOICE_HEAD = ("rate", "next lower", "MMAC", "points", "next higher", "MMAC", "points")
@@ -367,7 +366,11 @@ _CHOICE_HEAD = ("rate", "next lower", "MMAC", "points", "next higher", "MMAC", "
 def _step(step: Step | None) -> list[str]:
     if step is None:
         return [NONE] * 3
-    return [str(step.rate), f"{step.conv_macs / 1e6:+.1f}", f"{100 * step.quint8_accuracy:+.2f}"]
+    return [
+        str(step.rate),
+        f"{step.conv_macs / 1e6:+.1f}",
+        f"{round(100 * step.quint8_accuracy, 2) + 0.0:+.2f}",
+    ]  # no -0.00
 
 
 def _span(low: float, high: float) -> str:

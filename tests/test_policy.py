@@ -339,4 +339,6 @@ def test_reasons_are_in_words() -> None:
     assert choice.reason == "against 2 it saves 1.5 MMAC for 0.20 points; 8 would save 0.25 MMAC for 1.25 points"
     odd = LayerChoice("conv", 4, Step(2, -1_000_000, -0.01), Step(8, 2_000_000, 0.03))
     assert odd.reason == "against 2 it costs 1 MMAC and gains 1.00 points; 8 would cost 2 MMAC and gain 3.00 points"
+    nothing = LayerChoice("conv", 4, Step(2, 1_000_000, -0.00001), Step(8, -1_000_000, 0.00001))
+    assert nothing.reason == "against 2 it saves 1 MMAC for 0.00 points; 8 would save 1 MMAC for 0.00 points"
     assert LayerChoice("conv", 1, None, None).reason == ""

@@ -36,6 +36,8 @@ T = TypeVar("T")
 
 NOTHING_FEASIBLE = 3
 """Exit code of a search in which no candidate met the constraints."""
+TIME_UP = 5
+"""Exit code of a run that its time limit stopped."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
@@ -114,6 +116,11 @@ def _shared(command: Any) -> Any:
             type=click.Path(path_type=Path),
             show_default="runs/<study name>",
             help="Run folder; an earlier run in it goes on. Its name is the study's.",
+        ),
+        click.option(
+            "--time-limit",
+            metavar="TIME",
+            help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
         ),
         click.option("--storage", show_default="a journal file in the run folder", help="Optuna storage URL."),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
@@ -351,15 +358,23 @@ def _dataset_name(dataset: str) -> str:
 
 
 def _execute(request: "Request", policy: "Policy", name: str, trials: int, options: dict[str, Any]) -> None:
+    from fnet_search.deadline import Deadline, TimeUp
     from fnet_search.progress import TerminalDisplay
+    from fnet_search.quantities import parse_duration
     from fnet_search.run import run_study
     from fnet_search.runfolder import RunFolder
 
+    limit = options["time_limit"]
+    deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
     quiet()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
     with TerminalDisplay(console()) as display:
-        outcome = run_study(request, policy, RunFolder(folder), trials, options["workers"], display)
+        try:
+            outcome = run_study(request, policy, RunFolder(folder), trials, options["workers"], display, deadline)
+        except TimeUp:
+            display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
+            sys.exit(TIME_UP)
     _print_outcome(outcome, folder)
     if request.split == "validation" and not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)

@@ -38,6 +38,7 @@ class TerminalDisplay:
         self._running: dict[int, TrainingProgress | None] = {}
         self._trials = self._started = 0
         self._epochs = self._all_epochs = 0  # of the candidates that ended, and of all that this run trains
+        self._before = 0.0  # the share that was done when `_start` was
         self._each = 0  # of a candidate, as far as is known before
         self._start = time.monotonic()
         self._what, self._quarter = "", -1
@@ -97,8 +98,10 @@ class TerminalDisplay:
                 return
             case Progressed(number, progress):
                 self._running[number] = progress
+                if progress.ended and progress.loss is None:  # read from a checkpoint: it took no time now
+                    self._before, self._start = self._share(), time.monotonic()
                 if not self._live and progress.ended:
-                    self.say(f"{self._describe(number, progress)}; {self._left()}")
+                    self.say(f"{self._describe(number, progress)}; {self.left()}")
             case Finished(evaluation, seconds):
                 assert self._setup is not None
                 self._running.pop(evaluation.number, None)
@@ -137,11 +140,13 @@ class TerminalDisplay:
         ]
         return min(1.0, (self._epochs + sum(parts)) / max(1, self._all_epochs))
 
-    def _left(self) -> str:
+    def left(self) -> str:
+        """As in ``4:05 left``: all of this run, by what the part so far took."""
         share = self._share()
-        if share < 0.01:  # a guess from less would be wild
+        gained = share - self._before
+        if gained < 0.01:  # a guess from less would be wild
             return "time left: measuring"
-        return f"{clock((time.monotonic() - self._start) * (1 - share) / share)} left"
+        return f"{clock((time.monotonic() - self._start) * (1 - share) / gained)} left"
 
     def _table(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
@@ -154,7 +159,7 @@ class TerminalDisplay:
         running = sum(self._jobs[number].role == "candidate" for number in self._running)
         done = f"{self._started - running} of {self._trials} candidates trained"
         overall = Table.grid(padding=(0, 1))
-        overall.add_row(done, ProgressBar(width=20, completed=100 * self._share()), self._left())
+        overall.add_row(done, ProgressBar(width=20, completed=100 * self._share()), self.left())
         return Group(grid, overall)
 
 

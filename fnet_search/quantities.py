@@ -51,6 +51,18 @@ def parse_count(text: str, option: str) -> int:
     return value
 
 
+def parse_duration(text: str, option: str) -> float:
+    """Seconds from ``25m``, ``90s``, ``1h30m`` or ``1.5h``, above 0. Raises FnetError for anything else."""
+    match = re.fullmatch(
+        rf"(?:{_NUMBER}\s*h)?\s*(?:{_NUMBER}\s*m(?:in)?)?\s*(?:{_NUMBER}\s*s)?", text.strip(), re.IGNORECASE
+    )
+    parts = zip(match.groups(), (3600, 60, 1), strict=True) if match else ()
+    seconds = sum(float(_decimal(part)) * unit for part, unit in parts if part)
+    if seconds <= 0:
+        raise FnetError(f"{option} {text!r} must be a time above 0; write 25m, 90s or 1h30m")
+    return seconds
+
+
 def millions(macs: float) -> str:
     """MACs in MMAC, without the unit: one decimal, below ten three digits."""
     value = macs / 1e6

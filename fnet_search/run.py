@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from fnet_search import latency, requantize
 from fnet_search.audit import audit
 from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import WEIGHTS, Setup, load_trained, measure
 from fnet_search.export import MODEL, quantized_model
@@ -147,13 +148,19 @@ class Display(Protocol):
 
 
 def run_study(
-    request: Request, policy: Policy, run: RunFolder, trials: int, workers: int | None, display: Display
+    request: Request,
+    policy: Policy,
+    run: RunFolder,
+    trials: int,
+    workers: int | None,
+    display: Display,
+    deadline: Deadline | None = None,
 ) -> Outcome:
     """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
 
     Of `FixedPlans`, all are trained. Raises FnetError, before anything is written, for data or a storage that cannot be
     read, a device that is not there, a limit that no network of the space meets, or a folder that was made with another
-    configuration.
+    configuration; TimeUp at the deadline.
     """
     if run.exists:
         _compare(run, request.config())
@@ -204,7 +211,7 @@ def run_study(
         with WorkerPool(workers, setup, data, run.path) as pool:
             if unfinished and (setup.fidelity.warm_start or requirements(policy)):
                 _restore(record, pool, display)
-            for event in search(policy, record, pool, trials):
+            for event in search(policy, record, pool, trials, deadline):
                 display.show(event)
             test = _test(record, data, pool, display)
         display.status("drawing figures and the report")

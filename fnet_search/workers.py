@@ -72,8 +72,8 @@ def how_many(
 Task = Job | ProbeTask
 """What a worker does: train a candidate, or probe a layer."""
 
-Judge = Callable[[int, TrainingProgress], bool]
-"""Told of each step of a candidate; whether its training is to stop, where an epoch ended."""
+Judge = Callable[[int, TrainingProgress], bool | None]
+"""Told of each step of a candidate; whether its training is to stop, where an epoch ended; None lets it wait there."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class _Worker:
     process: BaseProcess
     pipe: "Connection[object, object]"
     task: Task | None = None
+    held: bool = False
     fault: str = ""
 
 
@@ -154,6 +155,11 @@ class WorkerPool:
         """Workers that have a task."""
         return sum(worker.task is not None for worker in self._workers)
 
+    @property
+    def held(self) -> int:
+        """Workers whose training waits at the end of an epoch, for good."""
+        return sum(worker.held for worker in self._workers)
+
     def submit(self, task: Task) -> None:
         """Gives a task to an idle worker, starting one if there are fewer than `count`."""
         idle = [worker for worker in self._workers if worker.task is None]
@@ -171,7 +177,7 @@ class WorkerPool:
     ) -> Iterator[Progressed | Finished | Probing | Probed]:
         """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk).
 
-        A worker whose epoch ended waits for what `judge` says of it.
+        A worker whose epoch ended waits for what `judge` says of it. Not to be called when all that are busy are held.
         """
         pipes = {worker.pipe: worker for worker in self._workers}
         for pipe in wait(list(pipes)):
@@ -190,7 +196,8 @@ class WorkerPool:
                 worker.task = None
             if isinstance(message, Progressed):
                 stop = judge(message.number, message.progress)
-                if message.progress.ended:
+                worker.held = message.progress.ended and stop is None
+                if message.progress.ended and not worker.held:
                     with suppress(OSError):  # it died meanwhile
                         worker.pipe.send(stop)
             assert isinstance(message, Progressed | Finished | Probing | Probed)

@@ -498,6 +498,21 @@ def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: 
     assert kinds[0] == kinds[1], "nothing is left of what was interrupted"
 
 
+def test_a_time_limit_stops_at_the_end_of_an_epoch(fnet: Callable, refused: Callable[..., str]) -> None:
+    given = ("evaluate", "--space", "tiny", "--plan", "f2", "--epochs", "2", *PLAIN, "--out", "run")
+    code, out, err = fnet(*given, "--time-limit", "1s")
+    assert (code, err) == (5, "")
+    assert re.fullmatch(r"time limit of 1s reached, [\d:]+ left; the same command goes on from here", last_line(out))
+    code, out, err = fnet(*given, "--time-limit", "1h")
+    assert (code, err) == (0, "")
+    assert last_line(out) == "1 network measured; files in run"
+    assert "must be a time above 0; write 25m, 90s or 1h30m" in refused(*given, "--time-limit", "25")
+
+
+def last_line(out: str) -> str:
+    return out.splitlines()[-1]
+
+
 def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     """No option but for the size of it: a worker a core, kernels compiled where they are faster."""
     said = []

@@ -108,6 +108,18 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
     ]
 
 
+def test_what_is_read_from_a_checkpoint_took_no_time(time: list[float]) -> None:
+    shown, out = begun(trials=2)
+    shown.show(started(0, F2))
+    time[0] += 5
+    shown.show(Progressed(0, replace(ENDED, loss=None)))
+    shown.show(Progressed(0, replace(ENDED, epoch=2, done=0.5, loss=None)))
+    assert last(out).endswith("; time left: measuring")
+    time[0] += 10
+    shown.show(Progressed(0, replace(ENDED, epoch=3, done=0.75)))
+    assert last(out).endswith("; 0:50 left"), "1 + 4 epochs of 10 s"
+
+
 def test_the_time_left_with_some_trained_before_and_several_at_once(time: list[float]) -> None:
     shown, out = begun(trials=5, done=2)
     assert last(out).startswith("study one in runs/one: up to 5 candidates, 2 trained before; ")

@@ -1,7 +1,7 @@
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
+from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_duration, parse_share, percent
 
 WHOLE = 266_010_624
 
@@ -102,3 +102,24 @@ def test_what_people_read() -> None:
     assert percent(0.972549, 1) == "97.3 %"
     assert percent(0.0) == "0.00 %"
     assert percent(None) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("25m", 25 * 60),
+        ("90s", 90),
+        ("1h30m", 90 * 60),
+        (" 1h 2min 3s ", 3600 + 2 * 60 + 3),
+        ("1.5H", 90 * 60),
+        ("0.5s", 0.5),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text, "--time-limit") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "25", "0m", "-5m", "m", "1.2.3h", "30m1h", "5 weeks", "infs", "nanm"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(FnetError, match=r"^--time-limit '.*' must be a time above 0; write 25m, 90s or 1h30m$"):
+        parse_duration(text, "--time-limit")

@@ -19,6 +19,7 @@ from fnet_policies import LayerGuided, Random
 from fnet_search import numerics
 from fnet_search.audit import compare
 from fnet_search.data import hold_out, load_dataset
+from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
@@ -611,6 +612,24 @@ def test_a_search_that_was_cut_off_while_probing_ends_the_same(
     total = [event.total for event in notes.events if isinstance(event, ProbesProgressed)]
     rates = [len(rates) for rates in legal_rates(TINY).values()]
     assert total[0] == sum(rates) - 2 if after == 1 else total[0] < sum(rates) - 2
+    for name in ("candidates.csv", "probes.csv", "choices.csv"):
+        assert (folder / name).read_bytes() == (guided[0] / name).read_bytes()
+
+
+def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
+    guided: tuple[Path, Outcome, list[Event]], tmp_path: Path
+) -> None:
+    """The reference, a layer's probes, a candidate and the final training: one piece of work each time."""
+    folder, stops = tmp_path / "run", 0
+    while True:
+        try:
+            run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, 1, Notes(), Deadline(0))
+            break
+        except TimeUp:
+            stops += 1
+    layers = len(legal_rates(TINY))
+    epochs = sum(one.epochs for one in guided[1].evaluations)
+    assert stops >= epochs - len(guided[1].evaluations) + layers
     for name in ("candidates.csv", "probes.csv", "choices.csv"):
         assert (folder / name).read_bytes() == (guided[0] / name).read_bytes()
 

@@ -7,6 +7,7 @@ import pytest
 from evaluations import failed, probes, pruned, trained
 
 from fnet_policies import TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random
+from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
@@ -122,13 +123,17 @@ class Clocked:
     def busy(self) -> int:
         return len(self.jobs)
 
+    @property
+    def held(self) -> int:
+        return sum(None in entry for entry in self.jobs)
+
     def submit(self, job: Any) -> None:
         assert self.busy < self.count
         self.jobs.append([job, 0])
         self.submitted.append(job)
 
     def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Any]:
-        entry = self.jobs[-1]
+        entry = next(entry for entry in reversed(self.jobs) if None not in entry)
         if isinstance(entry[0], ProbeTask):
             self.jobs.remove(entry)
             layer, rates = entry[0].layer, entry[0].rates
@@ -455,3 +460,29 @@ def test_probes_are_not_measured_twice(stop: int) -> None:
         layer for layer, _ in REGULAR.rates
     } - {layer for layer in done if layer} - ({"conv_16_2"} if "" in done else set())
     assert record.evaluations == whole.evaluations
+
+
+def test_at_the_deadline_trainings_wait_and_nothing_is_begun() -> None:
+    """The last of three workers is held, then the others; of what was begun nothing has ended."""
+    record, pool = Listed(), Clocked(3)
+    with pytest.raises(TimeUp):
+        list(search(Scripted([F4, F2, DWS, REGULAR]), record, pool, 4, Deadline(0)))
+    assert list(record.running.values()) == [F4, F2, DWS]
+    assert (record.evaluations, pool.held, record.progressed) == ({}, 3, [2, 1, 0])
+
+
+def test_a_search_that_is_done_at_the_deadline_is_done() -> None:
+    """It is only with more to do that time is up."""
+    deadline = Deadline(0)
+    deadline.worked = True
+    record = Listed(evaluations={0: trained(TINY, F4, 0, 0.9, 0.8)})
+    assert list(search(Scripted([F2]), record, Clocked(), 1, deadline)) == []
+    with pytest.raises(TimeUp):
+        list(search(Scripted([F2]), record, Clocked(), 2, deadline))
+    assert record.running == {}
+
+
+def test_at_the_deadline_the_hopeless_still_stop() -> None:
+    record = Listed(stopped=(F2,))
+    list(search(Scripted([F2]), record, Clocked(), 1, Deadline(0)))
+    assert [one.state for one in record.evaluations.values()] == ["pruned"]

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 WANTED = {"fnet_search", "fnet_policies"}
 DATA = {
     *(f"fnet_search/spaces/{path.name}" for path in (ROOT / "spaces").glob("*.toml")),
+    *(f"fnet_search/studies/{path.name}" for path in (ROOT / "studies").glob("*.toml")),
     *(f"fnet_search/recipes/{path.name}" for path in (ROOT / "fnet_search" / "recipes").glob("*.toml")),
     "fnet_search/py.typed",
     "fnet_policies/py.typed",

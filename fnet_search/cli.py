@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from fnet_search.plan import FactorizationPlan
     from fnet_search.policy import Constraints, Policy
     from fnet_search.recipe import Fidelity
-    from fnet_search.run import Outcome, Request
+    from fnet_search.run import Machine, Outcome, Request
 
 T = TypeVar("T")
 
@@ -319,12 +320,6 @@ def _request(
     from fnet_search.recipe import load_recipe
     from fnet_search.run import Request
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
-        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
-    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
-    for name, default in own if options["numerics_of"] else ():
-        if options[name] != default:
-            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
     return Request(
         space=space,
         dataset=_absolute(options["dataset"]),
@@ -335,16 +330,22 @@ def _request(
         scheme=parse_scheme_options(options),
         seed=options["seed"],
         split=split,
-        device=options["device"],
-        dtype=options["dtype"],
-        threads=options["threads"],
-        fused=options["fused"],
-        numerics_of=options["numerics_of"],
-        storage=options["storage"],
-        data_dir=options["data_dir"],
-        download=options["download"],
         audit_all=options.get("audit", "all") == "all",
+        storage=options["storage"],
+        machine=_machine(options),
     )
+
+
+def _machine(options: dict[str, Any]) -> "Machine":
+    from fnet_search.run import Machine
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
+        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
+    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
+    for name, default in own if options["numerics_of"] else ():
+        if options[name] != default:
+            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
+    return Machine(**{one.name: options[one.name] for one in fields(Machine)})
 
 
 def _absolute(dataset: str) -> str:
@@ -371,7 +372,7 @@ def _execute(request: "Request", policy: "Policy", name: str, trials: int, optio
     folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
     with TerminalDisplay(console()) as display:
         try:
-            outcome = run_study(request, policy, RunFolder(folder), trials, options["workers"], display, deadline)
+            outcome = run_study(request, policy, RunFolder(folder), trials, display, deadline)
         except TimeUp:
             display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
             sys.exit(TIME_UP)

@@ -1,15 +1,16 @@
 """Recipes: how a candidate is trained, as data (``fnet_search/recipes/*.toml``, or a user's own file by path)."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
+from math import cos, isfinite, pi
 from typing import Any, Literal, get_args
 
 from fnet_search import resources
 from fnet_search.errors import FnetError, unknown
 from fnet_search.tables import build
 
-Schedule = Literal["steps", "one-cycle"]
+Schedule = Literal["steps", "one-cycle", "cosine"]
 Initializer = Literal["glorot_uniform", "he_normal", "orthogonal"]
 
 
@@ -30,7 +31,8 @@ class Augmentation:
 @dataclass(frozen=True)
 class Recipe:
     """SGD with momentum; `steps` multiplies the rate by 0.1 at each epoch of `milestones`, scaled when the number of
-    epochs is changed; `one-cycle` rises linearly over the first `warmup` of the steps and falls linearly to zero."""
+    epochs is changed; `one-cycle` rises linearly over the first `warmup` of the steps and falls linearly to zero;
+    `cosine` falls to zero as half a cosine does (SGDR without restarts, arXiv 1608.03983)."""
 
     name: str
     epochs: int
@@ -80,6 +82,10 @@ class Recipe:
             if value not in known:
                 raise unknown(name, value, known)
 
+    def changed(self, table: Mapping[str, Any]) -> "Recipe":
+        """The same recipe but for the entries of a TOML table. Raises FnetError for whatever is wrong with them."""
+        return _build({**vars(self), "milestones": list(self.milestones)}, self.augmentation, table)
+
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """The same recipe over another number of epochs; milestones move in proportion."""
         if epochs is None or epochs == self.epochs:
@@ -109,6 +115,8 @@ class Recipe:
             passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)
             return float(self.learning_rate * 0.1**passed)
         total = self.epochs * steps_per_epoch
+        if self.schedule == "cosine":
+            return float(self.learning_rate * (1 + cos(pi * step / total)) / 2)
         peak = max(1.0, self.warmup * total)
         rise, fall = (step + 1) / peak, (total - step) / max(1.0, total - peak + 1)
         return float(self.learning_rate * min(1.0, rise, fall))
@@ -139,10 +147,15 @@ def load_recipe(name: str) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FnetError(f"cannot read recipe {path}: {error}") from None
     try:
-        changes = table.pop("augmentation", {})
-        if not isinstance(changes, dict):
-            raise FnetError("augmentation must be a table, as in [augmentation]")
-        augmentation = build(Augmentation, changes, "an augmentation")
-        return build(Recipe, {"name": path.stem, **table, "augmentation": augmentation}, "a recipe")
+        return _build({"name": path.stem}, Augmentation(), table)
     except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
+
+
+def _build(known: Mapping[str, Any], augmentation: Augmentation, table: Mapping[str, Any]) -> Recipe:
+    """What is known, with the entries of a TOML table instead."""
+    changes = table.get("augmentation", {})
+    if not isinstance(changes, dict):
+        raise FnetError("augmentation must be a table, as in [augmentation]")
+    augmentation = build(Augmentation, {**vars(augmentation), **changes}, "an augmentation")
+    return build(Recipe, {**known, **table, "augmentation": augmentation}, "a recipe")

@@ -46,6 +46,21 @@ from fnet_search.workers import WorkerPool, cores, how_many
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes, and where its data lie: nothing of it changes what is looked for."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    fused: bool | None = None
+    numerics_of: Path | None = None
+    """An earlier run, to compute as it did."""
+    workers: int | None = None
+    data_dir: Path = Path("data")
+    download: bool = False
+
+
+@dataclass(frozen=True)
 class Request:
     """What a user asks for, checked as far as it can be without data. What `config` gives cannot change between runs in
     one folder."""
@@ -59,15 +74,9 @@ class Request:
     scheme: Scheme
     seed: int
     split: SplitName
-    device: str
-    dtype: str
-    threads: int | None
-    fused: bool | None
-    numerics_of: Path | None
-    storage: str | None
-    data_dir: Path
-    download: bool
-    audit_all: bool
+    audit_all: bool = False
+    storage: str | None = None
+    machine: Machine = Machine()
 
     def config(self) -> dict[str, Any]:
         """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
@@ -152,7 +161,6 @@ def run_study(
     policy: Policy,
     run: RunFolder,
     trials: int,
-    workers: int | None,
     display: Display,
     deadline: Deadline | None = None,
 ) -> Outcome:
@@ -164,24 +172,25 @@ def run_study(
     """
     if run.exists:
         _compare(run, request.config())
-    check_dtype(check_device(request.device), request.dtype)
+    machine = request.machine
+    check_dtype(check_device(machine.device), machine.dtype)
     display.status(f"reading {request.dataset}")
     shape, reading = request.space.input_shape, partial(display.advance, "reading images")
-    data = load_dataset(request.dataset, shape, request.data_dir, request.download, reading)
+    data = load_dataset(request.dataset, shape, machine.data_dir, machine.download, reading)
     if request.split == "validation":
         data = hold_out(data)
     space = request.space.with_classes(len(data.classes))
     _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
-    recorded = _recorded(run, request)
-    device = recorded.device if recorded else check_device(request.device)
-    threads = recorded.threads if recorded else request.threads or 1
-    workers = how_many(workers, device, threads, space, request.recipe, data)
+    recorded = _recorded(run, machine)
+    device = recorded.device if recorded else check_device(machine.device)
+    threads = recorded.threads if recorded else machine.threads or 1
+    workers = how_many(machine.workers, device, threads, space, request.recipe, data)
     if recorded is None:
         display.status("measuring what this device is fast with")
     elif recorded.fused and not run.exists:
         check_kernels(recorded)
-    numerics = recorded or resolve(device, request.dtype, workers, cores(), request.threads, request.fused)
+    numerics = recorded or resolve(device, machine.dtype, workers, cores(), machine.threads, machine.fused)
     config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
     storage = _storage(request.storage, run)
     with run.locked():
@@ -252,20 +261,20 @@ def _json(facts: dict[str, Any]) -> Any:
     return json.loads(json.dumps(facts))
 
 
-def _recorded(run: RunFolder, request: Request) -> Numerics | None:
+def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
     """The numerics recorded in the run that was named, or here, where nothing else is wanted.
 
     Raises FnetError for a device that is not there any more, and where that run cannot be read.
     """
-    known = RunFolder(request.numerics_of) if request.numerics_of is not None else run
+    known = RunFolder(machine.numerics_of) if machine.numerics_of is not None else run
     if known is run and not run.exists:
         return None
     found = Numerics.from_json(known.config()["numerics"])
     wanted = (
-        request.device in ("auto", found.device),
-        request.dtype in ("auto", found.dtype),
-        request.threads in (None, found.threads),
-        request.fused in (None, found.fused),
+        machine.device in ("auto", found.device),
+        machine.dtype in ("auto", found.dtype),
+        machine.threads in (None, found.threads),
+        machine.fused in (None, found.fused),
     )
     if not all(wanted):
         return None

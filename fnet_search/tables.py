@@ -44,9 +44,11 @@ def _value(key: str, value: object, wanted: object) -> object:
         raise FnetError(f"{key} must be a list of numbers, got {value!r}")
     if is_dataclass(wanted):
         return value  # a table that was built before
+    number = isinstance(value, float) or is_int(value), "a number"
     kinds: dict[object, tuple[bool, str]] = {
         bool: (isinstance(value, bool), "true or false"),
-        float: (isinstance(value, float) or is_int(value), "a number"),
+        float: number,
+        float | None: number,
         int: (is_int(value), "an integer"),
     }
     good, name = kinds.get(wanted, (isinstance(value, str), "a string"))

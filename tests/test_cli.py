@@ -185,7 +185,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--polcy", "tpe"), "'--policy'"),
         (("run", "--space", "tiyn", "--budget", "1"), "unknown space 'tiyn'; did you mean 'tiny'?"),
         (("run", "--space", "no.toml", "--budget", "1"), "space file no.toml does not exist"),
-        (("run", "--space", ".", "--budget", "1"), "unknown space '.'; known: factorizenet, factorizenet-gap, tiny"),
+        (("run", "--space", ".", "--budget", "1"), "unknown space '.'; known: factorizenet, factorizenet-first-bias, "),
         (("run", *TINY, "--policy", "tep"), "unknown policy 'tep'; did you mean 'tpe'?"),
         (("run", *TINY, "--dataset", "cifar"), "unknown data set 'cifar'; did you mean 'cifar10'?"),
         (

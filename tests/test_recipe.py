@@ -165,3 +165,15 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "none.toml"))
     with pytest.raises(FnetError, match=r"unknown recipe 'quik'; did you mean 'quick'\?"):
         load_recipe("quik")
+
+
+def test_cosine_falls_to_zero() -> None:
+    """From the whole rate; a half of it in the middle; symmetric about it."""
+    recipe = replace(load_recipe("quick"), schedule="cosine", epochs=4)
+    rates = [recipe.rate(step, 10) for step in range(40)]
+    assert rates[0] == recipe.learning_rate
+    assert rates[20] == pytest.approx(recipe.learning_rate / 2)
+    assert [one + other for one, other in zip(rates[1:], rates[:0:-1], strict=True)] == pytest.approx(
+        [recipe.learning_rate] * 39
+    )
+    assert sorted(rates, reverse=True) == rates

@@ -28,7 +28,7 @@ from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
-from fnet_search.run import Outcome, Request, open_study, report_again, run_study
+from fnet_search.run import Machine, Outcome, Request, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme
@@ -46,15 +46,7 @@ SEARCH = Request(
     scheme=Scheme(),
     seed=3,
     split="validation",
-    device="cpu",
-    dtype="float32",
-    threads=1,
-    fused=False,
-    numerics_of=None,
-    storage=None,
-    data_dir=Path("data"),
-    download=False,
-    audit_all=False,
+    machine=Machine("cpu", "float32", 1, False, workers=1),
 )
 RANDOM = Random()
 WARM = replace(SEARCH, fidelity=Fidelity(warm_start=True, warm_epochs=1, prune=True, final_epochs=2))
@@ -96,7 +88,8 @@ def go(
     folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = RANDOM, workers: int = 1
 ) -> tuple[Outcome, Notes]:
     notes = Notes()
-    return run_study(request, policy, RunFolder(folder), trials, workers, notes), notes
+    request = replace(request, machine=replace(request.machine, workers=workers))
+    return run_study(request, policy, RunFolder(folder), trials, notes), notes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,7 +170,7 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
 def test_a_finished_run_does_nothing_again(run: Path, whole: tuple[Path, Outcome]) -> None:
     """In a folder of another name, too, and with the recorded numerics where nothing else is wanted."""
     before = files_in(run)
-    outcome, notes = go(run, request=replace(SEARCH, device="auto", dtype="auto", threads=None, fused=None))
+    outcome, notes = go(run, request=replace(SEARCH, machine=Machine()))
     assert (notes.started, notes.begun) == ([], [(2, 2)])
     assert not any("measuring" in text for text in notes.texts)
     assert replace(outcome, report=whole[1].report) == whole[1]
@@ -282,7 +275,10 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ),
         ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),
         ({"space": load_space("factorizenet")}, "space"),
-        ({"dtype": "bfloat16"}, "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
+        (
+            {"machine": replace(SEARCH.machine, dtype="bfloat16")},
+            "numerics.dtype: 'float32' recorded, 'bfloat16' wanted",
+        ),
         ({"storage": "sqlite:///x.db"}, "storage: None recorded, 'sqlite:///x.db' wanted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -302,16 +298,16 @@ def test_a_run_computes_as_another_one_did(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, other)
     recorded["numerics"] |= {"channels_last": False, "group_widths": [32, 16, 16, 8, 16], "alone_threads": 5}
     (other / "config.json").write_text(json.dumps(recorded))
-    like = replace(WARM, dtype="auto", device="auto", threads=None, fused=None, numerics_of=other)
+    like = replace(WARM, machine=Machine(numerics_of=other))
     _, notes = go(tmp_path / "new", request=like)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["numerics"] == recorded["numerics"]
     assert not any("measuring what" in text for text in notes.texts)
 
     with pytest.raises(FnetError, match=f"^{re.escape(str(tmp_path / 'none'))} is not a run folder"):
-        go(tmp_path / "third", request=replace(like, numerics_of=tmp_path / "none"))
+        go(tmp_path / "third", request=replace(WARM, machine=Machine(numerics_of=tmp_path / "none")))
     assert not (tmp_path / "third").exists()
     with pytest.raises(FnetError, match=r"\(numerics\.channels_last: True recorded, False wanted; "):
-        go(run, request=replace(SEARCH, numerics_of=other))
+        go(run, request=replace(SEARCH, machine=replace(SEARCH.machine, numerics_of=other)))
 
 
 @pytest.fixture
@@ -436,11 +432,14 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     ("change", "message"),
     [
         ({"dataset": "digit"}, "unknown data set 'digit'"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"machine": Machine("cuda:99")}, "device 'cuda:99' is not there"),
         ({"storage": "garbage"}, "an Optuna URL is wanted"),
         ({"constraints": Constraints(params=1_577)}, "a limit of 1,577 parameters is below the smallest network"),
-        ({"dtype": "tf32"}, r"^dtype tf32 needs a CUDA device of compute capability 8\.0 or more, not cpu$"),
-        ({"dtype": "tf32", "device": "auto"}, "^dtype tf32 needs a CUDA device of compute capability"),
+        (
+            {"machine": Machine("cpu", "tf32")},
+            r"^dtype tf32 needs a CUDA device of compute capability 8\.0 or more, not cpu$",
+        ),
+        ({"machine": Machine(dtype="tf32")}, "^dtype tf32 needs a CUDA device of compute capability"),
         (
             {"workers": 1_000_000},
             r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use --workers \d+ ",
@@ -449,7 +448,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
 )
 def test_what_cannot_be_run_leaves_no_folder(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     workers = change.pop("workers", 1)
-    if change.get("device") == "auto" and torch.cuda.is_available():
+    if change.get("machine") == Machine(dtype="tf32") and torch.cuda.is_available():
         pytest.skip("this machine has what cannot be there")
     with pytest.raises(FnetError, match=message):
         go(tmp_path / "run", request=replace(SEARCH, **change), workers=workers)
@@ -607,7 +606,7 @@ def test_a_search_that_was_cut_off_while_probing_ends_the_same(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, 1, PulledPlug(after))
+        run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, PulledPlug(after))
     _, notes = go(folder, 2, GUIDED, LayerGuided())
     total = [event.total for event in notes.events if isinstance(event, ProbesProgressed)]
     rates = [len(rates) for rates in legal_rates(TINY).values()]
@@ -623,7 +622,7 @@ def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
     folder, stops = tmp_path / "run", 0
     while True:
         try:
-            run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, 1, Notes(), Deadline(0))
+            run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, Notes(), Deadline(0))
             break
         except TimeUp:
             stops += 1

@@ -1,0 +1,193 @@
+"""Studies as data (``studies/*.toml``, or a user's own file by path): what is trained, measured and compared."""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from fnet_search import resources
+from fnet_search.errors import FnetError, unknown
+from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.plan import parse_plan
+from fnet_search.recipe import Recipe, load_recipe
+from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.tables import build
+
+
+@dataclass(frozen=True)
+class Published:
+    """What somebody else reported of a network; fractions of 1."""
+
+    fp32_accuracy: float | None = None
+    quint8_accuracy: float | None = None
+    relative_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value <= 1:
+                raise FnetError(f"{name} must be a fraction of 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A side of a comparison: the study on this space, with this recipe."""
+
+    name: str
+    space: Macroarchitecture
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Of a study that searches: what ``fnet-search run`` has as options, with its defaults."""
+
+    policy: str
+    budget: str
+    trials: int = 6
+    min_quint8: str = ""
+    max_drop: str = ""
+    max_params: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a study: a variant with a seed."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its run folder: ``seed0``, or ``he-seed0``."""
+        return f"{self.variant.name}-seed{self.seed}".removeprefix("-")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Given `plans` on every variant, or a search on every variant, each with every seed.
+
+    Networks of given plans are trained on all training images, quantized as the first of `schemes` says, and measured
+    on the test split; then quantized as each other one says, without training.
+    """
+
+    name: str
+    description: str
+    dataset: str
+    variants: tuple[Variant, ...]
+    plans: tuple[str, ...] = ()
+    search: SearchOptions | None = None
+    seeds: tuple[int, ...] = (0,)
+    schemes: tuple[Scheme, ...] = (Scheme(),)
+    compare: tuple[str, ...] = ()
+    """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
+    published: Mapping[str, Published] = field(default_factory=dict)
+    """By plan, as it is written in `plans`."""
+
+    @property
+    def parts(self) -> list[Part]:
+        return [Part(variant, seed) for variant, seed in product(self.variants, self.seeds)]
+
+    def with_options(self, dataset: str | None, epochs: int | None, seeds: tuple[int, ...]) -> "Study":
+        """The same study of other data, with other epochs (learning-rate steps move in proportion), other seeds."""
+        variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
+        return replace(self, dataset=dataset or self.dataset, variants=variants, seeds=seeds or self.seeds)
+
+
+def load_study(name: str) -> Study:
+    """A shipped study by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
+    path = resources.find("studies", "study", name)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FnetError(f"cannot read study {path}: {error}") from None
+    try:
+        return _study(path.stem, table)
+    except FnetError as error:
+        raise FnetError(f"{path}: {error}") from None
+
+
+_KEYS = {
+    "description": str,
+    "space": str,
+    "dataset": str,
+    "recipe": str,
+    "seeds": list,
+    "plans": list,
+    "search": dict,
+    "ranges": list,
+    "compare": list,
+    "variants": dict,
+    "published": dict,
+}
+_NAMES = {str: "a string", list: "a list", dict: "a table"}
+
+
+def _study(name: str, table: Mapping[str, Any]) -> Study:
+    for key, value in table.items():
+        if key not in _KEYS:
+            raise unknown("key", key, _KEYS)
+        if not isinstance(value, _KEYS[key]):
+            raise FnetError(f"{key} must be {_NAMES[_KEYS[key]]}, got {value!r}")
+    for key in ("space", "dataset", "recipe"):
+        if key not in table:
+            raise FnetError(f"a study needs {key!r}")
+    if ("plans" in table) == ("search" in table):
+        raise FnetError("a study needs either plans or a [search]")
+    seeds = table.get("seeds", [0])
+    if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
+        raise FnetError(f"seeds must be a list of whole numbers from 0 on, got {seeds!r}")
+    variants = tuple(_variants(table))
+    texts = {key: _texts(key, table) for key in ("plans", "ranges", "compare")}
+    for variant, plan in product(variants, texts["plans"]):
+        parse_plan(variant.space, plan)
+    if "plans" in table and not texts["plans"]:
+        raise FnetError('plans must name one at least, as in ["regular"]')
+    published = {
+        plan: build(Published, entry, f"what is published of {plan!r}") for plan, entry in _tables(table, "published")
+    }
+    for key, plans in (("compare", texts["compare"]), ("published", tuple(published))):
+        for plan in plans:
+            if plan not in texts["plans"]:
+                raise FnetError(f"{key}: {plan!r} is not among the plans")
+    return Study(
+        name=name,
+        description=table.get("description", ""),
+        dataset=table["dataset"],
+        variants=variants,
+        plans=texts["plans"],
+        search=build(SearchOptions, table["search"], "a search") if "search" in table else None,
+        seeds=tuple(seeds),
+        schemes=tuple(map(parse_scheme, texts["ranges"])) or (Scheme(),),
+        compare=texts["compare"],
+        published=published,
+    )
+
+
+def _texts(key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    values = table.get(key, [])
+    if not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
+        raise FnetError(f"{key} must be a list of different strings, got {values!r}")
+    return tuple(values)
+
+
+def _tables(table: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, entry in table.get(key, {}).items():
+        if not isinstance(entry, dict):
+            raise FnetError(f"{key}.{name} must be a table, got {entry!r}")
+        yield name, entry
+
+
+def _variants(table: Mapping[str, Any]) -> Iterator[Variant]:
+    """Those of [variants], which may have another space, and another recipe or changes of it; or the only one."""
+    if "variants" not in table:
+        yield Variant("", load_space(table["space"]), load_recipe(table["recipe"]))
+    for name, changes in _tables(table, "variants"):
+        for key in changes:
+            if key not in ("space", "recipe"):
+                raise FnetError(f"variants.{name} has no {key!r}; it may have space and recipe")
+        space, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
+        if not isinstance(space, str) or not isinstance(recipe, str | dict):
+            raise FnetError(f"variants.{name}: space is a name or a path, recipe one too or a table of changes")
+        found = load_recipe(recipe) if isinstance(recipe, str) else load_recipe(table["recipe"]).changed(recipe)
+        yield Variant(name, load_space(space), found)

@@ -2,57 +2,46 @@
 
 import json
 import re
-import signal
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from fnet_search import __version__
-from fnet_search.commands import (
-    analyze,
-    audit,
+from fnet_search.commands import analyze, audit, export, latency, quantize
+from fnet_search.errors import FnetError
+from fnet_search.options import (
+    Commands,
+    absolute,
     console,
-    data_dir_option,
-    export,
-    latency,
+    constraints_of,
+    dataset_name,
+    machine_of,
+    machine_options,
     parse_scheme_options,
-    quantize,
     quiet,
     scheme_options,
+    until_time_is_up,
 )
-from fnet_search.errors import FnetError, unknown
+from fnet_search.study_commands import study
 
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
     from fnet_search.plan import FactorizationPlan
     from fnet_search.policy import Constraints, Policy
     from fnet_search.recipe import Fidelity
-    from fnet_search.run import Machine, Outcome, Request
+    from fnet_search.run import Outcome, Request
 
 T = TypeVar("T")
 
 NOTHING_FEASIBLE = 3
 """Exit code of a search in which no candidate met the constraints."""
-TIME_UP = 5
-"""Exit code of a run that its time limit stopped."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
 
-class _Commands(click.Group):
-    """Commands; of an unknown one, the nearest is named."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args[0] not in self.commands:
-            raise unknown("command", args[0], self.commands)
-        return super().resolve_command(ctx, args)
-
-
-@click.group(cls=_Commands, context_settings=_SETTINGS, invoke_without_command=True)
+@click.group(cls=Commands, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fnet-search")
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -62,6 +51,7 @@ def cli(context: click.Context) -> None:
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
     On what a run left:  export, audit, quantize, analyze, latency, report
+    The paper's table and figures:  study
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -81,54 +71,17 @@ def _shared(command: Any) -> Any:
         ),
         click.option("--epochs", type=click.IntRange(1), show_default="the recipe's", help="Epochs of each training."),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of policy and trainings."),
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
-            default="auto",
-            help="Arithmetic of the training; auto measures what this device is fast with.",
-        ),
-        click.option(
-            "--fused/--no-fused",
-            default=None,
-            show_default="what is measured to be faster",
-            help="Train with BatchNorm and ReLU in one pass, compiled by torch.compile; takes a C++ compiler.",
-        ),
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            show_default="one a core; on CUDA 2",
-            help="Processes that train candidates at the same time.",
-        ),
-        click.option(
-            "--threads",
-            type=click.IntRange(1),
-            show_default="1, or a worker's share of the cores if that is measured to be faster",
-            help="Threads of a worker on the CPU.",
-        ),
-        click.option(
-            "--numerics-of",
-            metavar="RUN",
-            type=click.Path(path_type=Path),
-            help="Compute as this earlier run did, measuring nothing: equal runs then give equal bits.",
-        ),
         click.option(
             "--out",
             type=click.Path(path_type=Path),
             show_default="runs/<study name>",
             help="Run folder; an earlier run in it goes on. Its name is the study's.",
         ),
-        click.option(
-            "--time-limit",
-            metavar="TIME",
-            help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
-        ),
         click.option("--storage", show_default="a journal file in the run folder", help="Optuna storage URL."),
-        click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
     ]
     for option in reversed(options):
         command = option(command)
-    return scheme_options(data_dir_option(command))
+    return scheme_options(machine_options(command))
 
 
 @cli.command()
@@ -184,10 +137,10 @@ def run(**options: Any) -> None:
     from fnet_search.policy import load_policy
 
     space = load_space(options["space"])
-    constraints = _constraints(space, options)
+    constraints = constraints_of(space, options)
     policy = load_policy(options["policy"])
     budget = options["budget"].replace("%", "pct")
-    name = "-".join([space.name, _dataset_name(options["dataset"]), options["policy"], budget])
+    name = "-".join([space.name, dataset_name(options["dataset"]), options["policy"], budget])
     request = _request(space, constraints, options["policy"], "validation", options, _fidelity(options))
     _execute(request, policy, name, options["trials"], options)
 
@@ -215,7 +168,7 @@ def evaluate(**options: Any) -> None:
 
     space = load_space(options["space"])
     plans = tuple(dict.fromkeys(parse_plan(space, text) for text in options["plans"]))
-    name = "-".join(["evaluate", space.name, _dataset_name(options["dataset"])])
+    name = "-".join(["evaluate", space.name, dataset_name(options["dataset"])])
     request = _request(space, Constraints(), "fixed plans", "test", options, Fidelity())
     _execute(request, FixedPlans(plans), name, len(plans), options)
 
@@ -265,35 +218,8 @@ def report(folder: Path, storage: str | None) -> None:
     _print_outcome(outcome, folder)
 
 
-for _command in (export, audit, quantize, analyze, latency):
+for _command in (export, audit, quantize, analyze, latency, study):
     cli.add_command(_command)
-
-
-def _constraints(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
-    from fnet_search.plan import legal_rates, plan_cost, regular, smallest_conv_macs
-    from fnet_search.policy import Constraints
-    from fnet_search.quantities import mmac, parse_budget, parse_count, parse_share
-
-    if not legal_rates(space):
-        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
-    budget = parse_budget(options["budget"], plan_cost(space, regular(space)).conv_macs)
-    smallest = smallest_conv_macs(space)
-    if budget < smallest:
-        raise FnetError(
-            f"budget {options['budget']} is below the smallest network of space {space.name!r}, "
-            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
-        )
-    return Constraints(
-        budget,
-        _given(options, "max_params", parse_count),
-        _given(options, "min_quint8", parse_share),
-        _given(options, "max_drop", parse_share),
-    )
-
-
-def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -> T | None:
-    text = options[name]
-    return None if text is None else parse(text, f"--{name.replace('_', '-')}")
 
 
 def _fidelity(options: dict[str, Any]) -> "Fidelity":
@@ -322,7 +248,7 @@ def _request(
 
     return Request(
         space=space,
-        dataset=_absolute(options["dataset"]),
+        dataset=absolute(options["dataset"]),
         recipe=load_recipe(options["recipe"]).with_epochs(options["epochs"]),
         fidelity=fidelity,
         policy_name=policy,
@@ -332,50 +258,18 @@ def _request(
         split=split,
         audit_all=options.get("audit", "all") == "all",
         storage=options["storage"],
-        machine=_machine(options),
+        machine=machine_of(options),
     )
 
 
-def _machine(options: dict[str, Any]) -> "Machine":
-    from fnet_search.run import Machine
-
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
-        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
-    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
-    for name, default in own if options["numerics_of"] else ():
-        if options[name] != default:
-            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
-    return Machine(**{one.name: options[one.name] for one in fields(Machine)})
-
-
-def _absolute(dataset: str) -> str:
-    kind, colon, path = dataset.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
-
-
-def _dataset_name(dataset: str) -> str:
-    """What a run folder's name says of a data set."""
-    return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset
-
-
 def _execute(request: "Request", policy: "Policy", name: str, trials: int, options: dict[str, Any]) -> None:
-    from fnet_search.deadline import Deadline, TimeUp
-    from fnet_search.progress import TerminalDisplay
-    from fnet_search.quantities import parse_duration
     from fnet_search.run import run_study
     from fnet_search.runfolder import RunFolder
 
-    limit = options["time_limit"]
-    deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
-    quiet()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
-    with TerminalDisplay(console()) as display:
-        try:
-            outcome = run_study(request, policy, RunFolder(folder), trials, display, deadline)
-        except TimeUp:
-            display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
-            sys.exit(TIME_UP)
+    outcome = until_time_is_up(
+        options, lambda display, deadline: run_study(request, policy, RunFolder(folder), trials, display, deadline)
+    )
     _print_outcome(outcome, folder)
     if request.split == "validation" and not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)

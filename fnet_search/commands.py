@@ -9,69 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fnet_search.errors import FnetError
+from fnet_search.options import console, data_dir_option, parse_scheme_options, quiet, scheme_options
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-    from rich.console import Console
 
     from fnet_search.data import DataSet
     from fnet_search.progress import TerminalDisplay
     from fnet_search.recorded import RecordedNetwork, RecordedRun
-    from fnet_search.scheme import Scheme
 
 CODES_DIFFER = 4
 """Exit code of an audit that found a difference."""
 
 
-def scheme_options(command: Any) -> Any:
-    """The options that say how a network is quantized."""
-    options = [
-        click.option(
-            "--ranges",
-            default="percentile:1",
-            show_default=True,
-            help="Activation ranges: minmax, percentile:P (P % clipped at the top and at the bottom), or mse (least "
-            "squared error).",
-        ),
-        click.option(
-            "--per-channel", is_flag=True, help="A weight scale for each output channel, not for each tensor."
-        ),
-        click.option(
-            "--equalize", is_flag=True, help="Cross-layer equalization: the same function, weight ranges evened out."
-        ),
-        click.option(
-            "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
-    from fnet_search.scheme import Scheme, parse_ranges
-
-    return Scheme(parse_ranges(options["ranges"]), options["per_channel"], options["equalize"], options["bias_correct"])
-
-
-def console() -> "Console":
-    from rich.console import Console
-
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
-
-
-def quiet() -> None:
-    """Optuna reports each trial on its own; we have our own lines for that."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
 _run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where torchvision's data sets lie."
-)
 _storage = click.option(
     "--storage", show_default="the journal file in the run folder", help="Optuna storage URL, to make the report again."
 )

@@ -22,6 +22,11 @@ class Deadline:
         self.worked = False
         """Whether this process has got any further."""
 
+    def check(self) -> None:
+        """Raises TimeUp where no other piece of work is to be begun."""
+        if self.over:
+            raise TimeUp
+
     def begin(self, number: int) -> None:
         """A training starts or goes on."""
         self._begun[number] = time.monotonic()

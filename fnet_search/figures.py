@@ -22,9 +22,10 @@ from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats,
 from fnet_search.quantities import millions
 
 DPI = 150
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000")  # Okabe and Ito: safe for the colour-blind
-MARKERS = ("o", "s", "^", "D", "v", "P")
-SHOWN = len(COLOURS)  # networks in a figure of layers
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00", "#999999")
+"""Okabe and Ito's, but for their yellow, which is pale on white: safe for the colour-blind."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SHOWN = 6  # networks of a search in a figure of layers
 GREY, STAR = "#666666", "#e69f00"
 
 
@@ -274,7 +275,7 @@ def layers_figure(
 ) -> Figure:
     """A line a network through its KxK convolutions and dense layers; its pointwise convolutions are hollow markers.
 
-    `networks`, at most SHOWN, have their names in the legend; the line of `best` is thick.
+    `networks`, at most as many as there are COLOURS, have their names in the legend; the line of `best` is thick.
     """
     figure = new_figure(8.2)
     heading(figure, f"{title} of every layer: {space.name}")

@@ -37,8 +37,9 @@ class TerminalDisplay:
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, TrainingProgress | None] = {}
         self._trials = self._started = 0
-        self._epochs = self._all_epochs = 0  # of the candidates that ended, and of all that this run trains
-        self._before = 0.0  # the share that was done when `_start` was
+        self._epochs = self._all_epochs = 0.0  # of the candidates that ended, and of all that this run trains
+        self._before = 0.0  # epochs that were done when `_start` was
+        self._later = 0.0  # epochs of the study's runs after this one
         self._each = 0  # of a candidate, as far as is known before
         self._start = time.monotonic()
         self._what, self._quarter = "", -1
@@ -71,8 +72,12 @@ class TerminalDisplay:
             self.say(text)
         self._quarter = 4 * done // total
 
+    def part(self, name: str, later: float) -> None:
+        self._later = later
+
     def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
         self._setup, self._trials, self._started, self._start = setup, trials, done, time.monotonic()
+        self._epochs, self._before = 0.0, 0.0
         fidelity, recipe = setup.fidelity, setup.recipe
         self._each = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
         self._all_epochs = max(0, trials - done) * self._each + fidelity.final_epochs
@@ -99,7 +104,7 @@ class TerminalDisplay:
             case Progressed(number, progress):
                 self._running[number] = progress
                 if progress.ended and progress.loss is None:  # read from a checkpoint: it took no time now
-                    self._before, self._start = self._share(), time.monotonic()
+                    self._before, self._start = self._done(), time.monotonic()
                 if not self._live and progress.ended:
                     self.say(f"{self._describe(number, progress)}; {self.left()}")
             case Finished(evaluation, seconds):
@@ -130,23 +135,22 @@ class TerminalDisplay:
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
         return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
 
-    def _share(self) -> float:
-        """Of the epochs that this run has to train, done. An image costs about the same in all networks."""
+    def _done(self) -> float:
+        """Epochs, of those that this run has to train. An image costs about the same in all networks."""
         assert self._setup is not None
         parts = [
             progress.done * self._setup.recipe_of(self._jobs[number]).epochs
             for number, progress in self._running.items()
             if progress
         ]
-        return min(1.0, (self._epochs + sum(parts)) / max(1, self._all_epochs))
+        return min(self._all_epochs, self._epochs + sum(parts))
 
     def left(self) -> str:
-        """As in ``4:05 left``: all of this run, by what the part so far took."""
-        share = self._share()
-        gained = share - self._before
-        if gained < 0.01:  # a guess from less would be wild
+        """As in ``4:05 left``: of this run and the study's later ones, by what the part so far took."""
+        gained, whole = self._done() - self._before, self._all_epochs + self._later
+        if gained < 0.01 * self._all_epochs or not gained:  # a guess from less would be wild
             return "time left: measuring"
-        return f"{clock((time.monotonic() - self._start) * (1 - share) / gained)} left"
+        return f"{clock((time.monotonic() - self._start) * (whole - self._done()) / gained)} left"
 
     def _table(self) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
@@ -159,7 +163,9 @@ class TerminalDisplay:
         running = sum(self._jobs[number].role == "candidate" for number in self._running)
         done = f"{self._started - running} of {self._trials} candidates trained"
         overall = Table.grid(padding=(0, 1))
-        overall.add_row(done, ProgressBar(width=20, completed=100 * self._share()), self.left())
+        overall.add_row(
+            done, ProgressBar(width=20, total=max(1, self._all_epochs), completed=self._done()), self.left()
+        )
         return Group(grid, overall)
 
 

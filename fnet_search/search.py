@@ -150,8 +150,7 @@ def _train(
     record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role, deadline: Deadline
 ) -> Iterator[Event]:
     """Gives a plan to an idle worker."""
-    if deadline.over:
-        raise TimeUp
+    deadline.check()
     job = record.start(plan, role)
     deadline.begin(job.number)
     yield Started(job)

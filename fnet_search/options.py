@@ -1,0 +1,200 @@
+"""Options that several commands have, and what is made of them."""
+
+import re
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fnet_search.errors import FnetError, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fnet_search.deadline import Deadline
+    from fnet_search.macro import Macroarchitecture
+    from fnet_search.policy import Constraints
+    from fnet_search.progress import TerminalDisplay
+    from fnet_search.run import Machine
+    from fnet_search.scheme import Scheme
+
+T = TypeVar("T")
+
+TIME_UP = 5
+"""Exit code of work that its time limit stopped."""
+
+
+class Commands(click.Group):
+    """Commands; of an unknown one, the nearest is named."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            raise unknown("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+def scheme_options(command: Any) -> Any:
+    """The options that say how a network is quantized."""
+    options = [
+        click.option(
+            "--ranges",
+            default="percentile:1",
+            show_default=True,
+            help="Activation ranges: minmax, percentile:P (P % clipped at the top and at the bottom), or mse (least "
+            "squared error).",
+        ),
+        click.option(
+            "--per-channel", is_flag=True, help="A weight scale for each output channel, not for each tensor."
+        ),
+        click.option(
+            "--equalize", is_flag=True, help="Cross-layer equalization: the same function, weight ranges evened out."
+        ),
+        click.option(
+            "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
+    from fnet_search.scheme import Scheme, parse_ranges
+
+    return Scheme(parse_ranges(options["ranges"]), options["per_channel"], options["equalize"], options["bias_correct"])
+
+
+def console() -> "Console":
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=160)
+
+
+def quiet() -> None:
+    """Optuna reports each trial on its own; we have our own lines for that."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where torchvision's data sets lie."
+)
+
+
+def machine_options(command: Any) -> Any:
+    """Where and how a command trains, how long, and where its data are."""
+    options = [
+        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
+            default="auto",
+            help="Arithmetic of the training; auto measures what this device is fast with.",
+        ),
+        click.option(
+            "--fused/--no-fused",
+            default=None,
+            show_default="what is measured to be faster",
+            help="Train with BatchNorm and ReLU in one pass, compiled by torch.compile; takes a C++ compiler.",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            show_default="one a core; on CUDA 2",
+            help="Processes that train candidates at the same time.",
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(1),
+            show_default="1, or a worker's share of the cores if that is measured to be faster",
+            help="Threads of a worker on the CPU.",
+        ),
+        click.option(
+            "--numerics-of",
+            metavar="RUN",
+            type=click.Path(path_type=Path),
+            help="Compute as this earlier run did, measuring nothing: equal runs then give equal bits.",
+        ),
+        click.option(
+            "--time-limit",
+            metavar="TIME",
+            help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
+        ),
+        click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return data_dir_option(command)
+
+
+def machine_of(options: dict[str, Any]) -> "Machine":
+    from fnet_search.run import Machine
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
+        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
+    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
+    for name, default in own if options["numerics_of"] else ():
+        if options[name] != default:
+            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
+    return Machine(**{one.name: options[one.name] for one in fields(Machine)})
+
+
+def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, Deadline | None], T]") -> T:
+    """Does the work of a command with ``--time-limit``, showing its progress; at the limit exits with TIME_UP."""
+    from fnet_search.deadline import Deadline, TimeUp
+    from fnet_search.progress import TerminalDisplay
+    from fnet_search.quantities import parse_duration
+
+    limit = options["time_limit"]
+    deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
+    quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with TerminalDisplay(console()) as display:
+        try:
+            return work(display, deadline)
+        except TimeUp:
+            display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
+            sys.exit(TIME_UP)
+
+
+def constraints_of(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
+    from fnet_search.plan import legal_rates, plan_cost, regular, smallest_conv_macs
+    from fnet_search.policy import Constraints
+    from fnet_search.quantities import mmac, parse_budget, parse_count, parse_share
+
+    if not legal_rates(space):
+        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+    budget = parse_budget(options["budget"], plan_cost(space, regular(space)).conv_macs)
+    smallest = smallest_conv_macs(space)
+    if budget < smallest:
+        raise FnetError(
+            f"budget {options['budget']} is below the smallest network of space {space.name!r}, "
+            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
+        )
+    return Constraints(
+        budget,
+        _given(options, "max_params", parse_count),
+        _given(options, "min_quint8", parse_share),
+        _given(options, "max_drop", parse_share),
+    )
+
+
+def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -> T | None:
+    text = options[name]
+    return None if not text else parse(text, f"--{name.replace('_', '-')}")
+
+
+def absolute(dataset: str) -> str:
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
+
+
+def dataset_name(dataset: str) -> str:
+    """What a run folder's name says of a data set."""
+    return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset

@@ -1,0 +1,122 @@
+"""The command line of studies: ``fnet-search study run``, ``list`` and ``show``."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search.options import (
+    Commands,
+    absolute,
+    constraints_of,
+    dataset_name,
+    machine_of,
+    machine_options,
+    until_time_is_up,
+)
+
+if TYPE_CHECKING:
+    from fnet_search.deadline import Deadline
+    from fnet_search.policy import Constraints
+    from fnet_search.progress import TerminalDisplay
+    from fnet_search.recorded import RecordedRun
+    from fnet_search.studies import Part, Study
+
+
+@click.group(cls=Commands)
+def study() -> None:
+    """Run recorded studies: the paper's table and figures, and what its questions compare."""
+
+
+@study.command("list")
+def list_() -> None:
+    """The studies that ship with the tool."""
+    from fnet_search import resources
+    from fnet_search.studies import load_study
+
+    names = resources.names("studies")
+    for name in names:
+        click.echo(f"{name:{max(map(len, names))}}  {load_study(name).description}")
+
+
+@study.command()
+@click.argument("name", metavar="STUDY")
+def show(name: str) -> None:
+    """What a study trains, quantizes and compares. STUDY: a shipped one, or the path of a TOML file."""
+    from fnet_search.studies import load_study
+
+    for line in described(load_study(name)):
+        click.echo(line)
+
+
+def described(study: "Study") -> list[str]:
+    """A study in lines, for people."""
+    from fnet_search.study_run import epochs
+
+    what = f"plans {', '.join(study.plans)}"
+    if study.search is not None:
+        what = f"search of {study.search.trials} candidates by {study.search.policy} under {study.search.budget}"
+    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
+    lines = [f"{study.name}: {study.description}", f"data set {study.dataset}; {seeds}; {what}"]
+    for one in study.variants:
+        recipe = one.recipe
+        training = f"recipe {recipe.name}, {recipe.epochs} epochs, {recipe.schedule}, {recipe.initializer}"
+        lines.append(f"{f'variant {one.name}: ' if one.name else ''}space {one.space.name}; {training}")
+    total = sum(epochs(study, part) for part in study.parts)
+    lines.append(f"quantized with {', '.join(map(str, study.schemes))}; about {total:,.0f} epochs in all")
+    return lines
+
+
+@study.command()
+@click.argument("name", metavar="STUDY")
+@click.option("--dataset", show_default="the study's", help="Another data set, as of `run`.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    show_default="the recipe's",
+    help="Epochs of each training; steps of the rate move.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=click.IntRange(0, 2**32 - 1),
+    multiple=True,
+    show_default="the study's",
+    help="May be repeated.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), show_default="runs/study-<name>-<data set>", help="Folder of the study."
+)
+@machine_options
+def run(**options: Any) -> None:
+    """Train, quantize and compare all networks of a study; the same command again goes on where it stopped.
+
+    STUDY: a shipped one (see `fnet-search study list`), or the path of a TOML file. Each variant and seed is a run of
+    its own in the study's folder; results.md there has the table and the figures, networks.csv and layers.csv what was
+    measured. More seeds may be added to an earlier study in the same folder.
+    """
+    from fnet_search.studies import load_study
+    from fnet_search.study_results import markdown, networks, rows, table, write_results
+    from fnet_search.study_run import StudyFolder, run_parts
+
+    chosen = load_study(options["name"]).with_options(options["dataset"], options["epochs"], options["seeds"])
+    chosen = replace(chosen, dataset=absolute(chosen.dataset))
+    default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
+    folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", default)
+
+    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> "dict[Part, RecordedRun]":
+        return run_parts(chosen, StudyFolder(folder), machine_of(options), _constraints, display, deadline)
+
+    def _constraints(part: "Part") -> "Constraints":
+        from fnet_search.policy import Constraints
+
+        return Constraints() if chosen.search is None else constraints_of(part.variant.space, vars(chosen.search))
+
+    runs = until_time_is_up(options, work)
+    found = rows(chosen, networks(chosen, runs))
+    path = write_results(chosen, runs, folder)
+    if found:
+        click.echo(markdown(table(chosen, found)))
+    click.echo(f"results: {path}")

@@ -1,0 +1,320 @@
+"""What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from fnet_search.figures import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    PRECISIONS,
+    RANGES,
+    Values,
+    heading,
+    layers_figure,
+    log_if_wide,
+    new_figure,
+    save_png,
+    style,
+)
+from fnet_search.files import write_text
+from fnet_search.labels import Labelled, place_labels
+from fnet_search.macro import Macroarchitecture
+from fnet_search.numerics import Numerics
+from fnet_search.plan import label, parse_plan
+from fnet_search.policy import Evaluation
+from fnet_search.quantities import millions
+from fnet_search.recorded import RecordedRun
+from fnet_search.runfolder import versions
+from fnet_search.studies import Part, Published, Study, Variant
+
+RESULTS = "results.md"
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network of a study, as one scheme quantizes it."""
+
+    part: Part
+    plan: str
+    """As the study names it; of a search, the winner's label."""
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class Row:
+    """The networks that differ in nothing but their seeds, and what was published of one like them."""
+
+    variant: Variant
+    plan: str
+    scheme: str
+    networks: tuple[Network, ...]
+    published: Published
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name} {self.plan}".strip()
+
+    def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
+        """Of each seed, where it was measured."""
+        found = (value(one.evaluation) for one in self.networks)
+        return [scale * one for one in found if one is not None]
+
+
+def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
+    """Those of given plans; of a search the winners, as measured on the test split."""
+    found = []
+    for part, run in runs.items():
+        if study.search is not None:
+            if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
+                found.append(Network(part, label(run.space, winner.evaluation.plan), test))
+            continue
+        names = {parse_plan(part.variant.space, plan): plan for plan in reversed(study.plans)}
+        found += [
+            Network(part, names[one.evaluation.plan], one.evaluation)
+            for one in run.networks
+            if one.evaluation.plan in names
+        ]
+    return found
+
+
+def rows(study: Study, found: Sequence[Network]) -> list[Row]:
+    """In the order of variants, plans and schemes that the study has."""
+    plans = study.plans or tuple(dict.fromkeys(one.plan for one in found))
+    listed = []
+    for variant in study.variants:
+        for plan in plans:
+            for scheme in map(str, study.schemes):
+                same = tuple(
+                    one
+                    for one in found
+                    if (one.part.variant, one.plan, one.evaluation.scheme) == (variant, plan, scheme)
+                )
+                if same:
+                    listed.append(Row(variant, plan, scheme, same, study.published.get(plan, Published())))
+    return listed
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table, and a panel of Figure 4."""
+
+    title: str
+    unit: str
+    value: Callable[[Evaluation], float | None]
+    scale: float = 1.0
+    digits: int = 2
+    published: Callable[[Published], float | None] = lambda published: None
+
+
+MEASURES = (
+    Measure("fp32 accuracy", "%", lambda one: one.fp32_accuracy, 100, published=lambda one: one.fp32_accuracy),
+    Measure("quint8 accuracy", "%", lambda one: one.quint8_accuracy, 100, published=lambda one: one.quint8_accuracy),
+    Measure("relative drop", "%", lambda one: one.relative_drop, 100, published=lambda one: one.relative_drop),
+    Measure("QMSE", "", lambda one: one.qmse, digits=3),
+    Measure("QCE", "nats", lambda one: one.qce, digits=3),
+    Measure("KL", "nats", lambda one: one.kl, digits=3),
+)
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """``78.47 ± 0.21``: mean and sample standard deviation, which one value does not have; a dash for none."""
+    if not values:
+        return "-"
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
+    """Heads, then a row each: numbers as mean ± standard deviation over seeds; a column of published numbers beside
+    each of ours that has any."""
+    several = len(study.variants) > 1
+    published = [any(one.published(known) is not None for known in study.published.values()) for one in MEASURES]
+    head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
+    for measure, known in zip(MEASURES, published, strict=True):
+        head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
+        head += ["published"] if known else []
+    lines = [[*head, "codes that differ in ONNX Runtime"]]
+    for row in listed:
+        line = [*([row.variant.name] if several else []), row.plan]
+        line += [millions(row.networks[0].evaluation.cost.conv_macs), row.scheme, str(len(row.networks))]
+        for measure, known in zip(MEASURES, published, strict=True):
+            line.append(mean_and_spread(row.values(measure.value, measure.scale), measure.digits))
+            if known:
+                other = measure.published(row.published)
+                line.append("" if other is None else f"{measure.scale * other:.{measure.digits}f}")
+        audits = [one.evaluation.audit for one in row.networks if one.evaluation.audit is not None]
+        counted = f"{sum(one.differing for one in audits):,} of {sum(one.codes for one in audits):,}"
+        lines.append([*line, counted if audits else "-"])
+    return lines
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    ruler = ["---" if name in ("variant", "network", "ranges") else "---:" for name in head]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *body))
+
+
+def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
+    """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured."""
+    named = ("fp32_accuracy", "quint8_accuracy", "relative_drop", "qmse", "qce", "kl")
+    return pd.DataFrame(
+        [
+            {
+                **_key(one),
+                "split": one.evaluation.split,
+                "epochs": one.evaluation.epochs,
+                "trained_images": one.evaluation.trained_images,
+                "conv_macs": one.evaluation.cost.conv_macs,
+                "params": one.evaluation.cost.params,
+                **{name: getattr(one.evaluation, name) for name in named},
+                "audited_codes": one.evaluation.audit.codes if one.evaluation.audit else None,
+                "differing_codes": one.evaluation.audit.differing if one.evaluation.audit else None,
+            }
+            for one in found
+        ]
+    ).astype({"audited_codes": "Int64", "differing_codes": "Int64"})
+
+
+def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
+    """One row a layer of each network and scheme, every field of LayerStats a column."""
+    return pd.DataFrame([{**_key(one), **vars(layer)} for one in found for layer in one.evaluation.layers])
+
+
+def _key(one: Network) -> dict[str, object]:
+    scheme = one.evaluation.scheme
+    return {"variant": one.part.variant.name, "plan": one.plan, "seed": one.part.seed, "scheme": scheme}
+
+
+# Figures
+
+
+def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
+    """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
+    standard deviation over seeds. A colour a variant and scheme; published numbers are hollow."""
+    figure = new_figure(7.4, 8.4)
+    heading(figure, f"Accuracy and quantization error against MACs: {study.name}, test split")
+    panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
+    fp32, quint8, drop, qmse, qce, _ = MEASURES
+    sides = list(dict.fromkeys((row.variant, row.scheme) for row in listed))
+    several = len({row.scheme for row in listed}) > 1
+    for axes, measures in zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True):
+        style(axes)
+        everything: list[float] = []
+        for place, (variant, scheme) in enumerate(sides):
+            own = [row for row in listed if (row.variant, row.scheme) == (variant, scheme)]
+            named = " ".join(part for part in (variant.name, scheme if several else "") if part)
+            for shape, measure in enumerate(measures):
+                colour = COLOURS[(place + shape if len(sides) == 1 else place) % len(COLOURS)]
+                title = f"{named} {measure.title}".strip() if len(measures) > 1 else named or measure.title
+                everything += _points(axes, own, measure, colour, "os"[shape], title)
+                known = [(row, measure.published(row.published)) for row in own if place == 0]
+                xs, ys = _published(known, measure.scale)
+                if xs:
+                    axes.plot(
+                        xs, ys, "os"[shape], markerfacecolor="none", color=GREY, label=f"{measure.title}, published"
+                    )
+                everything += ys
+        unit = f" ({measures[0].unit})" if measures[0].unit else ""
+        axes.set_ylabel(("accuracy" if len(measures) > 1 else measures[0].title) + unit, fontsize=9)
+        log_if_wide(axes, everything)
+        axes.margins(x=0.1, y=0.12)
+        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+        if len(sides) == 1:
+            place_labels(axes, [_label(row, measures) for row in listed])
+    for axes in panels[2:]:
+        axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+    return figure
+
+
+def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str, title: str) -> list[float]:
+    found = [(row.networks[0].evaluation.cost.conv_macs / 1e6, row.values(measure.value, measure.scale)) for row in own]
+    found = sorted((macs, values) for macs, values in found if values)
+    means = [fmean(values) for _, values in found]
+    spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
+    macs = [macs for macs, _ in found]
+    axes.errorbar(
+        macs, means, spreads, color=colour, marker=marker, markersize=4.5, linestyle="none", capsize=2, label=title
+    )
+    return means
+
+
+def _published(known: Sequence[tuple[Row, float | None]], scale: float) -> tuple[list[float], list[float]]:
+    points = [
+        (row.networks[0].evaluation.cost.conv_macs / 1e6, scale * value) for row, value in known if value is not None
+    ]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _label(row: Row, measures: Sequence[Measure]) -> Labelled:
+    means = [fmean(values) for one in measures if (values := row.values(one.value, one.scale))]
+    return Labelled((row.plan,), row.networks[0].evaluation.cost.conv_macs / 1e6, means, size=4.0)
+
+
+def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:
+    """By file name. Layers are drawn of the first seed, as the first scheme quantizes them."""
+    if not listed:
+        return {}
+    drawn = {"tradeoff.png": tradeoff_figure(study, listed)}
+    for variant in study.variants if study.search is None else ():
+        own = [row for row in listed if row.variant == variant and row.scheme == str(study.schemes[0])]
+        shown = [(row.name, row.networks[0].evaluation) for row in own]
+        suffix = f"-{variant.name}" if variant.name else ""
+        drawn |= {f"ranges{suffix}.png": _layers(variant.space, shown, "Ranges", RANGES)} if shown else {}
+        compared = [(row.name, row.networks[0].evaluation) for row in own if row.plan in study.compare]
+        if compared:
+            values = {**RANGES, "folded precision (%)": PRECISIONS["folded precision (%)"]}
+            drawn[f"compared{suffix}.png"] = _layers(variant.space, compared, "Ranges and precisions", values)
+    return drawn
+
+
+def _layers(space: Macroarchitecture, shown: list[tuple[str, Evaluation]], title: str, values: Values) -> Figure:
+    return layers_figure(space, shown[: len(MARKERS)], title, values)
+
+
+CAPTIONS = {
+    "tradeoff": "The paper's Figure 4. Mean and standard deviation over seeds; hollow: published by the paper.",
+    "ranges": "The paper's Figure 5: ranges of trained weights, of weights with BatchNorm folded in, of clipped "
+    "activations.",
+    "compared": "The paper's Figure 6: the same beside average channel precisions of the folded weights.",
+}
+
+
+def write_results(study: Study, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
+    """results.md with its figures, networks.csv and layers.csv, in the study's folder; gives results.md."""
+    found = networks(study, runs)
+    listed = rows(study, found)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    drawn = figures(study, listed)
+    for name, figure in drawn.items():
+        save_png(figure, folder / "figures" / name)
+    write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / RESULTS, _page(study, runs, listed, list(drawn)))
+    return folder / RESULTS
+
+
+def _page(study: Study, runs: Mapping[Part, RecordedRun], listed: Sequence[Row], drawn: Sequence[str]) -> str:
+    config = next(iter(runs.values())).config
+    recipe = config["recipe"]
+    facts = {
+        "data set": f"{config['dataset'].partition(':')[0]}, fingerprint {config['data']['fingerprint']}",
+        "recipe": f"{recipe['name']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}",
+        "seeds": ", ".join(map(str, study.seeds)),
+        "numerics": str(Numerics.from_json(config["numerics"])),
+        "versions": ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items()),
+    }
+    lines = [f"# {study.name}", "", study.description, ""]
+    lines += [f"- {name}: {text}" for name, text in facts.items()]
+    split = "On the test split; mean ± standard deviation over seeds, where there are several."
+    lines += ["", split, "", markdown(table(study, listed)) if listed else "Nothing is trained yet.", ""]
+    for name in drawn:
+        caption = CAPTIONS[name.partition(".")[0].partition("-")[0]]
+        lines += [f"![{caption}](figures/{name})", "", caption, ""]
+    return "\n".join(lines)

@@ -6,8 +6,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from fnet_search.figures import (
     COLOURS,
@@ -194,6 +197,9 @@ def _key(one: Network) -> dict[str, object]:
 
 # Figures
 
+SHAPES = dict(zip("os", COLOURS, strict=False))
+"""Markers of the two accuracies, and their colours where colours do not stand for variants."""
+
 
 def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
@@ -203,58 +209,81 @@ def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
     fp32, quint8, drop, qmse, qce, _ = MEASURES
     sides = list(dict.fromkeys((row.variant, row.scheme) for row in listed))
-    several = len({row.scheme for row in listed}) > 1
-    for axes, measures in zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True):
+    shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
+    for axes, measures in shown:
         style(axes)
-        everything: list[float] = []
-        for place, (variant, scheme) in enumerate(sides):
-            own = [row for row in listed if (row.variant, row.scheme) == (variant, scheme)]
-            named = " ".join(part for part in (variant.name, scheme if several else "") if part)
-            for shape, measure in enumerate(measures):
-                colour = COLOURS[(place + shape if len(sides) == 1 else place) % len(COLOURS)]
-                title = f"{named} {measure.title}".strip() if len(measures) > 1 else named or measure.title
-                everything += _points(axes, own, measure, colour, "os"[shape], title)
-                known = [(row, measure.published(row.published)) for row in own if place == 0]
-                xs, ys = _published(known, measure.scale)
-                if xs:
-                    axes.plot(
-                        xs, ys, "os"[shape], markerfacecolor="none", color=GREY, label=f"{measure.title}, published"
-                    )
-                everything += ys
+        drawn: list[float] = []
+        for place, side in enumerate(sides):
+            own = [row for row in listed if (row.variant, row.scheme) == side]
+            for shape, measure in zip("os", measures, strict=False):
+                colour = COLOURS[place % len(COLOURS)] if len(sides) > 1 else SHAPES[shape]
+                drawn += _points(axes, own, measure, colour, shape)
+        for shape, measure in zip("os", measures, strict=False):
+            drawn += _published(axes, listed, measure, shape)
         unit = f" ({measures[0].unit})" if measures[0].unit else ""
         axes.set_ylabel(("accuracy" if len(measures) > 1 else measures[0].title) + unit, fontsize=9)
-        log_if_wide(axes, everything)
+        log_if_wide(axes, drawn)
         axes.margins(x=0.1, y=0.12)
-        axes.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
-        if len(sides) == 1:
-            place_labels(axes, [_label(row, measures) for row in listed])
     for axes in panels[2:]:
-        axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+        axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
+    _legend(figure, study, sides)
+    if len(sides) == 1:
+        for axes, measures in shown:  # last: it fixes where everything is
+            place_labels(axes, [_label(row, measures) for row in listed])
     return figure
 
 
-def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str, title: str) -> list[float]:
-    found = [(row.networks[0].evaluation.cost.conv_macs / 1e6, row.values(measure.value, measure.scale)) for row in own]
-    found = sorted((macs, values) for macs, values in found if values)
+def _legend(figure: Figure, study: Study, sides: Sequence[tuple[Variant, str]]) -> None:
+    """Below all panels: shapes, then a colour a variant and scheme where there are several."""
+
+    def shape(marker: str, name: str, colour: str, face: str) -> Artist:
+        return Line2D(
+            [], [], marker=marker, label=name, color=colour, markerfacecolor=face, linestyle="none", markersize=5
+        )
+
+    colours = [GREY if len(sides) > 1 else SHAPES[marker] for marker in "os"]
+    found = [shape(*one) for one in zip("os", ("fp32 accuracy", "quint8 accuracy"), colours, colours, strict=True)]
+    if study.published:
+        found.append(shape("o", "hollow: published", GREY, "none"))
+    several = len({scheme for _, scheme in sides}) > 1
+    for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
+        name = " ".join(part for part in (variant.name, scheme if several else "") if part)
+        found.append(Patch(color=COLOURS[place % len(COLOURS)], label=name))
+    figure.legend(handles=found, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+
+
+def _macs(row: Row) -> float:
+    return row.networks[0].evaluation.cost.conv_macs / 1e6
+
+
+def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str) -> list[float]:
+    """Mean and standard deviation of each row; gives the means."""
+    found = [(_macs(row), values) for row in own if (values := row.values(measure.value, measure.scale))]
     means = [fmean(values) for _, values in found]
     spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
-    macs = [macs for macs, _ in found]
     axes.errorbar(
-        macs, means, spreads, color=colour, marker=marker, markersize=4.5, linestyle="none", capsize=2, label=title
+        [macs for macs, _ in found],
+        means,
+        spreads,
+        color=colour,
+        marker=marker,
+        markersize=4.5,
+        linestyle="none",
+        capsize=2,
     )
     return means
 
 
-def _published(known: Sequence[tuple[Row, float | None]], scale: float) -> tuple[list[float], list[float]]:
-    points = [
-        (row.networks[0].evaluation.cost.conv_macs / 1e6, scale * value) for row, value in known if value is not None
-    ]
-    return [x for x, _ in points], [y for _, y in points]
+def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str) -> list[float]:
+    known = {_macs(row): value for row in listed if (value := measure.published(row.published)) is not None}
+    values = [measure.scale * value for value in known.values()]
+    axes.plot(list(known), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
+    return values
 
 
 def _label(row: Row, measures: Sequence[Measure]) -> Labelled:
     means = [fmean(values) for one in measures if (values := row.values(one.value, one.scale))]
-    return Labelled((row.plan,), row.networks[0].evaluation.cost.conv_macs / 1e6, means, size=4.0)
+    return Labelled((row.plan,), _macs(row), means, size=4.0)
 
 
 def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:

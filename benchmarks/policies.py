@@ -24,7 +24,7 @@ from machine import machine
 from plans import Measured, Study, arguments, line, measure, open_study, probes_of, read, references
 
 from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
-from fnet_search.figures import COLOURS, new_figure, save_png, style
+from fnet_search.figures import COLOURS, GREY, MARKERS, new_figure, save_png, style
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, History, Policy
 from fnet_search.quantities import parse_budget
@@ -229,11 +229,11 @@ def _write_csv(study: Study, curves: dict[tuple[str, str, int], Curve]) -> None:
 
 
 def _picture(study: Study, curves: dict[tuple[str, str, int], Curve], options: argparse.Namespace):
-    """Test accuracy of the best so far, mean over seeds, against images."""
-    figure = new_figure(3.6 * len(options.budgets))
-    for axes, budget in zip(
-        figure.subplots(len(options.budgets), 1, squeeze=False)[:, 0], options.budgets, strict=True
-    ):
+    """Test accuracy of the best so far, mean over seeds, against images. Rivals have colours, ablations are dotted."""
+    figure = new_figure(3.3 * len(options.budgets) + 0.7)
+    panels = figure.subplots(len(options.budgets), 1, squeeze=False)[:, 0]
+    rivals = [policy for policy in options.policies if policy in RIVALS]
+    for axes, budget in zip(panels, options.budgets, strict=True):
         style(axes)
         for place, policy in enumerate(options.policies):
             own = [curves[policy, budget, seed] for seed in options.seeds]
@@ -242,15 +242,21 @@ def _picture(study: Study, curves: dict[tuple[str, str, int], Curve], options: a
             for images in steps:
                 reached = [one.best[max(0, int(np.searchsorted(one.images, images, "right")) - 1)] for one in own]
                 means.append(100 * np.mean([one.test for one in reached]))
-            line = "-" if policy == "layer-guided" else ":" if policy.startswith(" ") else "--"
-            width = 2.4 if policy == "layer-guided" else 1.1
-            colour = COLOURS[place % len(COLOURS)]
-            axes.plot(np.array(steps) / 1000, means, line, linewidth=width, color=colour, label=policy.strip())
-            axes.plot(steps[-1] / 1000, means[-1], "o", markersize=3.5, color=colour)
+            if policy in RIVALS:
+                look = {"color": COLOURS[1:][rivals.index(policy)], "linewidth": 1.2}
+            elif policy.startswith(" "):
+                look = {"color": GREY, "linewidth": 1.2, "linestyle": ":"}
+            else:
+                look = {"color": COLOURS[0], "linewidth": 3.0}
+            thousands = np.array(steps) / 1000
+            axes.plot(thousands, means, drawstyle="steps-post", zorder=3 if policy == "layer-guided" else 2, **look)
+            marker, colour = MARKERS[place % len(MARKERS)], look["color"]
+            axes.plot(thousands[-1], means[-1], marker, markersize=5.5, color=colour, zorder=5 if policy == "layer-guided" else 4)
+            axes.plot([], [], marker=marker, markersize=5.5, label=policy.strip(), **look)
         axes.set_title(f"budget {budget}", fontsize=9, loc="left")
         axes.set_ylabel("quint8 accuracy of the best so far,\ntest images (%)", fontsize=8)
-        axes.legend(fontsize=7, ncols=3, frameon=False)
     axes.set_xlabel("images that candidates were trained on (thousands; the reference is not counted)", fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -248,10 +248,10 @@ def _picture(study: Study, curves: dict[tuple[str, str, int], Curve], options: a
                 look = {"color": GREY, "linewidth": 1.2, "linestyle": ":"}
             else:
                 look = {"color": COLOURS[0], "linewidth": 3.0}
-            thousands = np.array(steps) / 1000
-            axes.plot(thousands, means, drawstyle="steps-post", zorder=3 if policy == "layer-guided" else 2, **look)
+            thousands, front = np.array(steps) / 1000, 5 if policy == "layer-guided" else 3
+            axes.plot(thousands, means, drawstyle="steps-post", zorder=front - 1, **look)
             marker, colour = MARKERS[place % len(MARKERS)], look["color"]
-            axes.plot(thousands[-1], means[-1], marker, markersize=5.5, color=colour, zorder=5 if policy == "layer-guided" else 4)
+            axes.plot(thousands[-1], means[-1], marker, markersize=5.5, color=colour, zorder=front)
             axes.plot([], [], marker=marker, markersize=5.5, label=policy.strip(), **look)
         axes.set_title(f"budget {budget}", fontsize=9, loc="left")
         axes.set_ylabel("quint8 accuracy of the best so far,\ntest images (%)", fontsize=8)

@@ -1,7 +1,6 @@
 """Factorization plans: legal rates, named plans, and exact MACs and parameters, from arithmetic alone."""
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +12,7 @@ import tomli_w
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Activation, BatchNorm, Conv, Macroarchitecture, Node, Shape
+from fnet_search.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -184,10 +184,7 @@ def _assignment(part: str) -> tuple[str, int]:
 
 def load_plan(space: Macroarchitecture, path: Path) -> FactorizationPlan:
     """Reads a plan file: a ``[rates]`` table of layer = rate."""
-    try:
-        rates = tomllib.loads(path.read_text(encoding="utf-8")).get("rates")
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FnetError(f"cannot read plan {path}: {error}") from None
+    rates = read_table(path, "plan").get("rates")
     if not isinstance(rates, dict) or not all(type(rate) is int for rate in rates.values()):
         raise FnetError(f"{path}: a plan file needs a [rates] table of layer = rate")
     return make_plan(space, rates)

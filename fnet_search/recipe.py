@@ -1,6 +1,5 @@
 """Recipes: how a candidate is trained, as data (``fnet_search/recipes/*.toml``, or a user's own file by path)."""
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import cos, isfinite, pi
@@ -8,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from fnet_search import resources
 from fnet_search.errors import FnetError, unknown
-from fnet_search.tables import build
+from fnet_search.tables import build, read_table
 
 Schedule = Literal["steps", "one-cycle", "cosine"]
 Initializer = Literal["glorot_uniform", "he_normal", "orthogonal"]
@@ -142,10 +141,7 @@ class Fidelity:
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
     path = resources.find("recipes", "recipe", name)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FnetError(f"cannot read recipe {path}: {error}") from None
+    table = read_table(path, "recipe")
     try:
         return _build({"name": path.stem}, Augmentation(), table)
     except FnetError as error:

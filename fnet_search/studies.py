@@ -1,6 +1,5 @@
 """Studies as data (``studies/*.toml``, or a user's own file by path): what is trained, measured and compared."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -12,7 +11,7 @@ from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import parse_plan
 from fnet_search.recipe import Recipe, load_recipe
 from fnet_search.scheme import Scheme, parse_scheme
-from fnet_search.tables import build
+from fnet_search.tables import build, read_table
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,7 @@ class Study:
 def load_study(name: str) -> Study:
     """A shipped study by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
     path = resources.find("studies", "study", name)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FnetError(f"cannot read study {path}: {error}") from None
+    table = read_table(path, "study")
     try:
         return _study(path.stem, table)
     except FnetError as error:

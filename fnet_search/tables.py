@@ -1,7 +1,9 @@
 """Frozen dataclasses from TOML tables, with errors that say what would be right."""
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from fnet_search.errors import FnetError, nearest
@@ -13,6 +15,14 @@ Pair = tuple[int, int]
 def is_int(value: object) -> bool:
     """An integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file; `what` is what messages call it, as in "recipe". Raises FnetError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FnetError(f"cannot read {what} {path}: {error}") from None
 
 
 def build(kind: type[T], table: Mapping[str, Any], what: str) -> T:

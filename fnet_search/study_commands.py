@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fnet_search.deadline import Deadline
     from fnet_search.policy import Constraints
     from fnet_search.progress import TerminalDisplay
-    from fnet_search.recorded import RecordedRun
     from fnet_search.studies import Part, Study
 
 
@@ -97,26 +96,30 @@ def run(**options: Any) -> None:
     its own in the study's folder; results.md there has the table and the figures, networks.csv and layers.csv what was
     measured. More seeds may be added to an earlier study in the same folder.
     """
+    from fnet_search.deadline import TimeUp
     from fnet_search.studies import load_study
     from fnet_search.study_results import markdown, networks, rows, table, write_results
-    from fnet_search.study_run import StudyFolder, run_parts
+    from fnet_search.study_run import StudyFolder, recorded, run_parts
 
     chosen = load_study(options["name"]).with_options(options["dataset"], options["epochs"], options["seeds"])
     chosen = replace(chosen, dataset=absolute(chosen.dataset))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
-    folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", default)
+    folder = StudyFolder(options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", default))
 
-    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> "dict[Part, RecordedRun]":
-        return run_parts(chosen, StudyFolder(folder), machine_of(options), _constraints, display, deadline)
+    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> Path:
+        try:
+            run_parts(chosen, folder, machine_of(options), _constraints, display, deadline)
+        except TimeUp:
+            display.say(f"results so far: {write_results(chosen, recorded(chosen, folder), folder.path)}")
+            raise
+        return write_results(chosen, recorded(chosen, folder), folder.path)
 
     def _constraints(part: "Part") -> "Constraints":
         from fnet_search.policy import Constraints
 
         return Constraints() if chosen.search is None else constraints_of(part.variant.space, vars(chosen.search))
 
-    runs = until_time_is_up(options, work)
-    found = rows(chosen, networks(chosen, runs))
-    path = write_results(chosen, runs, folder)
-    if found:
+    path = until_time_is_up(options, work)
+    if found := rows(chosen, networks(chosen, recorded(chosen, folder))):
         click.echo(markdown(table(chosen, found)))
     click.echo(f"results: {path}")

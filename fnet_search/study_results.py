@@ -1,7 +1,7 @@
 """What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -30,8 +30,8 @@ from fnet_search.files import write_text
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics
-from fnet_search.plan import label, parse_plan
-from fnet_search.policy import Evaluation
+from fnet_search.plan import Cost, label, parse_plan
+from fnet_search.policy import Evaluation, LayerStats
 from fnet_search.quantities import millions
 from fnet_search.recorded import RecordedRun
 from fnet_search.runfolder import versions
@@ -166,33 +166,40 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
     """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured."""
-    named = ("fp32_accuracy", "quint8_accuracy", "relative_drop", "qmse", "qce", "kl")
-    return pd.DataFrame(
-        [
-            {
-                **_key(one),
-                "split": one.evaluation.split,
-                "epochs": one.evaluation.epochs,
-                "trained_images": one.evaluation.trained_images,
-                "conv_macs": one.evaluation.cost.conv_macs,
-                "params": one.evaluation.cost.params,
-                **{name: getattr(one.evaluation, name) for name in named},
-                "audited_codes": one.evaluation.audit.codes if one.evaluation.audit else None,
-                "differing_codes": one.evaluation.audit.differing if one.evaluation.audit else None,
-            }
-            for one in found
-        ]
-    ).astype({"audited_codes": "Int64", "differing_codes": "Int64"})
+    rows = []
+    for one in found:
+        it, audit = one.evaluation, one.evaluation.audit
+        named = {name: getattr(it, name) for name in _MEASURED}
+        audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
+        rows.append({**_key(one), **vars(it.cost), **named, **audited})
+    frame = pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED])
+    return frame.astype(dict.fromkeys(_AUDITED, "Int64"))
+
+
+_KEY = ("variant", "plan", "seed", "scheme")
+_MEASURED = (
+    "split",
+    "epochs",
+    "trained_images",
+    "fp32_accuracy",
+    "quint8_accuracy",
+    "relative_drop",
+    "qmse",
+    "qce",
+    "kl",
+)
+_AUDITED = ("audited_codes", "differing_codes")
 
 
 def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
     """One row a layer of each network and scheme, every field of LayerStats a column."""
-    return pd.DataFrame([{**_key(one), **vars(layer)} for one in found for layer in one.evaluation.layers])
+    rows = [{**_key(one), **vars(layer)} for one in found for layer in one.evaluation.layers]
+    return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
 
 def _key(one: Network) -> dict[str, object]:
-    scheme = one.evaluation.scheme
-    return {"variant": one.part.variant.name, "plan": one.plan, "seed": one.part.seed, "scheme": scheme}
+    values = one.part.variant.name, one.plan, one.part.seed, one.evaluation.scheme
+    return dict(zip(_KEY, values, strict=True))
 
 
 # Figures
@@ -316,7 +323,8 @@ CAPTIONS = {
 
 
 def write_results(study: Study, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
-    """results.md with its figures, networks.csv and layers.csv, in the study's folder; gives results.md."""
+    """results.md with its figures, networks.csv and layers.csv, in the study's folder, of all that is trained so far;
+    gives results.md."""
     found = networks(study, runs)
     listed = rows(study, found)
     (folder / "figures").mkdir(parents=True, exist_ok=True)

@@ -45,13 +45,12 @@ def run_parts(
     constraints: ConstraintsOf,
     display: StudyDisplay,
     deadline: Deadline | None = None,
-) -> dict[Part, RecordedRun]:
+) -> None:
     """Runs each part, going on where an earlier process stopped.
 
     All compute as the first one does. Raises FnetError as `run_study` does, and TimeUp at the deadline.
     """
     deadline = deadline or Deadline()
-    found = {}
     for place, part in enumerate(study.parts):
         display.part(part.name, sum(epochs(study, one) for one in study.parts[place + 1 :]))
         run = folder.run(part)
@@ -59,8 +58,12 @@ def run_parts(
         computing = replace(machine, numerics_of=machine.numerics_of or first.path) if place else machine
         request, policy, trials = _asked(study, part, constraints(part))
         run_study(replace(request, machine=computing), policy, run, trials, display, deadline)
-        found[part] = _quantized(study, run, machine, display, deadline)
-    return found
+        _quantize(study, run, machine, display, deadline)
+
+
+def recorded(study: Study, folder: StudyFolder) -> dict[Part, RecordedRun]:
+    """The runs of its parts, as far as they were begun."""
+    return {part: open_run(folder.run(part).path) for part in study.parts if folder.run(part).exists}
 
 
 def epochs(study: Study, part: Part) -> float:
@@ -95,14 +98,14 @@ def _asked(study: Study, part: Part, constraints: Constraints) -> tuple[Request,
     return request, load_policy(name), study.search.trials
 
 
-def _quantized(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> RecordedRun:
+def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
     """The trained networks of a part, quantized as each further scheme says too, where they are not yet."""
     opened = open_run(run.path)
     known = {(one.candidate, one.scheme) for one in opened.networks}
     own = [one for one in opened.networks if one.folder == one.candidate and one.has_weights]
     missing = [(one, scheme) for one in own for scheme in study.schemes if (one.candidate, scheme) not in known]
     if not missing:
-        return opened
+        return
     with opened.run.locked():
         data = opened.data(machine.data_dir, partial(display.advance, "reading images"))
         for network, scheme in missing:
@@ -111,4 +114,3 @@ def _quantized(study: Study, run: RunFolder, machine: Machine, display: Display,
             requantize(opened, network, scheme, data, partial(display.advance, what, total=len(data.evaluation)))
             deadline.worked = True
         report_again(open_study(opened, None))
-    return opened

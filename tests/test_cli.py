@@ -591,7 +591,12 @@ def test_studies_are_listed_and_shown(fnet: Callable) -> None:
 
 def test_a_study_of_your_own(fnet: Callable, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('space = "tiny"\ndataset = "digits"\nrecipe = "quick"\nplans = ["f2"]\n')
-    code, out, err = fnet("study", "run", "mine.toml", "--epochs", "1", "--seed", "4", *PLAIN)
+    given = ("study", "run", "mine.toml", "--epochs", "2", "--seed", "4", *PLAIN)
+    code, out, err = fnet(*given, "--time-limit", "1s")
+    assert (code, err) == (5, "")
+    assert "results so far: runs/study-mine-digits/results.md" in out
+    assert "Nothing is trained yet." in (tmp_path / "runs" / "study-mine-digits" / "results.md").read_text()
+    code, out, err = fnet(*given)
     assert (code, err) == (0, "")
     table, last = out.splitlines()[-2], last_line(out)
     assert re.fullmatch(r"\| f2 \| 0\.508 \| percentile:1 \| 1 \| [\d.]+ \| [\d.]+ \| .* 0 of 3,600 \|", table)
@@ -602,7 +607,7 @@ def test_a_study_of_your_own(fnet: Callable, refused: Callable[..., str], tmp_pa
     for arguments, message in (
         (("mien",), "unknown study 'mien'"),
         (("none.toml",), "study file none.toml does not exist"),
-        (("mine.toml", "--epochs", "2", "--seed", "4"), "seed4 was made with another configuration (recipe.epochs: 1"),
+        (("mine.toml", "--epochs", "1", "--seed", "4"), "seed4 was made with another configuration (recipe.epochs: 2"),
         (("mine.toml", "--time-limit", "soon"), "must be a time above 0"),
         (("mine.toml", "--device", "gpu"), "unknown device 'gpu'"),
     ):

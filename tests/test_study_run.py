@@ -20,7 +20,7 @@ from fnet_search.scheme import parse_scheme
 from fnet_search.search import Event, Started
 from fnet_search.studies import Part, Published, SearchOptions, Study, Variant
 from fnet_search.study_results import networks, rows, write_results
-from fnet_search.study_run import StudyFolder, epochs, run_parts
+from fnet_search.study_run import StudyFolder, epochs, recorded, run_parts
 
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
 HALF, MINMAX = parse_scheme("percentile:0.5"), parse_scheme("minmax")
@@ -68,7 +68,8 @@ def unlimited(part: Part) -> Constraints:
 
 def go(study: Study, folder: Path, deadline: Deadline | None = None) -> tuple[dict[Part, RecordedRun], Notes]:
     notes = Notes()
-    return run_parts(study, StudyFolder(folder), PLAIN, unlimited, notes, deadline), notes
+    run_parts(study, StudyFolder(folder), PLAIN, unlimited, notes, deadline)
+    return recorded(study, StudyFolder(folder)), notes
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +189,11 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     study = replace(
         STUDY, variants=(Variant("", TINY, QUICK),), plans=(), search=search, seeds=(0, 1), schemes=(HALF,), compare=()
     )
+    study = replace(study, published={})
     limit = Constraints(conv_macs=int(0.75 * 811_008))
     notes = Notes()
-    runs = run_parts(replace(study, published={}), StudyFolder(tmp_path), PLAIN, lambda part: limit, notes)
+    run_parts(study, StudyFolder(tmp_path), PLAIN, lambda part: limit, notes)
+    runs = recorded(study, StudyFolder(tmp_path))
     assert notes.parts == [("seed0", epochs(study, study.parts[0])), ("seed1", 0)]
     assert epochs(study, study.parts[0]) == 1 + 1 + 1, "reference, candidate, final training"
     found = networks(study, runs)

@@ -10,7 +10,7 @@ Optuna alone does `ask` and `tell`, with the sampler of the same kind on a journ
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -32,7 +32,7 @@ from fnet_search.scheme import Scheme
 from fnet_search.search import search
 from fnet_search.study import StudyRecord, distributions, open_journal
 from fnet_search.train import TrainingProgress
-from fnet_search.workers import Finished
+from fnet_search.workers import Finished, Judge
 
 BLOCK = 25
 """Trials of one side before it is the other's turn."""
@@ -82,10 +82,12 @@ class Untrained:
     def busy(self) -> int:
         return len(self.jobs)
 
+    held = 0
+
     def submit(self, job: Job) -> None:
         self.jobs.append(job)
 
-    def events(self, judge: Callable[[int, TrainingProgress], bool]) -> Iterator[Finished]:
+    def events(self, judge: Judge) -> Iterator[Finished]:
         start = perf_counter()
         job = self.jobs.pop()
         made = evaluation(self.setup.space, job.plan, job.number)

@@ -187,7 +187,7 @@ def constraints_of(space: "Macroarchitecture", options: dict[str, Any]) -> "Cons
 
 def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -> T | None:
     text = options[name]
-    return None if not text else parse(text, f"--{name.replace('_', '-')}")
+    return None if text is None else parse(text, f"--{name.replace('_', '-')}")
 
 
 def absolute(dataset: str) -> str:

@@ -44,9 +44,9 @@ class SearchOptions:
     policy: str
     budget: str
     trials: int = 6
-    min_quint8: str = ""
-    max_drop: str = ""
-    max_params: str = ""
+    min_quint8: str | None = None
+    max_drop: str | None = None
+    max_params: str | None = None
 
 
 @dataclass(frozen=True)

@@ -270,7 +270,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ),
         ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
         (
-            {"threads": 9},
+            {"machine": replace(SEARCH.machine, threads=9)},
             "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
         ),
         ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),

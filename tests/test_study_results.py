@@ -1,0 +1,156 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+
+import pytest
+from evaluations import paper_evaluations
+from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+from pictures import outside, overlapping, texts
+
+from fnet_search.figures import COLOURS, MARKERS
+from fnet_search.policy import Evaluation
+from fnet_search.scheme import parse_scheme
+from fnet_search.studies import Part, Study, load_study
+from fnet_search.study_results import (
+    Network,
+    figures,
+    layers_frame,
+    mean_and_spread,
+    networks_frame,
+    rows,
+    table,
+    tradeoff_figure,
+)
+
+STUDY = load_study("paper")
+SPACE = STUDY.variants[0].space
+MILD = parse_scheme("percentile:0.1")
+
+
+def measured(study: Study) -> list[Network]:
+    """The paper's networks with each seed and scheme of a study: quint8 is better by 0.01 with each further scheme, and
+    by 0.002 with each further seed."""
+    return [
+        Network(part, plan, better(one, str(scheme), 0.01 * gentler + 0.002 * study.seeds.index(part.seed)))
+        for part in study.parts
+        for plan, one in zip(STUDY.plans, paper_evaluations(SPACE), strict=True)
+        for gentler, scheme in enumerate(study.schemes)
+    ]
+
+
+def better(one: Evaluation, scheme: str, by: float) -> Evaluation:
+    assert one.quint8_accuracy is not None
+    return replace(one, scheme=scheme, quint8_accuracy=one.quint8_accuracy + by, split="test")
+
+
+def test_the_made_up_are_the_papers() -> None:
+    assert [one.plan for one in paper_evaluations(SPACE)] == [network.evaluation.plan for network in measured(STUDY)], (
+        "in the order of the study"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "digits", "text"),
+    [
+        ([], 2, "-"),
+        ([78.469], 2, "78.47"),
+        ([1.0, 2.0, 3.0], 1, f"{2:.1f} ± {1:.1f}"),
+        ([0.5, 0.5], 3, "0.500 ± 0.000"),
+    ],
+)
+def test_mean_and_spread(values: Sequence[float], digits: int, text: str) -> None:
+    assert mean_and_spread(values, digits) == text
+
+
+def test_the_table_has_published_numbers_beside_ours() -> None:
+    study = replace(STUDY, seeds=(0, 1, 2))
+    head, *lines = table(study, rows(study, measured(study)))
+    assert "variant" not in head
+    assert [line[0] for line in lines] == list(STUDY.plans)
+    regular = dict(zip([f"{place}: {name}" for place, name in enumerate(head)], lines[0], strict=True))
+    place = head.index("quint8 accuracy (%)")
+    quint8 = [85.60, 85.80, 86.00]
+    assert regular[f"{place}: quint8 accuracy (%)"] == f"{fmean(quint8):.2f} ± {stdev(quint8):.2f}"
+    assert regular[f"{place + 1}: published"] == "85.60"
+    assert (regular["1: conv MMAC"], regular["3: seeds"]) == ("266.0", "3")
+    f8 = lines[3]
+    assert f8[place + 1] == "", "of f8 nothing is published"
+    assert head.count("published") == 3, "none of QMSE, QCE and KL"
+
+
+def test_rows_keep_the_order_of_the_study_and_leave_out_what_is_missing() -> None:
+    he = replace(STUDY.variants[0], name="he")
+    study = replace(STUDY, variants=(he, STUDY.variants[0]), schemes=(MILD, *STUDY.schemes))
+    found = [one for one in measured(study) if one.plan in ("dws", "f2")][::-1]
+    found.remove(next(one for one in found if (one.plan, one.part.variant) == ("f2", he)))
+    listed = [(row.name, row.scheme) for row in rows(study, found)]
+    whole = [
+        (f"{variant}{plan}", str(scheme))
+        for variant in ("he ", "")
+        for plan in ("f2", "dws")
+        for scheme in study.schemes
+    ]
+    (lost,) = set(whole) - set(listed)
+    assert lost[0] == "he f2"
+    assert listed == [one for one in whole if one != lost]
+
+
+def test_a_study_in_which_nothing_is_trained_has_tables_and_no_figures() -> None:
+    assert (len(networks_frame([])), len(layers_frame([]))) == (0, 0)
+    assert list(layers_frame([]).columns) == list(layers_frame(measured(STUDY)[:1]).columns)
+    assert figures(STUDY, rows(STUDY, [])) == {}
+
+
+def test_figure_4_has_means_spreads_and_what_was_published() -> None:
+    study = replace(STUDY, seeds=(0, 1))
+    figure = tradeoff_figure(study, rows(study, measured(study)))
+    accuracy, _, _, drop = figure.axes
+    fp32, quint8 = (one for one in accuracy.containers if isinstance(one, ErrorbarContainer))
+    ones = paper_evaluations(SPACE)
+    assert list(quint8.lines[0].get_xdata()) == [one.cost.conv_macs / 1e6 for one in ones]
+    assert list(quint8.lines[0].get_ydata()) == pytest.approx([100 * (one.quint8_accuracy or 0) + 0.1 for one in ones])
+    lengths = [path[1][1] - path[0][1] for path in quint8.lines[2][0].get_segments()]
+    assert lengths == pytest.approx([2 * stdev([0.0, 0.2])] * 8)
+    assert list(fp32.lines[0].get_ydata()) == pytest.approx([100 * (one.fp32_accuracy or 0) for one in ones])
+    hollow = [line for axes in (accuracy, drop) for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_ydata()) for line in hollow] == [
+        pytest.approx([88.37, 86.54, 86.01]),
+        pytest.approx([85.60, 80.05, 80.31]),
+        pytest.approx([3.13, 14.8, 4.21]),
+    ]
+    assert list(hollow[2].get_xdata()) == pytest.approx([266.010624, 46.465024, 33.415168])
+
+
+def readable(figure: Figure) -> None:
+    boxes = texts(figure)
+    assert overlapping(boxes) == []
+    assert outside(figure, boxes) == []
+
+
+@pytest.mark.parametrize("schemes", [STUDY.schemes, (*STUDY.schemes, MILD)])
+@pytest.mark.parametrize("variants", [("",), ("glorot", "he", "orthogonal")])
+def test_no_text_covers_another_or_sticks_out(schemes: tuple, variants: tuple[str, ...]) -> None:
+    study = replace(
+        STUDY, schemes=schemes, variants=tuple(replace(STUDY.variants[0], name=name) for name in variants), seeds=(0, 1)
+    )
+    drawn = figures(study, rows(study, measured(study)))
+    suffixes = [f"-{name}" if name else "" for name in variants]
+    assert list(drawn) == ["tradeoff.png", *(f"{kind}{s}.png" for s in suffixes for kind in ("ranges", "compared"))]
+    for figure in drawn.values():
+        readable(figure)
+
+
+def test_all_eight_networks_of_figure_5_can_be_told_apart() -> None:
+    figure = figures(STUDY, rows(STUDY, measured(STUDY)))["ranges.png"]
+    assert len(COLOURS) == len(MARKERS) == len(STUDY.plans)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    assert names == [*STUDY.plans, "hollow: pointwise"]
+    looks = {(to_hex(one.get_color()), one.get_marker()) for one in handles[:-1]}
+    assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == 8
+
+
+def test_parts_of_a_study_are_named_by_variant_and_seed() -> None:
+    he = replace(STUDY.variants[0], name="he")
+    assert [Part(STUDY.variants[0], 3).name, Part(he, 0).name] == ["seed3", "he-seed0"]

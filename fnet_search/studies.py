@@ -1,5 +1,6 @@
 """Studies as data (``studies/*.toml``, or a user's own file by path): what is trained, measured and compared."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -131,8 +132,12 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
     if ("plans" in table) == ("search" in table):
         raise FnetError("a study needs either plans or a [search]")
     seeds = table.get("seeds", [0])
-    if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
-        raise FnetError(f"seeds must be a list of whole numbers from 0 on, got {seeds!r}")
+    if (
+        len(set(map(str, seeds))) < len(seeds)
+        or not seeds
+        or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    ):
+        raise FnetError(f"seeds must be a list of different whole numbers from 0 on, got {seeds!r}")
     variants = tuple(_variants(table))
     texts = {key: _texts(key, table) for key in ("plans", "ranges", "compare")}
     for variant, plan in product(variants, texts["plans"]):
@@ -179,6 +184,8 @@ def _variants(table: Mapping[str, Any]) -> Iterator[Variant]:
     if "variants" not in table:
         yield Variant("", load_space(table["space"]), load_recipe(table["recipe"]))
     for name, changes in _tables(table, "variants"):
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise FnetError(f"variants.{name!r} names a folder: write letters, digits, '_', '.', '+' and '-'")
         for key in changes:
             if key not in ("space", "recipe"):
                 raise FnetError(f"variants.{name} has no {key!r}; it may have space and recipe")

@@ -24,11 +24,11 @@ from machine import machine
 from plans import Measured, Study, arguments, line, measure, open_study, probes_of, read, references
 
 from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
+from fnet_search.asktell import refusal
 from fnet_search.figures import COLOURS, GREY, MARKERS, new_figure, save_png, style
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, History, Policy
 from fnet_search.quantities import parse_budget
-from fnet_search.search import refusal
 from fnet_search.workers import cores, environment
 
 POLICIES: dict[str, Policy] = {

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import Cost, FactorizationPlan, legal_rates
+from fnet_search.plan import Cost, FactorizationPlan, legal_rates, plan_cost
 from fnet_search.quantities import millions
 
 State = Literal["complete", "pruned", "refused", "failed"]
@@ -134,6 +134,12 @@ class Evaluation:
         if not self.fp32_accuracy or self.quint8_accuracy is None:
             return None
         return (self.fp32_accuracy - self.quint8_accuracy) / self.fp32_accuracy
+
+    @staticmethod
+    def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
+        """One made by a host of its own: the costs are counted here, the other fields are given, as in
+        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space."""
+        return Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; `from_json` gives an equal Evaluation back."""

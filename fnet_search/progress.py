@@ -9,13 +9,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.runfolder import RunFolder
-from fnet_search.search import Event, ProbesProgressed, Refused, Started
+from fnet_search.search import Event, ProbesProgressed, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
 

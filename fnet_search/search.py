@@ -8,24 +8,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from fnet_search import asktell
+from fnet_search.asktell import Refused, propose
 from fnet_search.deadline import Deadline, TimeUp
-from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job
-from fnet_search.plan import FactorizationPlan, check_plan, plan_cost, regular
+from fnet_search.plan import FactorizationPlan, plan_cost, regular
 from fnet_search.policy import FISHER, Evaluation, History, Policy, Probe, Role, requirements
 from fnet_search.probes import ProbeTask
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Probed, Probing, Progressed, WorkerPool
-
-REFUSALS_IN_A_ROW = 1000
-"""After so many refused plans, one after the other, a policy is taken to have no other."""
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A plan that was recorded, and will not be trained."""
-
-    evaluation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -46,16 +37,8 @@ class ProbesProgressed:
 Event = Refused | Started | Progressed | Finished | ProbesProgressed
 
 
-class Record(Protocol):
+class Record(asktell.Record, Protocol):
     """Where a search is recorded."""
-
-    def history(self) -> History:
-        """The past, with the number of the next suggestion."""
-        ...
-
-    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
-        """Records a plan that is not trained."""
-        ...
 
     def start(self, plan: FactorizationPlan, role: Role) -> Job:
         """Records that a plan is being trained, and what it starts from."""
@@ -174,52 +157,19 @@ def _events(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Ev
 
 def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline) -> Iterator[Event]:
     """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
-    refusals = 0
     while pool.busy < pool.count and not (pool.busy and deadline.over):
         history = record.history()
         if trained(history.evaluations) + len(history.running) >= trials:
             return
-        plan = _suggest(policy, history)
+        plan = yield from propose(policy, record)
         if plan is None:
             return
-        if reason := refusal(history, plan):
-            refusals += 1
-            yield Refused(record.refuse(plan, reason))
-            if refusals == REFUSALS_IN_A_ROW:
-                raise FnetError(
-                    f"the policy suggested {refusals} plans in a row that had to be refused, lastly: {reason}"
-                )
-            continue
-        refusals = 0
         yield from _train(record, pool, plan, "candidate", deadline)
 
 
 def trained(evaluations: Iterable[Evaluation]) -> int:
     """How many candidates were trained, wholly or in part."""
     return sum(evaluation.state != "refused" and evaluation.role == "candidate" for evaluation in evaluations)
-
-
-def _suggest(policy: Policy, history: History) -> FactorizationPlan | None:
-    try:
-        plan = policy.suggest(history)
-        if plan is not None:
-            check_plan(history.space, plan)
-    except Exception as error:
-        name = type(policy).__name__
-        raise FnetError(
-            f"policy {name} failed at suggestion {history.number}: {type(error).__name__}: {error}"
-        ) from error
-    return plan
-
-
-def refusal(history: History, plan: FactorizationPlan) -> str:
-    """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
-    for evaluation in history.evaluations:
-        if evaluation.plan == plan:
-            return f"repeats candidate {evaluation.number}"
-    if plan in history.running:
-        return "repeats a plan that is being trained"
-    return history.constraints.refusal(plan_cost(history.space, plan))
 
 
 @dataclass(frozen=True)

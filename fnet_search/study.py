@@ -12,15 +12,15 @@ from typing import Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState, create_trial
 
+from fnet_search.asktell import lowest_free
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, depthwise, indices, label, legal_rates, plan_cost, regular
+from fnet_search.plan import FactorizationPlan, depthwise, legal_rates, plan_cost, regular
 from fnet_search.policy import (
     Audit,
     Constraints,
@@ -38,9 +38,8 @@ from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
 from fnet_search.train import TrainingProgress
+from fnet_search.trials import EVALUATION, describe, distributions, outcome, parameters, suggested
 
-EVALUATION = "evaluation"
-"""User attribute with the whole evaluation as JSON: what `history` is rebuilt from."""
 PROBED = "probes"
 """Prefix of user attributes of the study, one a layer: the network probed, and what was measured."""
 SECONDS = "train_seconds"
@@ -108,11 +107,6 @@ def has_study(storage: BaseStorage, name: str) -> bool:
     return name in optuna.get_all_study_names(storage)
 
 
-def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
-    """An optimizer's view of a space: per layer the index of its rate among the legal ones."""
-    return {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
-
-
 @dataclass
 class StudyRecord:
     """Records a search in an Optuna study and its run folder; `search.Record` says what each method does."""
@@ -155,7 +149,7 @@ class StudyRecord:
                 if SECONDS in trial.user_attrs:
                     self._seconds[evaluation.number] = trial.user_attrs[SECONDS]
                 if not trial.state.is_finished():  # cut off between the two last writes
-                    self.study.tell(trial.number, *_outcome(evaluation))
+                    self.study.tell(trial.number, *outcome(evaluation))
             elif not trial.state.is_finished():  # of a run that was cut off; its number is issued again
                 self.study.tell(trial.number, state=TrialState.FAIL)
         for name, facts in self.study.user_attrs.items():
@@ -206,9 +200,8 @@ class StudyRecord:
         return History(self.space, self.constraints, past, running, number, self.seed, self.probes)
 
     def _next(self) -> int:
-        """The lowest number that nothing has: one of a run that was cut off is issued again."""
         taken = self._evaluations.keys() | self._jobs.keys()
-        return next(n for n in range(len(taken) + 1) if n not in taken)
+        return lowest_free(taken)
 
     @property
     def probes(self) -> Probes | None:
@@ -240,7 +233,7 @@ class StudyRecord:
         evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, split=self.split)
         trial = self._ask(plan, number)
         with _together(self.storage):
-            self._describe(trial, evaluation)
+            describe(trial, self.constraints, evaluation)
         self._tell(trial, evaluation)
         self.run.write_candidates(self._lines)
         return evaluation
@@ -323,7 +316,7 @@ class StudyRecord:
             if evaluation.state == "complete":
                 for path in self.run.write_candidate(evaluation):
                     upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
-            self._describe(trial, evaluation)
+            describe(trial, self.constraints, evaluation)
         self._tell(trial, evaluation)
         del self._trials[evaluation.number], self._jobs[evaluation.number]
         assert self._kept is not None
@@ -342,43 +335,17 @@ class StudyRecord:
 
     def _ask(self, plan: FactorizationPlan, number: int, facts: Mapping[str, Any] | None = None) -> Trial:
         """A running trial of this plan with its attributes, in one write: there is no moment without its parameters."""
-        layers = distributions(self.space)
         template = create_trial(
             state=TrialState.RUNNING,
-            params=dict(zip(layers, indices(self.space, plan), strict=True)),
-            distributions=layers,
-            user_attrs={"number": number, "plan": str(plan), "label": label(self.space, plan), **(facts or {})},
+            params=parameters(self.space, plan),
+            distributions=distributions(self.space),
+            user_attrs={**suggested(self.space, number, plan), **(facts or {})},
         )
         study = self.storage.get_study_id_from_name(self.study.study_name)
         return Trial(self.study, self.storage.create_new_trial(study, template))
 
-    def _describe(self, trial: Trial, evaluation: Evaluation) -> None:
-        cost = evaluation.cost
-        scalars = {
-            "conv_macs": cost.conv_macs,
-            "total_macs": cost.total_macs,
-            "params": cost.params,
-            "reason": evaluation.reason or None,
-            "feasible": self.constraints.feasible(evaluation),
-            **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
-            "relative_drop": evaluation.relative_drop,
-            "zero_shot_accuracy": evaluation.zero_shot_accuracy,
-            "epochs": evaluation.epochs or None,
-            "inherited_epochs": evaluation.inherited_epochs or None,
-            "scheme": evaluation.scheme or None,
-            "differing_codes": evaluation.audit and evaluation.audit.differing,
-        }
-        for name, value in scalars.items():
-            if value is not None:
-                trial.set_user_attr(name, value)
-        for name, violation in self.constraints.of(evaluation).items():
-            trial.set_constraint(name, violation)
-            trial.set_user_attr(f"violation_{name}", violation)
-        # Last, since a trial with this attribute that is told counts as done.
-        trial.set_user_attr(EVALUATION, evaluation.to_json())
-
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
-        self.study.tell(trial, *_outcome(evaluation))
+        self.study.tell(trial, *outcome(evaluation))
         self._take(evaluation)
 
     def _write(self) -> None:
@@ -389,11 +356,3 @@ class StudyRecord:
             self.run.write_probes(probes)
         parents = {job.start.number for job in self._jobs.values() if job.start is not None}
         self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept)
-
-
-def _outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:
-    """Value and state of an evaluation's trial; samplers ignore failed ones. Optuna gives a pruned trial the last
-    accuracy that was reported."""
-    pruned = dict.fromkeys(("refused", "pruned"), TrialState.PRUNED)
-    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, **pruned}
-    return evaluation.quint8_accuracy, states[evaluation.state]

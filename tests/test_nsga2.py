@@ -29,14 +29,14 @@ def plans(history: History) -> list[FactorizationPlan]:
 
 
 def test_the_first_generation_is_random_search() -> None:
-    history = grown(NSGA2(population=8), 8)
+    history = grown(NSGA2(), 8)
     for number, plan in enumerate(plans(history)):
         before = replace(history, evaluations=history.evaluations[:number], number=number)
         assert plan == Random().suggest(before)
 
 
 def test_children_are_crossed_from_the_better_parents() -> None:
-    history = grown(NSGA2(population=8), 72)
+    history = grown(NSGA2(), 72)
     found = plans(history)
     assert len(set(found)) == 72
     assert all(not CEILING.refusal(plan_cost(SPACE, plan)) for plan in found)
@@ -49,12 +49,12 @@ def test_children_are_crossed_from_the_better_parents() -> None:
 
 def test_what_misses_a_constraint_is_no_parent() -> None:
     constraints = Constraints(conv_macs=120_000_000, min_quint8=0.6)
-    past = [replace(one, number=number) for number, one in enumerate(grown(NSGA2(population=8), 16).evaluations)]
+    past = [replace(one, number=number) for number, one in enumerate(grown(NSGA2(), 16).evaluations)]
     # The second half meets the floor, whatever it is like; the first is better in nothing but rates.
     reached = [replace(one, quint8_accuracy=0.5 if one.number < 8 else 0.7) for one in past]
     history = History(SPACE, constraints, tuple(reached), number=16)
     good, bad = ({indices(SPACE, one.plan)[4:] for one in part} for part in (reached[8:], reached[:8]))
-    children = [NSGA2(population=8).suggest(replace(history, seed=seed)) for seed in range(40)]
+    children = [NSGA2().suggest(replace(history, seed=seed)) for seed in range(40)]
     ends = [indices(SPACE, plan)[4:] for plan in children if plan is not None]
 
     def shared(end: tuple[int, ...], parents: set[tuple[int, ...]]) -> int:
@@ -67,7 +67,7 @@ def test_small_spaces_are_used_up() -> None:
     tiny = load_space("tiny")
     constraints = Constraints(conv_macs=plan_cost(tiny, uniform(tiny, 8)).conv_macs)
     history, seen = History(tiny, constraints), 0
-    while (plan := NSGA2(population=2).suggest(replace(history, number=seen))) is not None:
+    while (plan := NSGA2(startup=2).suggest(replace(history, number=seen))) is not None:
         one = trained(tiny, plan, seen, 0.9, 0.8, layers=False)
         history, seen = replace(history, evaluations=(*history.evaluations, one)), seen + 1
     assert seen == len(history.seen) > 4

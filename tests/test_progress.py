@@ -8,6 +8,7 @@ from evaluations import failed, pruned, refused, trained
 from rich.console import Console
 
 from fnet_search import progress as module
+from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
@@ -17,7 +18,7 @@ from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme
-from fnet_search.search import Refused, Started
+from fnet_search.search import Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
 

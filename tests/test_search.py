@@ -7,6 +7,7 @@ import pytest
 from evaluations import failed, probes, pruned, trained
 
 from fnet_policies import TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random
+from fnet_search.asktell import REFUSALS_IN_A_ROW, Refused, refusal
 from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
@@ -17,7 +18,7 @@ from fnet_search.policy import Constraints, Evaluation, History, Policy, Probe, 
 from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.scheme import Scheme
-from fnet_search.search import REFUSALS_IN_A_ROW, FixedPlans, ProbesProgressed, Refused, Started, refusal, search
+from fnet_search.search import FixedPlans, ProbesProgressed, Started, search
 from fnet_search.search import trained as count_trained
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Judge, Probed, Probing, Progressed

@@ -23,8 +23,9 @@ from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
 from fnet_search.scheme import Scheme
-from fnet_search.study import StudyRecord, distributions, has_study, open_journal, open_url
+from fnet_search.study import StudyRecord, has_study, open_journal, open_url
 from fnet_search.train import TrainingProgress
+from fnet_search.trials import distributions
 
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)

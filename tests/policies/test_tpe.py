@@ -10,7 +10,6 @@ import pytest
 from hosts import GAP, TINY, evaluate, every_plan, resumed_elsewhere, run
 from optuna.distributions import IntDistribution
 from optuna.samplers import TPESampler
-from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fnet_policies import TPE, Random, tpe
@@ -100,7 +99,7 @@ def test_failed_plans_are_not_suggested_again() -> None:
 
 def model(history: History) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Log densities of the good plans, and what the model scores, per layer and rate."""
-    return tpe._model(history, *tpe._split(history))
+    return TPE().model(history)
 
 
 def mixed_history() -> History:
@@ -141,19 +140,6 @@ def in_optuna(history: History, sampler: TPESampler) -> optuna.Study:
     return study
 
 
-@pytest.mark.parametrize("states", [("complete", "pruned", "refused"), ("pruned", "refused"), ("refused",)], ids=str)
-@pytest.mark.parametrize("ended", [0, 3, 12, 37], ids=str)
-def test_splits_good_from_bad_as_optuna_does(ended: int, states: tuple[str, ...]) -> None:
-    """With fewer of the best kind than are called good, too."""
-    past = tuple(one for one in mixed_history().evaluations[:ended] if one.state in states)
-    history = replace(mixed_history(), evaluations=past)
-    trials = in_optuna(history, TPESampler(seed=0)).get_trials(deepcopy=False)
-    finished = sum(trial.state != TrialState.RUNNING for trial in trials)
-    wanted = _split_trials(in_optuna(history, TPESampler(seed=0)), trials, default_gamma(finished))
-    for rows, part in zip(tpe._split(history), wanted, strict=True):
-        assert rows.tolist() == [list(trial.params.values()) for trial in part]
-
-
 def test_the_scores_are_what_optuna_maximises() -> None:
     """With very many candidates Optuna meets every rate, and proposes each layer's best one."""
     sampler = TPESampler(multivariate=False, n_ei_candidates=20_000, seed=0)
@@ -187,7 +173,7 @@ def test_proposes_what_optuna_does_as_often() -> None:
 
 
 def test_begins_with_plans_that_are_uniform_under_the_ceilings() -> None:
-    """Failed ones tell nothing: they are not among the ten."""
+    """Only what was trained counts: neither failed nor running ones are among the ten."""
     done = run(TPE(), GAP, BUDGET, trials=11)
     for number, evaluation in enumerate(done[:10]):
         history = History(GAP, BUDGET, tuple(done[:number]), number=number)
@@ -209,7 +195,7 @@ def test_falls_back_to_what_the_model_scores_best() -> None:
     def score(plan: FactorizationPlan) -> float:
         return sum(layer[index] for layer, index in zip(by_layer.values(), indices(TINY, plan), strict=True))
 
-    assert TPE(proposals=0).suggest(history) == max(left, key=score)
+    assert TPE(startup=1, proposals=0).suggest(history) == max(left, key=score)
 
 
 def test_proposals_come_before_the_best_by_score(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +221,7 @@ def test_beats_random() -> None:
 
 def test_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings(action="error"):
-        TPE().suggest(mixed_history())
+        TPE(startup=1).suggest(mixed_history())
     assert caplog.records == []
 
 

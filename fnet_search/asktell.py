@@ -1,0 +1,145 @@
+"""A policy in a loop of one's own: ask for a plan, tell its evaluation. No torch and no Optuna.
+
+What a host does between a policy and trainings is here, once: `search`, `sampler` and `AskTell` share it.
+"""
+
+from collections.abc import Collection, Generator
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from fnet_search.errors import FnetError
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import FactorizationPlan, check_plan, plan_cost
+from fnet_search.policy import Constraints, Evaluation, History, Policy, Probes, ranking
+
+REFUSALS_IN_A_ROW = 1000
+"""After so many refused plans, one after the other, a policy is taken to have no other."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A plan that was recorded, and will not be trained."""
+
+    evaluation: Evaluation
+
+
+def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
+    """What the policy suggests. Raises FnetError where it fails, or suggests what is no plan of the space."""
+    try:
+        plan = policy.suggest(history)
+        if plan is not None:
+            check_plan(history.space, plan)
+    except Exception as error:
+        name = type(policy).__name__
+        raise FnetError(
+            f"policy {name} failed at suggestion {history.number}: {type(error).__name__}: {error}"
+        ) from error
+    return plan
+
+
+def refusal(history: History, plan: FactorizationPlan) -> str:
+    """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
+    for evaluation in history.evaluations:
+        if evaluation.plan == plan:
+            return f"repeats candidate {evaluation.number}"
+    if plan in history.running:
+        return "repeats a plan that is being trained"
+    return history.constraints.refusal(plan_cost(history.space, plan))
+
+
+def lowest_free(taken: Collection[int]) -> int:
+    """The number of the next suggestion: the lowest that nothing has. One that was lost is issued again."""
+    return next(number for number in range(len(taken) + 1) if number not in taken)
+
+
+class Record(Protocol):
+    """Where suggestions are recorded."""
+
+    def history(self) -> History:
+        """The past, with the number of the next suggestion."""
+        ...
+
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
+        """Records a plan that is not trained."""
+        ...
+
+
+def propose(policy: Policy, record: Record) -> Generator[Refused, None, FactorizationPlan | None]:
+    """Asks until there is a plan that may be trained, and returns it; yields those that were refused and recorded.
+
+    None where the policy has none. Raises FnetError as `suggestion`, and after 1,000 refusals in a row.
+    """
+    for _ in range(REFUSALS_IN_A_ROW):
+        history = record.history()
+        plan = suggestion(policy, history)
+        if plan is None or not (reason := refusal(history, plan)):
+            return plan
+        yield Refused(record.refuse(plan, reason))
+    raise FnetError(f"the policy suggested {REFUSALS_IN_A_ROW} plans in a row that had to be refused, lastly: {reason}")
+
+
+@dataclass
+class AskTell:
+    """A search whose trainings are somebody else's: `ask` for a plan, train it, `tell` the evaluation.
+
+    It needs nothing but this list of `evaluations`; given again, the search goes on where it was. `probes` are for
+    policies that require them. Several plans may be out at the same time: each is told when it is evaluated.
+    """
+
+    policy: Policy
+    space: Macroarchitecture
+    constraints: Constraints = field(default_factory=Constraints)
+    seed: int = 0
+    probes: Probes | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    """In order of their numbers, refused plans with their reasons among them."""
+    _running: dict[int, FactorizationPlan] = field(default_factory=dict, init=False, repr=False)
+
+    def history(self) -> History:
+        """What the policy sees next."""
+        running = tuple(self._running[number] for number in sorted(self._running))
+        number = self._next()
+        return History(self.space, self.constraints, self.evaluations, running, number, self.seed, self.probes)
+
+    def _next(self) -> int:
+        return lowest_free({one.number for one in self.evaluations} | self._running.keys())
+
+    def ask(self) -> FactorizationPlan | None:
+        """The next plan to train. Plans above the ceilings, and repeats, are recorded as refused and passed over.
+
+        None while plans are out: the policy has none until one of them is told; None while none is: it is done.
+        Raises FnetError for a policy that fails, lacks its probes, or suggests 1,000 plans in a row that are refused.
+        """
+        asking = propose(self.policy, self)
+        while True:
+            try:
+                next(asking)
+            except StopIteration as done:
+                plan: FactorizationPlan | None = done.value
+                break
+        if plan is not None:
+            self._running[self._next()] = plan
+        return plan
+
+    def tell(self, evaluation: Evaluation) -> Evaluation:
+        """Records what a plan came to, and returns it under the number of its suggestion.
+
+        A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
+        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space.
+        """
+        check_plan(self.space, evaluation.plan)
+        number = next((number for number, plan in self._running.items() if plan == evaluation.plan), self._next())
+        self._running.pop(number, None)
+        told = replace(evaluation, number=number)
+        self.evaluations = tuple(sorted((*self.evaluations, told), key=lambda one: one.number))
+        return told
+
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
+        """Records a plan that is not trained."""
+        return self.tell(Evaluation.of(self.space, plan, state="refused", reason=reason))
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The feasible evaluation with the highest quint8 accuracy, then the fewest conv MACs; None if none is."""
+        ranked = ranking(self.evaluations, self.constraints)
+        return ranked[0] if ranked and self.constraints.feasible(ranked[0]) else None

@@ -1,0 +1,147 @@
+"""The other way round: an Optuna sampler as a policy. No torch."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import TrialState, create_trial
+
+from fnet_search.choose import sample_plan
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import FactorizationPlan, plan_cost
+from fnet_search.policy import Constraints, Evaluation, History
+from fnet_search.trials import distributions, outcome, parameters, plan_of
+
+
+@dataclass(frozen=True)
+class SamplerPolicy:
+    """Any Optuna sampler as a policy: ``SamplerPolicy(optuna.samplers.NSGAIISampler)``.
+
+    `sampler` is called with ``seed=...`` for each suggestion, as a class or ``functools.partial(TPESampler, ...)`` is.
+    It sees the candidates of the history as a study that maximises quint8 accuracy under constraints: the trained ones,
+    the pruned and the refused ones as pruned trials, the running plans as running ones.
+
+    The first `startup` plans are uniform under the ceilings. Then the first of so many `proposals` of the sampler that
+    is unseen and under the ceilings is suggested, or else what `otherwise` gives. None if there is none left.
+
+    `replay`: whether the sampler keeps more in a study than trials, as a genetic algorithm does its generations. Then
+    the past is walked through with it, in order of the numbers; without, only the trials are given.
+    """
+
+    sampler: Callable[..., BaseSampler]
+    startup: int = 10
+    proposals: int = 32
+    replay: bool = True
+    _past: list["_Past"] = field(default_factory=list, init=False, repr=False, compare=False)
+    """A cache: the study of the last suggestion, to go on with."""
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
+        trained = sum(one.state == "complete" for one in _candidates(history))
+        if trained < self.startup:
+            return sample_plan(space, constraints, seen, rng)
+        for plan in self.proposed(history, int(rng.integers(2**31))):
+            if plan not in seen and not constraints.refusal(plan_cost(space, plan)):
+                return plan
+        return self.otherwise(history)
+
+    def proposed(self, history: History, seed: int) -> Iterator[FactorizationPlan]:
+        """What the sampler proposes with this seed, whatever it may be."""
+        study = self.study(history, seed)
+        for _ in range(self.proposals):
+            plan = plan_of(history.space, study.ask(distributions(history.space)).params)
+            assert plan is not None
+            yield plan
+
+    def otherwise(self, history: History) -> FactorizationPlan | None:
+        """A plan drawn uniformly from those that are unseen and under the ceilings, where no proposal is."""
+        rng = history.rng
+        rng.integers(2**31)  # the sampler's seed
+        return sample_plan(history.space, history.constraints, history.seen, rng)
+
+    def study(self, history: History, seed: int) -> optuna.Study:
+        """The history as a study in memory, with a sampler of this seed."""
+        candidates = _candidates(history)
+        if not self._past or not self._past[0].begins(history, candidates):
+            self._past[:] = [_Past(history.space, history.constraints, _study(InMemoryStorage()))]
+        past = self._past[0]
+        _end(past.study)
+        for one in candidates[len(past.evaluations) :]:
+            past.take(one, self.sampler(seed=one.number) if self.replay else None)
+        study = _study(copy.deepcopy(past.study._storage)) if self.replay else past.study
+        study.sampler = self.sampler(seed=seed)
+        for plan in history.running:
+            trial = _fixed(study, history.space, plan)
+            if self.replay:
+                _ = trial.relative_params
+        return study
+
+
+@dataclass
+class _Past:
+    """The `evaluations` that are in a study."""
+
+    space: Macroarchitecture
+    constraints: Constraints
+    study: optuna.Study
+    evaluations: tuple[Evaluation, ...] = ()
+
+    def begins(self, history: History, candidates: tuple[Evaluation, ...]) -> bool:
+        same = self.space == history.space and self.constraints == history.constraints
+        return same and candidates[: len(self.evaluations)] == self.evaluations
+
+    def take(self, one: Evaluation, sampler: BaseSampler | None) -> None:
+        """One more; as if `sampler` had proposed it, where one is given."""
+        self.evaluations += (one,)
+        if one.state == "failed":
+            return
+        value, state = outcome(one)
+        violations = {name: max(0.0, value) for name, value in self.constraints.of(one).items()}
+        if sampler is None:
+            trial = create_trial(
+                value=(one.accuracies or (None,))[-1] if state is TrialState.PRUNED else value,
+                state=state,
+                params=parameters(self.space, one.plan),
+                distributions=distributions(self.space),
+                intermediate_values=dict(enumerate(one.accuracies, 1)),
+                constraints=violations,
+            )
+            self.study.add_trial(trial)
+            return
+        self.study.sampler = sampler
+        walked = _fixed(self.study, self.space, one.plan)
+        _ = walked.relative_params
+        for epoch, accuracy in enumerate(one.accuracies, 1):
+            walked.report(accuracy, epoch)
+        for name, violation in violations.items():
+            walked.set_constraint(name, violation)
+        self.study.tell(walked, *((value, state) if state is TrialState.COMPLETE else (None, state)))
+
+
+def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPlan) -> optuna.Trial:
+    """A running trial with the rates of a plan."""
+    study.enqueue_trial(parameters(space, plan))
+    return study.ask(distributions(space))
+
+
+def _candidates(history: History) -> tuple[Evaluation, ...]:
+    """What a sampler is told of: not of the reference, which is above the ceilings."""
+    return tuple(one for one in history.evaluations if one.role == "candidate")
+
+
+def _study(storage: BaseStorage) -> optuna.Study:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(storage=storage, study_name="history", direction="maximize", load_if_exists=True)
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _end(study: optuna.Study) -> None:
+    """Samplers do not look at failed trials: the study holds the history alone again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

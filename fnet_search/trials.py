@@ -1,0 +1,81 @@
+"""A candidate as an Optuna trial: its parameters, attributes, constraints, value and state. No torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.trial import Trial, TrialState
+
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import FactorizationPlan, from_indices, indices, label, legal_rates
+from fnet_search.policy import Constraints, Evaluation
+
+EVALUATION = "evaluation"
+"""User attribute with the whole evaluation as JSON: what a history is rebuilt from."""
+NUMBER = "number"
+"""User attribute with the number of the suggestion, which is ours and has no holes."""
+PLAN = "plan"
+"""User attribute with the plan as text, from the moment of its suggestion."""
+REASON = "reason"
+"""User attribute that says why a plan was refused, stopped, or failed."""
+
+
+def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
+    """An optimizer's view of a space: per layer the index of its rate among the legal ones."""
+    return {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
+
+
+def parameters(space: Macroarchitecture, plan: FactorizationPlan) -> dict[str, int]:
+    """A plan as the parameters of a trial."""
+    return dict(zip(legal_rates(space), indices(space, plan), strict=True))
+
+
+def plan_of(space: Macroarchitecture, params: Mapping[str, Any]) -> FactorizationPlan | None:
+    """Inverse of `parameters`; None where a layer is missing, or has a value that stands for no rate."""
+    chosen = []
+    for layer, rates in legal_rates(space).items():
+        index = params.get(layer)
+        if not isinstance(index, int) or not 0 <= index < len(rates):
+            return None
+        chosen.append(index)
+    return from_indices(space, tuple(chosen))
+
+
+def suggested(space: Macroarchitecture, number: int, plan: FactorizationPlan) -> dict[str, Any]:
+    """What is known of a suggestion, as user attributes."""
+    return {NUMBER: number, PLAN: str(plan), "label": label(space, plan)}
+
+
+def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> None:
+    """Writes an evaluation into its running trial: scalars for people, violations for samplers, last the whole."""
+    cost = evaluation.cost
+    scalars = {
+        "conv_macs": cost.conv_macs,
+        "total_macs": cost.total_macs,
+        "params": cost.params,
+        REASON: evaluation.reason or None,
+        "feasible": constraints.feasible(evaluation),
+        **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
+        "relative_drop": evaluation.relative_drop,
+        "zero_shot_accuracy": evaluation.zero_shot_accuracy,
+        "epochs": evaluation.epochs or None,
+        "inherited_epochs": evaluation.inherited_epochs or None,
+        "scheme": evaluation.scheme or None,
+        "differing_codes": evaluation.audit and evaluation.audit.differing,
+    }
+    for name, value in scalars.items():
+        if value is not None:
+            trial.set_user_attr(name, value)
+    for name, violation in constraints.of(evaluation).items():
+        trial.set_constraint(name, violation)
+        trial.set_user_attr(f"violation_{name}", violation)
+    # Last, since a trial with this attribute that is told counts as done.
+    trial.set_user_attr(EVALUATION, evaluation.to_json())
+
+
+def outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:
+    """Value and state of an evaluation's trial; samplers ignore failed ones. Optuna gives a pruned trial the last
+    accuracy that was reported."""
+    pruned = dict.fromkeys(("refused", "pruned"), TrialState.PRUNED)
+    states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, **pruned}
+    return evaluation.quint8_accuracy, states[evaluation.state]

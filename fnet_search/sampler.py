@@ -8,6 +8,7 @@ import copy
 import random
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
+from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -88,14 +90,21 @@ class PolicySampler(BaseSampler):
             probes_of(History(space, probes=probes), policy)
         self._independent = independent_sampler or RandomSampler(seed=seed)
         self._lock = threading.Lock()
-        self._known: dict[int, Evaluation] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Caches: by trial what its evaluation is, of the study that was asked for last; and the last suggestion."""
+        self._study: tuple[BaseStorage, int] | None = None
+        self._known: dict[int, Evaluation | None] = {}
         self._asked: tuple[History, FactorizationPlan | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+        cached = ("_lock", "_study", "_known", "_asked")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+        self._forget()
 
     def reseed_rng(self) -> None:
         """Of the parameters that are not ours: a policy's random numbers come from seed and number alone."""
@@ -141,7 +150,7 @@ class PolicySampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         """Stops the study where the policy has nothing more."""
         self._independent.after_trial(study, trial, state, values)
-        if study._thread_local.in_optimize_loop and self._over(study, _ended(trial, state, values)):
+        if _optimizing(study) and self._over(study, _ended(trial, state, values)):
             study.stop()
 
     def history(self, study: Study) -> History:
@@ -156,6 +165,7 @@ class PolicySampler(BaseSampler):
         if any(one.state is TrialState.WAITING for one in trials):
             return False
         history = self._history(study, trials)
+        self._known.pop(ended._trial_id, None)  # it is not stored yet, and may not be
         return not history.running and self._next(history) is None
 
     def _suggest(self, study: Study, trial: FrozenTrial) -> FactorizationPlan:
@@ -173,11 +183,12 @@ class PolicySampler(BaseSampler):
                 _pause()
                 continue
             running = len(history.running)
-            if not running or not study._thread_local.in_optimize_loop:
+            if not running or not _optimizing(study):
                 done = PolicyDone(running)
                 _set(study, trial, REASON, str(done))
                 raise done
-            optuna.storages.fail_stale_trials(study)  # of workers that died, where the storage has heartbeats
+            with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+                optuna.storages.fail_stale_trials(study)  # of workers that died, where the storage has heartbeats
             if time.monotonic() - said > _TOLD:
                 said = time.monotonic()
                 optuna.logging.get_logger(__name__).warning(
@@ -199,13 +210,13 @@ class PolicySampler(BaseSampler):
 
         Of two that write and then look, one at least sees the other and gives way: no plan is out twice.
         """
-        history = self._history(study, others)
+        history = self._history(study, (one for one in others if one.state is not TrialState.WAITING))
         for name, value in suggested(self.space, history.number, plan).items():
             _set(study, trial, name, value)
         before = {one.number: _claimed(one) for one in others}
         for one in self._others(study, trial):
             number, text = _claimed(one)
-            new = one.state is TrialState.RUNNING and (number, text) != before.get(one.number)
+            new = one.state not in (TrialState.WAITING, TrialState.FAIL) and (number, text) != before.get(one.number)
             if new and (number == history.number or text == str(plan)):
                 _set(study, trial, NUMBER, None)
                 _set(study, trial, PLAN, None)
@@ -218,20 +229,23 @@ class PolicySampler(BaseSampler):
         return [one for one in _trials(study) if one.number != trial.number]
 
     def _history(self, study: Study, trials: Iterable[FrozenTrial]) -> History:
+        if self._study != (study._storage, study._study_id):
+            self._forget()
+            self._study = study._storage, study._study_id
         evaluations, running = dict[int, Evaluation](), dict[int, FactorizationPlan]()
         unnumbered, waiting = list[Evaluation](), list[FactorizationPlan]()
         failures = Counter[FactorizationPlan]()
         for trial in trials:
-            plan, number = self._plan(trial), trial.user_attrs.get(NUMBER)
+            number = trial.user_attrs.get(NUMBER)
             if trial.state.is_finished():
-                one = None if plan is None else self._evaluation(study, trial, plan, failures)
+                one = self._evaluation(study, trial, failures)
                 if one is None:
                     continue
                 if number is None or number in evaluations:
                     unnumbered.append(one)
                 else:
-                    evaluations[number] = replace(one, number=number)
-            elif plan is not None:
+                    evaluations[number] = one
+            elif (plan := self._plan(trial)) is not None:
                 if number is None or trial.state is TrialState.WAITING:
                     waiting.append(plan)
                 else:
@@ -250,39 +264,45 @@ class PolicySampler(BaseSampler):
         )
 
     def _plan(self, trial: FrozenTrial) -> FactorizationPlan | None:
-        """Of its parameters, or before they are sampled of what it has fixed or claimed."""
-        plan = plan_of(self.space, trial.params)
-        if plan is None and not trial.state.is_finished():
-            plan = plan_of(self.space, _fixed(trial))
-            if plan is None and (text := trial.user_attrs.get(PLAN)):
-                plan = parse_plan(self.space, text)
-        return plan
+        """Of an unfinished trial: of its parameters, or before they are sampled of what it has fixed or claimed."""
+        plan = plan_of(self.space, trial.params) or plan_of(self.space, _fixed(trial))
+        text = trial.user_attrs.get(PLAN)
+        return parse_plan(self.space, text) if plan is None and text else plan
 
-    def _evaluation(
-        self, study: Study, trial: FrozenTrial, plan: FactorizationPlan, failures: Counter[FactorizationPlan]
-    ) -> Evaluation | None:
-        """None for a failed trial, until its plan failed too often."""
-        if EVALUATION in trial.user_attrs:
-            if trial._trial_id not in self._known:
-                self._known[trial._trial_id] = Evaluation.from_json(trial.user_attrs[EVALUATION])
+    def _evaluation(self, study: Study, trial: FrozenTrial, failures: Counter[FactorizationPlan]) -> Evaluation | None:
+        """Of a finished trial. None for one that never had a plan, and for failed ones, until their plan failed too
+        often."""
+        if trial._trial_id in self._known:
             return self._known[trial._trial_id]
-        if trial.state is TrialState.FAIL:
+        plan = plan_of(self.space, trial.params)
+        if plan is not None and trial.state is TrialState.FAIL and EVALUATION not in trial.user_attrs:
             failures[plan] += 1
-            failed = f"{FAILURES} trials failed"
-            return (
-                Evaluation.of(self.space, plan, state="failed", reason=failed) if failures[plan] == FAILURES else None
-            )
-        reason = trial.user_attrs.get(REASON, "")
+            if failures[plan] != FAILURES:
+                return None
+            reason = f"{FAILURES} trials failed"
+            failed = Evaluation.of(self.space, plan, state="failed", reason=reason)
+            return replace(failed, number=trial.user_attrs.get(NUMBER, 0))
+        self._known[trial._trial_id] = one = None if plan is None else self._measured(study, trial, plan)
+        return one
+
+    def _measured(self, study: Study, trial: FrozenTrial, plan: FactorizationPlan) -> Evaluation:
+        attributes = trial.user_attrs
+        if EVALUATION in attributes:
+            return Evaluation.from_json(attributes[EVALUATION])
+        reason = attributes.get(REASON, "")
+        known: dict[str, Any] = {"number": attributes.get(NUMBER, 0)}
         if trial.state is TrialState.PRUNED:
-            reached = tuple(_accuracy(study, value) for _, value in sorted(trial.intermediate_values.items()))
-            state, why = ("refused", reason) if reason else ("pruned", "stopped by the study's pruner")
-            return Evaluation.of(self.space, plan, state=state, reason=why, accuracies=reached)
-        if len(trial.values) > 1:
+            known["state"], known["reason"] = ("refused", reason) if reason else ("pruned", "stopped by a pruner")
+            steps = sorted(trial.intermediate_values.items())
+            known["accuracies"] = tuple(_accuracy(study, value) for _, value in steps)
+        elif len(trial.values) == 1:
+            known["quint8_accuracy"] = _accuracy(study, trial.values[0])
+        else:
             raise ValueError(
                 f"trial {trial.number} has {len(trial.values)} values; a policy needs the whole evaluation: end the "
                 "objective with report_evaluation(trial, evaluation)"
             )
-        return Evaluation.of(self.space, plan, quint8_accuracy=_accuracy(study, trial.values[0]))
+        return Evaluation.of(self.space, plan, **known)
 
 
 def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraints | None = None) -> FactorizationPlan:
@@ -342,6 +362,12 @@ def _accuracy(study: Study, value: float) -> float:
 def _trials(study: Study) -> list[FrozenTrial]:
     """All of them: a pruner may show a sampler only its own part."""
     return study._storage.get_all_trials(study._study_id, deepcopy=False)
+
+
+def _optimizing(study: Study) -> bool:
+    """Whether this thread is in ``study.optimize``; a pruner may put a study of its own before a sampler."""
+    loop: bool = getattr(study, "_study", study)._thread_local.in_optimize_loop
+    return loop
 
 
 def _attributes(trial: Trial) -> dict[str, Any]:

@@ -1,9 +1,5 @@
 """Evaluations as a training might have left them, made up by hand for the tests of what shows them."""
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
-
 from fnet_search.macro import (
     Activation,
     Add,
@@ -19,15 +15,11 @@ from fnet_search.macro import (
 )
 from fnet_search.plan import (
     FactorizationPlan,
-    factorize,
-    layer_cost,
-    legal_rates,
-    make_plan,
     named_plans,
     plan_cost,
-    regular,
 )
-from fnet_search.policy import Evaluation, LayerStats, Probe, Probes
+from fnet_search.policy import Evaluation
+from fnet_search.testing import made_up_layers
 
 PAPER = {  # fp32 and quint8 accuracy of the paper's networks; those that it does not name are made up
     "regular": (0.8837, 0.8560),
@@ -39,73 +31,6 @@ PAPER = {  # fp32 and quint8 accuracy of the paper's networks; those that it doe
     "init4": (0.8500, 0.7950),
     "dws": (0.8210, 0.7864),
 }
-
-
-def layer_stats(space: Macroarchitecture, plan: FactorizationPlan, seed: int = 0) -> tuple[LayerStats, ...]:
-    """Plausible statistics of every convolution and dense layer of a plan's network."""
-    rng = np.random.default_rng((seed, *[rate for _, rate in plan.rates]))
-    network = factorize(space, plan)
-    layers = []
-    for node in network.order:
-        if not isinstance(node.layer, Conv | Dense):
-            continue
-        cost = layer_cost(node, network.input_shapes(node))
-        few = rng.lognormal(0, 0.4) * (3 if isinstance(node.layer, Conv) and node.layer.groups > 1 else 1)
-        linear = node.name == network.output
-        layers.append(
-            LayerStats(
-                layer=node.name,
-                kind=node.layer.kind,
-                macs=cost.total_macs,
-                params=cost.params,
-                weight_min=-0.3 * few,
-                weight_max=0.35 * few,
-                weight_precision=float(rng.uniform(0.4, 0.9)),
-                folded_min=-0.8 * few**2,
-                folded_max=0.9 * few**2,
-                folded_precision=float(rng.uniform(0.1, 0.7)),
-                activation_min=-9.5 if linear else 0.0,
-                activation_max=float(rng.uniform(1.5, 9)),
-                activation_precision=float(rng.uniform(0.3, 0.8)),
-                weight_sqnr_db=float(rng.uniform(28, 42)),
-                activation_sqnr_db=float(rng.uniform(20, 38)),
-                accumulated_sqnr_db=float(rng.uniform(8, 20)),
-                sparsity=0.0 if linear else float(rng.uniform(0.3, 0.8)),
-                dead_weight_channels=0,
-                dead_activation_channels=int(rng.integers(0, 3)),
-            )
-        )
-    return tuple(layers)
-
-
-def probes(space: Macroarchitecture, seed: int = 0, noise: Mapping[str, Sequence[float]] | None = None) -> Probes:
-    """Plausible probes of a regular network: further factorized is noisier. All else follows from the noise of the
-    quint8 logits over that of the network as it is, which may be given per layer and rate."""
-    rng, plan, changes = np.random.default_rng(seed), regular(space), []
-    unchanged = Probe("", 1, plan_cost(space, plan).conv_macs, 256, 0.6, 0.9, 0.8, 0.75, None, 7.0, (), 1.0)
-    for layer, rates in legal_rates(space).items():
-        grown = np.cumsum(rng.uniform(0.001, 0.01, len(rates)))
-        for index, rate in enumerate(rates[1:], 1):
-            more = float(grown[index]) if noise is None else noise[layer][index]
-            changed = make_plan(space, {layer: rate})
-            statistics = [one for one in layer_stats(space, changed, seed) if one.layer.startswith(f"{layer}.")]
-            changes.append(
-                Probe(
-                    layer,
-                    rate,
-                    plan_cost(space, changed).conv_macs,
-                    256,
-                    loss=0.6 + more / 4,
-                    quint8_loss=0.9 + more,
-                    fp32_accuracy=0.8 - more / 8,
-                    quint8_accuracy=0.75 - more / 2,
-                    logit_snr_db=-10 * np.log10(0.1 * more + 1e-9),
-                    logit_sqnr_db=-10 * np.log10(unchanged.quint8_logit_noise + more),
-                    layers=tuple(statistics),
-                    fisher=float(rng.uniform(0.5, 1.5)),
-                )
-            )
-    return Probes(0, plan, unchanged, tuple(changes))
 
 
 def trained(
@@ -125,7 +50,7 @@ def trained(
         qmse=0.4 + 40 * drop,
         qce=0.45 + 4 * drop,
         kl=0.05 + 4 * drop,
-        layers=layer_stats(space, plan) if layers else (),
+        layers=made_up_layers(space, plan) if layers else (),
     )
 
 

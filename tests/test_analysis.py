@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pandas as pd
 import pytest
-from evaluations import layer_stats, residual_space
+from evaluations import residual_space
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from networks import MIXED, noise, randomized
@@ -36,6 +36,7 @@ from fnet_search.recorded import RecordedRun, scheme_folder
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.sensitivity import PartSensitivity, Sensitivity
+from fnet_search.testing import made_up_layers as layer_stats
 from fnet_search.weights import write_tensors
 
 TINY = load_space("tiny")

@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from evaluations import failed, paper_evaluations, probes, refused, residual_space, trained
+from evaluations import failed, paper_evaluations, refused, residual_space, trained
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,6 +30,7 @@ from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import depthwise, from_indices, legal_rates, make_plan, named_plans, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats
 from fnet_search.quantities import millions
+from fnet_search.testing import made_up_probes as probes
 
 SPACE = load_space("factorizenet")
 PAPER = paper_evaluations(SPACE)

@@ -1,11 +1,12 @@
 from itertools import product
 
-from evaluations import probes, refused
+from evaluations import refused
 
 from fnet_policies import Fisher
 from fnet_search.macro import load_space
 from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, plan_cost, uniform
 from fnet_search.policy import Constraints, History
+from fnet_search.testing import made_up_probes as probes
 
 TINY = load_space("tiny")
 

@@ -1,13 +1,14 @@
 import itertools
 
 import pytest
-from evaluations import probes, refused
+from evaluations import refused
 
 from fnet_policies import Greedy
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import cost_table, legal_rates, make_plan, plan_cost, regular
 from fnet_search.policy import Constraints, History
+from fnet_search.testing import made_up_probes as probes
 
 TINY = load_space("tiny")
 LAYERS = list(legal_rates(TINY))

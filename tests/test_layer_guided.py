@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from evaluations import layer_stats, probes, trained
+from evaluations import trained
 from scipy.stats import spearmanr
 
 from fnet_policies import LayerGuided
@@ -12,6 +12,8 @@ from fnet_policies.layer_guided import KEPT, STATISTICS, Model
 from fnet_search.macro import load_space
 from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints, Evaluation, History, Probes
+from fnet_search.testing import made_up_layers as layer_stats
+from fnet_search.testing import made_up_probes as probes
 
 TINY = load_space("tiny")
 EVERY = [from_indices(TINY, chosen) for chosen in product(*(range(len(of)) for of in legal_rates(TINY).values()))]

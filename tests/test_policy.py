@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluations import probes, trained
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
@@ -20,7 +19,6 @@ from fnet_search.policy import (
     History,
     LayerChoice,
     LayerStats,
-    Policy,
     Step,
     choose_parent,
     load_policy,
@@ -28,6 +26,7 @@ from fnet_search.policy import (
     ranking,
     requirements,
 )
+from fnet_search.testing import made_up_probes as probes
 
 TINY = load_space("tiny")
 REGULAR = Evaluation(
@@ -272,44 +271,6 @@ def test_our_entry_points_lead_to_policies() -> None:
     for target in targets.values():
         module, _, name = target.partition(":")
         assert getattr(import_module(module), name)().suggest(History(TINY, probes=probes(TINY))) is not None
-
-
-CEILING = Constraints(conv_macs=plan_cost(TINY, uniform(TINY, 2)).conv_macs)
-
-
-def searched(
-    policy: Policy, trials: int = 12, seed: int = 5, workers: int = 1
-) -> tuple[History, list[FactorizationPlan]]:
-    """What a policy suggests one after the other, `workers` at a time; what a plan reaches is a function of it."""
-    history = History(TINY, CEILING, (replace(REGULAR, role="reference"),), number=1, seed=seed, probes=probes(TINY))
-    suggested: list[FactorizationPlan] = []
-    while len(suggested) < trials:
-        plan = policy.suggest(history)
-        running = history.running if plan is None else (*history.running, plan)
-        suggested += [] if plan is None else [plan]
-        history = replace(history, running=running, number=history.number + (plan is not None))
-        if plan is None and not running:
-            break
-        if plan is None or len(running) == workers:
-            rates = [rate for _, rate in running[0].rates]
-            one = trained(TINY, running[0], history.number - len(running), 0.8, 0.7 - 0.01 * sum(rates) % 0.05)
-            history = replace(history, evaluations=(*history.evaluations, one), running=running[1:])
-    return history, suggested
-
-
-@pytest.mark.parametrize(
-    "name", sorted(set(policy_names()) & {"nsga2", "greedy", "fisher", "layer-guided", "tpe", "random"})
-)
-def test_ours_are_functions_of_the_past(name: str) -> None:
-    """Asked again, or made anew, they say the same; no plan twice, none above the ceilings; workers get other plans."""
-    history, suggested = searched(load_policy(name))
-    assert len(set(suggested)) == len(suggested) >= 2
-    assert all(not CEILING.refusal(plan_cost(TINY, plan)) for plan in suggested)
-    assert searched(load_policy(name)) == (history, suggested)
-    again = load_policy(name)
-    assert again.suggest(history) == again.suggest(history) == load_policy(name).suggest(history)
-    _, side_by_side = searched(load_policy(name), workers=3)
-    assert len(set(side_by_side)) == len(side_by_side)
 
 
 def test_requirements_are_known_or_refused() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluations import failed, probes, pruned, trained
+from evaluations import failed, pruned, trained
 
 from fnet_policies import TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random
 from fnet_search.asktell import REFUSALS_IN_A_ROW, Refused, refusal
@@ -20,6 +20,7 @@ from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.scheme import Scheme
 from fnet_search.search import FixedPlans, ProbesProgressed, Started, search
 from fnet_search.search import trained as count_trained
+from fnet_search.testing import made_up_probes as probes
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Judge, Probed, Probing, Progressed
 

@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pandas as pd
 import pytest
-from evaluations import failed, probes, pruned, trained
+from evaluations import failed, pruned, trained
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -24,6 +24,7 @@ from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
 from fnet_search.scheme import Scheme
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
+from fnet_search.testing import made_up_probes as probes
 from fnet_search.train import TrainingProgress
 from fnet_search.trials import distributions
 

@@ -1,9 +1,5 @@
 """A host for policies: the smallest loop around `suggest`, with accuracies from a formula instead of training."""
 
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 
 import numpy as np
@@ -44,24 +40,3 @@ def run(
             break
         past.append(evaluate(space, plan, len(past), constraints))
     return past
-
-
-def resumed_elsewhere(target: str, evaluations: list[Evaluation], constraints: Constraints, seed: int) -> str:
-    """What the policy class ``module:Class`` suggests next on `tiny`, in a new process with other string hashes."""
-    module, _, name = target.partition(":")
-    code = (
-        f"import json, sys; from {module} import {name}; from fnet_search.macro import load_space\n"
-        "from fnet_search.policy import Constraints, Evaluation, History\n"
-        "past = tuple(map(Evaluation.from_json, json.load(sys.stdin)))\n"
-        f"history = History(load_space('tiny'), {constraints!r}, past, number=len(past), seed={seed})\n"
-        f"print({name}().suggest(history))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([evaluation.to_json() for evaluation in evaluations]),
-        env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hosts import GAP, TINY, every_plan, resumed_elsewhere, run
+from hosts import GAP, TINY, every_plan, run
 
 from fnet_policies import Random
 from fnet_search.plan import all_conv_macs, plan_cost
@@ -22,14 +22,6 @@ def test_never_over_budget(macs: int) -> None:
     evaluations = run(Random(), GAP, Constraints(conv_macs=macs), trials=20)
     assert len(evaluations) == min(20, int((all_conv_macs(GAP) <= macs).sum()))
     assert all(plan_cost(GAP, evaluation.plan).conv_macs <= macs for evaluation in evaluations)
-
-
-def test_resumes_where_it_was() -> None:
-    done = run(Random(), TINY, CEILING, trials=8, seed=3)
-    for number, evaluation in enumerate(done):
-        history = History(TINY, CEILING, tuple(done[:number]), number=number, seed=3)
-        assert Random().suggest(history) == Random().suggest(history) == evaluation.plan
-    assert resumed_elsewhere("fnet_policies:Random", done[:-1], CEILING, seed=3) == str(done[-1].plan)
 
 
 def test_another_seed_is_another_search() -> None:

@@ -7,7 +7,7 @@ from time import perf_counter
 import numpy as np
 import optuna
 import pytest
-from hosts import GAP, TINY, evaluate, every_plan, resumed_elsewhere, run
+from hosts import GAP, TINY, evaluate, every_plan, run
 from optuna.distributions import IntDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -16,7 +16,7 @@ from fnet_policies import TPE, Random, tpe
 from fnet_search.choose import sample_plan
 from fnet_search.macro import INPUT, Dense, Flatten, Macroarchitecture, Node
 from fnet_search.plan import FactorizationPlan, all_conv_macs, depthwise, indices, legal_rates, plan_cost, regular
-from fnet_search.policy import Constraints, Evaluation, History
+from fnet_search.policy import Constraints, History
 
 CEILING = Constraints(conv_macs=440_000, params=4_500)
 BUDGET = Constraints(conv_macs=60_000_000)
@@ -35,25 +35,6 @@ def test_never_over_budget_and_never_twice(macs: int) -> None:
     assert len(evaluations) == min(25, int((all_conv_macs(GAP) <= macs).sum()))
     assert len({evaluation.plan for evaluation in evaluations}) == len(evaluations)
     assert all(plan_cost(GAP, evaluation.plan).conv_macs <= macs for evaluation in evaluations)
-
-
-def test_resumes_where_it_was() -> None:
-    done = run(TPE(), TINY, CEILING, trials=25, seed=3)
-    for number, evaluation in enumerate(done):
-        past = tuple(Evaluation.from_json(earlier.to_json()) for earlier in done[:number])
-        assert TPE().suggest(History(TINY, CEILING, past, number=number, seed=3)) == evaluation.plan
-    assert resumed_elsewhere("fnet_policies:TPE", done[:-1], CEILING, seed=3) == str(done[-1].plan)
-
-
-def test_is_a_function_of_the_history() -> None:
-    done = tuple(run(TPE(), GAP, BUDGET, trials=15))
-    policy, states = TPE(), []
-    for number in (14, 3, 9, 14):
-        np.random.seed(number)
-        plan = policy.suggest(History(GAP, BUDGET, done[:number], number=number))
-        assert plan == done[number].plan
-        states.append(np.random.random())
-    assert states == [np.random.RandomState(number).random_sample() for number in (14, 3, 9, 14)]
 
 
 def test_another_seed_is_another_search() -> None:

@@ -24,7 +24,6 @@ from machine import machine
 from plans import Measured, Study, arguments, line, measure, open_study, probes_of, read, references
 
 from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
-from fnet_search.asktell import refusal
 from fnet_search.figures import COLOURS, GREY, MARKERS, new_figure, save_png, style
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, History, Policy
@@ -70,7 +69,7 @@ class Search:
             plan = POLICIES[self.policy].suggest(history)
             if plan is None:
                 return
-            if reason := refusal(history, plan):
+            if reason := history.refusal(plan):
                 past.append(Evaluation(len(past), plan, plan_cost(space, plan), "refused", reason))
                 continue
             while (measured := read(study.folder(self.seed, plan, self.seed))) is None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, check_plan, plan_cost
+from fnet_search.plan import FactorizationPlan, check_plan
 from fnet_search.policy import Constraints, Evaluation, History, Policy, Probes, ranking
 
 REFUSALS_IN_A_ROW = 1000
@@ -37,16 +37,6 @@ def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
     return plan
 
 
-def refusal(history: History, plan: FactorizationPlan) -> str:
-    """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
-    for evaluation in history.evaluations:
-        if evaluation.plan == plan:
-            return f"repeats candidate {evaluation.number}"
-    if plan in history.running:
-        return "repeats a plan that is being trained"
-    return history.constraints.refusal(plan_cost(history.space, plan))
-
-
 def lowest_free(taken: Collection[int]) -> int:
     """The number of the next suggestion: the lowest that nothing has. One that was lost is issued again."""
     return next(number for number in range(len(taken) + 1) if number not in taken)
@@ -72,7 +62,7 @@ def propose(policy: Policy, record: Record) -> Generator[Refused, None, Factoriz
     for _ in range(REFUSALS_IN_A_ROW):
         history = record.history()
         plan = suggestion(policy, history)
-        if plan is None or not (reason := refusal(history, plan)):
+        if plan is None or not (reason := history.refusal(plan)):
             return plan
         yield Refused(record.refuse(plan, reason))
     raise FnetError(f"the policy suggested {REFUSALS_IN_A_ROW} plans in a row that had to be refused, lastly: {reason}")

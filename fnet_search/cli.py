@@ -1,8 +1,8 @@
 """The command line. Heavy modules are imported inside the commands, so that ``--help`` answers at once."""
 
 import json
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,10 +13,7 @@ from fnet_search.commands import analyze, audit, export, latency, quantize
 from fnet_search.errors import FnetError
 from fnet_search.options import (
     Commands,
-    absolute,
     console,
-    constraints_of,
-    dataset_name,
     machine_of,
     machine_options,
     parse_scheme_options,
@@ -29,9 +26,7 @@ from fnet_search.study_commands import study
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
     from fnet_search.plan import FactorizationPlan
-    from fnet_search.policy import Constraints, Policy
-    from fnet_search.recipe import Fidelity
-    from fnet_search.run import Outcome, Request
+    from fnet_search.run import Outcome
 
 T = TypeVar("T")
 
@@ -133,16 +128,14 @@ def run(**options: Any) -> None:
     Candidates are compared on a validation split held out of the training images; the winner is measured on the test
     split once. Exit code 3: no candidate met the constraints, the nearest is named.
     """
-    from fnet_search.macro import load_space
-    from fnet_search.policy import load_policy
+    from fnet_search.api import search
 
-    space = load_space(options["space"])
-    constraints = constraints_of(space, options)
-    policy = load_policy(options["policy"])
-    budget = options["budget"].replace("%", "pct")
-    name = "-".join([space.name, dataset_name(options["dataset"]), options["policy"], budget])
-    request = _request(space, constraints, options["policy"], "validation", options, _fidelity(options))
-    _execute(request, policy, name, options["trials"], options)
+    given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
+    more = ("epochs", "warm_start", "warm_epochs", "prune", "final_epochs", "seed", "out", "storage")
+    asked = {name: options[name] for name in (*given, *more)}
+    outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
+    if not outcome.feasible:
+        sys.exit(NOTHING_FEASIBLE)
 
 
 @cli.command()
@@ -160,17 +153,10 @@ def evaluate(**options: Any) -> None:
     Trains on all training images, measures each network on the test split, and audits its export there. More plans may
     be added to an earlier run in the same folder.
     """
-    from fnet_search.macro import load_space
-    from fnet_search.plan import parse_plan
-    from fnet_search.policy import Constraints
-    from fnet_search.recipe import Fidelity
-    from fnet_search.search import FixedPlans
+    from fnet_search.api import evaluate as evaluate_plans
 
-    space = load_space(options["space"])
-    plans = tuple(dict.fromkeys(parse_plan(space, text) for text in options["plans"]))
-    name = "-".join(["evaluate", space.name, dataset_name(options["dataset"])])
-    request = _request(space, Constraints(), "fixed plans", "test", options, Fidelity())
-    _execute(request, FixedPlans(plans), name, len(plans), options)
+    given = ("plans", "space", "dataset", "recipe", "epochs", "seed", "out", "storage")
+    _work(evaluate_plans, options, **{name: options[name] for name in given})
 
 
 @cli.command()
@@ -215,72 +201,27 @@ def report(folder: Path, storage: str | None) -> None:
     opened = open_run(folder)
     with opened.run.locked():
         outcome = report_again(open_study(opened, storage))
-    _print_outcome(outcome, folder)
+    _print_outcome(outcome)
 
 
 for _command in (export, audit, quantize, analyze, latency, study):
     cli.add_command(_command)
 
 
-def _fidelity(options: dict[str, Any]) -> "Fidelity":
-    from fnet_search.recipe import Fidelity, load_recipe
-
-    warm, final = options["warm_start"], options["final_epochs"]
-    if options["warm_epochs"] and not warm:
-        raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
-    if (options["warm_epochs"] or 0) > 1 and options["warm_epochs"] % 1:
-        raise FnetError(f"--warm-epochs {options['warm_epochs']:g} is neither a whole number nor a part of one epoch")
-    epochs = options["epochs"] or load_recipe(options["recipe"]).epochs
-    final = (epochs if warm else 0) if final is None else final
-    return Fidelity(warm, options["warm_epochs"], options["prune"], final)
+def _work(call: "Callable[..., Outcome]", options: dict[str, Any], **asked: Any) -> "Outcome":
+    """Makes one of the calls of `api`, prints what comes out, and returns it."""
+    asked |= {"scheme": parse_scheme_options(options), "machine": machine_of(options)}
+    outcome = until_time_is_up(options, lambda display, until: call(**asked, display=display, deadline=until))
+    _print_outcome(outcome)
+    return outcome
 
 
-def _request(
-    space: "Macroarchitecture",
-    constraints: "Constraints",
-    policy: str,
-    split: Any,
-    options: dict[str, Any],
-    fidelity: "Fidelity",
-) -> "Request":
-    from fnet_search.recipe import load_recipe
-    from fnet_search.run import Request
-
-    return Request(
-        space=space,
-        dataset=absolute(options["dataset"]),
-        recipe=load_recipe(options["recipe"]).with_epochs(options["epochs"]),
-        fidelity=fidelity,
-        policy_name=policy,
-        constraints=constraints,
-        scheme=parse_scheme_options(options),
-        seed=options["seed"],
-        split=split,
-        audit_all=options.get("audit", "all") == "all",
-        storage=options["storage"],
-        machine=machine_of(options),
-    )
-
-
-def _execute(request: "Request", policy: "Policy", name: str, trials: int, options: dict[str, Any]) -> None:
-    from fnet_search.run import run_study
-    from fnet_search.runfolder import RunFolder
-
-    folder = options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", name)
-    outcome = until_time_is_up(
-        options, lambda display, deadline: run_study(request, policy, RunFolder(folder), trials, display, deadline)
-    )
-    _print_outcome(outcome, folder)
-    if request.split == "validation" and not outcome.feasible:
-        sys.exit(NOTHING_FEASIBLE)
-
-
-def _print_outcome(outcome: "Outcome", folder: Path) -> None:
+def _print_outcome(outcome: "Outcome") -> None:
     from fnet_search.progress import candidates_table
 
     console().print(candidates_table(outcome.space, outcome.constraints, outcome.evaluations))
     click.echo(f"report: {outcome.report}")
-    click.echo(outcome.headline(folder))
+    click.echo(outcome.headline())
 
 
 def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[str, Any]:

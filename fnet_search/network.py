@@ -154,7 +154,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def build(network: Macroarchitecture, initializer: str, seed: int) -> Network:
+def build(network: Macroarchitecture, initializer: str = "glorot_uniform", seed: int = 0) -> Network:
     """A freshly initialised network, a function of (network, initializer, seed). Biases start at zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fnet_search.deadline import Deadline
-    from fnet_search.macro import Macroarchitecture
-    from fnet_search.policy import Constraints
     from fnet_search.progress import TerminalDisplay
     from fnet_search.run import Machine
     from fnet_search.scheme import Scheme
@@ -161,40 +159,3 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
         except TimeUp:
             display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
             sys.exit(TIME_UP)
-
-
-def constraints_of(space: "Macroarchitecture", options: dict[str, Any]) -> "Constraints":
-    from fnet_search.plan import legal_rates, plan_cost, regular, smallest_conv_macs
-    from fnet_search.policy import Constraints
-    from fnet_search.quantities import mmac, parse_budget, parse_count, parse_share
-
-    if not legal_rates(space):
-        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
-    budget = parse_budget(options["budget"], plan_cost(space, regular(space)).conv_macs)
-    smallest = smallest_conv_macs(space)
-    if budget < smallest:
-        raise FnetError(
-            f"budget {options['budget']} is below the smallest network of space {space.name!r}, "
-            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
-        )
-    return Constraints(
-        budget,
-        _given(options, "max_params", parse_count),
-        _given(options, "min_quint8", parse_share),
-        _given(options, "max_drop", parse_share),
-    )
-
-
-def _given(options: dict[str, Any], name: str, parse: Callable[[str, str], T]) -> T | None:
-    text = options[name]
-    return None if text is None else parse(text, f"--{name.replace('_', '-')}")
-
-
-def absolute(dataset: str) -> str:
-    kind, colon, path = dataset.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
-
-
-def dataset_name(dataset: str) -> str:
-    """What a run folder's name says of a data set."""
-    return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset

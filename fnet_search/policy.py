@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import Cost, FactorizationPlan, legal_rates, plan_cost
-from fnet_search.quantities import millions
+from fnet_search.plan import Cost, FactorizationPlan, legal_rates, plan_cost, regular, smallest_conv_macs
+from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share
 
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
@@ -269,6 +269,34 @@ class Constraints:
         return evaluation.state == "complete" and all(value <= 0 for value in self.of(evaluation).values())
 
 
+def parse_constraints(
+    space: Macroarchitecture,
+    budget: str | int,
+    max_params: str | int | None = None,
+    min_quint8: str | float | None = None,
+    max_drop: str | float | None = None,
+) -> Constraints:
+    """Constraints as people write them: a budget of ``"120MMAC"`` or ``"45%"``, ``"2M"`` parameters, ``"80%"``.
+
+    Raises FnetError for what cannot be read, and for a budget below the smallest network of the space.
+    """
+    if not legal_rates(space):
+        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+    conv_macs = parse_budget(str(budget), plan_cost(space, regular(space)).conv_macs)
+    smallest = smallest_conv_macs(space)
+    if conv_macs < smallest:
+        raise FnetError(
+            f"budget {budget} is below the smallest network of space {space.name!r}, "
+            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
+        )
+    return Constraints(
+        conv_macs,
+        None if max_params is None else parse_count(str(max_params), "--max-params"),
+        None if min_quint8 is None else parse_share(str(min_quint8), "--min-quint8"),
+        None if max_drop is None else parse_share(str(max_drop), "--max-drop"),
+    )
+
+
 @dataclass(frozen=True)
 class History:
     """The past of a search, as a policy sees it when suggestion `number` is asked for.
@@ -290,6 +318,15 @@ class History:
     def seen(self) -> frozenset[FactorizationPlan]:
         """Every plan suggested so far."""
         return frozenset([evaluation.plan for evaluation in self.evaluations]).union(self.running)
+
+    def refusal(self, plan: FactorizationPlan) -> str:
+        """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
+        for evaluation in self.evaluations:
+            if evaluation.plan == plan:
+                return f"repeats candidate {evaluation.number}"
+        if plan in self.running:
+            return "repeats a plan that is being trained"
+        return self.constraints.refusal(plan_cost(self.space, plan))
 
     @property
     def rng(self) -> np.random.Generator:
@@ -416,6 +453,10 @@ def choose_parent(evaluations: Iterable[Evaluation], plan: FactorizationPlan) ->
     trained = (one for one in evaluations if one.state == "complete")
     fitting = (one for one in trained if all(plan[layer] % rate == 0 for layer, rate in one.plan.rates))
     return min(fitting, key=key, default=None)
+
+
+FIXED_PLANS = "fixed plans"
+"""What runs of given plans have as the name of their policy. They have no winner."""
 
 
 def policy_names() -> list[str]:

@@ -15,7 +15,7 @@ from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import Macroarchitecture, parse_space
 from fnet_search.network import Network
 from fnet_search.plan import label
-from fnet_search.policy import Constraints, Evaluation, ranking
+from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, ranking
 from fnet_search.quantize import QuantizedNetwork
 from fnet_search.runfolder import KEPT, RunFolder, read_evaluation
 from fnet_search.scheme import Scheme, parse_scheme
@@ -90,7 +90,7 @@ class RecordedRun:
         """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
         own = {one.evaluation: one for one in self.networks if one.folder == one.candidate}
         ranked = ranking(tuple(own), self.constraints)
-        return own[ranked[0]] if ranked and self.split == "validation" else None
+        return own[ranked[0]] if ranked and self.config["policy"] != FIXED_PLANS else None
 
     def test(self, network: RecordedNetwork) -> Evaluation | None:
         """What a network reached on the test split, where it was measured there."""

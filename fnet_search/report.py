@@ -239,7 +239,7 @@ def _headline(
     candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
     if best is None:
         trained = any(one.state == "complete" and one.role != "reference" for one in evaluations)
-        given = "Given plans, each measured on the test split: none of them is a winner."
+        given = f"Given plans, each measured on the {split} split: none of them is a winner."
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if constraints.feasible(best):

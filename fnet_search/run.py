@@ -22,8 +22,9 @@ from fnet_search.export import MODEL, quantized_model
 from fnet_search.figures import save_figures
 from fnet_search.macro import Macroarchitecture, to_toml
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
-from fnet_search.plan import cost_table, label
+from fnet_search.plan import FactorizationPlan, cost_table, label, parse_plan
 from fnet_search.policy import (
+    FIXED_PLANS,
     Audit,
     Constraints,
     Evaluation,
@@ -113,8 +114,22 @@ class Outcome:
     test: Evaluation | None
     report: Path
 
-    def headline(self, folder: Path) -> str:
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.report.parent
+
+    def evaluation(self, plan: FactorizationPlan | str) -> Evaluation:
+        """What a plan, or one of that name, came to. Raises FnetError for one that was not evaluated."""
+        wanted = parse_plan(self.space, plan) if isinstance(plan, str) else plan
+        found = [one for one in self.evaluations if one.plan == wanted and one.role != "final"]
+        if not found:
+            raise FnetError(f"plan {label(self.space, wanted)} was not evaluated in {self.folder}")
+        return found[0]
+
+    def headline(self) -> str:
         """One line: which network won, its conv MACs, its accuracies, and where its files are."""
+        folder = self.folder
         if self.winner is None:
             trained = sum(one.state == "complete" and one.role != "reference" for one in self.evaluations)
             measured = f"{trained} network{'s' * (trained > 1)} measured; files in {folder}"
@@ -209,7 +224,8 @@ def run_study(
             request.fidelity,
         )
         place = storage or open_journal(run.journal)
-        record = StudyRecord(place, run, space, request.constraints, request.seed, request.split, setup)
+        searching = request.policy_name != FIXED_PLANS
+        record = StudyRecord(place, run, space, request.constraints, request.seed, request.split, setup, searching)
         done = trained(record.evaluations)
         if isinstance(policy, FixedPlans):
             trials = done + len(set(policy.plans) - record.history().seen)
@@ -224,7 +240,7 @@ def run_study(
                 display.show(event)
             test = _test(record, data, pool, display)
         display.status("drawing figures and the report")
-        return _outcome(record, test)
+        return _outcome(record, test, policy)
 
 
 def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
@@ -282,12 +298,12 @@ def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
     return found
 
 
-def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
+def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None) -> Outcome:
     """Table, figures and report of a run from what was recorded."""
     run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
     opened = open_run(run.path)
     evaluations = record.audited
-    explanation = _explanation(record, run.config()["policy"])
+    explanation = _explanation(record, policy)
     figures = save_figures(space, constraints, evaluations, run.path / "figures", record.probes, explanation)
     settings = dict(_settings(run.config(), space, constraints, evaluations))
     tables = [] if record.probes is None else [run.write_probes(record.probes)]
@@ -313,14 +329,13 @@ def _outcome(record: StudyRecord, test: Evaluation | None) -> Outcome:
     return Outcome(space, constraints, evaluations, winner, feasible, test, report)
 
 
-def _explanation(record: StudyRecord, policy_name: str) -> Explanation | None:
-    """Why the winner, where the policy was told of layers and can say so; None also where it is not installed any more,
-    and where the winner was found by other means."""
-    if record.winner is None or record.probes is None:
+def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | None:
+    """Why the winner, where the policy was told of layers and can say so."""
+    explain = getattr(policy, "explain", None)
+    if record.winner is None or record.probes is None or explain is None:
         return None
-    with suppress(FnetError):
-        explain = getattr(load_policy(policy_name), "explain", None)
-        found = explain(record.history(), record.winner.plan) if explain is not None else None
+    with suppress(FnetError):  # the winner may have been found by other means
+        found = explain(record.history(), record.winner.plan)
         return found if isinstance(found, Explanation) else None
     return None
 
@@ -430,9 +445,16 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
     if elsewhere is not None and not has_study(elsewhere, run.name):
         raise FnetError(f"storage {url} has no study {run.name!r}; give the URL that the run had as --storage")
     place = elsewhere or open_journal(run.journal)
-    return StudyRecord(place, run, opened.space, opened.constraints, opened.config["seed"], opened.config["split"])
+    config, searching = opened.config, opened.config["policy"] != FIXED_PLANS
+    return StudyRecord(
+        place, run, opened.space, opened.constraints, config["seed"], config["split"], searching=searching
+    )
 
 
 def report_again(record: StudyRecord) -> Outcome:
     """Makes candidates.csv, figures and report of a run again, from its study."""
-    return _outcome(record, record.run.read_test(record.winner) if record.winner is not None else None)
+    policy = None
+    with suppress(FnetError):  # it was no plug-in, or is not installed any more
+        policy = load_policy(record.run.config()["policy"])
+    test = record.run.read_test(record.winner) if record.winner is not None else None
+    return _outcome(record, test, policy)

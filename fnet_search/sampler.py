@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fnet_search.asktell import REFUSALS_IN_A_ROW, lowest_free, refusal, suggestion
+from fnet_search.asktell import REFUSALS_IN_A_ROW, lowest_free, suggestion
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, legal_rates, make_plan, parse_plan, plan_cost
@@ -221,7 +221,7 @@ class PolicySampler(BaseSampler):
                 _set(study, trial, NUMBER, None)
                 _set(study, trial, PLAN, None)
                 return False
-        if reason := refusal(history, plan):
+        if reason := history.refusal(plan):
             _set(study, trial, REASON, reason)
         return True
 

@@ -119,6 +119,8 @@ class StudyRecord:
     split: SplitName
     setup: Setup | None = None
     """How candidates are trained; None where none will be."""
+    searching: bool = True
+    """Or a study of given plans."""
     _evaluations: dict[int, Evaluation] = field(default_factory=dict)
     _trials: dict[int, Trial] = field(default_factory=dict)
     _jobs: dict[int, Job] = field(default_factory=dict)
@@ -188,7 +190,7 @@ class StudyRecord:
     def winner(self) -> Evaluation | None:
         """The best evaluation so far, feasible or nearest to it; None in a study of fixed plans."""
         ranked = ranking(self.evaluations, self.constraints)
-        return ranked[0] if ranked and self.split == "validation" else None
+        return ranked[0] if ranked and self.searching else None
 
     def history(self) -> History:
         """Final trainings are left out, and take no number of a suggestion: a search that goes on after one suggests

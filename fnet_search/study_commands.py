@@ -1,6 +1,5 @@
 """The command line of studies: ``fnet-search study run``, ``list`` and ``show``."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +8,6 @@ import click
 
 from fnet_search.options import (
     Commands,
-    absolute,
-    constraints_of,
-    dataset_name,
     machine_of,
     machine_options,
     until_time_is_up,
@@ -19,9 +15,8 @@ from fnet_search.options import (
 
 if TYPE_CHECKING:
     from fnet_search.deadline import Deadline
-    from fnet_search.policy import Constraints
     from fnet_search.progress import TerminalDisplay
-    from fnet_search.studies import Part, Study
+    from fnet_search.studies import Study
 
 
 @click.group(cls=Commands)
@@ -96,6 +91,7 @@ def run(**options: Any) -> None:
     its own in the study's folder; results.md there has the table and the figures, networks.csv and layers.csv what was
     measured. More seeds may be added to an earlier study in the same folder.
     """
+    from fnet_search.api import absolute, dataset_name, folder_of
     from fnet_search.deadline import TimeUp
     from fnet_search.studies import load_study
     from fnet_search.study_results import markdown, networks, rows, table, write_results
@@ -104,20 +100,15 @@ def run(**options: Any) -> None:
     chosen = load_study(options["name"]).with_options(options["dataset"], options["epochs"], options["seeds"])
     chosen = replace(chosen, dataset=absolute(chosen.dataset))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
-    folder = StudyFolder(options["out"] or Path("runs") / re.sub(r"[^\w.+-]+", "_", default))
+    folder = StudyFolder(folder_of(options["out"], default))
 
     def work(display: "TerminalDisplay", deadline: "Deadline | None") -> Path:
         try:
-            run_parts(chosen, folder, machine_of(options), _constraints, display, deadline)
+            run_parts(chosen, folder, machine_of(options), display, deadline)
         except TimeUp:
             display.say(f"results so far: {write_results(chosen, recorded(chosen, folder), folder.path)}")
             raise
         return write_results(chosen, recorded(chosen, folder), folder.path)
-
-    def _constraints(part: "Part") -> "Constraints":
-        from fnet_search.policy import Constraints
-
-        return Constraints() if chosen.search is None else constraints_of(part.variant.space, vars(chosen.search))
 
     path = until_time_is_up(options, work)
     if found := rows(chosen, networks(chosen, recorded(chosen, folder))):

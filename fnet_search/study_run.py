@@ -1,6 +1,5 @@
 """A whole study: each of its parts is a run of its own, in a folder of the study's; then all are compared."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Protocol
 
 from fnet_search.deadline import Deadline
 from fnet_search.plan import parse_plan
-from fnet_search.policy import Constraints, Policy, load_policy
+from fnet_search.policy import FIXED_PLANS, Constraints, Policy, load_policy, parse_constraints
 from fnet_search.recipe import Fidelity
 from fnet_search.recorded import RecordedRun, open_run
 from fnet_search.requantize import requantize
@@ -16,8 +15,6 @@ from fnet_search.run import Display, Machine, Request, open_study, report_again,
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import FixedPlans
 from fnet_search.studies import Part, Study
-
-ConstraintsOf = Callable[[Part], Constraints]
 
 
 class StudyDisplay(Display, Protocol):
@@ -42,7 +39,6 @@ def run_parts(
     study: Study,
     folder: StudyFolder,
     machine: Machine,
-    constraints: ConstraintsOf,
     display: StudyDisplay,
     deadline: Deadline | None = None,
 ) -> None:
@@ -56,7 +52,7 @@ def run_parts(
         run = folder.run(part)
         first = folder.run(study.parts[0])
         computing = replace(machine, numerics_of=machine.numerics_of or first.path) if place else machine
-        request, policy, trials = _asked(study, part, constraints(part))
+        request, policy, trials = _asked(study, part)
         run_study(replace(request, machine=computing), policy, run, trials, display, deadline)
         _quantize(study, run, machine, display, deadline)
 
@@ -74,7 +70,7 @@ def epochs(study: Study, part: Part) -> float:
     return 2 * recipe.epochs + study.search.trials * recipe.warm().epochs
 
 
-def _asked(study: Study, part: Part, constraints: Constraints) -> tuple[Request, Policy, int]:
+def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
     """What a part asks of a run: the request, its policy, and how many trials."""
     space, recipe = part.variant.space, part.variant.recipe
     request = Request(
@@ -82,8 +78,8 @@ def _asked(study: Study, part: Part, constraints: Constraints) -> tuple[Request,
         dataset=study.dataset,
         recipe=recipe,
         fidelity=Fidelity(),
-        policy_name="fixed plans",
-        constraints=constraints,
+        policy_name=FIXED_PLANS,
+        constraints=Constraints(),
         scheme=study.schemes[0],
         seed=part.seed,
         split="test",
@@ -94,7 +90,11 @@ def _asked(study: Study, part: Part, constraints: Constraints) -> tuple[Request,
         return request, FixedPlans(plans), len(plans)
     searching = Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs)
     name = study.search.policy
-    request = replace(request, fidelity=searching, policy_name=name, split="validation", audit_all=False)
+    options = study.search
+    limits = parse_constraints(space, options.budget, options.max_params, options.min_quint8, options.max_drop)
+    request = replace(
+        request, fidelity=searching, policy_name=name, constraints=limits, split="validation", audit_all=False
+    )
     return request, load_policy(name), study.search.trials
 
 

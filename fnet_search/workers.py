@@ -207,7 +207,7 @@ class WorkerPool:
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self.setup, self._data), daemon=True)
-        with environment(self.setup.numerics.threads), _uninterrupted():
+        with environment(self.setup.numerics.threads), _uninterrupted(), _without_main():
             process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -228,6 +228,18 @@ class WorkerPool:
         if isinstance(dead.task, ProbeTask):
             raise FnetError(f"{_named(dead.task)}: {reason}")
         yield Finished(unfinished(self.setup, dead.task, "failed", reason), 0.0)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Workers need nothing of the script that called; multiprocessing would run it again in each of them."""
+    main = vars(sys.modules["__main__"])
+    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update({"__spec__": None} | hidden)
 
 
 def _named(task: Task | None) -> str:

@@ -146,9 +146,9 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert [one.audit for one in outcome.evaluations if one.number == winner.number] == [own]
     for place in ("best", f"candidates/{winner.number:03d}"):
         assert Evaluation.from_json(json.loads((folder / place / "evaluation.json").read_text())).audit == own
-    line = outcome.headline(Path("here"))
+    line = outcome.headline()
     assert line.startswith(f"winner: candidate {winner.number} (")
-    assert line.endswith("; files in here/best")
+    assert line.endswith(f"; files in {folder / 'best'}")
     assert f"validation fp32 {100 * (winner.fp32_accuracy or 0):.2f} %" in line
     assert f"test fp32 {100 * (test.fp32_accuracy or 0):.2f} %" in line
 
@@ -344,22 +344,20 @@ def test_headlines(tmp_path: Path) -> None:
     plan = parse_plan(TINY, "init2")
     strict = Constraints(conv_macs=600_000, min_quint8=0.9, max_drop=0.05)
     near = trained(TINY, plan, 4, 0.9, 0.8)
-    outcome = Outcome(TINY, strict, (near,), near, False, replace(near, split="test"), tmp_path)
+    outcome = Outcome(TINY, strict, (near,), near, False, replace(near, split="test"), Path("x/report.html"))
     accuracies = "fp32 90.00 % quint8 80.00 %"
     found = f"candidate 4 (init2), 0.434 MMAC, validation {accuracies}; test {accuracies}; files in x/best"
     missed = "no candidate met the constraints; nearest, missing min_quint8, max_drop:"
-    assert outcome.headline(Path("x")) == f"{missed} {found}"
-    assert replace(outcome, feasible=True).headline(Path("x")) == f"winner: {found}"
-    assert replace(outcome, winner=None).headline(Path("x")) == "1 network measured; files in x"
+    assert outcome.headline() == f"{missed} {found}"
+    assert replace(outcome, feasible=True).headline() == f"winner: {found}"
+    assert replace(outcome, winner=None).headline() == "1 network measured; files in x"
     reference = replace(near, role="reference")
-    assert replace(outcome, winner=None, evaluations=(reference,)).headline(Path("x")) == (
-        "no candidate was trained; see x"
-    )
+    assert replace(outcome, winner=None, evaluations=(reference,)).headline() == ("no candidate was trained; see x")
     final = replace(near, number=7, role="final", parent=4)
-    assert replace(outcome, winner=final, test=None).headline(Path("x")) == (
+    assert replace(outcome, winner=final, test=None).headline() == (
         f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}; files in x/best"
     )
-    assert replace(outcome, winner=None, evaluations=()).headline(Path("x")) == "no candidate was trained; see x"
+    assert replace(outcome, winner=None, evaluations=()).headline() == "no candidate was trained; see x"
 
 
 def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -372,7 +370,7 @@ def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path
         "the loss was not finite in epoch 1 of 1 (tried 2 times)",
     }
     assert (outcome.winner, outcome.feasible, outcome.test) == (None, False, None)
-    assert outcome.headline(Path("x")) == "no candidate was trained; see x"
+    assert outcome.headline() == "no candidate was trained; see x"
     table = pd.read_csv(tmp_path / "wild" / "candidates.csv")
     assert table["state"].tolist() == ["failed", "failed"]
     assert table["reason"].str.contains("not finite").all()
@@ -384,7 +382,7 @@ def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path
     plans = tuple(parse_plan(TINY, text) for text in ("init2", "conv_8=8"))
     outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[:1]))
     assert notes.begun == [(1, 0)]
-    assert outcome.headline(Path("x")) == "1 network measured; files in x"
+    assert outcome.headline() == "1 network measured; files in x"
     (one,) = outcome.evaluations
     assert one.split == "test"
     assert one.trained_images == len(load_dataset("digits", TINY.input_shape).train), "all of them"
@@ -395,7 +393,7 @@ def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path
     assert (notes.begun, notes.started) == ([(2, 1)], [1])
     assert outcome.evaluations[0] == one
     assert [found.plan for found in outcome.evaluations] == list(plans)
-    assert outcome.headline(Path("x")) == "2 networks measured; files in x"
+    assert outcome.headline() == "2 networks measured; files in x"
     assert (tmp_path / "given" / "candidates" / "001" / "weights.safetensors").is_file()
 
 
@@ -658,7 +656,7 @@ def test_within_the_budget_the_regular_network_may_win(tmp_path: Path) -> None:
     outcome, notes = go(tmp_path / "run", 1, request)
     (one,) = outcome.evaluations
     assert (one.role, one.plan) == ("candidate", regular(TINY))
-    assert outcome.headline(Path("x")).startswith("winner: candidate 0 (regular), 0.811 MMAC, ")
+    assert outcome.headline().startswith("winner: candidate 0 (regular), 0.811 MMAC, ")
     assert (notes.started, notes.begun) == ([0], [(1, 0)])
 
 
@@ -712,7 +710,7 @@ def test_a_report_of_an_old_run_can_be_made(old: Path, whole: tuple[Path, Outcom
     (old / "report.html").unlink()
     outcome = reported(old)
     assert outcome.evaluations == tuple(replace(one, accuracies=()) for one in whole[1].evaluations)
-    assert outcome.headline(Path("x")) == whole[1].headline(Path("x"))
+    assert outcome.headline() == whole[1].headline()
     page = (old / "report.html").read_text()
     assert "<th>warm start</th>" not in page
     assert pd.read_csv(old / "candidates.csv")["role"].tolist() == ["candidate", "candidate"]

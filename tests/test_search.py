@@ -7,7 +7,7 @@ import pytest
 from evaluations import failed, pruned, trained
 
 from fnet_policies import TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random
-from fnet_search.asktell import REFUSALS_IN_A_ROW, Refused, refusal
+from fnet_search.asktell import REFUSALS_IN_A_ROW, Refused
 from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
@@ -267,8 +267,8 @@ def test_a_repeat_of_a_running_plan_is_refused() -> None:
 @pytest.mark.parametrize("plan", [F4, REGULAR])
 def test_why_a_plan_is_refused(plan: FactorizationPlan) -> None:
     history = History(TINY, HALF, (trained(TINY, F2, 3, 0.9, 0.8),))
-    assert bool(refusal(history, plan)) == (plan == REGULAR)
-    assert refusal(history, F2) == "repeats candidate 3"
+    assert bool(history.refusal(plan)) == (plan == REGULAR)
+    assert history.refusal(F2) == "repeats candidate 3"
 
 
 class Stubborn:

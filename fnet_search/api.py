@@ -1,0 +1,171 @@
+"""What the command line does, as calls: `search` and `evaluate`, which `fnet_search` itself names.
+
+Both show their progress on the terminal, go on where an earlier call with the same folder stopped, and raise FnetError,
+in one line that says what would be right, for whatever is wrong with what was asked.
+"""
+
+import re
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import optuna
+
+from fnet_search.deadline import Deadline
+from fnet_search.errors import FnetError
+from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.options import console
+from fnet_search.plan import FactorizationPlan, parse_plan
+from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, load_policy, parse_constraints
+from fnet_search.progress import TerminalDisplay
+from fnet_search.recipe import Fidelity, Recipe, load_recipe
+from fnet_search.run import Display, Machine, Outcome, Request, run_study
+from fnet_search.runfolder import RunFolder
+from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.search import FixedPlans
+
+
+def search(
+    space: Macroarchitecture | str = "factorizenet",
+    dataset: str = "digits",
+    *,
+    budget: str | int,
+    min_quint8: str | float | None = None,
+    max_drop: str | float | None = None,
+    max_params: str | int | None = None,
+    policy: Policy | str = "reverse-pyramid",
+    trials: int = 6,
+    recipe: Recipe | str = "quick",
+    epochs: int | None = None,
+    warm_start: bool = True,
+    warm_epochs: float | None = None,
+    prune: bool = True,
+    final_epochs: int | None = None,
+    scheme: Scheme | str = "percentile:1",
+    audit_all: bool = False,
+    seed: int = 0,
+    out: Path | str | None = None,
+    storage: str | None = None,
+    machine: Machine | None = None,
+    display: Display | None = None,
+    deadline: Deadline | None = None,
+) -> Outcome:
+    """Searches the best network under a budget: ``fnet-search run``, whose options these are.
+
+    `budget` in conv MACs, as a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as
+    fractions of 1 or ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to
+    train. Files are left in the folder `out`, ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The
+    winner is measured on the test split once; nothing else is.
+
+    Raises FnetError, and TimeUp at the `deadline`.
+    """
+    loaded = load_space(space) if isinstance(space, str) else space
+    limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop)
+    chosen = load_policy(policy) if isinstance(policy, str) else policy
+    named = policy if isinstance(policy, str) else type(policy).__name__
+    trained = _recipe(recipe, epochs)
+    if warm_epochs and not warm_start:
+        raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
+    if (warm_epochs or 0) > 1 and (warm_epochs or 0) % 1:
+        raise FnetError(f"--warm-epochs {warm_epochs:g} is neither a whole number nor a part of one epoch")
+    if final_epochs is None:
+        final_epochs = trained.epochs if warm_start else 0
+    request = Request(
+        space=loaded,
+        dataset=absolute(dataset),
+        recipe=trained,
+        fidelity=Fidelity(warm_start, warm_epochs, prune, final_epochs),
+        policy_name=named,
+        constraints=limits,
+        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        seed=seed,
+        split="validation",
+        audit_all=audit_all,
+        storage=storage,
+        machine=machine or Machine(),
+    )
+    name = "-".join([loaded.name, dataset_name(dataset), named, str(budget).replace("%", "pct")])
+    return _run(request, chosen, folder_of(out, name), trials, display, deadline)
+
+
+def evaluate(
+    plans: Iterable[FactorizationPlan | str],
+    space: Macroarchitecture | str = "factorizenet",
+    dataset: str = "digits",
+    *,
+    split: SplitName = "test",
+    recipe: Recipe | str = "quick",
+    epochs: int | None = None,
+    scheme: Scheme | str = "percentile:1",
+    seed: int = 0,
+    out: Path | str | None = None,
+    storage: str | None = None,
+    machine: Machine | None = None,
+    display: Display | None = None,
+    deadline: Deadline | None = None,
+) -> Outcome:
+    """Trains, quantizes and profiles given plans, each from scratch: ``fnet-search evaluate``.
+
+    A plan as an object, by name as ``"init2"``, or as ``"layer=rate,..."``; ``outcome.evaluation(plan)`` is what it
+    came to. `split` ``"test"`` trains on all training images, and is for reporting; a loop that chooses plans by the
+    outcome asks for ``"validation"``, held out of the training images. What was evaluated in the folder `out` before,
+    ``runs/evaluate-<space>-<data set>`` if none is given, is not trained again.
+
+    Raises FnetError, and TimeUp at the `deadline`.
+    """
+    loaded = load_space(space) if isinstance(space, str) else space
+    wanted = [plans] if isinstance(plans, FactorizationPlan | str) else plans
+    chosen = [parse_plan(loaded, plan) if isinstance(plan, str) else plan for plan in wanted]
+    request = Request(
+        space=loaded,
+        dataset=absolute(dataset),
+        recipe=_recipe(recipe, epochs),
+        fidelity=Fidelity(),
+        policy_name=FIXED_PLANS,
+        constraints=Constraints(),
+        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        seed=seed,
+        split=split,
+        audit_all=True,
+        storage=storage,
+        machine=machine or Machine(),
+    )
+    name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
+    policy = FixedPlans(tuple(dict.fromkeys(chosen)))
+    return _run(request, policy, folder_of(out, name), len(policy.plans), display, deadline)
+
+
+def _run(
+    request: Request,
+    policy: Policy,
+    folder: Path,
+    trials: int,
+    display: Display | None,
+    deadline: Deadline | None,
+) -> Outcome:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we have our own lines for what it says
+    try:
+        with TerminalDisplay(console()) if display is None else nullcontext(display) as shown:
+            return run_study(request, policy, RunFolder(folder), trials, shown, deadline)
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _recipe(recipe: Recipe | str, epochs: int | None) -> Recipe:
+    return (load_recipe(recipe) if isinstance(recipe, str) else recipe).with_epochs(epochs)
+
+
+def absolute(dataset: str) -> str:
+    kind, colon, path = dataset.partition(":")
+    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
+
+
+def dataset_name(dataset: str) -> str:
+    """What a run folder's name says of a data set."""
+    return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset
+
+
+def folder_of(out: Path | str | None, name: str) -> Path:
+    """The run folder that was asked for, or one of that name."""
+    return Path(out) if out is not None else Path("runs") / re.sub(r"[^\w.+-]+", "_", name)

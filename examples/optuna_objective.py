@@ -31,7 +31,7 @@ def main() -> None:
     study.optimize(objective)  # stops when the policy is done
     for trial in study.trials:
         plan, reason = trial.user_attrs.get("label", ""), trial.user_attrs.get("reason", "")
-        print(f"{trial.number}: {plan:8} {trial.state.name:8} {100 * trial.value:6.2f} %" if not reason else reason)
+        print(reason or f"{trial.number}: {plan:8} {trial.state.name:8} {100 * trial.value:6.2f} %")
     print(f"best: {study.best_trial.user_attrs['label']}")
 
 

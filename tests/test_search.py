@@ -397,10 +397,11 @@ def test_the_best_candidate_is_trained_on_at_the_end() -> None:
     assert count_trained(record.evaluations.values()) == 3
 
 
-@pytest.mark.parametrize("policy", [Random(), TPE(startup=3)], ids=lambda policy: type(policy).__name__)
-def test_a_search_that_goes_on_after_a_final_training_suggests_the_same(policy: Policy) -> None:
-    whole, _ = warm_search(policy, 9, seed=5)
-    record, pool = warm_search(policy, 5, seed=5, final_epochs=8)
+@pytest.mark.parametrize(("policy", "seed"), [(Random(), 5), (TPE(startup=3), 7)], ids=["random", "tpe"])
+def test_a_search_that_goes_on_after_a_final_training_suggests_the_same(policy: Policy, seed: int) -> None:
+    """With these seeds it finds a better one then, which is trained on too."""
+    whole, _ = warm_search(policy, 9, seed=seed)
+    record, pool = warm_search(policy, 5, seed=seed, final_epochs=8)
     list(search(policy, record, pool, 9))
     assert [number for number, one in record.evaluations.items() if one.role == "final"] == [6, 11]
     assert [one.plan for one in record.history().evaluations] == whole.plans

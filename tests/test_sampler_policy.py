@@ -48,7 +48,7 @@ def searched(policy: SamplerPolicy, trials: int, seed: int = 0) -> list[Evaluati
 )
 @pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_any_sampler_searches_under_the_budget(sampler: type[optuna.samplers.BaseSampler]) -> None:
-    """Nothing twice, nothing above the ceilings; one that was just made says the same as one that was there all along."""
+    """Nothing twice, nothing above the ceilings; one that was just made says what one says that was there all along."""
     found = searched(SamplerPolicy(sampler, startup=3), 12)
     plans = [one.plan for one in found]
     assert len(set(plans)) == 12

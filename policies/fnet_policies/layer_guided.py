@@ -137,10 +137,11 @@ def _scaled(name: str, table: Table, prior: tuple[float, float] = (0.0, 0.0), ha
 def probe_features(history: History, probes: Probes) -> list[Feature]:
     """Noise of the float logits, as a share of their energy, and what noise of the quantized ones does not go with it.
 
-    Losses and accuracies over a few hundred images are noise themselves, for changes this small; the noise of the
-    logits is not. What it does to the loss is seen over all probes together (least squares, not negative), and so is
-    what the loss does to the accuracy. What quantizing adds to one rate and not to its neighbours is an accident of
-    ranges, for the most part, and another one after training: the best of many plans would be the luckiest.
+    Losses over a few hundred images are noise themselves, for changes this small; the noise of the logits is not. What
+    it does to the loss is seen over all probes together (least squares, not negative). Their accuracies say less still:
+    what the loss does to the accuracy is taken from the probed network itself, and from guessing. What quantizing adds
+    to one rate and not to its neighbours is an accident of ranges, for the most part, and another one after training:
+    the best of many plans would be the luckiest.
     """
     changes, base = probes.changes, probes.unchanged
 
@@ -149,18 +150,29 @@ def probe_features(history: History, probes: Probes) -> list[Feature]:
 
     noise, quint8_noise = increases(lambda one: one.logit_noise), increases(lambda one: one.quint8_logit_noise)
     loss, quint8_loss = increases(lambda one: one.loss), increases(lambda one: one.quint8_loss)
-    accuracies = np.concatenate([increases(lambda one: one.fp32_accuracy), increases(lambda one: one.quint8_accuracy)])
-    along = _slope(noise, quint8_noise)
-    per_nat = min(0.0, _slope(np.concatenate([loss, quint8_loss]), accuracies))
-    of_noise, of_rest = nnls(np.stack([noise, quint8_noise - along * noise], axis=1), quint8_loss)[0] * per_nat
-    on_fp32 = max(0.0, _slope(noise, loss)) * per_nat
+    along, on_loss = _slope(noise, quint8_noise), max(0.0, _slope(noise, loss))
+    of_noise, of_rest = nnls(np.stack([noise, quint8_noise - along * noise], axis=1), quint8_loss)[0]
+    classes = math.prod(history.space.shapes[history.space.output])
+    fp32_per_nat = _per_nat(base.fp32_accuracy, base.loss, classes)
+    per_nat = _per_nat(base.quint8_accuracy, base.quint8_loss, classes)
     table = probes.increase(history.space, lambda one: one.logit_noise)
     quint8 = probes.increase(history.space, lambda one: one.quint8_logit_noise)
     rest = {layer: quint8[layer] - along * table[layer] for layer in table}
     return [
-        _scaled("noise of the fp32 logits", table, (KEPT * of_noise, KEPT * on_fp32)),
-        _scaled("further noise of the quint8 logits", rest, (KEPT**2 * of_rest, 0.0)),
+        _scaled(
+            "noise of the fp32 logits", table, (KEPT * per_nat * max(on_loss, of_noise), KEPT * fp32_per_nat * on_loss)
+        ),
+        _scaled("further noise of the quint8 logits", rest, (KEPT**2 * per_nat * of_rest, 0.0)),
     ]
+
+
+def _per_nat(accuracy: float, loss: float, classes: int) -> float:
+    """Accuracy (fraction of 1) that a nat of loss costs, negative: on the line from a network to guessing.
+
+    Of one that is hardly better than guessing in either, as it would be for one that is always right.
+    """
+    better, nats = accuracy - 1 / classes, math.log(classes) - loss
+    return -better / nats if better > 0.05 and nats > 0.05 else -(1 - 1 / classes) / math.log(classes)
 
 
 def _slope(x: Values, y: Values) -> float:

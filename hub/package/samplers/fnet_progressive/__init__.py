@@ -1,0 +1,3 @@
+from .sampler import FnetProgressiveSampler
+
+__all__ = ["FnetProgressiveSampler"]

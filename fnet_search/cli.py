@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,7 +46,7 @@ def cli(context: click.Context) -> None:
     \b
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
-    On what a run left:  export, audit, quantize, analyze, latency, report
+    On what a run left:  dashboard, export, audit, quantize, analyze, latency, report
     The paper's table and figures:  study
     """
     if context.invoked_subcommand is None:
@@ -202,6 +203,33 @@ def report(folder: Path, storage: str | None) -> None:
     with opened.run.locked():
         outcome = report_again(open_study(opened, storage))
     _print_outcome(outcome)
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0: any that is free.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; any other lets others in, without a password.")
+@click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
+def dashboard(folder: Path, port: int, host: str, storage: str | None) -> None:
+    """Show a run in the Optuna dashboard, in a browser; a search may go on meanwhile.
+
+    Notes explain the study and each of its trials, and are kept in the study.
+    """
+    from fnet_search.recorded import open_run
+
+    opened = open_run(folder)
+    try:
+        from fnet_search.dashboard import open_dashboard
+    except ImportError as error:
+        raise FnetError(f'{error.name} is not installed; pip install "fnet-search[dashboard]"') from None
+    quiet()
+    shown = open_dashboard(opened, storage)
+    with shown.serve(host, port) as server:
+        shown.annotate()
+        shown.watch()
+        click.echo(f"http://{host}:{server.server_port}/dashboard/studies/{shown.study._study_id} (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 for _command in (export, audit, quantize, analyze, latency, study):

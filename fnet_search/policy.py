@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import Cost, FactorizationPlan, legal_rates, plan_cost, regular, smallest_conv_macs
-from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share
+from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
 
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
@@ -263,6 +263,17 @@ class Constraints:
         if self.params is not None and cost.params > self.params:
             reasons.append(f"{cost.params:,} parameters exceed the limit of {self.params:,}")
         return "; ".join(reasons)
+
+    def described(self) -> list[tuple[str, str]]:
+        """What is limited, and to what, for people."""
+        limits = [("conv MACs", f"at most {mmac(self.conv_macs)}")] if self.conv_macs is not None else []
+        if self.params is not None:
+            limits.append(("parameters", f"at most {self.params:,}"))
+        if self.min_quint8 is not None:
+            limits.append(("quint8 accuracy", f"at least {percent(self.min_quint8)}"))
+        if self.max_drop is not None:
+            limits.append(("relative drop", f"at most {percent(self.max_drop)}"))
+        return limits
 
     def feasible(self, evaluation: Evaluation) -> bool:
         """Trained, and every constraint met."""

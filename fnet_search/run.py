@@ -404,19 +404,13 @@ def _settings(
     config: dict[str, Any], space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
 ) -> Iterator[tuple[str, str]]:
     recipe = config["recipe"]
-    limits = {
-        "conv MACs": constraints.conv_macs and f"at most {mmac(constraints.conv_macs)}",
-        "parameters": constraints.params and f"at most {constraints.params:,}",
-        "quint8 accuracy": constraints.min_quint8 and f"at least {percent(constraints.min_quint8)}",
-        "relative drop": constraints.max_drop is not None and f"at most {percent(constraints.max_drop)}",
-    }
     yield "space", f"{space.name}: {space.description}"
     yield (
         "data set",
         f"{config['dataset']} (fingerprint {config['data']['fingerprint']}), {len(config['data']['classes'])} classes",
     )
     yield "policy", config["policy"]
-    yield from ((f"limit on {name}", text) for name, text in limits.items() if text)
+    yield from ((f"limit on {name}", text) for name, text in constraints.described())
     training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
     fidelity = config.get("fidelity", {})

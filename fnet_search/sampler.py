@@ -36,6 +36,7 @@ from fnet_search.trials import (
     outcome,
     parameters,
     plan_of,
+    recorded,
     suggested,
 )
 
@@ -275,7 +276,7 @@ class PolicySampler(BaseSampler):
         if trial._trial_id in self._known:
             return self._known[trial._trial_id]
         plan = plan_of(self.space, trial.params)
-        if plan is not None and trial.state is TrialState.FAIL and EVALUATION not in trial.user_attrs:
+        if plan is not None and trial.state is TrialState.FAIL and EVALUATION not in trial.system_attrs:
             failures[plan] += 1
             if failures[plan] != FAILURES:
                 return None
@@ -287,8 +288,8 @@ class PolicySampler(BaseSampler):
 
     def _measured(self, study: Study, trial: FrozenTrial, plan: FactorizationPlan) -> Evaluation:
         attributes = trial.user_attrs
-        if EVALUATION in attributes:
-            return Evaluation.from_json(attributes[EVALUATION])
+        if (reported := recorded(trial)) is not None:
+            return reported
         reason = attributes.get(REASON, "")
         known: dict[str, Any] = {"number": attributes.get(NUMBER, 0)}
         if trial.state is TrialState.PRUNED:

@@ -38,10 +38,10 @@ from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
 from fnet_search.train import TrainingProgress
-from fnet_search.trials import EVALUATION, describe, distributions, outcome, parameters, suggested
+from fnet_search.trials import describe, distributions, outcome, parameters, recorded, suggested
 
-PROBED = "probes"
-"""Prefix of user attributes of the study, one a layer: the network probed, and what was measured."""
+PROBED = "fnet_search:probes"
+"""Prefix of system attributes of the study, one a layer: the network probed, and what was measured."""
 SECONDS = "train_seconds"
 """User attribute of candidates that were trained: how long it took, failed ones too."""
 
@@ -145,8 +145,7 @@ class StudyRecord:
         )
         self.artifacts = FileSystemArtifactStore(self.run.artifacts)
         for trial in self.study.get_trials(deepcopy=False):
-            if EVALUATION in trial.user_attrs:
-                evaluation = Evaluation.from_json(trial.user_attrs[EVALUATION])
+            if (evaluation := recorded(trial)) is not None:
                 self._take(evaluation)
                 if SECONDS in trial.user_attrs:
                     self._seconds[evaluation.number] = trial.user_attrs[SECONDS]
@@ -154,7 +153,8 @@ class StudyRecord:
                     self.study.tell(trial.number, *outcome(evaluation))
             elif not trial.state.is_finished():  # of a run that was cut off; its number is issued again
                 self.study.tell(trial.number, state=TrialState.FAIL)
-        for name, facts in self.study.user_attrs.items():
+        attributes = self.storage.get_study_system_attrs(self.study._study_id)
+        for name, facts in attributes.items():
             if name.startswith(f"{PROBED}:"):
                 measured = tuple(map(Probe.from_json, facts["probes"]))
                 self._probed[name.removeprefix(f"{PROBED}:")] = facts["number"], measured
@@ -225,8 +225,8 @@ class StudyRecord:
         return [task for task in probe_tasks(self.space, start, fisher) if task.layer not in self._probed]
 
     def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
-        facts = {"number": task.start.number, "probes": [one.to_json() for one in probes]}
-        self.study.set_user_attr(f"{PROBED}:{task.layer}", facts)
+        facts: dict[str, Any] = {"number": task.start.number, "probes": [one.to_json() for one in probes]}
+        self.storage.set_study_system_attr(self.study._study_id, f"{PROBED}:{task.layer}", facts)
         self._probed[task.layer] = task.start.number, probes
         self._write()
 
@@ -343,8 +343,7 @@ class StudyRecord:
             distributions=distributions(self.space),
             user_attrs={**suggested(self.space, number, plan), **(facts or {})},
         )
-        study = self.storage.get_study_id_from_name(self.study.study_name)
-        return Trial(self.study, self.storage.create_new_trial(study, template))
+        return Trial(self.study, self.storage.create_new_trial(self.study._study_id, template))
 
     def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
         self.study.tell(trial, *outcome(evaluation))

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, from_indices, indices, label, legal_rates
 from fnet_search.policy import Constraints, Evaluation
 
-EVALUATION = "evaluation"
-"""User attribute with the whole evaluation as JSON: what a history is rebuilt from."""
+EVALUATION = "fnet_search:evaluation"
+"""System attribute with the whole evaluation as JSON: what a history is rebuilt from. The dashboard shows no such."""
 NUMBER = "number"
 """User attribute with the number of the suggestion, which is ours and has no holes."""
 PLAN = "plan"
@@ -70,7 +70,13 @@ def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> 
         trial.set_constraint(name, violation)
         trial.set_user_attr(f"violation_{name}", violation)
     # Last, since a trial with this attribute that is told counts as done.
-    trial.set_user_attr(EVALUATION, evaluation.to_json())
+    trial.storage.set_trial_system_attr(trial._trial_id, EVALUATION, evaluation.to_json())
+
+
+def recorded(trial: FrozenTrial) -> Evaluation | None:
+    """The evaluation that `describe` wrote; None if there is none."""
+    data = trial.system_attrs.get(EVALUATION) or trial.user_attrs.get("evaluation")  # where it was once
+    return Evaluation.from_json(data) if data else None
 
 
 def outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:

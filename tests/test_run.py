@@ -13,6 +13,7 @@ import pytest
 import torch
 from evaluations import trained
 from optuna.artifacts import get_all_artifact_meta
+from optuna.storages.journal._storage import JournalOperation
 from PIL import Image
 
 from fnet_policies import LayerGuided, Random
@@ -33,6 +34,7 @@ from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.search import Event, FixedPlans, ProbesProgressed, Started
+from fnet_search.trials import EVALUATION
 from fnet_search.weights import read_tensors
 
 TINY = load_space("tiny")
@@ -693,10 +695,10 @@ def old(run: Path) -> Path:
     lines = []
     for line in (run / "journal.log").read_text().splitlines():
         entry = json.loads(line)
-        attribute = entry.get("user_attr", {})
-        if not attribute.keys() & {"role", "start", "planned_epochs"}:
-            if "evaluation" in attribute:
-                attribute["evaluation"] = without(attribute["evaluation"])
+        if EVALUATION in entry.get("system_attr", {}):
+            entry["op_code"] = JournalOperation.SET_TRIAL_USER_ATTR
+            entry["user_attr"] = {"evaluation": without(entry.pop("system_attr")[EVALUATION])}
+        if not entry.get("user_attr", {}).keys() & {"role", "start", "planned_epochs"}:
             lines.append(json.dumps(entry))
     (run / "journal.log").write_text("".join(f"{line}\n" for line in lines))
     return run

@@ -29,7 +29,7 @@ from fnet_search.policy import Constraints, Evaluation, History, Policy
 from fnet_search.sampler import FAILURES, PolicyDone, PolicySampler, report_evaluation, suggest_plan
 from fnet_search.testing import made_up_layers as layer_stats
 from fnet_search.testing import made_up_probes as probes
-from fnet_search.trials import parameters
+from fnet_search.trials import EVALUATION, parameters
 
 TINY, SPACE = load_space("tiny"), load_space("factorizenet")
 PYRAMIDS = ["init1", "init2", "init4", "init8", "init16", "init32", "dws"]
@@ -171,7 +171,7 @@ def test_the_whole_evaluation_reaches_the_policy() -> None:
     assert one.layers == layer_stats(SPACE, one.plan)
     trial = study.trials[0]
     assert trial.value == one.quint8_accuracy
-    assert json.loads(json.dumps(trial.user_attrs["evaluation"])) == json.loads(json.dumps(one.to_json()))
+    assert json.loads(json.dumps(trial.system_attrs[EVALUATION])) == json.loads(json.dumps(one.to_json()))
     assert trial.constraints["max_drop"] == pytest.approx(((0.95 - trial.value) / 0.95 - 0.05) / 0.05)
 
 

@@ -20,9 +20,7 @@ FnetProgressiveSampler = optunahub.load_local_module(
     ],
 )
 def test_walks_its_plans_and_stops(policy: str, budget: str | None, trained: list[str]) -> None:
-    study = optuna.create_study(
-        direction="maximize", sampler=FnetProgressiveSampler("tiny", policy, budget=budget)
-    )
+    study = optuna.create_study(direction="maximize", sampler=FnetProgressiveSampler("tiny", policy, budget=budget))
     study.optimize(lambda trial: 1 / len(str(suggest_plan(trial, load_space("tiny")))))
     complete = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.COMPLETE]
     assert [trial.user_attrs["label"] for trial in complete] == trained

@@ -58,8 +58,10 @@ class Dashboard:
         searching = self.opened.config["policy"] != FIXED_PLANS
         ranked = ranking(tuple(evaluations), constraints) if searching else []
         about = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
+        value = [f"quint8 accuracy ({self.opened.config['split']}, fraction of 1)"]
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            study.set_metric_names([f"quint8 accuracy ({self.opened.config['split']}, fraction of 1)"])
+            if study.metric_names != value:
+                study.set_metric_names(value)
         if _note(study, study_note(space, constraints, evaluations, ranked[:1], about)):
             figure = pareto_figure(space, constraints, evaluations, ranked[:1])
             save_plotly_graph_object(study, figure, graph_object_id="pareto")

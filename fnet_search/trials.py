@@ -54,7 +54,7 @@ def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> 
         "total_macs": cost.total_macs,
         "params": cost.params,
         REASON: evaluation.reason or None,
-        "feasible": constraints.feasible(evaluation),
+        "feasible": int(constraints.feasible(evaluation)),  # a number: the dashboard sorts no others
         **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
         "relative_drop": evaluation.relative_drop,
         "zero_shot_accuracy": evaluation.zero_shot_accuracy,

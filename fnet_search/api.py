@@ -89,7 +89,7 @@ def search(
 
 
 def evaluate(
-    plans: Iterable[FactorizationPlan | str],
+    plans: FactorizationPlan | str | Iterable[FactorizationPlan | str],
     space: Macroarchitecture | str = "factorizenet",
     dataset: str = "digits",
     *,

@@ -287,7 +287,7 @@ def cost_table(space: Macroarchitecture) -> CostTable:
 
 
 def plan_cost(space: Macroarchitecture, plan: FactorizationPlan) -> Cost:
-    """Exact MACs and parameters of a plan."""
+    """Exact MACs and parameters of a plan's network: multiply-accumulates of one image, weights and biases."""
     table = cost_table(space)
     costs = zip(table.by_layer.values(), indices(space, plan), strict=True)
     return sum((costs_of_layer[index] for costs_of_layer, index in costs), table.fixed)

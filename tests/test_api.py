@@ -1,0 +1,119 @@
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from conftest import files_in
+
+import fnet_search
+from fnet_policies import ReversePyramid
+from fnet_search import FnetError, evaluate, search
+from fnet_search.macro import load_space
+from fnet_search.plan import make_plan, parse_plan
+from fnet_search.run import Machine
+
+PLAIN = Machine(workers=1, dtype="float32", fused=False)
+
+
+def test_the_tour_of_the_readme(tmp_path: Path) -> None:
+    """As a script, which workers must not run again."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    tour = re.search(r"<!-- tour -->\n```python\n(.*?)```", readme, re.DOTALL)
+    assert tour is not None
+    (tmp_path / "tour.py").write_text(tour[1])
+    assert len([line for line in tour[1].splitlines() if line]) <= 10
+    done = subprocess.run([sys.executable, "tour.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert re.fullmatch(r"best: conv_8=\d+,conv_16_1=\d+,conv_16_2=\d+, \d+\.\d\d % in quint8", lines[-1])
+    assert sum(re.match(r"winner: candidate \d ", line) is not None for line in lines) == 1
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "evaluate-tiny-digits-validation",
+        "tiny-digits-layer-guided-60pct",
+    ]
+
+
+def test_names_are_loaded_when_they_are_used() -> None:
+    code = (
+        "import sys, fnet_search; assert not {'torch', 'optuna', 'numpy'} & sys.modules.keys();"
+        "from fnet_search import AskTell, PolicySampler, SamplerPolicy; assert 'torch' not in sys.modules;"
+        "import fnet_search.search, fnet_search.evaluate; assert callable(fnet_search.search);"
+        "from fnet_search.search import Started; from fnet_search import *; assert callable(evaluate) and Started"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(fnet_search.__all__) <= set(dir(fnet_search))
+    with pytest.raises(AttributeError, match="module 'fnet_search' has no attribute 'serach'"):
+        _ = fnet_search.serach
+
+
+def test_every_public_name_is_documented() -> None:
+    assert sorted(fnet_search.__all__) == sorted(fnet_search._API)
+    for name in fnet_search.__all__:
+        text = inspect.getdoc(getattr(fnet_search, name))
+        assert text is not None, name
+        assert len(text) > 40, name
+    for name in ("search", "evaluate", "suggest_plan", "report_evaluation", "load_space", "parse_plan"):
+        assert "aises" in (inspect.getdoc(getattr(fnet_search, name)) or ""), name
+
+
+def test_a_policy_may_be_an_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    verbosity = optuna.logging.get_verbosity()
+    asked = {"budget": 600_000, "trials": 1, "epochs": 1, "warm_start": False, "machine": PLAIN}
+    outcome = search("tiny", policy=ReversePyramid(), **asked)
+    assert outcome.folder == Path("runs/tiny-digits-ReversePyramid-600000")
+    assert [one.state for one in outcome.evaluations] == ["refused", "complete"]
+    assert outcome.winner is not None
+    assert outcome.winner.plan == outcome.evaluation("init2").plan
+    assert optuna.logging.get_verbosity() == verbosity
+    before = files_in(tmp_path)
+    again = search("tiny", policy=ReversePyramid(), **asked)
+    assert again.evaluations == outcome.evaluations
+    assert {name for name, text in files_in(tmp_path).items() if before.get(name) != text} <= {
+        "runs/tiny-digits-ReversePyramid-600000/report.html",
+        "runs/tiny-digits-ReversePyramid-600000/journal.log",
+    }
+
+
+def test_plans_on_the_validation_split_have_no_winner_and_leave_the_test_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = load_space("tiny")
+    first = evaluate("init2", space, split="validation", epochs=1, machine=PLAIN)
+    assert (first.winner, first.test) == (None, None)
+    one = first.evaluation("init2")
+    assert (one.split, one.images) == ("validation", 287)  # a fifth of 1,437 training images, by class
+    assert not (first.folder / "best").exists()
+    plan = make_plan(space, {"conv_8": 4})
+    both = evaluate(["init2", plan], space, split="validation", epochs=1, machine=PLAIN)
+    assert both.evaluation("init2") == one
+    assert both.evaluation(plan).plan == plan
+    assert "each measured on the validation split" in both.report.read_text()
+    with pytest.raises(FnetError, match="plan dws was not evaluated in runs/evaluate-tiny-digits-validation"):
+        both.evaluation(parse_plan(space, "dws"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ({"budget": "12 parsecs"}, "malformed budget '12 parsecs'; write 120MMAC"),
+        ({"budget": "1%"}, "below the smallest network of space 'tiny'"),
+        ({"budget": "60%", "policy": "tep"}, "unknown policy 'tep'; did you mean 'tpe'?"),
+        ({"budget": "60%", "scheme": "percentile:99"}, "unknown range method 'percentile:99'"),
+        ({"budget": "60%", "min_quint8": 1.5}, "'1.5' must be above 0 and at most 1"),
+        ({"budget": "60%", "warm_epochs": 0.25, "warm_start": False}, "leave it or --no-warm-start out"),
+        ({"budget": "60%", "recipe": "slow"}, "unknown recipe 'slow'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(
+    asked: dict[str, object], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FnetError) as caught:
+        search("tiny", **asked)  # type: ignore[arg-type]
+    assert complaint in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

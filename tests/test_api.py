@@ -3,17 +3,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from conftest import files_in
 
 import fnet_search
-from fnet_policies import ReversePyramid
-from fnet_search import FnetError, evaluate, search
+from fnet_policies import Random, ReversePyramid
+from fnet_search import AskTell, Evaluation, FnetError, PolicySampler, evaluate, report_evaluation, search, suggest_plan
 from fnet_search.macro import load_space
 from fnet_search.plan import make_plan, parse_plan
 from fnet_search.run import Machine
+from fnet_search.trials import EVALUATION, distributions, parameters, suggested
 
 PLAIN = Machine(workers=1, dtype="float32", fused=False)
 
@@ -75,6 +77,40 @@ def test_a_policy_may_be_an_object(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {name for name, text in files_in(tmp_path).items() if before.get(name) != text} <= {
         "runs/tiny-digits-ReversePyramid-600000/report.html",
         "runs/tiny-digits-ReversePyramid-600000/journal.log",
+    }
+
+
+def test_one_policy_suggests_the_same_in_a_run_in_optuna_and_in_a_bare_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given what the run measured, reference and refused plans included."""
+    monkeypatch.chdir(tmp_path)
+    run = search("tiny", budget="80%", policy="random", trials=3, epochs=1, final_epochs=0, seed=5, machine=PLAIN)
+    measured = {one.plan: one for one in run.evaluations}
+    assert [one.role for one in run.evaluations] == ["reference", *["candidate"] * 3]
+
+    loop = AskTell(Random(), run.space, run.constraints, seed=5, evaluations=run.evaluations[:1])
+    while len(loop.evaluations) < len(run.evaluations):
+        plan = loop.ask()
+        assert plan is not None
+        loop.tell(measured[plan])
+    assert loop.evaluations == run.evaluations
+
+    sampler = PolicySampler(Random(), run.space, constraints=run.constraints, seed=5)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.add_trial(optuna.create_trial(value=0.0, **described(run.evaluations[0])))
+    study.optimize(lambda trial: report_evaluation(trial, measured[suggest_plan(trial, run.space)]), n_trials=3)
+    assert sampler.history(study).evaluations == run.evaluations
+
+
+def described(one: Evaluation) -> dict[str, Any]:
+    """An evaluation as a finished trial: the way into a study that it was not measured in."""
+    space = load_space("tiny")
+    return {
+        "params": parameters(space, one.plan),
+        "distributions": distributions(space),
+        "user_attrs": suggested(space, one.number, one.plan),
+        "system_attrs": {EVALUATION: one.to_json()},
     }
 
 

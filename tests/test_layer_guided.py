@@ -282,6 +282,24 @@ def test_without_probes_it_starts_at_random_and_learns_rates() -> None:
     assert min(weights, key=weights.__getitem__) == "rate of conv_16_2"
 
 
+def test_the_probed_network_need_not_be_in_the_history() -> None:
+    """As in a host of one's own, where the first candidate has number 0, as the probed network had elsewhere."""
+    one = replace(child(0, UNDER[3], 0.5), images=400)
+    history = replace(history_of(), evaluations=(one,), number=1)
+    model = Model.of(LayerGuided(), history)
+    assert model.evaluations == (one,)
+    assert model.base == (probes(TINY).unchanged.quint8_accuracy, probes(TINY).unchanged.fp32_accuracy)
+
+
+def test_quint8_accuracies_alone_teach_too() -> None:
+    """As the values of a plain Optuna study: the drop from fp32 is taken to be that of the probed network."""
+    plans = (UNDER[3], UNDER[7], UNDER[11])
+    both = [child(number, plan, 0.6 + 0.03 * number, 0.65 + 0.03 * number) for number, plan in enumerate(plans, 1)]
+    alone = [replace(one, fp32_accuracy=None) for one in both]  # REFERENCE drops from 0.8 to 0.75
+    expected = Model.of(LayerGuided(), history_of(*both)).predict(UNDER)[0]
+    assert Model.of(LayerGuided(), history_of(*alone)).predict(UNDER)[0] == pytest.approx(expected)
+
+
 def test_plans_that_failed_or_were_stopped_teach_nothing() -> None:
     history = history_of(child(1, UNDER[2], 0.7))
     failed = replace(child(2, UNDER[4], 0.7), state="failed", quint8_accuracy=None, fp32_accuracy=None, layers=())

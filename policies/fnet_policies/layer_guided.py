@@ -255,12 +255,10 @@ class Model:
         features = probe_features(history, probes) if policy.by_probes else rate_features(history)
         if policy.statistics and policy.by_probes:
             features += statistics_features(history, probes)
-        trained = tuple(
-            one
-            for one in history.evaluations
-            if one.number != probes.number and one.quint8_accuracy is not None and one.fp32_accuracy is not None
-        )
-        probed = next((one for one in history.evaluations if one.number == probes.number), None)
+        measured = [one for one in history.evaluations if one.quint8_accuracy is not None]
+        # A host may have probed a network that is not in its history, where another has the number.
+        probed = next((one for one in measured if (one.number, one.plan) == (probes.number, probes.plan)), None)
+        trained = tuple(one for one in measured if one is not probed)
         quint8 = probes.unchanged.quint8_accuracy if probed is None else probed.quint8_accuracy or 0.0
         fp32 = probes.unchanged.fp32_accuracy if probed is None else probed.fp32_accuracy or 0.0
         images = max((one.images for one in trained), default=0)
@@ -274,7 +272,9 @@ class Model:
     def _learnt(self) -> "Model":
         """Fitted to the evaluations; then to the running plans too, as if they gave what is predicted."""
         plans, running = [one.plan for one in self.evaluations], list(self.history.running)
-        found = [(one.quint8_accuracy, one.fp32_accuracy) for one in self.evaluations]
+        drop = self.base[1] - self.base[0]  # of the probed network: for hosts that know quint8 accuracies only
+        reached = [(one.quint8_accuracy or 0.0, one.fp32_accuracy) for one in self.evaluations]
+        found = [(quint8, quint8 + drop if fp32 is None else fp32) for quint8, fp32 in reached]
         known = np.array(found, dtype=np.float64).reshape(-1, 2)
         if plans:
             self.process.fit(self.inputs(plans), known - self.prior(plans))

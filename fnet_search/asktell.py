@@ -70,10 +70,12 @@ def propose(policy: Policy, record: Record) -> Generator[Refused, None, Factoriz
 
 @dataclass
 class AskTell:
-    """A search whose trainings are somebody else's: `ask` for a plan, train it, `tell` the evaluation.
+    """A search whose trainings are somebody else's: `ask` for a plan, train it, `tell` the evaluation (the interface of
+    Optuna's ``Study.ask`` and ``Study.tell``, without Optuna).
 
     It needs nothing but this list of `evaluations`; given again, the search goes on where it was. `probes` are for
-    policies that require them. Several plans may be out at the same time: each is told when it is evaluated.
+    policies that require them. Several plans may be out at the same time: each is told when it is evaluated. Methods
+    raise FnetError, in one line.
     """
 
     policy: Policy

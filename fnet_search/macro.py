@@ -355,7 +355,7 @@ class Macroarchitecture:
 
 
 def load_space(name: str) -> Macroarchitecture:
-    """A shipped space by name, or a user's own TOML file by path.
+    """A shipped space by name (``factorizenet``: paper, Figure 2), or a user's own TOML file by path.
 
     Raises FnetError, with the layer and its line, for whatever is wrong with it.
     """

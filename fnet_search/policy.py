@@ -84,7 +84,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured on one candidate. Accuracies and `relative_drop` are fractions of 1.
+    """Everything measured on one candidate (paper, section 2). Accuracies and `relative_drop` are fractions of 1.
 
     A refused plan (constraint, repeat) was never trained; a failed one could not be; of a pruned one the training was
     stopped early. All say why in `reason`.
@@ -231,8 +231,9 @@ class Probes:
 class Constraints:
     """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention).
 
-    `conv_macs` and `params` are ceilings known before training; `min_quint8` (accuracy) and `max_drop` (relative)
-    are known after.
+    `conv_macs` (multiply-accumulates of one image in convolutions, as the paper counts them) and `params` are ceilings
+    known before training; `min_quint8` (accuracy) and `max_drop` (relative, from fp32 to quint8) are fractions of 1,
+    known after.
     """
 
     conv_macs: int | None = None

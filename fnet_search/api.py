@@ -50,7 +50,7 @@ def search(
     display: Display | None = None,
     deadline: Deadline | None = None,
 ) -> Outcome:
-    """Searches the best network under a budget (paper, section 3): ``fnet-search run``, whose options these are.
+    """Searches the best network under a budget (paper, section 2): ``fnet-search run``, whose options these are.
 
     `budget` in conv MACs, as a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as
     fractions of 1 or ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to

@@ -7,6 +7,7 @@ search goes on: notes and pictures are attributes of the study.
 import threading
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -79,7 +80,8 @@ class Dashboard:
 
         def keep() -> None:
             while not threading.Event().wait(REFRESHED):
-                self.annotate()
+                with suppress(Exception):  # the next look may find the storage well again
+                    self.annotate()
 
         threading.Thread(target=keep, daemon=True).start()
 

@@ -17,7 +17,7 @@ from fnet_search.tables import read_table
 
 @dataclass(frozen=True)
 class FactorizationPlan:
-    """One factorization rate per factorizable layer, in the space's order (paper, section 3).
+    """One factorization rate per factorizable layer, in the space's order (paper, section 2).
 
     A rate *f* makes a K x K convolution one of *f* groups, followed by a pointwise one; 1 leaves it as it is. Hashable;
     make one with `make_plan` or `parse_plan`, which raise FnetError for a rate that is not legal.

@@ -7,16 +7,18 @@ in one line that says what would be right, for whatever is wrong with what was a
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import optuna
 
 from fnet_search.deadline import Deadline
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.options import console
-from fnet_search.plan import FactorizationPlan, parse_plan
-from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, load_policy, parse_constraints
+from fnet_search.plan import FactorizationPlan, check_plan, parse_plan
+from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, check_policy, load_policy, parse_constraints
 from fnet_search.progress import TerminalDisplay
 from fnet_search.recipe import Fidelity, Recipe, load_recipe
 from fnet_search.run import Display, Machine, Outcome, Request, run_study
@@ -26,7 +28,7 @@ from fnet_search.search import FixedPlans
 
 
 def search(
-    space: Macroarchitecture | str = "factorizenet",
+    space: Macroarchitecture | Path | str = "factorizenet",
     dataset: str = "digits",
     *,
     budget: str | int,
@@ -59,38 +61,34 @@ def search(
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = load_space(space) if isinstance(space, str) else space
+    loaded = _space(space)
     limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop)
-    chosen = load_policy(policy) if isinstance(policy, str) else policy
+    chosen = load_policy(policy) if isinstance(policy, str) else check_policy(policy, type(policy).__name__)
     named = policy if isinstance(policy, str) else type(policy).__name__
-    trained = _recipe(recipe, epochs)
+    request = _request(loaded, dataset, recipe, epochs, scheme, seed, storage, machine)
     if warm_epochs and not warm_start:
         raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
-    if (warm_epochs or 0) > 1 and (warm_epochs or 0) % 1:
+    if warm_epochs is not None and (warm_epochs <= 0 or (warm_epochs > 1 and warm_epochs % 1)):
         raise FnetError(f"--warm-epochs {warm_epochs:g} is neither a whole number nor a part of one epoch")
     if final_epochs is None:
-        final_epochs = trained.epochs if warm_start else 0
-    request = Request(
-        space=loaded,
-        dataset=absolute(dataset),
-        recipe=trained,
+        final_epochs = request.recipe.epochs if warm_start else 0
+    _at_least(1, trials=trials)
+    _at_least(0, final_epochs=final_epochs)
+    request = replace(
+        request,
         fidelity=Fidelity(warm_start, warm_epochs, prune, final_epochs),
         policy_name=named,
         constraints=limits,
-        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
-        seed=seed,
-        split="validation",
         audit_all=audit_all,
-        storage=storage,
-        machine=machine or Machine(),
     )
-    name = "-".join([loaded.name, dataset_name(dataset), named, str(budget).replace("%", "pct")])
+    asked = budget if isinstance(budget, str) else str(limits.conv_macs)
+    name = "-".join([loaded.name, dataset_name(dataset), named, asked.replace("%", "pct")])
     return _run(request, chosen, folder_of(out, name), trials, display, deadline)
 
 
 def evaluate(
     plans: FactorizationPlan | str | Iterable[FactorizationPlan | str],
-    space: Macroarchitecture | str = "factorizenet",
+    space: Macroarchitecture | Path | str = "factorizenet",
     dataset: str = "digits",
     *,
     split: SplitName = "test",
@@ -113,26 +111,57 @@ def evaluate(
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = load_space(space) if isinstance(space, str) else space
+    loaded = _space(space)
+    if split not in get_args(SplitName):
+        raise unknown("split", split, get_args(SplitName))
     wanted = [plans] if isinstance(plans, FactorizationPlan | str) else plans
-    chosen = [parse_plan(loaded, plan) if isinstance(plan, str) else plan for plan in wanted]
-    request = Request(
-        space=loaded,
+    chosen = tuple(dict.fromkeys(parse_plan(loaded, plan) if isinstance(plan, str) else plan for plan in wanted))
+    if not chosen:
+        raise FnetError("no plan is given; name one, as in init2")
+    for plan in chosen:
+        check_plan(loaded, plan)
+    request = _request(loaded, dataset, recipe, epochs, scheme, seed, storage, machine)
+    request = replace(request, policy_name=FIXED_PLANS, split=split, audit_all=True)
+    name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
+    return _run(request, FixedPlans(chosen), folder_of(out, name), len(chosen), display, deadline)
+
+
+def _space(space: Macroarchitecture | Path | str) -> Macroarchitecture:
+    return space if isinstance(space, Macroarchitecture) else load_space(str(space))
+
+
+def _request(
+    space: Macroarchitecture,
+    dataset: str,
+    recipe: Recipe | str,
+    epochs: int | None,
+    scheme: Scheme | str,
+    seed: int,
+    storage: str | None,
+    machine: Machine | None,
+) -> Request:
+    """What both calls ask for."""
+    if not 0 <= seed < 2**32:
+        raise FnetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
+    return Request(
+        space=space,
         dataset=absolute(dataset),
-        recipe=_recipe(recipe, epochs),
+        recipe=(load_recipe(recipe) if isinstance(recipe, str) else recipe).with_epochs(epochs),
         fidelity=Fidelity(),
-        policy_name=FIXED_PLANS,
+        policy_name="",
         constraints=Constraints(),
         scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         seed=seed,
-        split=split,
-        audit_all=True,
+        split="validation",
         storage=storage,
         machine=machine or Machine(),
     )
-    name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
-    policy = FixedPlans(tuple(dict.fromkeys(chosen)))
-    return _run(request, policy, folder_of(out, name), len(policy.plans), display, deadline)
+
+
+def _at_least(least: int, **given: int) -> None:
+    for name, value in given.items():
+        if value < least:
+            raise FnetError(f"{name} must be at least {least}, not {value}")
 
 
 def _run(
@@ -150,10 +179,6 @@ def _run(
             return run_study(request, policy, RunFolder(folder), trials, shown, deadline)
     finally:
         optuna.logging.set_verbosity(before)
-
-
-def _recipe(recipe: Recipe | str, epochs: int | None) -> Recipe:
-    return (load_recipe(recipe) if isinstance(recipe, str) else recipe).with_epochs(epochs)
 
 
 def absolute(dataset: str) -> str:

@@ -10,7 +10,17 @@ from typing import Protocol
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, check_plan
-from fnet_search.policy import Constraints, Evaluation, History, Policy, Probes, ranking
+from fnet_search.policy import (
+    Constraints,
+    Evaluation,
+    History,
+    Policy,
+    Probes,
+    check_policy,
+    probes_of,
+    ranking,
+    requirements,
+)
 
 REFUSALS_IN_A_ROW = 1000
 """After so many refused plans, one after the other, a policy is taken to have no other."""
@@ -27,6 +37,8 @@ def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
     """What the policy suggests. Raises FnetError where it fails, or suggests what is no plan of the space."""
     try:
         plan = policy.suggest(history)
+        if plan is not None and not isinstance(plan, FactorizationPlan):
+            raise TypeError(f"{plan!r} is neither a FactorizationPlan nor None")
         if plan is not None:
             check_plan(history.space, plan)
     except Exception as error:
@@ -74,8 +86,8 @@ class AskTell:
     Optuna's ``Study.ask`` and ``Study.tell``, without Optuna).
 
     It needs nothing but this list of `evaluations`; given again, the search goes on where it was. `probes` are for
-    policies that require them. Several plans may be out at the same time: each is told when it is evaluated. Methods
-    raise FnetError, in one line.
+    policies that require them: raises FnetError where they are missing. Several plans may be out at the same time: each
+    is told when it is evaluated.
     """
 
     policy: Policy
@@ -86,6 +98,11 @@ class AskTell:
     evaluations: tuple[Evaluation, ...] = ()
     """In order of their numbers, refused plans with their reasons among them."""
     _running: dict[int, FactorizationPlan] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy, type(self.policy).__name__)
+        if requirements(self.policy):
+            probes_of(self.history(), self.policy)
 
     def history(self) -> History:
         """What the policy sees next."""
@@ -100,7 +117,7 @@ class AskTell:
         """The next plan to train. Plans above the ceilings, and repeats, are recorded as refused and passed over.
 
         None while plans are out: the policy has none until one of them is told; None while none is: it is done.
-        Raises FnetError for a policy that fails, lacks its probes, or suggests 1,000 plans in a row that are refused.
+        Raises FnetError for a policy that fails, or suggests 1,000 plans in a row that are refused.
         """
         asking = propose(self.policy, self)
         while True:
@@ -117,10 +134,16 @@ class AskTell:
         """Records what a plan came to, and returns it under the number of its suggestion.
 
         A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
-        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space.
+        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, and for one
+        that was told before.
         """
         check_plan(self.space, evaluation.plan)
-        number = next((number for number, plan in self._running.items() if plan == evaluation.plan), self._next())
+        number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
+        if number is None and evaluation.state != "refused":
+            for one in self.evaluations:
+                if one.plan == evaluation.plan and one.state != "refused":
+                    raise FnetError(f"plan {one.plan} was told before, as candidate {one.number}")
+        number = self._next() if number is None else number
         self._running.pop(number, None)
         told = replace(evaluation, number=number)
         self.evaluations = tuple(sorted((*self.evaluations, told), key=lambda one: one.number))

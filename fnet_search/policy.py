@@ -488,6 +488,13 @@ def load_policy(name: str) -> Policy:
         policy: Policy = next(iter(found)).load()()
     except Exception as error:
         raise FnetError(f"policy {name!r} cannot be loaded: {error}") from error
+    return check_policy(policy, name)
+
+
+def check_policy(policy: Policy, name: str) -> Policy:
+    """The policy, if it is one. Raises FnetError for a class, and for what suggests nothing."""
+    if isinstance(policy, type):
+        raise FnetError(f"{policy.__name__} is a class; give a policy, as in {policy.__name__}()")
     if not callable(getattr(policy, "suggest", None)):
         raise FnetError(f"policy {name!r} has no method suggest(history)")
     return policy

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import optuna
@@ -10,6 +11,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import TrialState, create_trial
 
 from fnet_search.choose import sample_plan
+from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, plan_cost
 from fnet_search.policy import Constraints, Evaluation, History
@@ -38,10 +40,14 @@ class SamplerPolicy:
     _past: list["_Past"] = field(default_factory=list, init=False, repr=False, compare=False)
     """A cache: the study of the last suggestion, to go on with."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, BaseSampler):
+            name = type(self.sampler).__name__
+            raise FnetError(f"a sampler is made for each suggestion; give the class, as in SamplerPolicy({name})")
+
     def suggest(self, history: History) -> FactorizationPlan | None:
         space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
-        trained = sum(one.state == "complete" for one in _candidates(history))
-        if trained < self.startup:
+        if sum(one.state == "complete" for one in _candidates(history)) < self.startup:
             return sample_plan(space, constraints, seen, rng)
         for plan in self.proposed(history, int(rng.integers(2**31))):
             if plan not in seen and not constraints.refusal(plan_cost(space, plan)):
@@ -50,11 +56,11 @@ class SamplerPolicy:
 
     def proposed(self, history: History, seed: int) -> Iterator[FactorizationPlan]:
         """What the sampler proposes with this seed, whatever it may be."""
-        study = self.study(history, seed)
-        for _ in range(self.proposals):
-            plan = plan_of(history.space, study.ask(distributions(history.space)).params)
-            assert plan is not None
-            yield plan
+        with self.study(history, seed) as study:
+            for _ in range(self.proposals):
+                plan = plan_of(history.space, study.ask(distributions(history.space)).params)
+                assert plan is not None
+                yield plan
 
     def otherwise(self, history: History) -> FactorizationPlan | None:
         """A plan drawn uniformly from those that are unseen and under the ceilings, where no proposal is."""
@@ -62,12 +68,17 @@ class SamplerPolicy:
         rng.integers(2**31)  # the sampler's seed
         return sample_plan(history.space, history.constraints, history.seen, rng)
 
-    def study(self, history: History, seed: int) -> optuna.Study:
-        """The history as a study in memory, with a sampler of this seed."""
-        candidates = _candidates(history)
-        if not self._past or not self._past[0].begins(history, candidates):
-            self._past[:] = [_Past(history.space, history.constraints, _study(InMemoryStorage()))]
-        past = self._past[0]
+    @contextmanager
+    def study(self, history: History, seed: int) -> Iterator[optuna.Study]:
+        """The history as a study in memory, with a sampler of this seed.
+
+        The cache is taken out meanwhile: another thread makes a study of its own.
+        """
+        candidates, past = _candidates(history), None
+        with suppress(IndexError):
+            past = self._past.pop()
+        if past is None or not past.begins(history, candidates):
+            past = _Past(history.space, history.constraints, _study(InMemoryStorage()))
         _end(past.study)
         for one in candidates[len(past.evaluations) :]:
             past.take(one, self.sampler(seed=one.number) if self.replay else None)
@@ -77,7 +88,10 @@ class SamplerPolicy:
             trial = _fixed(study, history.space, plan)
             if self.replay:
                 _ = trial.relative_params
-        return study
+        try:
+            yield study
+        finally:
+            self._past[:] = [past]
 
 
 @dataclass
@@ -96,8 +110,6 @@ class _Past:
     def take(self, one: Evaluation, sampler: BaseSampler | None) -> None:
         """One more; as if `sampler` had proposed it, where one is given."""
         self.evaluations += (one,)
-        if one.state == "failed":
-            return
         value, state = outcome(one)
         violations = {name: max(0.0, value) for name, value in self.constraints.of(one).items()}
         if sampler is None:
@@ -128,8 +140,13 @@ def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPla
 
 
 def _candidates(history: History) -> tuple[Evaluation, ...]:
-    """What a sampler is told of: not of the reference, which is above the ceilings."""
-    return tuple(one for one in history.evaluations if one.role == "candidate")
+    """What a sampler is told of: not of the reference, which is above the ceilings, nor of what has no value."""
+
+    def told(one: Evaluation) -> bool:
+        known = one.quint8_accuracy is not None if one.state == "complete" else one.state != "failed"
+        return one.role == "candidate" and known
+
+    return tuple(filter(told, history.evaluations))
 
 
 def _study(storage: BaseStorage) -> optuna.Study:

@@ -79,8 +79,9 @@ class PolicyConformance:
     def test_it_resumes_in_another_process(self) -> None:
         """From what a host recorded, with other hashes of strings."""
         steps = self._steps()
-        history, plan = steps[-1]
-        assert self._elsewhere(history) == str(plan)
+        elsewhere = self._elsewhere([history for history, _ in steps])
+        for (history, plan), other in zip(steps, elsewhere, strict=True):
+            assert other == str(plan), f"suggestion {history.number}: {plan} here, {other} in another process"
 
     def test_workers_get_different_plans(self) -> None:
         """Three at a time; none where it has to wait for one of them."""
@@ -133,6 +134,7 @@ class PolicyConformance:
         for number, plan in enumerate(_asked(loop, self.trials)):
             one = made_up_evaluation(space, plan)
             bad = (
+                replace(one, quint8_accuracy=None),
                 replace(one, state="failed", reason="loss is NaN", fp32_accuracy=None, quint8_accuracy=None, layers=()),
                 replace(one, state="pruned", reason="behind", quint8_accuracy=None, accuracies=(0.5,), layers=()),
                 replace(one, fp32_accuracy=None, layers=()),
@@ -159,27 +161,31 @@ class PolicyConformance:
             loop.tell(made_up_evaluation(space, plan))
         return [*steps, (loop.history(), None)] if plan is None else steps
 
-    def _elsewhere(self, history: History) -> str:
-        made = type(self).policy
+    def _elsewhere(self, histories: list[History]) -> list[str]:
+        """What one that is made in a new process says to each of them."""
+        made, last = type(self).policy, histories[-1]
+        name = getattr(made, "__name__", "")
+        found = getattr(sys.modules.get(made.__module__), name, None)
+        assert found is made, f"{made} must be a class that can be imported from {made.__module__}, as a plug-in is"
         code = (
-            f"import json, sys; from {made.__module__} import {made.__name__}\n"
+            f"import json, sys; from {made.__module__} import {name}\n"
             "from fnet_search.macro import load_space; from fnet_search.testing import made_up_probes\n"
             "from fnet_search.policy import Constraints, Evaluation, History\n"
             f"space, past = load_space({self.space!r}), tuple(map(Evaluation.from_json, json.load(sys.stdin)))\n"
-            f"history = History(space, {history.constraints!r}, past, number={history.number}, seed={history.seed}, "
-            "probes=made_up_probes(space))\n"
-            f"print({made.__name__}().suggest(history))\n"
+            f"for known, number in {[(len(one.evaluations), one.number) for one in histories]}:\n"
+            f"    print({name}().suggest(History(space, {last.constraints!r}, past[:known], number=number, "
+            f"seed={last.seed}, probes=made_up_probes(space))))\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
-            input=json.dumps([one.to_json() for one in history.evaluations]),
+            input=json.dumps([one.to_json() for one in last.evaluations]),
             env={**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        return done.stdout.splitlines()
 
 
 def _asked(loop: AskTell, trials: int) -> Iterable[FactorizationPlan]:

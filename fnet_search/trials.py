@@ -1,9 +1,12 @@
 """A candidate as an Optuna trial: its parameters, attributes, constraints, value and state. No torch."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fnet_search.macro import Macroarchitecture
@@ -12,6 +15,8 @@ from fnet_search.policy import Constraints, Evaluation
 
 EVALUATION = "fnet_search:evaluation"
 """System attribute with the whole evaluation as JSON: what a history is rebuilt from. The dashboard shows no such."""
+LIMITS = "fnet_search:constraints"
+"""System attribute with the constraints that a suggestion was made under."""
 NUMBER = "number"
 """User attribute with the number of the suggestion, which is ours and has no holes."""
 PLAN = "plan"
@@ -32,13 +37,33 @@ def parameters(space: Macroarchitecture, plan: FactorizationPlan) -> dict[str, i
 
 def plan_of(space: Macroarchitecture, params: Mapping[str, Any]) -> FactorizationPlan | None:
     """Inverse of `parameters`; None where a layer is missing, or has a value that stands for no rate."""
-    chosen = []
-    for layer, rates in legal_rates(space).items():
-        index = params.get(layer)
-        if not isinstance(index, int) or not 0 <= index < len(rates):
-            return None
-        chosen.append(index)
-    return from_indices(space, tuple(chosen))
+    chosen = tuple(_index(params.get(layer), len(rates)) for layer, rates in legal_rates(space).items())
+    return None if None in chosen else from_indices(space, tuple(index for index in chosen if index is not None))
+
+
+def fixed_indices(space: Macroarchitecture, trial: FrozenTrial) -> dict[str, int]:
+    """The rates that an enqueued trial has fixed, by layer; without values that stand for none."""
+    fixed = trial.system_attrs.get("fixed_params", {})
+    found = {layer: _index(fixed.get(layer), len(rates)) for layer, rates in legal_rates(space).items()}
+    return {layer: index for layer, index in found.items() if index is not None}
+
+
+def _index(value: Any, rates: int) -> int | None:
+    """Of a rate, which a user may have written as a float, or read from a table."""
+    if isinstance(value, int | float | np.integer) and 0 <= value < rates and value == int(value):
+        return int(value)
+    return None
+
+
+def limits_of(trial: FrozenTrial) -> Constraints | None:
+    """The constraints that a suggestion was made under, where `limit` wrote them."""
+    limits = trial.system_attrs.get(LIMITS)
+    return None if limits is None else Constraints(**limits)
+
+
+def limit(storage: BaseStorage, trial: FrozenTrial, constraints: Constraints) -> None:
+    """Writes the constraints of a suggestion into its trial, where an objective finds them behind any sampler."""
+    storage.set_trial_system_attr(trial._trial_id, LIMITS, asdict(constraints))
 
 
 def suggested(space: Macroarchitecture, number: int, plan: FactorizationPlan) -> dict[str, Any]:

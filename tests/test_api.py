@@ -13,7 +13,7 @@ import fnet_search
 from fnet_policies import Random, ReversePyramid
 from fnet_search import AskTell, Evaluation, FnetError, PolicySampler, evaluate, report_evaluation, search, suggest_plan
 from fnet_search.macro import load_space
-from fnet_search.plan import make_plan, parse_plan
+from fnet_search.plan import make_plan, parse_plan, regular
 from fnet_search.run import Machine
 from fnet_search.trials import EVALUATION, distributions, parameters, suggested
 
@@ -138,18 +138,48 @@ def test_plans_on_the_validation_split_have_no_winner_and_leave_the_test_images_
     [
         ({"budget": "12 parsecs"}, "malformed budget '12 parsecs'; write 120MMAC"),
         ({"budget": "1%"}, "below the smallest network of space 'tiny'"),
-        ({"budget": "60%", "policy": "tep"}, "unknown policy 'tep'; did you mean 'tpe'?"),
-        ({"budget": "60%", "scheme": "percentile:99"}, "unknown range method 'percentile:99'"),
-        ({"budget": "60%", "min_quint8": 1.5}, "'1.5' must be above 0 and at most 1"),
-        ({"budget": "60%", "warm_epochs": 0.25, "warm_start": False}, "leave it or --no-warm-start out"),
-        ({"budget": "60%", "recipe": "slow"}, "unknown recipe 'slow'"),
+        ({"policy": "tep"}, "unknown policy 'tep'; did you mean 'tpe'?"),
+        ({"policy": object()}, "policy 'object' has no method suggest(history)"),
+        ({"policy": ReversePyramid}, "ReversePyramid is a class; give a policy, as in ReversePyramid()"),
+        ({"scheme": "percentile:99"}, "unknown range method 'percentile:99'"),
+        ({"min_quint8": 1.5}, "'1.5' must be above 0 and at most 1"),
+        ({"warm_epochs": 0.25, "warm_start": False}, "leave it or --no-warm-start out"),
+        ({"warm_epochs": -1}, "-1 is neither a whole number nor a part of one epoch"),
+        ({"recipe": "slow"}, "unknown recipe 'slow'"),
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"trials": 0}, "trials must be at least 1, not 0"),
+        ({"final_epochs": -1}, "final_epochs must be at least 0, not -1"),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, not -1"),
+        ({"space": Path("mine.toml")}, "mine.toml"),
     ],
+    ids=str,
 )
-def test_what_is_wrong_is_said_before_anything_is_written(
-    asked: dict[str, object], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_is_wrong_with_a_search_is_said_before_anything_is_written(
+    asked: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FnetError) as caught:
-        search("tiny", **asked)  # type: ignore[arg-type]
+        search(**{"space": "tiny", "budget": "60%", **asked})
+    assert complaint in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("plans", "asked", "complaint"),
+    [
+        ("init2", {"split": "validaton"}, "unknown split 'validaton'; did you mean 'validation'?"),
+        ([], {}, "no plan is given; name one, as in init2"),
+        ("init3", {}, "unknown plan 'init3'"),
+        (regular(load_space("factorizenet")), {}, "'conv_64_1'"),
+        ("init2", {"seed": 2**32}, "seed must be from 0 to 4294967295"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_an_evaluation_is_said_before_anything_is_written(
+    plans: Any, asked: dict[str, Any], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FnetError) as caught:
+        evaluate(plans, "tiny", **asked)
     assert complaint in str(caught.value)
     assert list(tmp_path.iterdir()) == []

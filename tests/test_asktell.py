@@ -80,6 +80,16 @@ def test_plans_of_ones_own_count_too() -> None:
     assert loop.ask() == reverse_pyramid(TINY, 4)  # init2 is known
 
 
+def test_a_plan_is_told_once() -> None:
+    loop = AskTell(ReversePyramid(), TINY, CEILING)
+    plan = loop.ask()
+    assert plan is not None
+    loop.tell(made_up_evaluation(TINY, plan))
+    with pytest.raises(FnetError, match=r"plan conv_8=2,.* was told before, as candidate 1"):
+        loop.tell(made_up_evaluation(TINY, plan))
+    assert len(loop.evaluations) == 2
+
+
 def test_the_best_is_feasible() -> None:
     loop = AskTell(ReversePyramid(), TINY, Constraints(min_quint8=0.8))
     assert loop.best is None
@@ -101,8 +111,19 @@ def test_an_evaluation_of_ones_own_counts_the_costs() -> None:
 
 def test_probes_reach_the_policy_or_are_asked_for() -> None:
     with pytest.raises(FnetError, match=r"LayerGuided needs probes .*\.probe_network"):
-        AskTell(LayerGuided(), TINY).ask()
+        AskTell(LayerGuided(), TINY)
     assert AskTell(LayerGuided(), TINY, probes=made_up_probes(TINY)).ask() is not None
+
+
+def test_what_is_no_policy_and_what_is_no_plan_is_said() -> None:
+    class Named:
+        def suggest(self, history: History) -> str:
+            return "init2"
+
+    with pytest.raises(FnetError, match=r"Random is a class; give a policy, as in Random\(\)"):
+        AskTell(Random, TINY)  # type: ignore[arg-type] (the mistake)
+    with pytest.raises(FnetError, match=r"policy Named failed .*: 'init2' is neither a FactorizationPlan nor None"):
+        AskTell(Named(), TINY).ask()  # type: ignore[arg-type] (the mistake)
 
 
 def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end() -> None:

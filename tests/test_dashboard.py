@@ -11,16 +11,14 @@ import pytest
 from conftest import PLAIN, Result, process
 from evaluations import failed, refused, trained
 from optuna.artifacts import get_all_artifact_meta
+from playwright import sync_api as sync
 
-pytest.importorskip("optuna_dashboard")
-sync = pytest.importorskip("playwright.sync_api")
-
-from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note  # noqa: E402
-from fnet_search.macro import load_space  # noqa: E402
-from fnet_search.plan import label, plan_cost, regular, uniform  # noqa: E402
-from fnet_search.policy import Constraints  # noqa: E402
-from fnet_search.quantities import mmac  # noqa: E402
-from fnet_search.recorded import open_run  # noqa: E402
+from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note
+from fnet_search.macro import load_space
+from fnet_search.plan import label, plan_cost, regular, uniform
+from fnet_search.policy import Constraints
+from fnet_search.quantities import mmac
+from fnet_search.recorded import open_run
 
 TINY = load_space("tiny")
 EVIL = "<script>window.evil=1<|script>"

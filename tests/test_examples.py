@@ -6,29 +6,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 HUB = ROOT / "hub" / "package" / "samplers" / "fnet_progressive"
 
 
-def ran(path: Path, *arguments: str, folder: Path = ROOT, code: int = 0) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "policies")])}
+def python(*arguments: object, folder: Path = ROOT, installed: Path = ROOT) -> str:
+    """What a Python process prints that has to end well; `installed` has packages of others."""
+    path = os.pathsep.join(map(str, (installed, ROOT, ROOT / "policies")))
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
-        [sys.executable, str(path), *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == code, done.stderr
+    assert done.returncode == 0, done.stderr or done.stdout
     return done.stdout
 
 
+def own_tests(package: Path, installed: Path = ROOT) -> str:
+    """Runs the tests that a package brings along, without our configuration."""
+    alone = ("-p", "no:cacheprovider", "-c", os.devnull, "-n", "0", "--rootdir", package)
+    return python("-m", "pytest", "-q", *alone, package / "tests", installed=installed)
+
+
 def test_the_bare_loop_trains_what_the_policy_suggests() -> None:
-    *rows, refused, best = ran(ROOT / "examples" / "bare_loop.py").splitlines()
+    *rows, refused, best = python(ROOT / "examples" / "bare_loop.py").splitlines()
     accuracies = {row.split()[0]: float(row.split()[-2]) for row in rows}
     assert list(accuracies) == ["init2", "init4", "dws"]
     assert refused == "not trained: init1 (696,320 conv MACs exceed the budget of 600,000)"
@@ -37,7 +38,7 @@ def test_the_bare_loop_trains_what_the_policy_suggests() -> None:
 
 
 def test_the_evolution_begins_with_the_pyramids() -> None:
-    *rows, best = ran(ROOT / "examples" / "evolution.py").splitlines()
+    *rows, best = python(ROOT / "examples" / "evolution.py").splitlines()
     found = [re.fullmatch(r"generation (\d): (\S+) +([\d.]+) %", row) for row in rows]
     generations = [(int(match[1]), match[2]) for match in found if match]
     assert generations[:3] == [(0, "init2"), (0, "init4"), (0, "dws")]
@@ -48,10 +49,10 @@ def test_the_evolution_begins_with_the_pyramids() -> None:
 
 def test_a_study_of_ones_own_goes_on_where_it_was(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
-    first = ran(ROOT / "examples" / "optuna_objective.py", storage).splitlines()
+    first = python(ROOT / "examples" / "optuna_objective.py", storage).splitlines()
     assert first[0] == "696,320 conv MACs exceed the budget of 648,806"
     assert [line.split()[1:3] for line in first[1:4]] == [[plan, "COMPLETE"] for plan in ("init2", "init4", "dws")]
-    again = ran(ROOT / "examples" / "optuna_objective.py", storage).splitlines()
+    again = python(ROOT / "examples" / "optuna_objective.py", storage).splitlines()
     assert again[:4] == first[:4]
     assert again[4:] == ["the policy is done", first[4]]
 
@@ -60,36 +61,17 @@ def test_a_package_of_somebody_elses_is_used_by_name(tmp_path: Path) -> None:
     """Installed into a folder of its own, as `pip install` does; its tests pass there."""
     target = tmp_path / "installed"
     package = ROOT / "examples" / "policy_package"
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(package)]
-    subprocess.run(install, check=True, capture_output=True, timeout=300)
-    path = os.pathsep.join([str(target), str(ROOT), str(ROOT / "policies")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = ["run", "--space", "tiny", "--budget", "60%", "--policy", "level", "--epochs", "1", "--trials", "1"]
-    run = subprocess.run(
-        [sys.executable, "-m", "fnet_search.cli", *command, "--no-warm-start", "--workers", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "files in runs/tiny-digits-level-60pct/best" in run.stdout
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "-n", "0"]
-    tests = [*suite, "--rootdir", str(package), str(package / "tests")]
-    done = subprocess.run(tests, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout
-    assert "9 passed" in done.stdout
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--target", target, package)
+    command = ("run", "--space", "tiny", "--budget", "60%", "--policy", "level", "--epochs", "1", "--trials", "1")
+    plain = ("--no-warm-start", "--workers", "1")
+    out = python("-m", "fnet_search.cli", *command, *plain, folder=tmp_path, installed=target)
+    assert "files in runs/tiny-digits-level-60pct/best" in out
+    assert "9 passed" in own_tests(package, target)
 
 
 def test_the_package_for_optunahub_loads_and_its_example_runs() -> None:
-    pytest.importorskip("optunahub")
-    assert ran(HUB / "example.py").splitlines()[-1].startswith("best: init")
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "-n", "0"]
-    tests = [*suite, "--rootdir", str(HUB), str(HUB / "tests")]
-    done = subprocess.run(tests, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout
+    assert python(HUB / "example.py").splitlines()[-1].startswith("best: init")
+    assert "3 passed" in own_tests(HUB)
 
 
 def test_the_package_for_optunahub_has_what_the_registry_asks_for() -> None:

@@ -1,12 +1,14 @@
 import json
 import multiprocessing
 import pickle
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 from optuna.samplers import BaseSampler, PartialFixedSampler, TPESampler
@@ -20,16 +22,17 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import Trial, TrialState
 
-from fnet_policies import LayerGuided, ProgressiveDoubling, Random, ReversePyramid
+from fnet_policies import NSGA2, TPE, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
 from fnet_search.asktell import AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
-from fnet_search.plan import FactorizationPlan, indices, label, plan_cost, regular, reverse_pyramid, uniform
+from fnet_search.plan import FactorizationPlan, indices, label, make_plan, plan_cost, regular, reverse_pyramid, uniform
 from fnet_search.policy import Constraints, Evaluation, History, Policy
-from fnet_search.sampler import FAILURES, PolicyDone, PolicySampler, report_evaluation, suggest_plan
+from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
 from fnet_search.testing import made_up_layers as layer_stats
 from fnet_search.testing import made_up_probes as probes
-from fnet_search.trials import EVALUATION, parameters
+from fnet_search.trial_history import FAILURES
+from fnet_search.trials import EVALUATION, parameters, plan_of
 
 TINY, SPACE = load_space("tiny"), load_space("factorizenet")
 PYRAMIDS = ["init1", "init2", "init4", "init8", "init16", "init32", "dws"]
@@ -77,7 +80,8 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
     elif request.param == "sqlite":
         yield lambda: RDBStorage(database)
     else:
-        port = 10_000 + (hash(str(tmp_path)) % 20_000)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
         server = multiprocessing.get_context("spawn").Process(
             target=run_grpc_proxy_server, args=(RDBStorage(database),), kwargs={"port": port}, daemon=True
         )
@@ -306,6 +310,55 @@ def test_threads_share_a_study() -> None:
     assert most >= 2
 
 
+@pytest.mark.parametrize("policy", [NSGA2(), TPE(), LayerGuided()], ids=lambda policy: type(policy).__name__)
+def test_a_policy_with_a_cache_is_asked_by_one_thread_at_a_time(policy: Policy) -> None:
+    def slow(trial: Trial) -> float:
+        plan = suggest_plan(trial, SPACE)
+        time.sleep(0.002 * (trial.number % 5))
+        return reached(plan)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        known = probes(SPACE) if isinstance(policy, LayerGuided) else None
+        study = optuna.create_study(direction="maximize", sampler=PolicySampler(policy, SPACE, probes=known))
+        study.optimize(slow, n_trials=30, n_jobs=3)
+    finally:
+        sys.setswitchinterval(before)
+    plans = [trial.user_attrs["plan"] for trial in study.trials if trial.state is TrialState.COMPLETE]
+    assert len(set(plans)) == len(plans) >= 2
+
+
+@pytest.mark.parametrize("where", ["objective", "callback"])
+def test_a_plan_that_is_enqueued_while_a_worker_waits_does_not_hold_it_up(where: str) -> None:
+    enqueued = parameters(TINY, make_plan(TINY, {"conv_8": 8}))
+
+    def slow(trial: Trial) -> float:
+        plan = suggest_plan(trial, TINY)
+        if plan == reverse_pyramid(TINY, 8):  # the last one; the other thread waits for it
+            time.sleep(0.5)
+            if where == "objective":
+                trial.study.enqueue_trial(enqueued)
+        return 0.5
+
+    def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        if where == "callback" and trial.user_attrs.get("label") == "dws":
+            study.enqueue_trial(enqueued)
+
+    study = optuna.create_study(direction="maximize", sampler=PolicySampler(ReversePyramid(), TINY))
+    done = threading.Thread(
+        target=study.optimize, args=(slow,), kwargs={"n_jobs": 2, "callbacks": [after]}, daemon=True
+    )
+    done.start()
+    done.join(30)
+    assert not done.is_alive()
+    if where == "callback":  # the study had stopped: it is for the next `optimize`
+        study.optimize(slow)
+    complete = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
+    assert enqueued in complete
+    assert len(complete) == 5
+
+
 def _work(path: str, seed: int) -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(path))
@@ -421,7 +474,7 @@ def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end(monkeypatch: pyte
     study = optuna.create_study(direction="maximize", sampler=PolicySampler(Stubborn(), TINY, constraints=small))
     with pytest.raises(FnetError, match="30 plans in a row had to be refused, lastly: repeats candidate 0"):
         study.optimize(lambda trial: float(len(suggest_plan(trial, TINY).rates)))
-    assert len(study.trials) == 30
+    assert len(study.trials) == 31  # the last one failed
 
 
 def test_it_survives_pickling() -> None:
@@ -433,8 +486,10 @@ def test_it_survives_pickling() -> None:
     assert labels(study) == PYRAMIDS
 
 
-def test_a_retried_trial_keeps_its_plan(tmp_path: Path) -> None:
-    """Optuna's heartbeats: a worker that died is noticed, and its trial enqueued again."""
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("noticed", ["before", "while waiting"])
+def test_a_dead_workers_plan_is_taken_over(noticed: str, tmp_path: Path) -> None:
+    """With Optuna's heartbeats, which enqueue its trial again: also by the only worker left, which waits for it."""
     storage = RDBStorage(
         f"sqlite:///{tmp_path / 's.db'}",
         heartbeat_interval=1,
@@ -442,14 +497,91 @@ def test_a_retried_trial_keeps_its_plan(tmp_path: Path) -> None:
         heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
     )
     study = optuna.create_study(
-        storage=storage, study_name="s", direction="maximize", sampler=PolicySampler(ReversePyramid(), SPACE)
+        storage=storage, study_name="s", direction="maximize", sampler=PolicySampler(ReversePyramid(), TINY)
     )
     dead = study.ask()
     storage.record_heartbeat(dead._trial_id)
-    suggest_plan(dead, SPACE)
-    time.sleep(2.5)
-    with suppress(optuna.exceptions.ExperimentalWarning):
-        study.optimize(objective)
-    states = [trial.state for trial in study.trials]
-    assert states[0] is TrialState.FAIL
-    assert [one.user_attrs["label"] for one in study.trials if one.state is TrialState.COMPLETE] == PYRAMIDS
+    suggest_plan(dead, TINY)
+    if noticed == "before":
+        time.sleep(2.5)
+    study.optimize(lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates), timeout=60)
+    assert study.trials[0].state is TrialState.FAIL
+    complete = [one.user_attrs["label"] for one in study.trials if one.state is TrialState.COMPLETE]
+    assert sorted(complete) == ["dws", "init1", "init2", "init4"]
+
+
+@pytest.mark.parametrize(
+    ("fixed", "expected"),
+    [
+        ({"conv_8": 1.0}, "2-1-1"),
+        ({"conv_8": np.int64(1)}, "2-1-1"),
+        ({"conv_8": 3.0, "conv_16_1": 4.0, "conv_16_2": np.int64(4)}, "dws"),
+        ({"conv_8": 99}, None),
+        ({"conv_8": -1}, None),
+        ({"conv_8": 99, "conv_16_1": 0, "conv_16_2": 0}, None),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_enqueued_values_may_be_floats_and_must_stand_for_rates(fixed: dict[str, float], expected: str | None) -> None:
+    study = optuna.create_study(direction="maximize", sampler=PolicySampler(ProgressiveDoubling(), TINY))
+    study.enqueue_trial(fixed)
+    study.optimize(lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates), n_trials=2)
+    first, second = study.trials
+    if expected is None:
+        assert first.state is TrialState.PRUNED
+        assert "stand for no plan of space 'tiny'" in first.user_attrs["reason"]
+        assert (second.user_attrs["label"], second.user_attrs["number"]) == ("regular", 0)
+    else:
+        assert (first.user_attrs["label"], first.user_attrs["number"], first.state.name) == (expected, 0, "COMPLETE")
+        assert second.user_attrs["number"] == 1
+
+
+def test_another_space_than_the_samplers_is_refused() -> None:
+    study = optuna.create_study(direction="maximize", sampler=PolicySampler(ReversePyramid(), SPACE))
+    with pytest.raises(FnetError, match="the sampler chooses plans of space 'factorizenet', not of 'tiny'"):
+        study.optimize(lambda trial: float(len(suggest_plan(trial, TINY).rates)))
+
+
+def test_behind_another_sampler_budget_and_repeats_count_too() -> None:
+    limits = Constraints(conv_macs=plan_cost(TINY, regular(TINY)).conv_macs // 2)
+    inner = PolicySampler(Random(), TINY, constraints=limits)
+    study = optuna.create_study(direction="maximize", sampler=PartialFixedSampler({"conv_16_2": 4}, inner))
+    study.optimize(lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates), n_trials=30)
+    complete = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
+    plans = [trial.user_attrs["plan"] for trial in complete]
+    assert len(set(plans)) == len(plans) > 5
+    assert all(plan.endswith("conv_16_2=16") for plan in plans)
+    pruned = [trial for trial in study.trials if trial.state is TrialState.PRUNED]
+    assert all(trial.user_attrs["reason"].startswith("repeats ") for trial in pruned)
+    costly = optuna.create_study(direction="maximize", sampler=PartialFixedSampler({"conv_8": 0}, inner))
+    costly.optimize(lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates), n_trials=20)
+    for trial in costly.trials:
+        if trial.state is TrialState.COMPLETE:
+            assert trial.user_attrs["plan"].startswith("conv_8=1,")
+            plan = plan_of(TINY, trial.params)
+            assert plan is not None
+            assert not limits.refusal(plan_cost(TINY, plan))
+        else:
+            assert trial.user_attrs["feasible"] == 0 or trial.user_attrs["reason"].startswith("repeats ")
+    assert {trial.state for trial in costly.trials} >= {TrialState.PRUNED}
+
+
+def test_a_policy_that_fails_after_the_last_trial_spoils_nothing() -> None:
+    class Short(ReversePyramid):
+        def suggest(self, history: History) -> FactorizationPlan | None:
+            if history.number == 2:
+                raise RuntimeError("out of ideas")
+            return super().suggest(history)
+
+    study = optuna.create_study(direction="maximize", sampler=PolicySampler(Short(), SPACE))
+    study.optimize(objective, n_trials=2)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 2
+    with pytest.raises(FnetError, match="policy Short failed at suggestion 2: RuntimeError: out of ideas"):
+        study.optimize(objective, n_trials=1)
+
+
+def test_done_can_be_sent_to_another_process() -> None:
+    for running in (0, 3):
+        sent = pickle.loads(pickle.dumps(PolicyDone(running)))
+        assert (str(sent), sent.running) == (str(PolicyDone(running)), running)

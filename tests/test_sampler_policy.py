@@ -7,6 +7,7 @@ from optuna.samplers import BruteForceSampler, NSGAIISampler, QMCSampler, Random
 
 from fnet_policies import Random
 from fnet_search.asktell import AskTell
+from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import FactorizationPlan, indices, plan_cost
 from fnet_search.policy import Constraints, Evaluation, History
@@ -114,3 +115,16 @@ def test_without_a_proposal_that_fits_a_plan_is_drawn() -> None:
     found: set[FactorizationPlan | None] = {policy.suggest(replace(history, seed=seed)) for seed in range(3)}
     assert len(found) == 3
     assert all(plan is not None and not history.refusal(plan) for plan in found)
+
+
+def test_a_sampler_that_was_made_already_is_refused() -> None:
+    with pytest.raises(FnetError, match=r"give the class, as in SamplerPolicy\(RandomSampler\)"):
+        SamplerPolicy(RandomSampler())  # type: ignore[arg-type] (the mistake)
+
+
+def test_what_was_trained_but_not_quantized_is_no_value() -> None:
+    past = [replace(one, quint8_accuracy=None) for one in searched(SamplerPolicy(RandomSampler), 4)]
+    history = History(SPACE, CEILING, tuple(past), number=4)
+    for sampler in (RandomSampler, TPESampler, NSGAIISampler):
+        assert SamplerPolicy(sampler, startup=0).suggest(history) not in {None, *history.seen}
+        assert SamplerPolicy(sampler, startup=4).suggest(history) == Random().suggest(history)

@@ -1,5 +1,6 @@
 """The conformance suite passes ours, and finds what is wrong with others."""
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,24 +133,46 @@ class Endless:
     ],
 )
 def test_what_is_wrong_is_found(made: Callable[[], Policy], test: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        getattr(suite(made), test)()
+
+
+class Elsewhere:
+    """What differs from process to process."""
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        left = [plan for plan in plans(history) if plan not in history.seen]
+        return left[os.getpid() % len(left)] if left else None
+
+
+@pytest.mark.parametrize("made", [Hashing, Elsewhere])
+def test_what_another_process_says_otherwise_is_noticed(made: Callable[[], Policy]) -> None:
+    """By chance it may say the same once or twice of five plans, but not in every step of three searches."""
+    found = 0
+    for _ in range(3):
+        try:
+            suite(made).test_it_resumes_in_another_process()
+        except AssertionError as error:
+            found += "in another process" in str(error)
+    assert found
+
+
+def test_a_policy_must_be_a_class_that_can_be_imported() -> None:
+    class Local(Random):
+        pass
+
+    with pytest.raises(AssertionError, match="must be a class that can be imported from test_testing, as a plug-in is"):
+        suite(Local).test_it_resumes_in_another_process()
+    with pytest.raises(FnetError, match="policy Strange requires horoscopes"):
+        suite(Strange).test_it_ends()
+
+
+def suite(made: Callable[[], Policy]) -> PolicyConformance:
     class Suite(PolicyConformance):
         policy: ClassVar[Callable[[], Policy]] = made
 
-    with pytest.raises(error):
-        getattr(Suite(), test)()
+    return Suite()
 
 
-def test_other_hashes_of_strings_are_noticed() -> None:
-    """Of five plans, another process begins with the same one by chance: so two searches."""
-
-    class Suite(PolicyConformance):
-        policy = Hashing
-
-    found = 0
-    for trials in (1, 2, 3):
-        Suite.trials = trials
-        try:
-            Suite().test_it_resumes_in_another_process()
-        except AssertionError:
-            found += 1
-    assert found
+class Strange(Random):
+    requires = frozenset({"horoscopes"})

@@ -54,11 +54,11 @@ class TPE(SamplerPolicy):
 
         Optuna has no public way to them; tests hold them against what its sampler does.
         """
-        study = self.study(history, 0)
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        trials = study.get_trials(deepcopy=False, states=states)
-        finished = sum(trial.state.is_finished() for trial in trials)
-        split = _split_trials(study, trials, default_gamma(finished))
+        with self.study(history, 0) as study:
+            states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+            trials = study.get_trials(deepcopy=False, states=states)
+            finished = sum(trial.state.is_finished() for trial in trials)
+            split = _split_trials(study, trials, default_gamma(finished))
         good, bad = ([list(trial.params.values()) for trial in part] for part in split)
         likely, unlikely = (_log_densities(history, rows) for rows in (good, bad))
         return likely, {layer: likely[layer] - unlikely[layer] for layer in likely}

@@ -139,7 +139,7 @@ def test_plans_on_the_validation_split_have_no_winner_and_leave_the_test_images_
         ({"budget": "12 parsecs"}, "malformed budget '12 parsecs'; write 120MMAC"),
         ({"budget": "1%"}, "below the smallest network of space 'tiny'"),
         ({"policy": "tep"}, "unknown policy 'tep'; did you mean 'tpe'?"),
-        ({"policy": object()}, "policy 'object' has no method suggest(history)"),
+        ({"policy": 7}, "policy 'int' has no method suggest(history)"),
         ({"policy": ReversePyramid}, "ReversePyramid is a class; give a policy, as in ReversePyramid()"),
         ({"scheme": "percentile:99"}, "unknown range method 'percentile:99'"),
         ({"min_quint8": 1.5}, "'1.5' must be above 0 and at most 1"),

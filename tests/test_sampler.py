@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
@@ -329,6 +330,29 @@ def test_a_policy_with_a_cache_is_asked_by_one_thread_at_a_time(policy: Policy) 
     assert len(set(plans)) == len(plans) >= 2
 
 
+def optimized(study: optuna.Study, objective: Callable[[Trial], float], **options: Any) -> None:
+    """With an end: a worker that waits for what never comes would wait for ever."""
+    ended = threading.Thread(target=study.optimize, args=(objective,), kwargs=options, daemon=True)
+    ended.start()
+    ended.join(30)
+    assert not ended.is_alive()
+
+
+def test_a_worker_that_waits_for_a_dead_one_can_be_stopped() -> None:
+    """Where the storage has no heartbeats."""
+    study = optuna.create_study(direction="maximize", sampler=PolicySampler(ReversePyramid(), TINY))
+    suggest_plan(study.ask(), TINY)  # is never told
+
+    def last(trial: Trial) -> float:
+        if suggest_plan(trial, TINY) == reverse_pyramid(TINY, 8):
+            time.sleep(0.5)
+            trial.study.stop()
+        return 0.5
+
+    optimized(study, last, n_jobs=2)
+    assert [trial.state for trial in study.trials[:4]] == [TrialState.RUNNING, *[TrialState.COMPLETE] * 3]
+
+
 @pytest.mark.parametrize("where", ["objective", "callback"])
 def test_a_plan_that_is_enqueued_while_a_worker_waits_does_not_hold_it_up(where: str) -> None:
     enqueued = parameters(TINY, make_plan(TINY, {"conv_8": 8}))
@@ -346,12 +370,7 @@ def test_a_plan_that_is_enqueued_while_a_worker_waits_does_not_hold_it_up(where:
             study.enqueue_trial(enqueued)
 
     study = optuna.create_study(direction="maximize", sampler=PolicySampler(ReversePyramid(), TINY))
-    done = threading.Thread(
-        target=study.optimize, args=(slow,), kwargs={"n_jobs": 2, "callbacks": [after]}, daemon=True
-    )
-    done.start()
-    done.join(30)
-    assert not done.is_alive()
+    optimized(study, slow, n_jobs=2, callbacks=[after])
     if where == "callback":  # the study had stopped: it is for the next `optimize`
         study.optimize(slow)
     complete = [trial.params for trial in study.trials if trial.state is TrialState.COMPLETE]
@@ -504,7 +523,7 @@ def test_a_dead_workers_plan_is_taken_over(noticed: str, tmp_path: Path) -> None
     suggest_plan(dead, TINY)
     if noticed == "before":
         time.sleep(2.5)
-    study.optimize(lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates), timeout=60)
+    optimized(study, lambda trial: 0.5 + 0.0 * len(suggest_plan(trial, TINY).rates))
     assert study.trials[0].state is TrialState.FAIL
     complete = [one.user_attrs["label"] for one in study.trials if one.state is TrialState.COMPLETE]
     assert sorted(complete) == ["dws", "init1", "init2", "init4"]

@@ -300,7 +300,7 @@ def test_a_policy_that_fails_is_named() -> None:
         (FactorizationPlan((("conv_9", 1), ("conv_16_1", 1), ("conv_16_2", 1))), "unknown layer 'conv_9'"),
         (FactorizationPlan((("conv_8", 1),)), "does not name the layers of space 'tiny' in order"),
         (FactorizationPlan(tuple(reversed(F2.rates))), "does not name the layers of space 'tiny' in order"),
-        ("f2", "AttributeError"),
+        ("f2", "'f2' is neither a FactorizationPlan nor None"),
     ],
 )
 def test_a_plan_that_is_not_of_the_space_is_never_built(plan: Any, message: str) -> None:

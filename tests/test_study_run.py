@@ -11,7 +11,6 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup
 from fnet_search.macro import load_space
 from fnet_search.plan import label, plan_cost, uniform
-from fnet_search.policy import Constraints
 from fnet_search.recipe import load_recipe
 from fnet_search.recorded import RecordedRun
 from fnet_search.run import Machine
@@ -62,13 +61,9 @@ class Notes:
         self.parts.append((name, later))
 
 
-def unlimited(part: Part) -> Constraints:
-    return Constraints()
-
-
 def go(study: Study, folder: Path, deadline: Deadline | None = None) -> tuple[dict[Part, RecordedRun], Notes]:
     notes = Notes()
-    run_parts(study, StudyFolder(folder), PLAIN, unlimited, notes, deadline)
+    run_parts(study, StudyFolder(folder), PLAIN, notes, deadline)
     return recorded(study, StudyFolder(folder)), notes
 
 
@@ -184,9 +179,8 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
         STUDY, variants=(Variant("", TINY, QUICK),), plans=(), search=search, seeds=(0, 1), schemes=(HALF,), compare=()
     )
     study = replace(study, published={})
-    limit = Constraints(conv_macs=int(0.75 * 811_008))
     notes = Notes()
-    run_parts(study, StudyFolder(tmp_path), PLAIN, lambda part: limit, notes)
+    run_parts(study, StudyFolder(tmp_path), PLAIN, notes)
     runs = recorded(study, StudyFolder(tmp_path))
     assert notes.parts == [("seed0", epochs(study, study.parts[0])), ("seed1", 0)]
     assert epochs(study, study.parts[0]) == 1 + 1 + 1, "reference, candidate, final training"

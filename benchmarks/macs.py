@@ -21,16 +21,8 @@ from time import perf_counter
 import click
 from machine import machine, ratio, spread
 
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    BatchNorm,
-    Dense,
-    Flatten,
-    Macroarchitecture,
-    Pool,
-    load_space,
-)
+from fnet_search.layers import Activation, BatchNorm, Dense, Flatten, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, load_space
 from fnet_search.plan import FactorizationPlan, all_conv_macs, factorize, network_cost, parse_plan, plan_cost
 
 PLANS = ("regular", "f2", "f4", "f16", "dws", "init2")

@@ -22,7 +22,8 @@ from machine import machine, spread
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
 from fnet_search.evaluate import Job, Setup
-from fnet_search.macro import Conv, Dense, Macroarchitecture, load_space
+from fnet_search.layers import Conv, Dense
+from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, factorize, indices, layer_cost, legal_rates, plan_cost
 from fnet_search.policy import Constraints, Evaluation, History, LayerStats, load_policy

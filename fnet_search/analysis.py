@@ -15,7 +15,8 @@ from fnet_search.data import DataSet
 from fnet_search.evaluate import CALIBRATION_SAMPLES, calibration
 from fnet_search.figures import plan_name
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Conv, Dense
+from fnet_search.layers import Conv, Dense
+from fnet_search.macro import INPUT
 from fnet_search.network import Network
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation, LayerStats

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Conv, Dense, Node
+from fnet_search.layers import Conv, Dense
+from fnet_search.macro import INPUT, Node
 from fnet_search.network import run
 from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, bounded
 from fnet_search.ranges import Batches

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from fnet_search.figures import DPI, save_png
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Layer, Pool, Shape, Shuffle, Slice
 from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Layer, Macroarchitecture, Pool, Shape
+from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
 from fnet_search.quantities import millions
 from fnet_search.tables import Pair
@@ -28,7 +29,12 @@ COLOURS = {
     "pool": "#e3d3f4",
     "dense": "#f7c6c6",
     "flatten": "#dddddd",
+    "reshape": "#c8c8c8",
+    "slice": "#e8dcc4",
+    "shuffle": "#d9c7a8",
+    "resample": "#cfe0c3",
     "add": "#fff3a3",
+    "multiply": "#ffe08a",
     "concat": "#b8ebe6",
 }
 
@@ -61,6 +67,10 @@ def describe(layer: Layer) -> str:
             return f"dense, {layer.out_features}"
         case BatchNorm():
             return "batch norm"
+        case Slice():
+            return f"channels {layer.start} to {layer.stop - 1}"
+        case Shuffle():
+            return f"shuffle, {layer.groups} groups"
         case _:
             return layer.kind
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import Activation, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.macro import Macroarchitecture, Node
 
 SWEEPS = 1000
 SETTLED = 1e-4

@@ -17,7 +17,21 @@ from fnet_search import __version__
 from fnet_search.errors import FnetError
 from fnet_search.files import replacing
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Activation, Add, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.layers import (
+    Activation,
+    Add,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Multiply,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.params import QuantParams
 from fnet_search.quantize import QuantizedNetwork, table
 
@@ -96,6 +110,9 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(np.asarray(values), name))
         return name
 
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        return self.constant(name, np.array(values, dtype=np.int64))
+
     def node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name, **attributes))
         return output
@@ -103,6 +120,11 @@ class _Graph:
     def output(self, node: str) -> str:
         """The name of the float tensor that the operator of a node writes."""
         return LOGITS if node == self.network.output else f"{node}.output"
+
+    def resample(self, node: Node, layer: Resample, tensor: str, output: str) -> str:
+        rows, columns = (self.integers(f"{node.name}.{part}", getattr(layer, part)) for part in ("rows", "columns"))
+        taken = self.node("Gather", f"{node.name}.take", [tensor, rows], f"{node.name}.taken", axis=2)
+        return self.node("Gather", node.name, [taken, columns], output, axis=3)
 
     def operator(self, node: Node, inputs: Sequence[str]) -> str:
         """A layer as ONNX operators on float tensors; returns the name of its output."""
@@ -121,13 +143,32 @@ class _Graph:
             case Pool(reduction="global_average"):
                 return add("GlobalAveragePool")
             case Pool():
-                kind = "MaxPool" if layer.reduction == "max" else "AveragePool"
-                pads = [*layer.padding, *layer.padding]
-                return add(kind, kernel_shape=layer.kernel, strides=layer.step, pads=pads)
+                down, right = layer.overhang(self.network.input_shapes(node)[0])  # runtimes disagree on ceil_mode
+                pads = [*layer.padding, layer.padding[0] + down, layer.padding[1] + right]
+                window = {"kernel_shape": layer.kernel, "strides": layer.step, "pads": pads}
+                if layer.reduction == "max":
+                    return add("MaxPool", **window)
+                return add("AveragePool", **window, count_include_pad=int(layer.count_padding))
             case Flatten():
                 return add("Flatten", axis=1)
+            case Reshape(shape):
+                return add("Reshape", self.integers(f"{name}.shape", [0, *shape]))
+            case Slice(start, stop):
+                interval = {"start": start, "stop": stop, "axis": 1}
+                return add("Slice", *(self.integers(f"{name}.{part}", [value]) for part, value in interval.items()))
+            case Shuffle(groups):
+                channels, height, width = self.network.shapes[name]
+                split = self.integers(f"{name}.split", [0, groups, channels // groups, height, width])
+                joined = self.integers(f"{name}.join", [0, channels, height, width])
+                apart = self.node("Reshape", f"{name}.apart", [*inputs, split], f"{name}.parts")
+                crossed = self.node("Transpose", f"{name}.cross", [apart], f"{name}.crossed", perm=[0, 2, 1, 3, 4])
+                return self.node("Reshape", name, [crossed, joined], output)
+            case Resample():
+                return self.resample(node, layer, inputs[0], output)
             case Add():
                 return add("Add")
+            case Multiply():
+                return add("Mul")
             case Concat():
                 return add("Concat", axis=1)
             case Activation("relu"):
@@ -204,6 +245,10 @@ class _QuantizedGraph(_Graph):
                 "Cast", f"{name}.cast", [codes_name(node.inputs[0])], f"{name}.index", to=TensorProto.INT32
             )
             self.node("Gather", name, [lookup, index], codes_name(name))
+            self.dequantize(name)
+            return
+        if isinstance(layer, Resample):
+            self.resample(node, layer, codes_name(node.inputs[0]), codes_name(name))
             self.dequantize(name)
             return
         if isinstance(layer, Conv | Dense):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.macro import BatchNorm, Conv, Dense, Macroarchitecture, Node
+from fnet_search.layers import BatchNorm, Conv, Dense
+from fnet_search.macro import Macroarchitecture, Node
 from fnet_search.network import Network, apply_stateless, run
 
 

@@ -14,7 +14,8 @@ import networkx as nx
 import numpy as np
 from matplotlib.path import Path as Curve
 
-from fnet_search.macro import Activation, BatchNorm, Conv, Dense, Macroarchitecture
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense
+from fnet_search.macro import Macroarchitecture
 
 Place = str | tuple[str, str, int]
 """A layer, or the waypoint of an edge (source, target) in a rank that it passes."""

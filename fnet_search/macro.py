@@ -4,227 +4,27 @@ A space (design term for a named macroarchitecture) is data. Shapes leave the ba
 and feature maps, ``(K,)`` for vectors.
 """
 
+import fnmatch
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from math import prod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import tomli_w
 
 from fnet_search import resources
 from fnet_search.errors import FnetError, nearest, unknown
-from fnet_search.tables import Pair, build, is_int
+from fnet_search.layers import KINDS, Conv, Dense, Layer, Shape
+from fnet_search.tables import build, is_int
 
-Shape = tuple[int, ...]
-Function = Literal["relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu"]
-Reduction = Literal["max", "average", "global_average"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 INPUT = "input"
 """Name of the graph's source: the image, normalised."""
-
-
-def _feature_map(shape: Shape) -> tuple[int, int, int]:
-    if len(shape) != 3:
-        raise FnetError(
-            f"needs a feature map (C, H, W) as input, got a vector of shape {shape}; put it before the flatten"
-        )
-    return shape[0], shape[1], shape[2]
-
-
-def _window(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)) -> Pair:
-    """Height and width after a sliding window (ONNX Conv and MaxPool, explicit padding, floor)."""
-    out = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    ]
-    if min(out) < 1:
-        raise FnetError(f"its {kernel[0]}x{kernel[1]} window does not fit into the {size[0]}x{size[1]} input")
-    return out[0], out[1]
-
-
-def _positive(**values: int | Pair) -> None:
-    for name, value in values.items():
-        if min(value if isinstance(value, tuple) else (value,)) < 1:
-            raise FnetError(f"{name} must be at least 1, got {value}")
-
-
-class _Weightless:
-    """A layer that counts nothing: no multiply-accumulates, no parameters."""
-
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class Conv:
-    """2-D convolution (ONNX ``Conv``); ``factorize`` lets a plan replace it by a groupwise separable one."""
-
-    out_channels: int
-    kernel: Pair = (3, 3)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
-    groups: int = 1
-    bias: bool = False
-    factorize: bool = False
-    kind: ClassVar[str] = "conv"
-
-    def __post_init__(self) -> None:
-        _positive(out_channels=self.out_channels, kernel=self.kernel, stride=self.stride)
-        _positive(dilation=self.dilation, groups=self.groups)
-        if min(self.padding) < 0:
-            raise FnetError(f"padding must not be negative, got {self.padding}")
-        if self.factorize and self.groups != 1:
-            raise FnetError("a convolution with groups cannot be factorized; set factorize = false or groups = 1")
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        channels, *size = _feature_map(inputs[0])
-        if channels % self.groups or self.out_channels % self.groups:
-            raise FnetError(
-                f"groups = {self.groups} does not divide its {channels} input and {self.out_channels} output channels"
-            )
-        return self.out_channels, *_window((size[0], size[1]), self.kernel, self.stride, self.padding, self.dilation)
-
-    def macs(self, inputs: list[Shape]) -> int:
-        """K_h K_w (C_in / groups) C_out H W, paper equations (1) and (2)."""
-        return prod(self.kernel) * (inputs[0][0] // self.groups) * prod(self.output_shape(inputs))
-
-    def params(self, inputs: list[Shape]) -> int:
-        return self.out_channels * (prod(self.kernel) * (inputs[0][0] // self.groups) + self.bias)
-
-
-@dataclass(frozen=True)
-class BatchNorm:
-    """Batch normalisation over channels (ONNX ``BatchNormalization``)."""
-
-    eps: float = 1e-3
-    kind: ClassVar[str] = "batch_norm"
-
-    def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise FnetError(f"eps must be positive, got {self.eps}")
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        return inputs[0]
-
-    def macs(self, inputs: list[Shape]) -> int:
-        return 0
-
-    def params(self, inputs: list[Shape]) -> int:
-        return 2 * inputs[0][0]
-
-
-@dataclass(frozen=True)
-class Activation(_Weightless):
-    """An elementwise function."""
-
-    function: Function = "relu"
-    kind: ClassVar[str] = "activation"
-
-    def __post_init__(self) -> None:
-        if self.function not in get_args(Function):
-            raise unknown("activation function", str(self.function), get_args(Function))
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        return inputs[0]
-
-
-@dataclass(frozen=True)
-class Pool(_Weightless):
-    """Max, average (padding not counted) or global average pooling, stride = kernel unless given."""
-
-    reduction: Reduction = "max"
-    kernel: Pair = (2, 2)
-    stride: Pair | None = None
-    padding: Pair = (0, 0)
-    kind: ClassVar[str] = "pool"
-
-    def __post_init__(self) -> None:
-        if self.reduction not in get_args(Reduction):
-            raise unknown("pool reduction", str(self.reduction), get_args(Reduction))
-        _positive(kernel=self.kernel, stride=self.step)
-        if min(self.padding) < 0 or any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
-            raise FnetError(f"padding must be between 0 and half the kernel, got {self.padding}")
-
-    @property
-    def step(self) -> Pair:
-        return self.stride or self.kernel
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        channels, height, width = _feature_map(inputs[0])
-        if self.reduction == "global_average":
-            return channels, 1, 1
-        return channels, *_window((height, width), self.kernel, self.step, self.padding)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """Fully connected layer on a vector (ONNX ``Gemm``)."""
-
-    out_features: int
-    bias: bool = True
-    kind: ClassVar[str] = "dense"
-
-    def __post_init__(self) -> None:
-        _positive(out_features=self.out_features)
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        if len(inputs[0]) != 1:
-            raise FnetError(f"needs a vector as input, got shape {inputs[0]}; put a flatten before it")
-        return (self.out_features,)
-
-    def macs(self, inputs: list[Shape]) -> int:
-        return inputs[0][0] * self.out_features
-
-    def params(self, inputs: list[Shape]) -> int:
-        return self.out_features * (inputs[0][0] + self.bias)
-
-
-@dataclass(frozen=True)
-class Flatten(_Weightless):
-    """(C, H, W) to (C H W,)."""
-
-    kind: ClassVar[str] = "flatten"
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        return (prod(inputs[0]),)
-
-
-@dataclass(frozen=True)
-class Add(_Weightless):
-    """Sum of two tensors of one shape (ONNX ``Add``)."""
-
-    kind: ClassVar[str] = "add"
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        if inputs[0] != inputs[1]:
-            raise FnetError(f"cannot add shapes {inputs[0]} and {inputs[1]}; they must be equal")
-        return inputs[0]
-
-
-@dataclass(frozen=True)
-class Concat(_Weightless):
-    """Concatenation over channels (ONNX ``Concat``, axis 1)."""
-
-    kind: ClassVar[str] = "concat"
-
-    def output_shape(self, inputs: list[Shape]) -> Shape:
-        if len({shape[1:] for shape in inputs}) > 1 or len({len(shape) for shape in inputs}) > 1:
-            raise FnetError(
-                f"cannot concatenate shapes {', '.join(map(str, inputs))}; all but the channels must be equal"
-            )
-        return sum(shape[0] for shape in inputs), *inputs[0][1:]
-
-
-Layer = Conv | BatchNorm | Activation | Pool | Dense | Flatten | Add | Concat
-KINDS: Mapping[str, type[Layer]] = {layer.kind: layer for layer in get_args(Layer)}
 
 
 @dataclass(frozen=True)
@@ -246,16 +46,20 @@ class _LayerError(FnetError):
 
 @dataclass(frozen=True)
 class Macroarchitecture:
-    """A named network graph without weights: one source (the image), one sink (the logits).
+    """A named network graph: one source (the image), one sink (the logits).
 
-    `nodes` may come in any order; `order` has them topologically sorted. Raises FnetError, naming the layer, for
-    duplicate names, missing edges, cycles, mismatched shapes, or more than one end.
+    `nodes` may come in any order; `order` has them topologically sorted. `weights` has what an imported network was
+    trained to, by the names of its `Network.state_dict`; two spaces are equal whatever theirs are.
+
+    Raises FnetError, naming the layer, for duplicate names, missing edges, cycles, mismatched shapes, or more than one
+    end.
     """
 
     name: str
     input_shape: tuple[int, int, int]
     nodes: tuple[Node, ...]
     description: str = ""
+    weights: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     graph: "nx.DiGraph[str]" = field(init=False, compare=False, repr=False)
     order: tuple[Node, ...] = field(init=False, compare=False, repr=False)
     shapes: Mapping[str, Shape] = field(init=False, compare=False, repr=False)
@@ -296,6 +100,18 @@ class Macroarchitecture:
                 f"ends the network with shape {shapes[ends[0]]}; it must end with a vector of logits",
             )
 
+    @classmethod
+    def from_module(cls, model: "nn.Module", example_input: "Tensor", name: str = "") -> "Macroarchitecture":
+        """Imports a torch module, as it computes in evaluation mode, with its weights, for images like `example_input`,
+        [N, C, H, W]. `network.pretrained` builds it.
+
+        Traced by `torch.export`. Convolutions of a kernel larger than 1, without groups, may be factorized, but for the
+        first layer; `factorizing` changes that. Raises FnetError, naming node and operation, for what is no layer here.
+        """
+        from fnet_search.imported import from_module  # torch takes seconds to import
+
+        return from_module(model, example_input, name)
+
     def _check_edges(self) -> dict[str, int]:
         if not self.nodes:
             raise FnetError(f"space {self.name!r} has no layers")
@@ -309,11 +125,9 @@ class Macroarchitecture:
                 if source not in position and source != INPUT:
                     known = nearest(source, [INPUT, *position])
                     raise _LayerError(index, node.name, f"takes its input from {source!r}, which is not a layer{known}")
-            wanted = {"add": (2, 2), "concat": (2, None)}.get(node.layer.kind, (1, 1))
-            count = len(node.inputs)
-            if count < wanted[0] or (wanted[1] is not None and count > wanted[1]):
-                number = f"{wanted[0]} inputs" if wanted[1] else "at least 2 inputs"
-                number = "1 input" if wanted == (1, 1) else number
+            (least, most), count = node.layer.inputs, len(node.inputs)
+            if count < least or (most is not None and count > most):
+                number = "1 input" if most == 1 else f"{least} inputs" if most else f"at least {least} inputs"
                 raise _LayerError(
                     index, node.name, f"a {node.layer.kind} layer takes {number}, got {count}: {list(node.inputs)}"
                 )
@@ -352,6 +166,45 @@ class Macroarchitecture:
         dense = Node(last.name, Dense(classes, last.layer.bias), last.inputs)
         nodes = tuple(dense if node is last else node for node in self.nodes)
         return Macroarchitecture(self.name, self.input_shape, nodes, self.description)
+
+
+def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: Sequence[str] = ()) -> Macroarchitecture:
+    """The same network with other layers to be factorized: those that match a pattern of `factorize` too, and none that
+    matches one of `keep`.
+
+    Patterns as in ``layer1.*`` (`fnmatch`). Raises FnetError for one that matches no convolution without groups.
+    """
+    open_to = [node.name for node in space.nodes if isinstance(node.layer, Conv) and node.layer.groups == 1]
+    for pattern in (*factorize, *keep):
+        if not fnmatch.filter(open_to, pattern):
+            known = nearest(pattern, open_to)
+            raise FnetError(f"{pattern!r} matches no convolution without groups of space {space.name!r}{known}")
+
+    def changed(node: Node) -> Node:
+        if node.name not in open_to:
+            return node
+        asked, kept = (any(fnmatch.fnmatchcase(node.name, one) for one in patterns) for patterns in (factorize, keep))
+        assert isinstance(node.layer, Conv)
+        return replace(node, layer=replace(node.layer, factorize=(node.layer.factorize or asked) and not kept))
+
+    return replace(space, nodes=tuple(map(changed, space.nodes)))
+
+
+def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
+    """The same network, to be factorized where a factorization pays: convolutions of a kernel larger than 1, without
+    groups, but for those that read the image."""
+    early = {INPUT}
+    for node in space.order:
+        if not isinstance(node.layer, Conv | Dense) and early.issuperset(node.inputs):
+            early.add(node.name)
+
+    def chosen(node: Node) -> Node:
+        layer = node.layer
+        if not isinstance(layer, Conv) or early.issuperset(node.inputs) or layer.groups > 1 or layer.kernel == (1, 1):
+            return node
+        return replace(node, layer=replace(layer, factorize=True))
+
+    return replace(space, nodes=tuple(map(chosen, space.nodes)))
 
 
 def load_space(name: str) -> Macroarchitecture:

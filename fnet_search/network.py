@@ -8,8 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from fnet_search.kernels import block_diagonal, merged, norm_relu
-from fnet_search.macro import (
-    INPUT,
+from fnet_search.layers import (
     Activation,
     Add,
     BatchNorm,
@@ -17,10 +16,15 @@ from fnet_search.macro import (
     Conv,
     Dense,
     Flatten,
-    Macroarchitecture,
-    Node,
+    Moving,
+    Multiply,
     Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
 )
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 
 T = TypeVar("T")
 
@@ -54,6 +58,21 @@ def run(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -
     return outputs[0]
 
 
+def moved(layer: Moving, x: Tensor) -> Tensor:
+    """A layer that computes nothing, on values or codes, [N, C, H, W] or [N, K]."""
+    match layer:
+        case Flatten():
+            return x.flatten(1)
+        case Reshape(shape):
+            return x.reshape(-1, *shape)
+        case Slice(start, stop):
+            return x[:, start:stop]
+        case Shuffle(groups):
+            return F.channel_shuffle(x, groups)
+        case Resample(rows, columns):
+            return x[:, :, list(rows)][:, :, :, list(columns)]
+
+
 def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
     """A layer without parameters on float tensors of shape [N, C, H, W] or [N, K]."""
     layer, x = node.layer, inputs[0]
@@ -61,15 +80,17 @@ def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
         case Activation():
             return FUNCTIONS[layer.function](x)
         case Pool(reduction="max"):
-            return F.max_pool2d(x, layer.kernel, layer.step, layer.padding)
+            return F.max_pool2d(x, layer.kernel, layer.step, layer.padding, ceil_mode=layer.ceil)
         case Pool(reduction="average"):
-            return F.avg_pool2d(x, layer.kernel, layer.step, layer.padding, count_include_pad=False)
+            return F.avg_pool2d(x, layer.kernel, layer.step, layer.padding, layer.ceil, layer.count_padding)
         case Pool():
             return x.mean(dim=(2, 3), keepdim=True)
-        case Flatten():
-            return x.flatten(1)
+        case Flatten() | Reshape() | Slice() | Shuffle() | Resample():
+            return moved(layer, x)
         case Add():
             return x + inputs[1]
+        case Multiply():
+            return x * inputs[1]
         case Concat():
             return torch.cat(inputs, dim=1)
     raise TypeError(f"{layer.kind} has parameters")
@@ -96,13 +117,15 @@ class Network(nn.Module):
         super().__init__()
         self.network = network
         modules = {node.name: _module(network, node) for node in network.order}
-        self.layers = nn.ModuleDict({_key(name): module for name, module in modules.items() if module is not None})
+        self.layers = nn.ModuleDict(
+            {module_key(name): module for name, module in modules.items() if module is not None}
+        )
         self._fused: frozenset[str] = frozenset()
         self._merged: dict[str, int] = {}
 
     def layer(self, name: str) -> nn.Module:
         """The module of a node with parameters."""
-        return self.layers[_key(name)]
+        return self.layers[module_key(name)]
 
     def speed_up(self, fused: bool, group_widths: tuple[int, ...]) -> None:
         """How it is computed in training mode from now on, by the kernels of `kernels`; the results differ by rounding.
@@ -124,7 +147,7 @@ class Network(nn.Module):
 
     def apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
         """One layer on float tensors [N, C, H, W] or [N, K]."""
-        key, x = _key(node.name), inputs[0]
+        key, x = module_key(node.name), inputs[0]
         if key not in self.layers:
             done = self.training and node.inputs[0] in self._fused
             return x if done else apply_stateless(node, inputs)
@@ -142,7 +165,7 @@ class Network(nn.Module):
         return run(self.network, x, self.apply_node)
 
 
-def _key(name: str) -> str:
+def module_key(name: str) -> str:
     """Module names must not hold dots."""
     return name.replace(".", "/")
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import tomli_w
 
 from fnet_search.errors import FnetError, unknown
-from fnet_search.macro import Activation, BatchNorm, Conv, Macroarchitecture, Node, Shape
+from fnet_search.layers import Activation, BatchNorm, Conv, Shape
+from fnet_search.macro import Macroarchitecture, Node
 from fnet_search.tables import read_table
 
 

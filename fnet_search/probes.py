@@ -16,7 +16,8 @@ from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.evaluate import TRANSFORM_SAMPLES, Setup, Start, calibration, folded_for, load_quantized, load_trained
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Activation, BatchNorm, Macroarchitecture, Node
+from fnet_search.layers import Activation, BatchNorm
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network, build, walk
 from fnet_search.params import QuantParams
 from fnet_search.plan import FactorizationPlan, convolutions, factorize, legal_rates, make_plan, plan_cost

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import Conv, Dense
+from fnet_search.layers import Conv, Dense
 from fnet_search.network import Network, walk
 from fnet_search.plan import layer_cost
 from fnet_search.policy import LayerStats

@@ -14,8 +14,22 @@ from torch import Tensor
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Activation, Add, Concat, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
-from fnet_search.network import FUNCTIONS, run, walk
+from fnet_search.layers import (
+    Activation,
+    Add,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Multiply,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.macro import INPUT, Macroarchitecture, Node
+from fnet_search.network import FUNCTIONS, apply_stateless, moved, run, walk
 from fnet_search.params import QuantParams, clip, float32, quant_params
 from fnet_search.ranges import TensorStats, carriers
 
@@ -232,8 +246,7 @@ class Step:
             case Activation(function):
                 return _lookup(table(function, source, target), codes)
             case Pool(reduction="max"):
-                padded = F.max_pool2d(codes.float(), layer.kernel, layer.step, layer.padding)
-                return padded.to(torch.uint8)
+                return apply_stateless(node, [codes.float()]).to(torch.uint8)
             case Pool(reduction="average"):
                 return _average_pool(layer, codes, source, target)
             case Pool():
@@ -241,10 +254,12 @@ class Step:
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
                 return requantize(total, multiplier, target)
-            case Flatten():
-                return codes.flatten(1)
+            case Flatten() | Reshape() | Slice() | Shuffle() | Resample():
+                return moved(layer, codes)
             case Add():
                 return _add(codes, inputs[1], source, sources[1], target)
+            case Multiply():
+                return _multiply(codes, inputs[1], source, sources[1], target)
             case Concat():
                 parts = zip(inputs, sources, strict=True)
                 same = [
@@ -296,9 +311,11 @@ def requantize(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor
 
 
 def _average_pool(layer: Pool, codes: Tensor, source: QuantParams, target: QuantParams) -> Tensor:
-    """Rule 12: float32 sums in row order, each rounded; the divisor counts the pixels inside the image."""
-    x = F.pad(source.dequantize(codes), (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0]))
-    inside = F.pad(torch.ones_like(codes[:1, :1], dtype=torch.float32), [layer.padding[1]] * 2 + [layer.padding[0]] * 2)
+    """Rule 12: float32 sums in row order, each rounded; the divisor counts the pixels inside the image, or all."""
+    down, right = layer.overhang(tuple(codes.shape[1:]))
+    pads = [layer.padding[1], layer.padding[1] + right, layer.padding[0], layer.padding[0] + down]
+    x = F.pad(source.dequantize(codes), pads)
+    inside = F.pad(torch.ones_like(codes[:1, :1], dtype=torch.float32), pads, value=float(layer.count_padding))
     height, width = ((n - k) // s + 1 for n, k, s in zip(x.shape[2:], layer.kernel, layer.step, strict=True))
     total, count = torch.zeros(()), torch.zeros(())
     for row in range(layer.kernel[0]):
@@ -318,3 +335,10 @@ def _add(a: Tensor, b: Tensor, of_a: QuantParams, of_b: QuantParams, target: Qua
     offset = float(np.float32(target.zero - np.float64(np.float32(ratio_a * of_a.zero + product))))
     inner = (b.double() * ratio_b + offset).float()
     return clip(torch.round((a.double() * ratio_a + inner.double()).float()))
+
+
+def _multiply(a: Tensor, b: Tensor, of_a: QuantParams, of_b: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 14: the product of the integers, which float32 holds, times one ratio; each step rounded."""
+    product = np.float32(of_a.scale) * np.float32(of_b.scale)
+    ratio = float(product / np.float32(target.scale))
+    return clip(torch.round((a.float() - of_a.zero) * (b.float() - of_b.zero) * ratio + target.zero))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
-from fnet_search.macro import INPUT, Activation, Flatten, Macroarchitecture, Pool
+from fnet_search.layers import Activation, Moving, Pool
+from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.network import walk
 from fnet_search.params import quant_params
 from fnet_search.scheme import RangeMethod
@@ -26,11 +27,13 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
     """For each node of a folded network (and the input) the node whose scale and zero point its codes have.
 
     A ReLU or ReLU6 that is the only reader of a layer is fused into it: both carry the ReLU's parameters. Max pooling
-    and flatten keep those of their input. Everything else has its own.
+    and layers that only move values keep those of their input. Everything else has its own.
     """
     carrier = {INPUT: INPUT}
     for node in network.order:
-        if isinstance(node.layer, Flatten) or (isinstance(node.layer, Pool) and node.layer.reduction == "max"):
+        layer = node.layer
+        moves = isinstance(layer, Moving)
+        if moves or (isinstance(layer, Pool) and layer.reduction == "max"):
             carrier[node.name] = carrier[node.inputs[0]]
             continue
         readers = network.consumers(node.name)

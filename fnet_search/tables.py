@@ -48,6 +48,14 @@ def _value(key: str, value: object, wanted: object) -> object:
         if isinstance(pair, list) and len(pair) == 2 and all(map(is_int, pair)):
             return tuple(pair)
         raise FnetError(f"{key} must be an integer or two of them [height, width], got {value!r}")
+    if wanted == tuple[int, ...]:
+        if isinstance(value, list) and all(map(is_int, value)):
+            return tuple(value)
+        raise FnetError(f"{key} must be a list of integers, got {value!r}")
+    if wanted == tuple[int, int, int]:
+        if isinstance(value, list) and len(value) == 3 and all(map(is_int, value)):
+            return tuple(value)
+        raise FnetError(f"{key} must be a list of three integers, got {value!r}")
     if wanted == tuple[float, ...]:
         if isinstance(value, list) and all(isinstance(part, float) or is_int(part) for part in value):
             return tuple(value)

@@ -19,7 +19,8 @@ from typing import ClassVar
 import numpy as np
 
 from fnet_search.asktell import AskTell
-from fnet_search.macro import Conv, Dense, Macroarchitecture, load_space
+from fnet_search.layers import Conv, Dense
+from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import (
     FactorizationPlan,
     check_plan,

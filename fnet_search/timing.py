@@ -24,7 +24,8 @@ from onnx import ModelProto
 
 from fnet_search.errors import FnetError
 from fnet_search.export import float_model, quantized_model
-from fnet_search.macro import INPUT, Activation, Macroarchitecture
+from fnet_search.layers import Activation
+from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.plan import label, layer_cost
 from fnet_search.recorded import RecordedNetwork, RecordedRun
 from fnet_search.runtime import Runtime

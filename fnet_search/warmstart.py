@@ -15,7 +15,8 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
-from fnet_search.macro import INPUT, BatchNorm, Conv, Dense, Macroarchitecture, Node
+from fnet_search.layers import BatchNorm, Conv, Dense
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network, apply_stateless, walk
 from fnet_search.ranges import Batches
 

@@ -1,18 +1,7 @@
 """Evaluations as a training might have left them, made up by hand for the tests of what shows them."""
 
-from fnet_search.macro import (
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.macro import Macroarchitecture, Node
 from fnet_search.plan import (
     FactorizationPlan,
     named_plans,

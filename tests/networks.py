@@ -8,20 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fnet_search.data import DataSet, Split, hold_out, load_dataset
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network
 from fnet_search.numerics import Numerics
 from fnet_search.ranges import Batches

@@ -29,7 +29,8 @@ from fnet_search.analysis_figures import STATISTICS, Statistic, badness, boxes_f
 from fnet_search.analysis_page import write_analysis
 from fnet_search.data import DataSet
 from fnet_search.evaluate import WEIGHTS, prepare, record
-from fnet_search.macro import Activation, Conv, Dense, Flatten, Macroarchitecture, Node, Pool, load_space, to_toml
+from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.macro import Macroarchitecture, Node, load_space, to_toml
 from fnet_search.plan import FactorizationPlan, factorize, named_plans, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats
 from fnet_search.recorded import RecordedRun, scheme_folder

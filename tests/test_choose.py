@@ -6,7 +6,8 @@ import pytest
 
 from fnet_search import choose
 from fnet_search.choose import best_plan, pareto_front, sample_plan
-from fnet_search.macro import INPUT, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Node, load_space
+from fnet_search.layers import BatchNorm, Conv, Dense, Flatten
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.plan import (
     FactorizationPlan,
     all_conv_macs,

@@ -8,7 +8,8 @@ from torch import Tensor
 from fnet_search.correct import correct_biases
 from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import INPUT, Activation, Conv, Dense, Flatten, Macroarchitecture, load_space
+from fnet_search.layers import Activation, Conv, Dense, Flatten
+from fnet_search.macro import INPUT, Macroarchitecture, load_space
 from fnet_search.network import walk
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.quantize import QuantizedNetwork, accumulate, quantize

@@ -7,7 +7,8 @@ from matplotlib.patches import FancyBboxPatch
 from pictures import outside, overlapping, png_size, texts
 
 from fnet_search.draw import COLOURS, describe, draw, drawing
-from fnet_search.macro import Activation, Conv, Dense, Flatten, Macroarchitecture, Node, Pool, load_space
+from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.macro import Macroarchitecture, Node, load_space
 from fnet_search.plan import FactorizationPlan, make_plan, regular, reverse_pyramid, uniform
 
 

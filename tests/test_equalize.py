@@ -8,20 +8,8 @@ from torch import Tensor
 
 from fnet_search.equalize import Pair, equalize, pairs
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-)
+from fnet_search.layers import Activation, Add, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import run
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.quantize import quantize

@@ -33,7 +33,8 @@ from fnet_search.evaluate import (
 )
 from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import Activation, Conv, Dense, Flatten, load_space
+from fnet_search.layers import Activation, Conv, Dense, Flatten
+from fnet_search.macro import load_space
 from fnet_search.network import build
 from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
 from fnet_search.policy import Audit, Evaluation, Role

@@ -5,20 +5,8 @@ import torch
 from networks import MIXED, normal, randomized, sequence
 
 from fnet_search.fold import fold
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Conv,
-    Dense,
-    Flatten,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network
 from fnet_search.plan import factorize, parse_plan
 

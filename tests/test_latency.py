@@ -29,7 +29,8 @@ from fnet_search.latency import (
     section,
     write,
 )
-from fnet_search.macro import Conv, Dense, Macroarchitecture, load_space, parse_space, to_toml
+from fnet_search.layers import Conv, Dense
+from fnet_search.macro import Macroarchitecture, load_space, parse_space, to_toml
 from fnet_search.plan import factorize, named_plans
 from fnet_search.recorded import RecordedRun, open_run, scheme_folder
 from fnet_search.runfolder import RunFolder

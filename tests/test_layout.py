@@ -4,21 +4,9 @@ import pytest
 from evaluations import residual_space
 from matplotlib.path import Path
 
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Pool
 from fnet_search.layout import BOX_HEIGHT, Layout, lay_out
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-)
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.plan import factorize, reverse_pyramid, uniform
 
 WIDTH = 2.0

@@ -3,23 +3,8 @@ from pathlib import Path
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-    parse_space,
-    save_space,
-    to_toml,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space, parse_space, save_space, to_toml
 
 BRANCHED = Macroarchitecture(
     "branched",
@@ -177,7 +162,7 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
     ("layer", "complaint"),
     [
         ('kind = "convv"\nout_channels = 8', "unknown layer kind 'convv'; did you mean 'conv'?"),
-        ("out_channels = 8", "needs a kind: conv, batch_norm, activation, pool, dense, flatten, add, concat"),
+        ("out_channels = 8", "needs a kind: conv, batch_norm, activation, pool, dense, flatten, reshape, slice, shuffle, resample, add, multiply, concat"),
         (
             'kind = "activation"\ninputs = ["stm"]',
             "takes its input from 'stm', which is not a layer; did you mean 'stem'?",

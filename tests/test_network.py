@@ -7,7 +7,8 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import MIXED, RESIDUAL, compiled, normal, randomized, sequence
 from torch import Tensor
 
-from fnet_search.macro import INPUT, Activation, Add, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Node, Pool
+from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import FUNCTIONS, Network, apply_stateless, build, run, walk
 from fnet_search.plan import factorize, make_plan, network_cost
 

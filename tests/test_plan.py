@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Node, load_space
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.plan import (
     Cost,
     FactorizationPlan,

@@ -24,18 +24,8 @@ from fnet_search.evaluate import (
     load_trained,
     prepare,
 )
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Conv,
-    Dense,
-    Flatten,
-    Macroarchitecture,
-    Node,
-    load_space,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
 from fnet_search.policy import Probe, Probes

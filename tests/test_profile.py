@@ -7,7 +7,8 @@ from networks import MIXED, batches_of, normal, randomized, sequence
 from torch import Tensor
 
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Flatten, Macroarchitecture, Pool, load_space
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, load_space
 from fnet_search.network import Network
 from fnet_search.plan import factorize, network_cost, parse_plan
 from fnet_search.policy import LayerStats

@@ -14,22 +14,8 @@ from networks import MIXED, REUSED, batches_of, normal, randomized, sequence
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import fold
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Function,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Function, Layer, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.params import QuantParams, quant_params
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.quantize import (

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Flatten, Pool
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Pool
+from fnet_search.macro import INPUT
 from fnet_search.network import walk
 from fnet_search.params import quant_params
 from fnet_search.ranges import OBSERVERS, TensorStats, calibrate, carriers

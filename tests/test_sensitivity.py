@@ -11,7 +11,8 @@ from torch import Tensor
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.fold import FoldedNetwork, fold
-from fnet_search.macro import INPUT, Activation, BatchNorm, Conv, Dense, Flatten, Pool, load_space
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Pool
+from fnet_search.macro import INPUT, load_space
 from fnet_search.network import Network
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.quantize import QuantizedNetwork, quantize

@@ -5,7 +5,8 @@ import pytest
 
 from fnet_search import resources
 from fnet_search.errors import FnetError
-from fnet_search.macro import BatchNorm, Conv, load_space
+from fnet_search.layers import BatchNorm, Conv
+from fnet_search.macro import load_space
 from fnet_search.plan import parse_plan, plan_cost
 from fnet_search.recipe import Augmentation, load_recipe
 from fnet_search.scheme import MINMAX, MSE, parse_scheme

@@ -11,7 +11,8 @@ from networks import MIXED, REUSED, batches_of, normal, randomized, sequence
 from fnet_search.errors import FnetError
 from fnet_search.export import float_model, quantized_model
 from fnet_search.fold import fold
-from fnet_search.macro import Activation, Add, Conv, Dense, Flatten, Macroarchitecture, load_space
+from fnet_search.layers import Activation, Add, Conv, Dense, Flatten
+from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import factorize, named_plans
 from fnet_search.quantize import quantize
 from fnet_search.ranges import calibrate

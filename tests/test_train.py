@@ -9,7 +9,8 @@ from networks import CPU, FAST, compiled, digits, sequence
 from torch import Tensor
 
 from fnet_search.data import DataSet, Split
-from fnet_search.macro import BatchNorm, Conv, Dense, Flatten, load_space
+from fnet_search.layers import BatchNorm, Conv, Dense, Flatten
+from fnet_search.macro import load_space
 from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
 from fnet_search.plan import factorize, parse_plan

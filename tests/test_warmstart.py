@@ -11,21 +11,8 @@ from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import calibration
 from fnet_search.fold import fold
-from fnet_search.macro import (
-    INPUT,
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Layer,
-    Macroarchitecture,
-    Node,
-    Pool,
-    load_space,
-)
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, apply_stateless, build, walk
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.ranges import Batches

@@ -17,7 +17,8 @@ from networks import CPU, FAST, compiled, digits, noise, sequence
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Job, Setup, Start, evaluate, unfinished
-from fnet_search.macro import Activation, Conv, Dense, Flatten, Pool, load_space
+from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.macro import load_space
 from fnet_search.plan import depthwise, plan_cost, regular, uniform
 from fnet_search.policy import Evaluation
 from fnet_search.probes import probe_layer, probe_tasks

@@ -14,7 +14,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fnet_policies import TPE, Random, tpe
 from fnet_search.choose import sample_plan
-from fnet_search.macro import INPUT, Dense, Flatten, Macroarchitecture, Node
+from fnet_search.layers import Dense, Flatten
+from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.plan import FactorizationPlan, all_conv_macs, depthwise, indices, legal_rates, plan_cost, regular
 from fnet_search.policy import Constraints, History
 

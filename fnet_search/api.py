@@ -13,11 +13,12 @@ from typing import get_args
 
 import optuna
 
+from fnet_search.data import natural_shape
 from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError, unknown
-from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.macro import Macroarchitecture, factorizing, load_space
 from fnet_search.options import console
-from fnet_search.plan import FactorizationPlan, check_plan, parse_plan
+from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
 from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, check_policy, load_policy, parse_constraints
 from fnet_search.progress import TerminalDisplay
 from fnet_search.recipe import Fidelity, Recipe, load_recipe
@@ -37,12 +38,17 @@ def search(
     max_params: str | int | None = None,
     policy: Policy | str = "reverse-pyramid",
     trials: int = 6,
-    recipe: Recipe | str = "quick",
+    recipe: Recipe | str | None = None,
     epochs: int | None = None,
     warm_start: bool = True,
     warm_epochs: float | None = None,
     prune: bool = True,
     final_epochs: int | None = None,
+    finetune: bool = False,
+    input_shape: tuple[int, int, int] | None = None,
+    weights: str | None = None,
+    factorize: Iterable[str] = (),
+    keep: Iterable[str] = (),
     scheme: Scheme | str = "percentile:1",
     audit_all: bool = False,
     seed: int = 0,
@@ -54,29 +60,39 @@ def search(
 ) -> Outcome:
     """Searches the best network under a budget (paper, section 2): ``fnet-search run``, whose options these are.
 
-    `budget` in conv MACs, as a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as
-    fractions of 1 or ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to
-    train. Files are left in the folder `out`, ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The
-    winner is measured on the test split once; nothing else is.
+    `space` by name, path, as an object, or ``"torchvision:resnet18"``, ``"mymodel.py:make"``. `budget` in conv MACs, as
+    a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as fractions of 1 or
+    ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With `weights`
+    (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the data set.
+    `factorize` and `keep` are patterns of layers' names (`macro.factorizing`). Files are left in the folder `out`,
+    ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
+    nothing else is.
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = _space(space)
+    loaded = _space(space, dataset, input_shape, weights, factorize, keep)
+    if not legal_rates(loaded):
+        raise FnetError(
+            f"there is nothing to factorize in {loaded.name}: all convolutions behind the first have groups, or a "
+            "kernel of 1; name some with --factorize, or quantize it as it is: fnet-search evaluate --plan regular"
+        )
     limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop)
     chosen = load_policy(policy) if isinstance(policy, str) else check_policy(policy, type(policy).__name__)
     named = policy if isinstance(policy, str) else type(policy).__name__
-    request = _request(loaded, dataset, recipe, epochs, scheme, seed, storage, machine)
+    request = _request(loaded, dataset, recipe, epochs, finetune, scheme, seed, storage, machine)
     if warm_epochs and not warm_start:
         raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
     if warm_epochs is not None and (warm_epochs <= 0 or (warm_epochs > 1 and warm_epochs % 1)):
         raise FnetError(f"--warm-epochs {warm_epochs:g} is neither a whole number nor a part of one epoch")
+    if loaded.weights is not None and not warm_start:
+        raise FnetError("candidates start from the weights of the network; leave --weights or --no-warm-start out")
     if final_epochs is None:
         final_epochs = request.recipe.epochs if warm_start else 0
     _at_least(1, trials=trials)
     _at_least(0, final_epochs=final_epochs)
     request = replace(
         request,
-        fidelity=Fidelity(warm_start, warm_epochs, prune, final_epochs),
+        fidelity=Fidelity(warm_start, warm_epochs, prune, final_epochs, finetune),
         policy_name=named,
         constraints=limits,
         audit_all=audit_all,
@@ -92,8 +108,13 @@ def evaluate(
     dataset: str = "digits",
     *,
     split: SplitName = "test",
-    recipe: Recipe | str = "quick",
+    recipe: Recipe | str | None = None,
     epochs: int | None = None,
+    finetune: bool = False,
+    input_shape: tuple[int, int, int] | None = None,
+    weights: str | None = None,
+    factorize: Iterable[str] = (),
+    keep: Iterable[str] = (),
     scheme: Scheme | str = "percentile:1",
     seed: int = 0,
     out: Path | str | None = None,
@@ -111,7 +132,7 @@ def evaluate(
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = _space(space)
+    loaded = _space(space, dataset, input_shape, weights, factorize, keep)
     if split not in get_args(SplitName):
         raise unknown("split", split, get_args(SplitName))
     wanted = [plans] if isinstance(plans, FactorizationPlan | str) else plans
@@ -120,34 +141,50 @@ def evaluate(
         raise FnetError("no plan is given; name one, as in init2")
     for plan in chosen:
         check_plan(loaded, plan)
-    request = _request(loaded, dataset, recipe, epochs, scheme, seed, storage, machine)
+    request = _request(loaded, dataset, recipe, epochs, finetune, scheme, seed, storage, machine)
     request = replace(request, policy_name=FIXED_PLANS, split=split, audit_all=True)
     name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
     return _run(request, FixedPlans(chosen), folder_of(out, name), len(chosen), display, deadline)
 
 
-def _space(space: Macroarchitecture | Path | str) -> Macroarchitecture:
-    return space if isinstance(space, Macroarchitecture) else load_space(str(space))
+def _space(
+    space: Macroarchitecture | Path | str,
+    dataset: str,
+    input_shape: tuple[int, int, int] | None,
+    weights: str | None,
+    factorize: Iterable[str],
+    keep: Iterable[str],
+) -> Macroarchitecture:
+    """What was named, for images as large as the data set's unless another size is asked for."""
+    if isinstance(space, Macroarchitecture):
+        loaded = space
+    else:
+        loaded = load_space(str(space), input_shape, weights, lambda channels: natural_shape(dataset, channels))
+    return factorizing(loaded, tuple(factorize), tuple(keep))
 
 
 def _request(
     space: Macroarchitecture,
     dataset: str,
-    recipe: Recipe | str,
+    recipe: Recipe | str | None,
     epochs: int | None,
+    finetune: bool,
     scheme: Scheme | str,
     seed: int,
     storage: str | None,
     machine: Machine | None,
 ) -> Request:
     """What both calls ask for."""
+    if finetune and space.weights is None:
+        raise FnetError("--finetune is of networks with weights; name them with --weights")
+    default = "finetune" if finetune else "quick"
     if not 0 <= seed < 2**32:
         raise FnetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
     return Request(
         space=space,
         dataset=absolute(dataset),
-        recipe=(load_recipe(recipe) if isinstance(recipe, str) else recipe).with_epochs(epochs),
-        fidelity=Fidelity(),
+        recipe=(recipe if isinstance(recipe, Recipe) else load_recipe(recipe or default)).with_epochs(epochs),
+        fidelity=Fidelity(finetune=finetune),
         policy_name="",
         constraints=Constraints(),
         scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,

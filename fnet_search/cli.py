@@ -18,8 +18,10 @@ from fnet_search.options import (
     machine_of,
     machine_options,
     parse_scheme_options,
+    parse_shape,
     quiet,
     scheme_options,
+    space_options,
     until_time_is_up,
 )
 from fnet_search.study_commands import study
@@ -56,16 +58,28 @@ def cli(context: click.Context) -> None:
 def _shared(command: Any) -> Any:
     """Options that `run` and `evaluate` have in common."""
     options = [
-        click.option("--space", default="factorizenet", help="A shipped space, or the path of a TOML file."),
+        click.option(
+            "--space",
+            default="factorizenet",
+            help="A shipped space, the path of a TOML file, torchvision:NAME, or FILE.py:FUNCTION or package:FUNCTION, "
+            "which is run and returns a torch module.",
+        ),
         click.option(
             "--dataset",
             default="digits",
             help="digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (class folders in train/ and test/).",
         ),
         click.option(
-            "--recipe", default="quick", help="How candidates are trained: quick, paper, or the path of a TOML file."
+            "--recipe",
+            show_default="quick; with --finetune finetune",
+            help="How candidates are trained: quick, paper, finetune, or the path of a TOML file.",
         ),
         click.option("--epochs", type=click.IntRange(1), show_default="the recipe's", help="Epochs of each training."),
+        click.option(
+            "--finetune",
+            is_flag=True,
+            help="Train a network with --weights on the data set first, gently; its last layer anew for other classes.",
+        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of policy and trainings."),
         click.option(
             "--out",
@@ -77,7 +91,7 @@ def _shared(command: Any) -> Any:
     ]
     for option in reversed(options):
         command = option(command)
-    return scheme_options(machine_options(command))
+    return space_options(scheme_options(machine_options(command)))
 
 
 @cli.command()
@@ -132,7 +146,7 @@ def run(**options: Any) -> None:
     from fnet_search.api import search
 
     given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
-    more = ("epochs", "warm_start", "warm_epochs", "prune", "final_epochs", "seed", "out", "storage")
+    more = ("epochs", "warm_start", "warm_epochs", "prune", "final_epochs", "finetune", "seed", "out", "storage")
     asked = {name: options[name] for name in (*given, *more)}
     outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
     if not outcome.feasible:
@@ -156,7 +170,7 @@ def evaluate(**options: Any) -> None:
     """
     from fnet_search.api import evaluate as evaluate_plans
 
-    given = ("plans", "space", "dataset", "recipe", "epochs", "seed", "out", "storage")
+    given = ("plans", "space", "dataset", "recipe", "epochs", "finetune", "seed", "out", "storage")
     _work(evaluate_plans, options, **{name: options[name] for name in given})
 
 
@@ -167,12 +181,35 @@ def evaluate(**options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 @click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), help="Draw the network into this PNG file.")
-def show(space_name: str, plan_text: str, as_json: bool, draw: Path | None) -> None:
-    """Print a space under a plan: a row a layer with shapes, rates, MACs and parameters, and the totals."""
-    from fnet_search.macro import load_space
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Save the space as this TOML file, with --weights those too, beside it; it loads without the code it is from.",
+)
+@space_options
+def show(
+    space_name: str,
+    plan_text: str,
+    as_json: bool,
+    draw: Path | None,
+    save: Path | None,
+    input_shape: str | None,
+    weights: str | None,
+    factorize: tuple[str, ...],
+    keep: tuple[str, ...],
+) -> None:
+    """Print a space under a plan: a row a layer with shapes, rates, MACs and parameters, and the totals.
+
+    SPACE as of run; an imported network reads 224 pixels a side unless --input says otherwise.
+    """
+    from fnet_search.macro import factorizing, load_space, save_space
     from fnet_search.plan import parse_plan
 
-    space = load_space(space_name)
+    space = factorizing(load_space(space_name, parse_shape(input_shape), weights), factorize, keep)
+    if save is not None:
+        if save.suffix != ".toml":
+            raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
+        save_space(space, save)
     plan = parse_plan(space, plan_text)
     if draw is not None:
         from fnet_search.draw import draw as draw_network
@@ -188,6 +225,8 @@ def show(space_name: str, plan_text: str, as_json: bool, draw: Path | None) -> N
         _show_table(space, plan)
         if draw is not None:
             click.echo(f"drawn into {draw}")
+        if save is not None:
+            click.echo(f"saved as {save}" + (f", weights {save.with_suffix('.safetensors')}" if space.weights else ""))
 
 
 @cli.command()
@@ -238,7 +277,9 @@ for _command in (export, audit, quantize, analyze, latency, study):
 
 def _work(call: "Callable[..., Outcome]", options: dict[str, Any], **asked: Any) -> "Outcome":
     """Makes one of the calls of `api`, prints what comes out, and returns it."""
-    asked |= {"scheme": parse_scheme_options(options), "machine": machine_of(options)}
+    asked |= {name: options[name] for name in ("weights", "factorize", "keep")}
+    asked |= {"input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
+    asked |= {"machine": machine_of(options)}
     outcome = until_time_is_up(options, lambda display, until: call(**asked, display=display, deadline=until))
     _print_outcome(outcome)
     return outcome

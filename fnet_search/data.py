@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,8 @@ from fnet_search.weights import read_tensors, write_tensors
 Progress = Callable[[int, int], None]
 """Called with (images read, images in all)."""
 
+LARGEST = 224
+"""Pixels a side, where nobody says how many."""
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH")
 
 
@@ -113,6 +116,19 @@ def read_dataset(path: Path) -> DataSet:
     assert test is not None
     classes, mean, std = (tuple(facts[name]) for name in ("classes", "mean", "std"))
     return DataSet(facts["name"], classes, train, evaluation or test, test, mean, std, facts["flips"])
+
+
+def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
+    """The size that images of a data set have, (C, H, W), for a network that takes any: of a folder that of its first
+    image, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large."""
+    if name.startswith("imagefolder:"):
+        root = Path(name.removeprefix("imagefolder:")).expanduser()
+        for path in sorted((root / "train").rglob("*")):
+            with suppress(OSError, UnidentifiedImageError), Image.open(path) as opened:
+                width, height = opened.size
+                return channels, min(height, LARGEST), min(width, LARGEST)
+    side = {"fashion-mnist": 28}.get(name, 32)
+    return channels, side, side
 
 
 def load_dataset(

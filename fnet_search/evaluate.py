@@ -1,6 +1,5 @@
 """From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, audit, profile."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +17,7 @@ from fnet_search.errors import FnetError
 from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
-from fnet_search.network import Network, build
+from fnet_search.network import Network, build, pretrained
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
 from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
@@ -31,7 +30,7 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
 from fnet_search.train import Report, TrainingFailed, TrainingProgress, accuracy, train
 from fnet_search.warmstart import warm_start
-from fnet_search.weights import read_tensors, write_tensors
+from fnet_search.weights import digest, read_tensors, write_tensors
 
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
@@ -67,8 +66,14 @@ class Setup:
         """How a candidate is trained."""
         if job.role == "final":
             return self.recipe.with_epochs(self.fidelity.final_epochs)
+        if self.imported(job) and job.plan == regular(self.space) and not self.fidelity.finetune:
+            return self.recipe.with_epochs(0)
         warm = job.start is not None and job.role == "candidate"
         return self.recipe.warm(self.fidelity.warm_epochs) if warm else self.recipe
+
+    def imported(self, job: "Job") -> bool:
+        """Whether a candidate starts from the weights that the space was imported with."""
+        return job.start is None and self.space.weights is not None
 
     def threads_of(self, job: "Job") -> int:
         """Of the worker that trains it. The network that all others start from, and the final one, are alone."""
@@ -241,15 +246,16 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     watch = data.evaluation if setup.split == "validation" else None
     evaluation = replace(unfinished(setup, job, "complete", ""), seed=seed)
     key = f"{job.plan} seed={seed} epochs={recipe.epochs}"
-    if job.start is not None:
-        stages.before(f"starting from candidate {job.start.number}")
+    if job.start is not None or setup.imported(job):
+        parent = f"candidate {job.start.number}" if job.start else "the imported weights"
+        stages.before(f"starting from {parent}")
         try:
             trained = child(setup, data, job.start, trained)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not export it
-            raise TrainingFailed(f"cannot start from candidate {job.start.number}: {error}") from None
+            raise TrainingFailed(f"cannot start from {parent}: {error}") from None
         zero_shot = accuracy(trained, data, data.evaluation, setup.numerics)
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
-        key += f" parent={job.start.number}"
+        key += f" parent={job.start.number if job.start else 'imported'}"
     found = train(trained, data, recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
     evaluation = replace(
         evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
@@ -278,13 +284,17 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     )
 
 
-def child(setup: Setup, data: DataSet, start: Start, fresh: Network) -> Network:
-    """A freshly built network, made to compute nearly what the one that it starts from does; in evaluation mode.
+def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> Network:
+    """A freshly built network, made to compute nearly what the one that it starts from does, a trained one or, without
+    `start`, the imported one; in evaluation mode.
 
     Raises FnetError, naming the file, where weights of the parent are missing or broken.
     """
     device = setup.numerics.device
-    parent = load_trained(setup.space, start.plan, start.folder).to(device)
+    if start is None:
+        parent = pretrained(setup.space, setup.recipe.initializer, setup.seed).eval().to(device)
+    else:
+        parent = load_trained(setup.space, start.plan, start.folder).to(device)
     fresh.eval().to(device)
     warm_start(parent, fresh, calibration(data, setup.seed, TRANSFORM_SAMPLES))
     return fresh.to(memory_format=setup.numerics.memory_format)
@@ -367,7 +377,4 @@ def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[Fold
 
 def _digest(trained: Network) -> str:
     """Of the weights: that codes are theirs can be checked."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(trained.state_dict().items()):
-        state.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()[:16]
+    return digest(trained.state_dict())

@@ -17,8 +17,8 @@ from matplotlib.path import Path as Curve
 from fnet_search.layers import Activation, BatchNorm, Conv, Dense
 from fnet_search.macro import Macroarchitecture
 
-Place = str | tuple[str, str, int]
-"""A layer, or the waypoint of an edge (source, target) in a rank that it passes."""
+Place = str | tuple[str, int]
+"""A layer, or the waypoint in a rank that edges of a source pass: one line for all of them, which branches."""
 Edge = Sequence[Place]
 """The places that an edge visits, one a rank."""
 Point = tuple[float, float]
@@ -105,7 +105,7 @@ class Layout:
         """How far from the middle of its target an edge arrives: those from the right arrive on the right."""
         lanes = sorted(self.lane[other[-2]] for other in self.edges if other[-1] == edge[-1])
         own = self.lane[edge[-1]]
-        return 0.16 * (lanes.index(self.lane[edge[-2]]) - (lanes.index(own) if own in lanes else 0))
+        return min(0.16, 0.45 * self.box_width / len(lanes)) * (lanes.index(self.lane[edge[-2]]) - (lanes.index(own) if own in lanes else 0))
 
     def _to_next_column(self, start: Point, column: int) -> list[Point]:
         """Down, up through the gutter, and down to the junction above lane 0 of the next column."""
@@ -127,10 +127,10 @@ def lay_out(network: Macroarchitecture, box_width: float) -> Layout:
     generations = nx.topological_generations(network.graph)
     depth = {name: rank for rank, names in enumerate(generations) for name in names}
     edges: list[list[Place]] = [
-        [source, *((source, target, rank) for rank in range(depth[source] + 1, depth[target])), target]
+        [source, *((source, rank) for rank in range(depth[source] + 1, depth[target])), target]
         for source, target in network.graph.edges
     ]
-    rank = {place: depth[place] if isinstance(place, str) else place[2] for edge in edges for place in edge}
+    rank = {place: depth[place] if isinstance(place, str) else place[1] for edge in edges for place in edge}
     lane = _lanes(edges, rank)
     blocks = _blocks(network, depth)
     heights = range(max(map(len, blocks)), blocks[-1].stop + 1)

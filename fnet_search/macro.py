@@ -6,7 +6,7 @@ and feature maps, ``(K,)`` for vectors.
 
 import fnmatch
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import tomli_w
 
 from fnet_search import resources
 from fnet_search.errors import FnetError, nearest, unknown
+from fnet_search.files import write_text
 from fnet_search.layers import KINDS, Conv, Dense, Layer, Shape
 from fnet_search.tables import build, is_int
 
@@ -48,8 +49,9 @@ class _LayerError(FnetError):
 class Macroarchitecture:
     """A named network graph: one source (the image), one sink (the logits).
 
-    `nodes` may come in any order; `order` has them topologically sorted. `weights` has what an imported network was
-    trained to, by the names of its `Network.state_dict`; two spaces are equal whatever theirs are.
+    `nodes` may come in any order; `order` has them topologically sorted. `mean` and `std` are what images, a channel in
+    [0, 1], are normalised with; empty: those of the data set. `weights` has what an imported network was trained to, by
+    the names of its `Network.state_dict`; two spaces are equal whatever theirs are.
 
     Raises FnetError, naming the layer, for duplicate names, missing edges, cycles, mismatched shapes, or more than one
     end.
@@ -59,6 +61,8 @@ class Macroarchitecture:
     input_shape: tuple[int, int, int]
     nodes: tuple[Node, ...]
     description: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     weights: "Mapping[str, Tensor] | None" = field(default=None, compare=False, repr=False)
     graph: "nx.DiGraph[str]" = field(init=False, compare=False, repr=False)
     order: tuple[Node, ...] = field(init=False, compare=False, repr=False)
@@ -67,6 +71,11 @@ class Macroarchitecture:
     def __post_init__(self) -> None:
         if len(self.input_shape) != 3 or min(self.input_shape) < 1:
             raise FnetError(f"input must be three positive integers [C, H, W], got {list(self.input_shape)}")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, self.input_shape[0]) or len(self.mean) != len(self.std):
+                raise FnetError(f"{name} must be {self.input_shape[0]} numbers, one a channel, with mean and std given")
+        if not all(value > 0 for value in self.std):
+            raise FnetError(f"std must be positive, got {list(self.std)}")
         position = self._check_edges()
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_node(INPUT)
@@ -108,7 +117,7 @@ class Macroarchitecture:
         Traced by `torch.export`. Convolutions of a kernel larger than 1, without groups, may be factorized, but for the
         first layer; `factorizing` changes that. Raises FnetError, naming node and operation, for what is no layer here.
         """
-        from fnet_search.imported import from_module  # torch takes seconds to import
+        from fnet_search.tracing import from_module  # torch takes seconds to import
 
         return from_module(model, example_input, name)
 
@@ -154,18 +163,31 @@ class Macroarchitecture:
         return [self.by_name[reader] for reader in self.graph.successors(name)]
 
     def with_classes(self, classes: int) -> "Macroarchitecture":
-        """The same network with `classes` logits. Raises FnetError unless it ends with a dense layer."""
-        last = self.order[-1]
+        """The same network with `classes` logits: another last dense layer, or convolution where only layers that keep
+        the channels follow it. Its weights are new then. Raises FnetError where there is no such layer."""
         if classes == self.classes:
             return self
-        if not isinstance(last.layer, Dense):
-            raise FnetError(
-                f"space {self.name!r} has {self.classes} outputs and the data set {classes} classes; "
-                "end the space with a dense layer"
-            )
-        dense = Node(last.name, Dense(classes, last.layer.bias), last.inputs)
-        nodes = tuple(dense if node is last else node for node in self.nodes)
-        return Macroarchitecture(self.name, self.input_shape, nodes, self.description)
+        node = self.order[-1]
+        while not isinstance(node.layer, Conv | Dense):
+            before = self.by_name.get(node.inputs[0])
+            channels = self.shapes[node.inputs[0]][0]
+            keeps = len(node.inputs) == 1 and channels == self.classes and node.layer.kind in CLASSWISE
+            if before is None or not keeps or len(self.consumers(before.name)) > 1:
+                raise FnetError(
+                    f"space {self.name!r} has {self.classes} outputs and the data set {classes} classes; "
+                    "end the space with a dense layer"
+                )
+            node = before
+        if isinstance(node.layer, Conv):
+            last = replace(node, layer=replace(node.layer, out_channels=classes))
+        else:
+            last = replace(node, layer=replace(node.layer, out_features=classes))
+        nodes = tuple(last if one is node else one for one in self.nodes)
+        return replace(self, nodes=nodes)
+
+
+CLASSWISE = ("activation", "pool", "flatten", "batch_norm")
+"""Kinds of layers between the last weights and the logits that have a channel a class."""
 
 
 def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: Sequence[str] = ()) -> Macroarchitecture:
@@ -207,16 +229,42 @@ def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
     return replace(space, nodes=tuple(map(chosen, space.nodes)))
 
 
-def load_space(name: str) -> Macroarchitecture:
-    """A shipped space by name (``factorizenet``: paper, Figure 2), or a user's own TOML file by path.
+def load_space(
+    name: str,
+    input_shape: tuple[int, int, int] | None = None,
+    weights: str | None = None,
+    default_shape: Callable[[int], tuple[int, int, int]] = lambda channels: (channels, 224, 224),
+) -> Macroarchitecture:
+    """A shipped space by name (``factorizenet``: paper, Figure 2), a user's own TOML file by path, with weights where
+    they are saved beside it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
 
-    Raises FnetError, with the layer and its line, for whatever is wrong with it.
+    `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, and `weights` are
+    of imported networks: see `imported.load_imported`. Raises FnetError, with
+    the layer and its line, for whatever is wrong with it.
     """
+    if ":" in name and not name.endswith(".toml"):
+        from fnet_search.imported import load_imported  # torch takes seconds to import
+
+        return load_imported(name, input_shape, weights, default_shape)
     path = resources.find("spaces", "space", name)
     try:
-        return parse_space(path.read_text(encoding="utf-8"), str(path), path.stem)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
+    space = parse_space(text, str(path), path.stem)
+    if weights is not None or (input_shape is not None and input_shape != space.input_shape):
+        option = "--weights" if weights is not None else "--input"
+        raise FnetError(f"{option} is of networks that are imported; space {path} says itself what it has")
+    file = tomllib.loads(text).get("weights")
+    if file is None:
+        return space
+    from fnet_search.network import checked_weights
+
+    return replace(space, weights=checked_weights(space, path.parent / file))
+
+
+KEYS = ("name", "description", "input", "mean", "std", "weights", "layer")
+"""Of a space's file."""
 
 
 def parse_space(text: str, path: str = "space", default_name: str = "") -> Macroarchitecture:
@@ -225,14 +273,17 @@ def parse_space(text: str, path: str = "space", default_name: str = "") -> Macro
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
-    extra = [key for key in table if key not in ("name", "description", "input", "layer")]
-    if extra:
-        raise FnetError(
-            f"{path}: unknown key {extra[0]!r}{nearest(extra[0], ['name', 'description', 'input', 'layer'])}"
-        )
-    name, description = table.get("name", default_name), table.get("description", "")
-    if not isinstance(name, str) or not isinstance(description, str):
-        raise FnetError(f"{path}: name and description must be strings")
+    unknown_key = next((key for key in table if key not in KEYS), None)
+    if unknown_key:
+        raise FnetError(f"{path}: unknown key {unknown_key!r}{nearest(unknown_key, KEYS)}")
+    texts = [table.get("name", default_name), table.get("description", ""), table.get("weights", "")]
+    if not all(isinstance(one, str) for one in texts):
+        raise FnetError(f"{path}: name, description and weights must be strings")
+    if Path(texts[2]).name != texts[2]:
+        raise FnetError(f"{path}: weights must be the name of a file in the same folder, not {texts[2]!r}")
+    moments = [table.get(key, []) for key in ("mean", "std")]
+    if not all(isinstance(one, list) and all(is_int(n) or isinstance(n, float) for n in one) for one in moments):
+        raise FnetError(f"{path}: mean and std must be lists of numbers, one a channel")
     shape, layers = table.get("input"), table.get("layer")
     if not isinstance(shape, list) or len(shape) != 3 or not all(is_int(n) and n > 0 for n in shape):
         raise FnetError(f"{path}: input must be three positive integers, as in: input = [3, 32, 32]")
@@ -240,13 +291,16 @@ def parse_space(text: str, path: str = "space", default_name: str = "") -> Macro
         raise FnetError(f"{path}: a space needs [[layer]] tables, at least one")
     try:
         nodes = tuple(_nodes(layers))
-        return Macroarchitecture(name, (shape[0], shape[1], shape[2]), nodes, description)
+        size = shape[0], shape[1], shape[2]
+        return Macroarchitecture(texts[0], size, nodes, texts[1], tuple(moments[0]), tuple(moments[1]))
     except _LayerError as fault:
         lines = [
             number for number, line in enumerate(text.splitlines(), 1) if line.strip().startswith(("[[layer]]", "{"))
         ]
         place = f", line {lines[fault.position]}" if len(lines) == len(layers) else ""
         raise FnetError(f"{path}{place}: {fault}") from None
+    except FnetError as error:
+        raise FnetError(f"{path}: {error}") from None
 
 
 def _nodes(layers: list[dict[str, Any]]) -> Iterator[Node]:
@@ -295,9 +349,18 @@ def to_toml(space: Macroarchitecture) -> str:
         layers.append(entry)
         before = node.name
     head = tomli_w.dumps({"name": space.name, "description": space.description})
-    return f"{head}input = {list(space.input_shape)}\n\n{tomli_w.dumps({'layer': layers})}"
+    moments = "".join(f"{key} = {list(value)}\n" for key, value in (("mean", space.mean), ("std", space.std)) if value)
+    return f"{head}input = {list(space.input_shape)}\n{moments}\n{tomli_w.dumps({'layer': layers})}"
 
 
 def save_space(space: Macroarchitecture, path: Path) -> None:
-    """Writes `space` as TOML; `load_space` gives an equal one back."""
-    path.write_text(to_toml(space), encoding="utf-8")
+    """Writes `space` as TOML, and its weights, if it has any, beside it as safetensors; `load_space` gives an equal one
+    back, and runs no code for it."""
+    text = to_toml(space)
+    if space.weights is not None:
+        from fnet_search.weights import write_tensors
+
+        file = path.with_suffix(".safetensors")
+        write_tensors(file, space.weights, {"space": space.name})
+        text = text.replace("input = [", f"{tomli_w.dumps({'weights': file.name})}input = [", 1)
+    write_text(path, text)

@@ -1,12 +1,14 @@
 """From a macroarchitecture to a trainable torch module, and the walk over a graph that everything here shares."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
+from fnet_search.errors import FnetError
 from fnet_search.kernels import block_diagonal, merged, norm_relu
 from fnet_search.layers import (
     Activation,
@@ -25,6 +27,7 @@ from fnet_search.layers import (
     Slice,
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
+from fnet_search.weights import read_tensors
 
 T = TypeVar("T")
 
@@ -188,3 +191,27 @@ def build(network: Macroarchitecture, initializer: str = "glorot_uniform", seed:
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
     return module
+
+
+def pretrained(network: Macroarchitecture, initializer: str = "glorot_uniform", seed: int = 0) -> Network:
+    """The network with the weights that it was imported with; those of a new last layer are drawn as `build` does.
+
+    Raises FnetError for one without weights.
+    """
+    if network.weights is None:
+        raise FnetError(f"space {network.name!r} has no weights; import it with some, or build it")
+    module = build(network, initializer, seed)
+    own = module.state_dict()
+    known = {name: w for name, w in network.weights.items() if name in own and own[name].shape == w.shape}
+    module.load_state_dict({**own, **known})
+    return module
+
+
+def checked_weights(network: Macroarchitecture, path: Path) -> dict[str, Tensor]:
+    """The weights of a network from a safetensors file. Raises FnetError, naming it, where they do not fit."""
+    found, _ = read_tensors(path)
+    own = {name: tensor.shape for name, tensor in Network(network).state_dict().items()}
+    wrong = [name for name in {**own, **found} if name not in found or own.get(name) != found[name].shape]
+    if wrong:
+        raise FnetError(f"{path} does not hold the weights of space {network.name!r}: {wrong[0]!r} does not fit")
+    return found

@@ -66,6 +66,45 @@ def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
     return Scheme(parse_ranges(options["ranges"]), options["per_channel"], options["equalize"], options["bias_correct"])
 
 
+def space_options(command: Any) -> Any:
+    """The options that say which network, and what of it may be factorized."""
+    options = [
+        click.option(
+            "--input",
+            "input_shape",
+            metavar="CxHxW",
+            show_default="as large as the data set's images",
+            help="Of an imported network: the image that it reads, as in 3x224x224.",
+        ),
+        click.option(
+            "--weights",
+            metavar="FILE|NAME|own",
+            help="Of an imported network: its trained weights: a file (safetensors, or a state dict that torch saved), "
+            "one of torchvision's (DEFAULT), or own for those that it comes with. Candidates start from them.",
+        ),
+        click.option(
+            "--factorize",
+            metavar="PATTERN",
+            multiple=True,
+            help="Convolutions to factorize too, by name, as in 'layer4.*'; may be given several times.",
+        ),
+        click.option("--keep", metavar="PATTERN", multiple=True, help="Convolutions to leave as they are."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """Of ``--input``. Raises FnetError for anything but three positive integers."""
+    if text is None:
+        return None
+    sizes = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", text.strip().lower())
+    if sizes is None or not all(map(int, sizes.groups())):
+        raise FnetError(f"--input {text}: write channels, height and width, as in 3x224x224")
+    return int(sizes[1]), int(sizes[2]), int(sizes[3])
+
+
 def console() -> "Console":
     from rich.console import Console
 

@@ -102,7 +102,7 @@ def depthwise(space: Macroarchitecture) -> FactorizationPlan:
 
 def doublings(space: Macroarchitecture) -> tuple[int, ...]:
     """The uniform rates of progressive doubling (paper, section 3): 1, 2, 4, ... until every layer is depthwise."""
-    return tuple(1 << k for k in range(max(map(len, legal_rates(space).values()))))
+    return tuple(1 << k for k in range(max(map(len, legal_rates(space).values()), default=0)))
 
 
 def uniform(space: Macroarchitecture, rate: int) -> FactorizationPlan:
@@ -116,7 +116,7 @@ def uniform(space: Macroarchitecture, rate: int) -> FactorizationPlan:
 
 def initial_rates(space: Macroarchitecture) -> tuple[int, ...]:
     """Legal f_init of the reverse pyramid: the legal rates of the factorizable layer with the fewest input channels."""
-    return min(legal_rates(space).values(), key=lambda rates: rates[-1])
+    return min(legal_rates(space).values(), key=lambda rates: rates[-1], default=())
 
 
 def reverse_pyramid(space: Macroarchitecture, initial: int) -> FactorizationPlan:
@@ -162,8 +162,11 @@ def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
 
     Raises FnetError, saying what would be right.
     """
-    if not legal_rates(space):
-        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+    if not legal_rates(space) and text != "regular":
+        raise FnetError(
+            f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer, or name one with "
+            "--factorize; as it is, its only plan is regular"
+        )
     if "=" in text and not text.endswith(".toml"):
         entries = [_assignment(part) for part in text.split(",") if part.strip()]
         rates = dict(entries)

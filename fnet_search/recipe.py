@@ -35,6 +35,7 @@ class Recipe:
 
     name: str
     epochs: int
+    """None of a network that is measured as it is; a recipe's file has one at least."""
     batch_size: int
     learning_rate: float
     momentum: float = 0.9
@@ -56,7 +57,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         problems = {
-            "epochs must be at least 1": self.epochs < 1,
+            "epochs must not be negative": self.epochs < 0,
             "batch_size must be at least 2": self.batch_size < 2,
             "learning_rate must be positive": not 0 < self.learning_rate < float("inf"),
             "momentum must be in [0, 1)": not 0 <= self.momentum < 1,
@@ -136,6 +137,8 @@ class Fidelity:
     """Successive halving stops the hopeless."""
     final_epochs: int = 0
     """The best candidate is trained on for so many at the end."""
+    finetune: bool = False
+    """An imported network with weights is itself trained on first; else it is taken as it is."""
 
 
 def load_recipe(name: str) -> Recipe:
@@ -154,4 +157,7 @@ def _build(known: Mapping[str, Any], augmentation: Augmentation, table: Mapping[
     if not isinstance(changes, dict):
         raise FnetError("augmentation must be a table, as in [augmentation]")
     augmentation = build(Augmentation, {**vars(augmentation), **changes}, "an augmentation")
-    return build(Recipe, {**known, **table, "augmentation": augmentation}, "a recipe")
+    recipe = build(Recipe, {**known, **table, "augmentation": augmentation}, "a recipe")
+    if recipe.epochs < 1:
+        raise FnetError(f"recipe {recipe.name!r}: epochs must be at least 1")
+    return recipe

@@ -43,6 +43,7 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
 from fnet_search.search import Event, FixedPlans, search, trained
 from fnet_search.study import StudyRecord, has_study, open_journal, open_url
+from fnet_search.weights import digest
 from fnet_search.workers import WorkerPool, cores, how_many
 
 
@@ -83,6 +84,7 @@ class Request:
         """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
         return {
             "space": to_toml(self.space),
+            "weights": None if self.space.weights is None else digest(self.space.weights),
             "dataset": self.dataset,
             "recipe": _json(self.recipe.to_json()),
             "fidelity": self._fidelity(),
@@ -195,6 +197,13 @@ def run_study(
     if request.split == "validation":
         data = hold_out(data)
     space = request.space.with_classes(len(data.classes))
+    if space.weights is not None and space != request.space and not request.fidelity.finetune:
+        raise FnetError(
+            f"the weights of {space.name} are for {request.space.classes} classes, the data set has {space.classes}: "
+            "its last layer is new and wants training; add --finetune"
+        )
+    if space.mean:
+        data = replace(data, mean=space.mean, std=space.std)
     _check_params(space, request.constraints)
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
     recorded = _recorded(run, machine)

@@ -243,7 +243,11 @@ class StudyRecord:
     def start(self, plan: FactorizationPlan, role: Role) -> Job:
         number = self._next()
         job = self._job(number, plan, role, self._parent(plan, role))
-        facts = {ROLE: role, START: "warm" if job.start else "scratch", EPOCHS: self._setup.recipe_of(job).epochs}
+        facts = {
+            ROLE: role,
+            START: "warm" if job.start else "imported" if self._setup.imported(job) else "scratch",
+            EPOCHS: self._setup.recipe_of(job).epochs,
+        }
         if job.start is not None:
             facts["parent"] = job.start.number
         self._trials[number], self._jobs[number] = self._ask(plan, number, facts), job

@@ -1,5 +1,6 @@
 """Tensors on disk, as safetensors: no pickle is ever read."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,3 +32,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FnetError(f"cannot read weights {path}: {error}") from None
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, first 16 hex digits."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]

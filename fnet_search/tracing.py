@@ -1,0 +1,538 @@
+"""A macroarchitecture from a torch module: traced by `torch.export`, each operation one of our layers, or refused.
+
+The trace is of the module in evaluation: dropout and stochastic depth are gone. What only moves values (reshape,
+transpose, split, slice, flatten) is followed on the values' places, and becomes a layer where it comes to something.
+"""
+
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
+from math import lcm, prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from fnet_search.errors import FnetError
+from fnet_search.layers import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Function,
+    Layer,
+    Multiply,
+    Pool,
+    Reduction,
+    Resample,
+    Reshape,
+    Shape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
+from fnet_search.network import module_key
+from fnet_search.tables import Pair
+
+aten = torch.ops.aten
+
+BATCH = 2
+"""Images that are traced: one could be taken for a dimension of size 1."""
+
+MOVES = {
+    aten.alias, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten, aten.narrow,
+    aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
+    aten.transpose, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
+}  # fmt: skip
+"""Operators that only move values."""
+
+NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to}
+"""Operators that give what they read, in evaluation and float32."""
+
+FUNCTIONS: dict[Any, Function] = {
+    aten.relu: "relu",
+    aten.relu6: "relu6",
+    aten.hardswish: "hardswish",
+    aten.hardsigmoid: "hardsigmoid",
+    aten.sigmoid: "sigmoid",
+    aten.silu: "silu",
+}
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What an operation of the trace gives: values of the node `source`, [2, *shape], whose places there are `places`
+    (None: all, in order). `name` is what a layer that moves them would be called."""
+
+    source: str
+    shape: Shape
+    places: Tensor | None = None
+    name: str = ""
+
+
+def from_module(model: nn.Module, example_input: Tensor, name: str = "") -> Macroarchitecture:
+    """See `Macroarchitecture.from_module`."""
+    if example_input.ndim != 4:
+        raise FnetError(f"the example input must be [N, C, H, W], got shape {list(example_input.shape)}")
+    shape = (example_input.shape[1], example_input.shape[2], example_input.shape[3])
+    name = name or type(model).__name__.lower()
+    program = _traced(model, shape, name)
+    return _Import(model, program, shape).macroarchitecture(name)
+
+
+def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
+    first = next(iter(model.parameters()), torch.empty(0))
+    example = torch.zeros(BATCH, *shape, device=first.device)
+    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program: ExportedProgram = torch.export.export(model, (example,)).run_decompositions({})  # functional
+            return program
+        except Exception as error:  # torch.export and the module raise what they like
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise FnetError(f"cannot trace {name} for an input of {_text(shape)}: {reason.strip()}") from None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Import:
+    """The layers of a traced module, and their weights by the names of `Network.state_dict`."""
+
+    def __init__(self, model: nn.Module, program: ExportedProgram, shape: tuple[int, int, int]) -> None:
+        self.program, self.shape = program, shape
+        self.leaves = {path for path, module in model.named_modules() if path and not any(module.children())}
+        self.nodes: list[Node] = []
+        self.shapes: dict[str, Shape] = {INPUT: shape}
+        self.weights: dict[str, Tensor] = {}
+        self.moved: dict[tuple[str, Layer], str] = {}
+        self.values: dict[fx.Node, _Value | Sequence[_Value]] = {}
+        signature = program.graph_signature
+        self.parameters: dict[str, Tensor] = {}
+        known = {**program.constants, **program.state_dict}
+        for held in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+            self.parameters |= {name: known[where] for name, where in held.items()}
+
+    def macroarchitecture(self, name: str) -> Macroarchitecture:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and node.name not in self.parameters:
+                self.values[node] = _Value(INPUT, self.shape)
+            elif node.op == "call_function":
+                try:
+                    self.operation(node)
+                except FnetError as error:
+                    where = self.name_of(node)
+                    raise FnetError(f"cannot import {name}: {where!r} ({_operation(node)}): {error}") from None
+            elif node.op == "output":
+                (outputs,) = node.args
+                logits = self.values.get(outputs[0]) if len(outputs) == 1 else None
+                if not isinstance(logits, _Value):
+                    raise FnetError(f"cannot import {name}: one tensor of logits is needed, it gives {len(outputs)}")
+                last = self.whole(logits)
+        if last == INPUT:
+            raise FnetError(f"cannot import {name}: it computes nothing")
+        return beyond_the_first(Macroarchitecture(name, self.shape, self.needed(last), weights=self.weights))
+
+    def needed(self, last: str) -> tuple[Node, ...]:
+        """The nodes that the logits hang on: with what else was computed the graph would have a second end."""
+        found, open_names = set(), [last]
+        by_name = {node.name: node for node in self.nodes}
+        while open_names:
+            name = open_names.pop()
+            if name != INPUT and name not in found:
+                found.add(name)
+                open_names += by_name[name].inputs
+        return tuple(node for node in self.nodes if node.name in found)
+
+    def operation(self, node: fx.Node) -> None:
+        """Gives a node of the trace its value; what it computes becomes a layer."""
+        target = node.target
+        if target is operator.getitem:
+            parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
+            self.values[node] = parts if isinstance(parts, _Value) else parts[index]  # the first of a norm or a pool
+            return
+        packet = getattr(target, "overloadpacket", None)
+        if not node.args or not isinstance(node.args[0], fx.Node | list | tuple):
+            raise FnetError("no layer computes this")
+        if packet in MOVES:
+            self.values[node] = self.move(node)
+        elif packet in NOTHING:
+            self.values[node] = self.value(node.args[0])
+        else:
+            layers = _LAYERS.get(packet)
+            if layers is None:
+                raise FnetError("no layer computes this")
+            found = layers(self, node)
+            self.values[node] = found
+
+    def value(self, argument: object) -> _Value:
+        found = self.values.get(argument) if isinstance(argument, fx.Node) else None
+        if found is None:
+            what = "a number" if isinstance(argument, int | float) else "a weight or constant"
+            raise FnetError(f"it reads {what} where a layer reads a tensor that was computed from the image")
+        assert isinstance(found, _Value)
+        return found
+
+    def parameter(self, argument: object) -> Tensor | None:
+        """A weight, or None for none. Raises FnetError for one that is computed."""
+        if argument is None:
+            return None
+        name = argument.name if isinstance(argument, fx.Node) else ""
+        if name not in self.parameters:
+            raise FnetError("its weights are computed by other operations; make them plain parameters first")
+        return self.parameters[name].detach().float().clone()
+
+    def add(self, node: fx.Node, layer: Layer, *sources: _Value, **weights: Tensor | None) -> _Value:
+        """A layer that computes, with its weights."""
+        return self.place(self.unused(self.name_of(node)), layer, [self.whole(one) for one in sources], weights)
+
+    def place(self, name: str, layer: Layer, sources: list[str], weights: Mapping[str, Tensor | None]) -> _Value:
+        shape = layer.output_shape([self.shapes[source] for source in sources])
+        self.nodes.append(Node(name, layer, tuple(sources)))
+        self.shapes[name] = shape
+        self.weights |= {f"layers.{module_key(name)}.{part}": w for part, w in weights.items() if w is not None}
+        return _Value(name, shape)
+
+    # -- What only moves values
+
+    def move(self, node: fx.Node) -> _Value | list[_Value]:
+        value = self.value(node.args[0])
+        places = value.places
+        if places is None:
+            places = torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
+        result = cast(Callable[..., Tensor | list[Tensor]], node.target)(places, *node.args[1:], **node.kwargs)
+        name = self.name_of(node)
+        if isinstance(result, Tensor):
+            return self.placed(value.source, result, name)
+        return [self.placed(value.source, part, name) for part in result]
+
+    def placed(self, source: str, places: Tensor, name: str) -> _Value:
+        return _Value(source, tuple(places.shape[1:]), places, name)
+
+    def whole(self, value: _Value) -> str:
+        """The node that gives a value, with layers for what moved it."""
+        if value.places is None:
+            return value.source
+        size = prod(self.shapes[value.source])
+        if value.places.shape[0] != BATCH or not torch.equal(value.places[1], value.places[0] + size):
+            raise FnetError("it moves values between images")
+        return self.arranged(value.source, value.places[0], value.name)
+
+    def arranged(self, source: str, places: Tensor, name: str) -> str:
+        """The node that gives the values of a source at `places`, in their shape, through as few layers as possible."""
+        shape, wanted, flat = self.shapes[source], tuple(places.shape), places.flatten()
+        if len(flat) == prod(shape) and torch.equal(flat, torch.arange(len(flat))):
+            if wanted == shape:
+                return source
+            if len(wanted) == 1:
+                return self.rearranged(source, Flatten(), name)
+            if len(wanted) == 3:
+                return self.rearranged(source, Reshape((wanted[0], wanted[1], wanted[2])), name)
+        if len(shape) == 3 and (found := self.channels(source, places, name)):
+            return found
+        raise FnetError(f"no layer moves values like this, from {_text(shape)} to {_text(wanted)}")
+
+    def channels(self, source: str, places: Tensor, name: str) -> str | None:
+        """A choice of whole channels, or pixels that are repeated; None where it is neither."""
+        shape, wanted = self.shapes[source], tuple(places.shape)
+        pixels = shape[1] * shape[2]
+        if len(wanted) == 3 and shape[0] == wanted[0] and places.numel():
+            rows, columns = places[0, :, 0] // shape[2], places[0, 0] % shape[2]
+            starts = pixels * torch.arange(shape[0])[:, None, None]
+            if wanted != shape and torch.equal(places, starts + shape[2] * rows[:, None] + columns):
+                return self.rearranged(source, Resample(tuple(rows.tolist()), tuple(columns.tolist())), name)
+        if places.numel() % pixels:
+            return None
+        rows = places.reshape(-1, pixels)
+        chosen = rows[:, 0] // pixels
+        if not torch.equal(rows, chosen[:, None] * pixels + torch.arange(pixels)):
+            return None
+        whole = torch.arange(prod(wanted)).view(wanted)  # of the channels that are chosen
+        if torch.equal(chosen, torch.arange(int(chosen[0]), int(chosen[0]) + len(chosen))):
+            taken = self.rearranged(source, Slice(int(chosen[0]), int(chosen[0]) + len(chosen)), name)
+            return self.arranged(taken, whole, name)
+        for groups in range(2, shape[0]):
+            if shape[0] % groups == 0 and torch.equal(chosen, torch.arange(shape[0]).view(groups, -1).T.flatten()):
+                return self.arranged(self.rearranged(source, Shuffle(groups), name), whole, name)
+        return self.of_shuffled(source, chosen, whole, name)
+
+    def of_shuffled(self, source: str, chosen: Tensor, whole: Tensor, name: str) -> str | None:
+        """A part of the channels of a shuffled source."""
+        channels = self.shapes[source][0]
+        for groups in range(2, channels):
+            if channels % groups:
+                continue
+            order = torch.arange(channels).view(groups, -1).T.flatten()
+            start = int((order == chosen[0]).nonzero()[0])
+            if torch.equal(chosen, order[start : start + len(chosen)]):
+                shuffled = self.rearranged(source, Shuffle(groups), name)
+                return self.arranged(self.rearranged(shuffled, Slice(start, start + len(chosen)), name), whole, name)
+        return None
+
+    def rearranged(self, source: str, layer: Layer, name: str) -> str:
+        """A layer that moves values, once for all that read it."""
+        if (source, layer) not in self.moved:
+            stem = name.rpartition(".")[0]
+            known = self.unused(f"{stem}.{layer.kind}" if stem else layer.kind)
+            self.moved[source, layer] = self.place(known, layer, [source], {}).source
+        return self.moved[source, layer]
+
+    # -- Names
+
+    def name_of(self, node: fx.Node) -> str:
+        """The module's path for what a leaf module computes, else that of the module around it and the operation."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = re.sub(r"@\d+", "", next(reversed(stack.values()))[0]) if stack else ""
+        if path in self.leaves:
+            return path
+        operation = _operation(node)
+        return f"{path}.{operation}" if path else operation
+
+    def unused(self, name: str) -> str:
+        """The name, with a number where it is taken."""
+        number, found = 1, name
+        while found in self.shapes:
+            number += 1
+            found = f"{name}_{number}"
+        return found
+
+
+def _operation(node: fx.Node) -> str:
+    """What users know an operation as: ``add``, ``batch_norm``."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(getattr(packet, "__name__", node.target))
+    return {"cat": "concat", "mul": "multiply", "_native_batch_norm_legit_no_training": "batch_norm"}.get(name, name)
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def _pair(value: object) -> Pair:
+    parts = cast(Sequence[int], value if isinstance(value, Sequence) else (value,))
+    return (parts[0], parts[-1]) if parts else (0, 0)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """By name, with the defaults of the operator's schema."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    found = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    found |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    return {**found, **node.kwargs}
+
+
+def _require(good: bool, problem: str) -> None:
+    if not good:
+        raise FnetError(problem)
+
+
+# -- Operations that compute: each returns the value of its layer
+
+
+def _conv(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
+    assert weight is not None
+    _require(weight.ndim == 4, "only 2-D convolutions are layers")
+    kernel, stride, dilation = (weight.shape[2], weight.shape[3]), _pair(given["stride"]), _pair(given["dilation"])
+    padding = given["padding"]
+    if padding == "same":
+        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        _require(not any(size % 2 for size in both), "padding 'same' of an even kernel is not the same on both sides")
+        padding = [size // 2 for size in both]
+    pads = (0, 0) if padding == "valid" else _pair(padding)
+    layer = Conv(len(weight), kernel, stride, pads, dilation, given["groups"], bias is not None)
+    return self.add(node, layer, self.value(given["input"]), weight=weight, bias=bias)
+
+
+def _dense(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
+    assert weight is not None
+    return self.add(node, Dense(len(weight), bias is not None), self.value(given["input"]), weight=weight, bias=bias)
+
+
+def _batch_norm(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    value = self.value(given["input"])
+    mean, var = self.parameter(given["running_mean"]), self.parameter(given["running_var"])
+    assert mean is not None
+    assert var is not None
+    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
+    return self.add(
+        node,
+        BatchNorm(given["eps"]),
+        value,
+        weight=torch.ones_like(mean) if weight is None else weight,
+        bias=torch.zeros_like(mean) if bias is None else bias,
+        running_mean=mean,
+        running_var=var,
+        num_batches_tracked=torch.tensor(0),
+    )
+
+
+def _activation(self: _Import, node: fx.Node) -> _Value:
+    function = FUNCTIONS[cast(Any, node.target).overloadpacket]
+    return self.add(node, Activation(function), self.value(node.args[0]))
+
+
+def _clipped(self: _Import, node: fx.Node) -> _Value:
+    """ReLU6, as torch writes it: hardtanh or clamp from 0 to 6."""
+    given = _arguments(node)
+    bounds = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
+    if bounds == (0, None):
+        return self.add(node, Activation("relu"), self.value(node.args[0]))
+    _require(bounds == (0, 6), f"of all ranges only 0 to 6, ReLU6, is a layer; this one is {bounds[0]} to {bounds[1]}")
+    return self.add(node, Activation("relu6"), self.value(node.args[0]))
+
+
+def _max_pool(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    _require(_pair(given["dilation"]) == (1, 1), "a pool with dilation is no layer")
+    kernel = _pair(given["kernel_size"])
+    layer = Pool("max", kernel, _step(given, kernel), _pair(given["padding"]), given["ceil_mode"])
+    return self.add(node, layer, self.value(node.args[0]))
+
+
+def _average_pool(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    _require(given["divisor_override"] is None, "an average pool with a divisor of its own is no layer")
+    kernel, padding, ceil = _pair(given["kernel_size"]), _pair(given["padding"]), given["ceil_mode"]
+    value = self.value(node.args[0])
+    counted = given["count_include_pad"] and padding != (0, 0)
+    plain = Pool("average", kernel, _step(given, kernel), padding, ceil)
+    ceil = plain.overhang(value.shape) != (0, 0)
+    _require(not (counted and ceil), "an average pool that counts its padding, with ceil_mode, is no layer")
+    return self.add(node, replace(plain, ceil=ceil, count_padding=counted), value)
+
+
+def _step(given: Mapping[str, Any], kernel: Pair) -> Pair | None:
+    stride = _pair(given["stride"]) if given["stride"] else kernel
+    return None if stride == kernel else stride
+
+
+def _adaptive(reduction: str) -> Callable[[_Import, fx.Node], _Value]:
+    def add(self: _Import, node: fx.Node) -> _Value:
+        value = self.value(node.args[0])
+        size = value.shape[1:]
+        wanted = tuple(
+            own if given is None else given
+            for own, given in zip(size, cast(Sequence[int | None], _listed(node.args[1])), strict=True)
+        )
+        if wanted == size:
+            return value
+        if wanted == (1, 1) and reduction == "average":
+            return self.add(node, Pool("global_average"), value)
+        windows = [_windows(*pair) for pair in zip(size, wanted, strict=True)]
+        rows, columns = (tuple(chain.from_iterable(one.places)) for one in windows)
+        if (rows, columns) != tuple(tuple(range(length)) for length in size):
+            value = self.add(node, Resample(rows, columns), value)
+        kernel = windows[0].length, windows[1].length
+        stride = windows[0].stride, windows[1].stride
+        kind: Reduction = "max" if reduction == "max" else "average"
+        return (
+            value
+            if kernel == (1, 1)
+            else self.add(node, Pool(kind, kernel, None if stride == kernel else stride), value)
+        )
+
+    return add
+
+
+def _listed(size: object) -> Sequence[object]:
+    parts = size if isinstance(size, Sequence) else (size,)
+    return parts if len(parts) == 2 else (parts[0], parts[0])
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """An adaptive pool along one side: windows of equal length over the pixels at `places`."""
+
+    places: tuple[Sequence[int], ...]
+    length: int
+    stride: int
+
+
+def _windows(size: int, wanted: int) -> _Windows:
+    """torch's: from floor(i size / wanted) to ceil((i + 1) size / wanted). Where they have different lengths or steps,
+    each one's pixels are repeated to a common multiple of the lengths: neither mean nor maximum changes."""
+    starts = [i * size // wanted for i in range(wanted)]
+    spans = [range(start, -(-(i + 1) * size // wanted)) for i, start in enumerate(starts)]
+    steps = {b - a for a, b in pairwise(starts)} or {size}
+    if len({len(span) for span in spans}) == len(steps) == 1 and 0 not in steps:
+        return _Windows((range(size),), len(spans[0]), steps.pop())
+    length = lcm(*map(len, spans))
+    return _Windows(
+        tuple(tuple(at for at in span for _ in range(length // len(span))) for span in spans), length, length
+    )
+
+
+def _mean(self: _Import, node: fx.Node) -> _Value:
+    given, value = _arguments(node), self.value(node.args[0])
+    axes = sorted(axis % 4 for axis in given["dim"] or ())
+    _require(len(value.shape) == 3 and axes == [2, 3], "of all means only that over height and width is a layer")
+    pooled = self.add(node, Pool("global_average"), value)
+    if given["keepdim"]:
+        return pooled
+    return self.placed(pooled.source, torch.arange(BATCH * value.shape[0]).view(BATCH, -1), self.name_of(node))
+
+
+def _joint(layer: Add | Multiply) -> Callable[[_Import, fx.Node], _Value]:
+    def add(self: _Import, node: fx.Node) -> _Value:
+        given = _arguments(node)
+        _require(given.get("alpha", 1) == 1, "a sum with a factor is no layer")
+        return self.add(node, layer, self.value(given["self"]), self.value(given["other"]))
+
+    return add
+
+
+def _concat(self: _Import, node: fx.Node) -> _Value:
+    given = _arguments(node)
+    parts = [self.value(part) for part in given["tensors"]]
+    axes = len(parts[0].shape) + 1
+    _require(given["dim"] % axes == 1, "tensors can be concatenated over their channels only")
+    return parts[0] if len(parts) == 1 else self.add(node, Concat(), *parts)
+
+
+def _nearest(self: _Import, node: fx.Node) -> _Value:
+    value = self.value(node.args[0])
+    size = tuple(node.meta["val"].shape[2:])
+    rows, columns = (
+        tuple(i * own // asked for i in range(asked)) for own, asked in zip(value.shape[1:], size, strict=True)
+    )
+    return self.add(node, Resample(rows, columns), value)
+
+
+_LAYERS: dict[Any, Callable[[_Import, fx.Node], _Value]] = {
+    aten.conv2d: _conv,
+    aten.linear: _dense,
+    aten._native_batch_norm_legit_no_training: _batch_norm,
+    **dict.fromkeys(FUNCTIONS, _activation),
+    aten.hardtanh: _clipped,
+    aten.clamp: _clipped,
+    aten.max_pool2d: _max_pool,
+    aten.avg_pool2d: _average_pool,
+    aten.adaptive_avg_pool2d: _adaptive("average"),
+    aten.adaptive_max_pool2d: _adaptive("max"),
+    aten.mean: _mean,
+    aten.add: _joint(Add()),
+    aten.mul: _joint(Multiply()),
+    aten.cat: _concat,
+    aten.upsample_nearest2d: _nearest,
+}

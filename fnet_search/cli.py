@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -227,6 +227,45 @@ def show(
             click.echo(f"drawn into {draw}")
         if save is not None:
             click.echo(f"saved as {save}" + (f", weights {save.with_suffix('.safetensors')}" if space.weights else ""))
+
+
+@cli.command("list")
+@click.argument("what", type=click.Choice(["spaces", "policies", "recipes"]))
+def list_(what: str) -> None:
+    """List the spaces, policies or recipes that can be named; all of them may be of your own too."""
+    for name, text in {"spaces": _spaces, "policies": _policies, "recipes": _recipes}[what]():
+        click.echo(f"{name:24}  {text}")
+
+
+def _spaces() -> "Iterator[tuple[str, str]]":
+    from fnet_search import resources
+    from fnet_search.imported import torchvision_names
+    from fnet_search.macro import load_space
+    from fnet_search.plan import network_cost
+    from fnet_search.quantities import mmac
+
+    for name in resources.names("spaces"):
+        space = load_space(name)
+        yield name, f"{mmac(network_cost(space).conv_macs)}; {space.description}"
+    yield "FILE.toml", "a space of your own, or one that show --save wrote"
+    yield "FILE.py:FUNCTION", "what a function of your own returns, a torch module; package.module:FUNCTION too"
+    yield "torchvision:NAME", f"of torchvision's classifiers those without attention: {', '.join(torchvision_names())}"
+
+
+def _policies() -> "Iterator[tuple[str, str]]":
+    from fnet_search.policy import load_policy, policy_names
+
+    for name in policy_names():
+        yield name, (type(load_policy(name)).__doc__ or "").strip().splitlines()[0]
+
+
+def _recipes() -> "Iterator[tuple[str, str]]":
+    from fnet_search import resources
+    from fnet_search.recipe import load_recipe
+
+    for name in resources.names("recipes"):
+        one = load_recipe(name)
+        yield name, f"{one.epochs} epochs in batches of {one.batch_size}, {one.schedule}, rate {one.learning_rate:g}"
 
 
 @cli.command()

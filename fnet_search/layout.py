@@ -105,7 +105,9 @@ class Layout:
         """How far from the middle of its target an edge arrives: those from the right arrive on the right."""
         lanes = sorted(self.lane[other[-2]] for other in self.edges if other[-1] == edge[-1])
         own = self.lane[edge[-1]]
-        return min(0.16, 0.45 * self.box_width / len(lanes)) * (lanes.index(self.lane[edge[-2]]) - (lanes.index(own) if own in lanes else 0))
+        return min(0.16, 0.45 * self.box_width / len(lanes)) * (
+            lanes.index(self.lane[edge[-2]]) - (lanes.index(own) if own in lanes else 0)
+        )
 
     def _to_next_column(self, start: Point, column: int) -> list[Point]:
         """Down, up through the gutter, and down to the junction above lane 0 of the next column."""

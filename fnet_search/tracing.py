@@ -4,12 +4,14 @@ The trace is of the module in evaluation: dropout and stochastic depth are gone.
 transpose, split, slice, flatten) is followed on the values' places, and becomes a layer where it comes to something.
 """
 
+import logging
 import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import chain, pairwise
 from math import lcm, prod
 from typing import Any, cast
@@ -48,8 +50,8 @@ BATCH = 2
 """Images that are traced: one could be taken for a dimension of size 1."""
 
 MOVES = {
-    aten.alias, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten, aten.narrow,
-    aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
+    aten.alias, aten.channel_shuffle, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten,
+    aten.narrow, aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
     aten.transpose, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
 }  # fmt: skip
 """Operators that only move values."""
@@ -91,14 +93,27 @@ def from_module(model: nn.Module, example_input: Tensor, name: str = "") -> Macr
 def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
     first = next(iter(model.parameters()), torch.empty(0))
     example = torch.zeros(BATCH, *shape, device=first.device)
-    with _evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _evaluating(model), torch.no_grad(), _silence():
         try:
             program: ExportedProgram = torch.export.export(model, (example,)).run_decompositions({})  # functional
             return program
         except Exception as error:  # torch.export and the module raise what they like
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise FnetError(f"cannot trace {name} for an input of {_text(shape)}: {reason.strip()}") from None
+            larger = "; --input 3x224x224 would give it larger images" if shape[1] < 224 else ""
+            raise FnetError(f"cannot trace {name} for an input of {_text(shape)}: {reason.strip()}{larger}") from None
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No warnings and no log: what fails is said once, in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager
@@ -124,7 +139,7 @@ class _Import:
         self.moved: dict[tuple[str, Layer], str] = {}
         self.values: dict[fx.Node, _Value | Sequence[_Value]] = {}
         signature = program.graph_signature
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters: dict[str, Any] = {}
         known = {**program.constants, **program.state_dict}
         for held in (signature.inputs_to_parameters, signature.inputs_to_buffers):
             self.parameters |= {name: known[where] for name, where in held.items()}
@@ -163,13 +178,14 @@ class _Import:
     def operation(self, node: fx.Node) -> None:
         """Gives a node of the trace its value; what it computes becomes a layer."""
         target = node.target
+        if all(source.name in self.parameters for source in node.all_input_nodes):
+            self.compute(node)
+            return
         if target is operator.getitem:
             parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
             self.values[node] = parts if isinstance(parts, _Value) else parts[index]  # the first of a norm or a pool
             return
         packet = getattr(target, "overloadpacket", None)
-        if not node.args or not isinstance(node.args[0], fx.Node | list | tuple):
-            raise FnetError("no layer computes this")
         if packet in MOVES:
             self.values[node] = self.move(node)
         elif packet in NOTHING:
@@ -181,6 +197,13 @@ class _Import:
             found = layers(self, node)
             self.values[node] = found
 
+    def compute(self, node: fx.Node) -> None:
+        """What does not hang on the image, as weights that are normalised, is a weight."""
+        arguments = fx.map_arg(node.args, lambda one: self.parameters[one.name])
+        options = fx.map_arg(node.kwargs, lambda one: self.parameters[one.name])
+        with torch.no_grad():
+            self.parameters[node.name] = cast(Callable[..., Any], node.target)(*arguments, **options)
+
     def value(self, argument: object) -> _Value:
         found = self.values.get(argument) if isinstance(argument, fx.Node) else None
         if found is None:
@@ -190,13 +213,14 @@ class _Import:
         return found
 
     def parameter(self, argument: object) -> Tensor | None:
-        """A weight, or None for none. Raises FnetError for one that is computed."""
+        """A weight, or None for none. Raises FnetError for one that hangs on the image."""
         if argument is None:
             return None
         name = argument.name if isinstance(argument, fx.Node) else ""
         if name not in self.parameters:
-            raise FnetError("its weights are computed by other operations; make them plain parameters first")
-        return self.parameters[name].detach().float().clone()
+            raise FnetError("its weights are computed from the image")
+        found: Tensor = self.parameters[name]
+        return found.detach().float().clone()
 
     def add(self, node: fx.Node, layer: Layer, *sources: _Value, **weights: Tensor | None) -> _Value:
         """A layer that computes, with its weights."""
@@ -244,6 +268,8 @@ class _Import:
                 return self.rearranged(source, Flatten(), name)
             if len(wanted) == 3:
                 return self.rearranged(source, Reshape((wanted[0], wanted[1], wanted[2])), name)
+        if len(shape) == 1 and len(wanted) == 3:
+            return self.arranged(self.rearranged(source, Reshape((shape[0], 1, 1)), name), places, name)
         if len(shape) == 3 and (found := self.channels(source, places, name)):
             return found
         raise FnetError(f"no layer moves values like this, from {_text(shape)} to {_text(wanted)}")
@@ -288,9 +314,8 @@ class _Import:
     def rearranged(self, source: str, layer: Layer, name: str) -> str:
         """A layer that moves values, once for all that read it."""
         if (source, layer) not in self.moved:
-            stem = name.rpartition(".")[0]
-            known = self.unused(f"{stem}.{layer.kind}" if stem else layer.kind)
-            self.moved[source, layer] = self.place(known, layer, [source], {}).source
+            wanted = name if name in self.leaves else f"{name.rpartition('.')[0]}.{layer.kind}".lstrip(".")
+            self.moved[source, layer] = self.place(self.unused(wanted), layer, [source], {}).source
         return self.moved[source, layer]
 
     # -- Names

@@ -8,7 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from fnet_search.data import DataSet, Split, hold_out, load_dataset
-from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.layers import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Multiply,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
 from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network
 from fnet_search.numerics import Numerics
@@ -64,6 +79,39 @@ MIXED = Macroarchitecture(
 )
 """Every kind of layer; a norm with no layer of its own before it after a pool, after a ReLU, after a layer that has
 another reader."""
+
+GATED = Macroarchitecture(
+    "gated",
+    (3, 11, 9),
+    (
+        Node("stem", Conv(12, (3, 3), padding=(1, 1)), (INPUT,)),
+        Node("stem.act", Activation("hardswish"), ("stem",)),
+        Node("left", Slice(0, 6), ("stem.act",)),
+        Node("right", Slice(6, 12), ("stem.act",)),
+        Node("deep", Conv(6, (3, 3), padding=(1, 1), groups=6), ("right",)),
+        Node("deep.norm", BatchNorm(), ("deep",)),
+        Node("joined", Concat(), ("left", "deep.norm")),
+        Node("shuffled", Shuffle(3), ("joined",)),
+        Node("squeeze", Pool("global_average"), ("shuffled",)),
+        Node("vector", Flatten(), ("squeeze",)),
+        Node("reduce", Dense(4), ("vector",)),
+        Node("reduce.act", Activation(), ("reduce",)),
+        Node("expand", Dense(12), ("reduce.act",)),
+        Node("gate", Activation("sigmoid"), ("expand",)),
+        Node("gates", Reshape((12, 1, 1)), ("gate",)),
+        Node("scaled", Multiply(), ("shuffled", "gates")),
+        Node("product", Multiply(), ("scaled", "stem.act")),
+        Node("most", Pool("max", ceil=True), ("product",)),
+        Node("padded", Pool("average", (3, 3), (2, 2), (1, 1), count_padding=True), ("most",)),
+        Node("rest", Pool("average", ceil=True), ("padded",)),
+        Node("larger", Resample((0, 0, 1), (1, 0, 0, 1)), ("rest",)),
+        Node("larger.act", Activation(), ("larger",)),
+        Node("flat", Flatten(), ("larger.act",)),
+        Node("out", Dense(5), ("flat",)),
+    ),
+)
+"""Layers that only move values, products of equal and of unequal shapes, pools that count their padding, or windows
+that reach over the edge."""
 
 REUSED = Macroarchitecture(
     "reused",

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import MIXED, REUSED, noise, normal, randomized, sequence
+from networks import GATED, MIXED, REUSED, noise, normal, randomized, sequence
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fnet_search import __version__
@@ -23,7 +23,7 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import parse_scheme
 
 TINY = load_space("tiny")
-SPACES = {"mixed": MIXED, "reused": REUSED, "tiny": factorize(TINY, parse_plan(TINY, "init2"))}
+SPACES = {"mixed": MIXED, "reused": REUSED, "gated": GATED, "tiny": factorize(TINY, parse_plan(TINY, "init2"))}
 SCHEMES = ["percentile:1", "percentile:1+per-channel"]
 
 
@@ -61,8 +61,9 @@ def test_the_graph(space: Macroarchitecture, scheme: str) -> None:
         assert node.input[0] == INPUT or writer[node.input[0]].op_type != "DequantizeLinear"
     dequantized = Counter(node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear")
     assert set(dequantized.values()) == {1}
-    tables = {node.output[0] for node in model.graph.node if node.op_type == "Gather"}
-    assert {node.output[0] for node in quantizers} | tables == {codes_name(name) for name in [INPUT, *coded(network)]}
+    gathers = [node for node in model.graph.node if node.op_type == "Gather"]
+    gathered = {node.output[0] for node in gathers} - {node.input[0] for node in gathers}  # rows, then columns
+    assert {node.output[0] for node in quantizers} | gathered == {codes_name(name) for name in [INPUT, *coded(network)]}
     for name in writer:
         assert readers[name] > 0 or name == "logits"
 
@@ -107,18 +108,9 @@ def test_the_graph_means_the_same_in_float(scheme: str) -> None:
 
 
 INTEGER = {
-    *("QLinearConv", "QGemm", "QLinearAdd", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"),
-    *(
-        "MaxPool",
-        "NhwcMaxPool",
-        "Flatten",
-        "Reshape",
-        "Cast",
-        "Gather",
-        "Transpose",
-        "QuantizeLinear",
-        "DequantizeLinear",
-    ),
+    *("QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
+    *("QLinearAveragePool", "QLinearGlobalAveragePool", "MaxPool", "NhwcMaxPool"),
+    *("Flatten", "Reshape", "Slice", "Split", "Transpose", "Cast", "Gather", "QuantizeLinear", "DequantizeLinear"),
 }
 
 
@@ -134,6 +126,7 @@ def test_the_runtime_computes_in_integers(space: Macroarchitecture, scheme: str,
     assert (found["QuantizeLinear"], found["DequantizeLinear"]) == (1, 1)
     assert (found["QLinearConv"], found["QGemm"]) == (kinds["conv"], kinds["dense"])
     assert (found["QLinearAdd"], found["QLinearConcat"]) == (kinds["add"], kinds["concat"])
+    assert found["QLinearMul"] == kinds["multiply"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

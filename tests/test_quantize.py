@@ -10,11 +10,27 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from networks import MIXED, REUSED, batches_of, normal, randomized, sequence
+from networks import GATED, MIXED, REUSED, batches_of, normal, randomized, sequence
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import fold
-from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Function, Layer, Pool
+from fnet_search.layers import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Function,
+    Layer,
+    Multiply,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.params import QuantParams, quant_params
 from fnet_search.plan import factorize, parse_plan
@@ -77,22 +93,32 @@ def requantized(total: Array, multiplier: Array, target: QuantParams) -> Array:
     return clipped(np.rint(total.astype(F32) * multiplier) + target.zero)
 
 
+def windows(layer: Pool, x: Array) -> tuple[int, int]:
+    """How many down and across, as torch counts them: with `ceil` the last one may reach over the padded edge, if it
+    begins before it."""
+    found = []
+    for n, k, s, p in zip(x.shape[2:], layer.kernel, layer.step, layer.padding, strict=True):
+        count = (n + 2 * p - k) // s + 1
+        if layer.ceil and (n + 2 * p - k) % s and count * s < n + p:
+            count += 1
+        found.append(count)
+    return found[0], found[1]
+
+
 def averaged(layer: Pool, codes: Array, source: QuantParams, target: QuantParams) -> Array:
     """Rule 12, a pixel at a time."""
     x = dequantized(codes, source)
     (high, wide), (down, across), (top, left) = layer.kernel, layer.step, layer.padding
-    rows, columns = (
-        (n + 2 * p - k) // s + 1
-        for n, k, s, p in zip(x.shape[2:], layer.kernel, layer.step, layer.padding, strict=True)
-    )
+    rows, columns = windows(layer, x)
     y = np.empty((*x.shape[:2], rows, columns), dtype=F32)
     for row in range(rows):
         for column in range(columns):
             total, count = np.zeros(x.shape[:2], dtype=F32), 0
             for i in range(row * down - top, row * down - top + high):
                 for j in range(column * across - left, column * across - left + wide):
-                    if 0 <= i < x.shape[2] and 0 <= j < x.shape[3]:
-                        total, count = total + x[:, :, i, j], count + 1
+                    inside = 0 <= i < x.shape[2] and 0 <= j < x.shape[3]
+                    total = total + x[:, :, i, j] if inside else total
+                    count += inside or layer.count_padding
             y[:, :, row, column] = total / F32(count)
     return clipped(np.rint(y / F32(target.scale) + F32(target.zero)))
 
@@ -132,9 +158,17 @@ def looked_up(function: str, codes: Array, source: QuantParams, target: QuantPar
 
 def most(layer: Pool, codes: Array) -> Array:
     (high, wide), (down, across), (top, left) = layer.kernel, layer.step, layer.padding
-    x = np.pad(codes, ((0, 0), (0, 0), (top, top), (left, left)), constant_values=-1)
-    windows = np.lib.stride_tricks.sliding_window_view(x, (high, wide), axis=(2, 3))
-    return np.asarray(windows[:, :, ::down, ::across].max((4, 5)))
+    x = np.pad(codes, ((0, 0), (0, 0), (top, top + high), (left, left + wide)), constant_values=-1)
+    rows, columns = windows(layer, codes)
+    views = np.lib.stride_tricks.sliding_window_view(x, (high, wide), axis=(2, 3))
+    return np.asarray(views[:, :, ::down, ::across][:, :, :rows, :columns].max((4, 5)))
+
+
+def multiplied(a: Array, b: Array, of_a: QuantParams, of_b: QuantParams, target: QuantParams) -> Array:
+    """Rule 14."""
+    ratio = F32(of_a.scale) * F32(of_b.scale) / F32(target.scale)
+    product = ((a - of_a.zero) * (b - of_b.zero)).astype(F32) * ratio
+    return clipped(np.rint(product + F32(target.zero)))
 
 
 def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Array:
@@ -160,6 +194,17 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
             return requantized((codes - source.zero).sum((2, 3), keepdims=True), np.array([multiplier]), target)
         case Flatten():
             return codes.reshape(len(codes), -1)
+        case Reshape(shape):
+            return codes.reshape(len(codes), *shape)
+        case Slice(start, stop):
+            return codes[:, start:stop]
+        case Shuffle(groups):
+            size = codes.shape[1] // groups
+            return codes[:, [group * size + place for place in range(size) for group in range(groups)]]
+        case Resample(rows, columns):
+            return codes[:, :, rows][:, :, :, columns]
+        case Multiply():
+            return multiplied(codes, inputs[1], source, sources[1], target)
         case Add():
             return added(codes, inputs[1], source, sources[1], target)
         case Concat():
@@ -191,7 +236,7 @@ def integer(
 
 
 @pytest.mark.parametrize(("percentile", "per_channel"), [("0", False), ("1", False), ("20", False), ("1", True)])
-@pytest.mark.parametrize("space", [MIXED, REUSED], ids=["mixed", "reused"])
+@pytest.mark.parametrize("space", [MIXED, REUSED, GATED], ids=["mixed", "reused", "gated"])
 def test_whole_networks(space: Macroarchitecture, percentile: str, per_channel: bool) -> None:
     for seed in range(2):
         x = normal(4, *space.input_shape, seed=seed)
@@ -316,7 +361,10 @@ FUNCTIONS: tuple[Function, ...] = ("relu", "relu6", "hardswish", "hardsigmoid", 
         Pool("global_average"),
         Pool("average"),
         Pool("average", (3, 2), (2, 1), (1, 1)),
+        Pool("average", (3, 2), (2, 2), (1, 1), count_padding=True),
+        Pool("average", (3, 3), (3, 2), (1, 0), ceil=True),
         Pool("max", (3, 3), (2, 2), (1, 1)),
+        Pool("max", (2, 3), (2, 3), ceil=True),
         *(Activation(function) for function in FUNCTIONS),
     ],
     ids=str,
@@ -331,7 +379,7 @@ def test_layers_without_weights_and_any_zero_points(layer: Layer, zeros: tuple[i
 
 
 @pytest.mark.parametrize("zeros", ZEROS)
-@pytest.mark.parametrize("joint", [Add(), Concat()], ids=str)
+@pytest.mark.parametrize("joint", [Add(), Multiply(), Concat()], ids=str)
 @pytest.mark.parametrize("order", [("other", INPUT), (INPUT, "other"), (INPUT, INPUT)])
 @pytest.mark.parametrize("function", [None, "relu", "relu6"])
 def test_joints_with_any_zero_points(

@@ -1,0 +1,301 @@
+"""What is imported computes what the module does, with the MACs that torch counts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from networks import noise
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+
+from fnet_search.audit import audit
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import prepare
+from fnet_search.export import float_model, quantized_model
+from fnet_search.fold import fold
+from fnet_search.imported import load_imported
+from fnet_search.layers import Conv, Pool, Resample, Reshape, Shuffle, Slice
+from fnet_search.macro import INPUT, Macroarchitecture
+from fnet_search.network import pretrained
+from fnet_search.plan import factorize, legal_rates, make_plan, network_cost
+from fnet_search.policy import Audit
+from fnet_search.runtime import Runtime
+from fnet_search.scheme import parse_scheme
+
+NETWORKS = (
+    *("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet"),
+    *("regnet_y_400mf", "efficientnet_b0", "shufflenet_v2_x1_0", "squeezenet1_1"),
+)
+
+
+@torch.no_grad()
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In training mode, as a user leaves it, with norms that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None:
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.3, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.train()
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def check(model: nn.Module, x: Tensor) -> Macroarchitecture:
+    """Outputs, those after folding, and MACs are those of the module."""
+    space = Macroarchitecture.from_module(lively(model), x[:1], "net")
+    assert model.training
+    wanted = model.eval()(x)
+    network = pretrained(space).eval()
+    largest = float(wanted.abs().max())
+    assert float((network(x) - wanted).abs().max()) <= 1e-6 * largest
+    assert float((fold(network)(x) - wanted).abs().max()) <= 1e-5 * largest
+    with FlopCounterMode(display=False) as counted:
+        model(x[:1])
+    assert network_cost(space).total_macs == counted.get_total_flops() / 2
+    return space
+
+
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    slow = {"init_weights": False} if name == "googlenet" else {}
+    model: nn.Module = models.get_model_builder(name)(weights=None, **slow)
+    return model
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_torchvision(name: str) -> None:
+    space = check(built(name), images(2, 3, 64, 64))
+    assert space.classes == 1000
+    chosen = [node.layer for node in space.nodes if isinstance(node.layer, Conv) and node.layer.factorize]
+    assert all(layer.kernel != (1, 1) and layer.groups == 1 for layer in chosen)
+    convs = [node for node in space.order if isinstance(node.layer, Conv)]
+    assert convs[0].inputs == (INPUT,)
+    assert convs[0].name not in legal_rates(space)
+    spatial = [one.layer for one in convs[1:] if isinstance(one.layer, Conv) and one.layer.kernel != (1, 1)]
+    assert len(chosen) == sum(one.groups == 1 for one in spatial)
+
+
+AUDITED = ("resnet18", "mobilenet_v3_small", "densenet121", "regnet_y_400mf", "shufflenet_v2_x1_0", "squeezenet1_1")
+
+
+@pytest.mark.parametrize("name", AUDITED)
+def test_codes_are_those_of_the_runtime(name: str) -> None:
+    space = Macroarchitecture.from_module(lively(built(name)), images(1, 3, 32 if name == "resnet18" else 64, 64), name)
+    data = noise(space, 4)
+    quantized = prepare(pretrained(space).eval(), parse_scheme("percentile:1"), data, 0).network
+    x = data.normalise(data.train.images)
+    (found,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
+    assert found == Audit(4, 4 * 1000)
+    floating = fold(pretrained(space).eval())
+    wanted = floating(x)
+    assert float((Runtime(float_model(floating))(x) - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+class Of(nn.Module):
+    """A stem, what is to be tried on its 8 channels, and a head."""
+
+    def __init__(self, middle: Callable[..., Tensor], **parts: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.parts = nn.ModuleDict(parts)
+        self.head = nn.Linear(8, 5)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Any = self.middle(self.stem(x)) if not self.parts else self.middle(self.stem(x), self.parts)
+        return self.head(y.mean((2, 3)) if y.ndim == 4 else y)  # type: ignore[no-any-return]
+
+
+def excited(x: Tensor, parts: Any) -> Tensor:
+    """Squeeze and excitation as many write it, with dense layers."""
+    n, c = x.shape[:2]
+    gates = torch.sigmoid(parts["up"](F.relu(parts["down"](F.adaptive_avg_pool2d(x, 1).view(n, c)))))
+    return x * gates.view(n, c, 1, 1).expand_as(x)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def in_place(x: Tensor) -> Tensor:
+    """What is read after a ReLU in place is its output."""
+    y = F.relu(x, inplace=True)
+    return x + y.clone()
+
+
+MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
+    "relu": (F.relu, {}),
+    "relu in place": (in_place, {}),
+    "relu6": (F.relu6, {}),
+    "clamp": (lambda x: x.clamp(0, 6), {}),
+    "clamp at 0": (lambda x: x.clamp(min=0), {}),
+    "hardswish": (F.hardswish, {}),
+    "hardsigmoid": (F.hardsigmoid, {}),
+    "sigmoid": (torch.sigmoid, {}),
+    "silu": (F.silu, {}),
+    "max pool": (lambda x: F.max_pool2d(x, (3, 2), (2, 1), (1, 0)), {}),
+    "max pool, ceil": (lambda x: F.max_pool2d(x, 2, ceil_mode=True), {}),
+    "average pool": (lambda x: F.avg_pool2d(x, 3, 2, 1), {}),
+    "average pool, inside": (lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), {}),
+    "average pool, ceil": (lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), {}),
+    "adaptive, one": (lambda x: F.adaptive_avg_pool2d(x, 1), {}),
+    "adaptive, as it is": (lambda x: F.adaptive_avg_pool2d(x, (13, 11)), {}),
+    "adaptive, one side": (lambda x: F.adaptive_avg_pool2d(x, (None, 1)), {}),
+    "adaptive, uneven": (lambda x: F.adaptive_avg_pool2d(x, (5, 3)), {}),
+    "adaptive, larger": (lambda x: F.adaptive_avg_pool2d(x, (20, 22)), {}),
+    "adaptive, maximum": (lambda x: F.adaptive_max_pool2d(x, (5, 4)), {}),
+    "adaptive, maximum of all": (lambda x: F.adaptive_max_pool2d(x, 1), {}),
+    "mean, kept": (lambda x: x.mean((-1, -2), keepdim=True), {}),
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2, mode="nearest"), {}),
+    "every other pixel": (lambda x: x[:, :, ::2, 1::3], {}),
+    "add": (lambda x: x + F.relu(x), {}),
+    "multiply": (lambda x: x * torch.sigmoid(x), {}),
+    "gate": (lambda x: x.mean((2, 3), keepdim=True) * x, {}),
+    "excitation": (excited, {"down": nn.Linear(8, 2), "up": nn.Linear(2, 8)}),
+    "concat and split": (lambda x: torch.cat([x.chunk(2, 1)[1], x[:, :4]], 1), {}),
+    "split of sizes": (lambda x: torch.cat(x.split([3, 4, 1], 1)[::-1], 1), {}),
+    "shuffle": (shuffled, {}),
+    "shuffle module": (lambda x, parts: parts["s"](x), {"s": nn.ChannelShuffle(4)}),
+    "half of a shuffle": (lambda x: torch.cat(shuffled(x).chunk(2, 1), 1), {}),
+    "dropout": (lambda x, parts: parts["d"](x), {"d": nn.Dropout2d()}),
+    "norm": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, eps=0.01)}),
+    "norm without weights": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, affine=False)}),
+    "dilated": (lambda x, parts: parts["c"](x), {"c": nn.Conv2d(8, 8, 3, 2, 2, 2, 4)}),
+    "padding same": (lambda x, parts: parts["c"](x), {"c": nn.Conv2d(8, 8, (3, 5), padding="same")}),
+    "twice the same": (lambda x, parts: parts["c"](parts["c"](x)), {"c": nn.Conv2d(8, 8, 1)}),
+    "unused": (lambda x: (F.relu(x), x)[1], {}),
+}
+
+
+@pytest.mark.parametrize("what", MIDDLES)
+def test_operations(what: str) -> None:
+    middle, parts = MIDDLES[what]
+    torch.manual_seed(1)
+    check(Of(middle, **parts), images(3, 3, 13, 11))
+
+
+def test_weights_that_are_computed_are_weights() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3))
+    model = nn.Sequential(Standardized(3, 4, 3), normed, nn.Flatten(), nn.Linear(6 * 11 * 9, 2))
+    space = check(model, images(2, 3, 13, 11))
+    assert [node.layer.kind for node in space.nodes] == ["conv", "conv", "flatten", "dense"]
+
+
+def test_a_head_of_dense_layers() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+    )
+    space = check(model, images(2, 3, 8, 8))
+    assert [node.name for node in space.nodes] == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_layers_have_the_names_of_their_modules() -> None:
+    space = Macroarchitecture.from_module(built("resnet18"), images(1, 3, 64, 64))
+    names = [node.name for node in space.nodes]
+    assert names[:6] == ["conv1", "bn1", "relu", "maxpool", "layer1.0.conv1", "layer1.0.bn1"]
+    assert names[6:11] == ["layer1.0.relu", "layer1.0.conv2", "layer1.0.bn2", "layer1.0.add", "layer1.0.relu_2"]
+    assert names[-3:] == ["avgpool", "flatten", "fc"]
+    assert space.name == "resnet"
+
+
+@pytest.mark.parametrize(
+    ("what", "layers"),
+    [
+        ("shuffle", [Shuffle(2)]),
+        ("concat and split", [Slice(4, 8), Slice(0, 4)]),
+        ("half of a shuffle", [Shuffle(2), Slice(0, 4), Slice(4, 8)]),
+        ("every other pixel", [Resample((0, 2, 4, 6, 8, 10, 12), (1, 4, 7, 10))]),
+        ("excitation", [Reshape((8, 1, 1)), Resample((0,) * 13, (0,) * 11)]),
+        ("adaptive, as it is", []),
+    ],
+)
+def test_moves_come_to_few_layers(what: str, layers: list[object]) -> None:
+    middle, parts = MIDDLES[what]
+    space = Macroarchitecture.from_module(Of(middle, **parts), images(1, 3, 13, 11))
+    moving = [node.layer for node in space.nodes if isinstance(node.layer, Slice | Shuffle | Resample | Reshape)]
+    assert moving == layers
+
+
+def test_an_adaptive_pool_of_equal_windows_is_one_layer() -> None:
+    space = Macroarchitecture.from_module(Of(lambda x: F.adaptive_avg_pool2d(x, (4, 3))), images(1, 3, 12, 9))
+    assert Pool("average", (3, 3)) in [node.layer for node in space.nodes]
+    assert not any(isinstance(node.layer, Resample) for node in space.nodes)
+
+
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias, padding=1)
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "layer norm": (
+        Of(lambda x, parts: parts["n"](x), n=nn.LayerNorm(11)),
+        r"cannot import of: 'parts\.n' \(layer_norm\): no layer computes this",
+    ),
+    "softmax": (Of(lambda x: x.softmax(1)), r"'softmax' \(softmax\): no layer computes this"),
+    "by a number": (Of(lambda x: 0.5 * x), r"'multiply' \(multiply\): it reads a number where a layer reads a tensor"),
+    "and a number": (Of(lambda x: x + 1), r"'add' \(add\): it reads a number"),
+    "other clamp": (Of(lambda x: x.clamp(-1, 1)), "only 0 to 6, ReLU6, is a layer; this one is -1 to 1"),
+    "mean of a side": (Of(lambda x: x.mean(3, keepdim=True)), "only that over height and width is a layer"),
+    "transposed": (Of(lambda x: x.transpose(2, 3)), "no layer moves values like this, from 8x13x11 to 8x11x13"),
+    "between images": (Of(lambda x: x.flip(0)), r"\(flip\): no layer computes this"),
+    "concat of rows": (Of(lambda x: torch.cat([x, x], 2)), "over their channels only"),
+    "dilated pool": (Of(lambda x: F.max_pool2d(x, 2, dilation=2)), "a pool with dilation is no layer"),
+    "1-D": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), "no layer computes this"),
+    "weights of the image": (
+        Of(lambda x: F.conv2d(x, F.adaptive_avg_pool2d(x, 1)[:1].expand(8, 8, 1, 1))),
+        r"cannot import of: 'conv2d' \(conv2d\): its weights are computed from the image",
+    ),
+    "two outputs": (Pair(), "one tensor of logits is needed, it gives 2"),
+    "nothing": (nn.Identity(), "cannot import identity: it computes nothing"),
+    "a branch": (Branching(), "cannot trace branching for an input of 3x13x11"),
+    "a map at the end": (nn.Conv2d(3, 4, 3), "it must end with a vector of logits"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_layer_is_named(what: str, capfd: pytest.CaptureFixture[str]) -> None:
+    model, complaint = REFUSED[what]
+    with pytest.raises(FnetError, match=complaint) as error:
+        Macroarchitecture.from_module(model, images(1, 3, 13, 11))
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_example_of_the_wrong_shape() -> None:
+    with pytest.raises(FnetError, match=r"must be \[N, C, H, W\], got shape \[3, 8, 8\]"):
+        Macroarchitecture.from_module(built("resnet18"), images(3, 8, 8))
+
+
+def test_a_factorized_import_is_a_network() -> None:
+    space = Macroarchitecture.from_module(built("googlenet"), images(1, 3, 64, 64), "g")
+    layers = legal_rates(space)
+    plan = make_plan(space, {layer: rates[-1] for layer, rates in layers.items()})
+    network = factorize(space, plan)
+    assert network.weights is None
+    assert network_cost(network).conv_macs < network_cost(space).conv_macs
+    assert len(network.nodes) == len(space.nodes) + 3 * len(layers)
+
+
+def test_names_of_torchvision_load_as_spaces() -> None:
+    space = load_imported("torchvision:squeezenet1_1", (3, 64, 64), None, lambda channels: (channels, 1, 1))
+    assert (space.name, space.input_shape, space.weights) == ("squeezenet1_1", (3, 64, 64), None)

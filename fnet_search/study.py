@@ -209,7 +209,7 @@ class StudyRecord:
     def probes(self) -> Probes | None:
         """None where none were asked for, or not all are measured."""
         layers = legal_rates(self.space)
-        if self._probed.keys() != set(layers):
+        if not layers or self._probed.keys() != set(layers):
             return None
         number, _ = self._probed[next(iter(layers))]
         measured = (one for layer in layers for one in self._probed[layer][1])

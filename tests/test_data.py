@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fnet_search.data import DataSet, Split, affine_maps, augment, hold_out, load_dataset, read_dataset
+from fnet_search.data import DataSet, Split, affine_maps, augment, hold_out, load_dataset, natural_shape, read_dataset
 from fnet_search.errors import FnetError
 from fnet_search.recipe import Augmentation
 
@@ -494,3 +494,23 @@ def test_zoom_scales_about_the_centre() -> None:
     assert all(across == pytest.approx(down, rel=0.02) for across, down in scales)
     assert 0.79 < min(scales)[0] < 0.86
     assert 1.14 < max(scales)[0] < 1.21
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((20, 30), (3, 30, 20)), ((640, 480), (3, 224, 224)), ((300, 100), (3, 100, 224))]
+)
+def test_a_network_of_any_size_takes_that_of_the_images(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int, int]
+) -> None:
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a" / "1.txt").write_text("not an image")
+    Image.new("RGB", size).save(tmp_path / "train" / "a" / "2.png")
+    assert natural_shape(f"imagefolder:{tmp_path}", 3) == shape
+
+
+def test_the_size_of_known_data_sets() -> None:
+    assert [natural_shape(name, 1) for name in ("digits", "cifar10", "fashion-mnist", "imagefolder:/none")] == [
+        *([(1, 32, 32)] * 2),
+        (1, 28, 28),
+        (1, 32, 32),
+    ]

@@ -3,8 +3,34 @@ from pathlib import Path
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Pool
-from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space, parse_space, save_space, to_toml
+from fnet_search.layers import (
+    Activation,
+    Add,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Multiply,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.macro import (
+    INPUT,
+    Macroarchitecture,
+    Node,
+    beyond_the_first,
+    factorizing,
+    load_space,
+    parse_space,
+    save_space,
+    to_toml,
+)
+from fnet_search.plan import network_cost
 
 BRANCHED = Macroarchitecture(
     "branched",
@@ -137,9 +163,9 @@ def test_classes_follow_the_data_set() -> None:
     wider = space.with_classes(100)
     assert (wider.classes, wider.nodes[:-1]) == (100, space.nodes[:-1])
     headless = Macroarchitecture(
-        "headless", (3, 1, 1), (Node("c", Conv(4, (1, 1)), (INPUT,)), Node("f", Flatten(), ("c",)))
+        "headless", (3, 2, 2), (Node("c", Conv(4, (1, 1)), (INPUT,)), Node("f", Flatten(), ("c",)))
     )
-    with pytest.raises(FnetError, match="has 4 outputs and the data set 10 classes; end the space with a dense layer"):
+    with pytest.raises(FnetError, match="has 16 outputs and the data set 10 classes; end the space with a dense layer"):
         headless.with_classes(10)
 
 
@@ -233,8 +259,142 @@ def test_the_end_must_be_a_vector(tmp_path: Path) -> None:
         ("layer = []", "input must be three positive integers"),
         ("input = [3, 8, 8]", "a space needs [[layer]] tables, at least one"),
         ("input = [3, 8, 8]\nlayer = [1]", "a space needs [[layer]] tables, at least one"),
-        ("name = 3\ninput = [3, 8, 8]", "name and description must be strings"),
+        ("name = 3\ninput = [3, 8, 8]", "name, description and weights must be strings"),
     ],
 )
 def test_a_file_that_is_no_space(text: str, complaint: str, tmp_path: Path) -> None:
     assert complaint in fault(tmp_path, text)
+
+
+FORKED = Macroarchitecture(
+    "forked",
+    (3, 8, 8),
+    (
+        Node("a", Conv(4, (3, 3), padding=(1, 1)), (INPUT,)),
+        Node("a.act", Activation(), ("a",)),
+        Node("b.one", Conv(4, (3, 3), padding=(1, 1)), ("a.act",)),
+        Node("b.two", Conv(4, (1, 1)), ("b.one",)),
+        Node("b.three", Conv(4, (3, 3), padding=(1, 1), groups=2), ("b.two",)),
+        Node("image", Pool("average", (1, 1)), (INPUT,)),
+        Node("c", Conv(4, (3, 3), padding=(1, 1)), ("image",)),
+        Node("sum", Add(), ("b.three", "c")),
+        Node("last", Conv(7, (1, 1), bias=True), ("sum",)),
+        Node("last.act", Activation(), ("last",)),
+        Node("gap", Pool("global_average"), ("last.act",)),
+        Node("flat", Flatten(), ("gap",)),
+    ),
+)
+
+
+def factorizable(space: Macroarchitecture) -> list[str]:
+    return [node.name for node in space.nodes if isinstance(node.layer, Conv) and node.layer.factorize]
+
+
+def test_what_is_factorized_by_itself() -> None:
+    """Neither what reads the image, with a pool between or not, nor kernels of 1, nor groups."""
+    assert factorizable(beyond_the_first(FORKED)) == ["b.one"]
+
+
+@pytest.mark.parametrize(
+    ("factorize", "keep", "found"),
+    [
+        ((), (), ["b.one"]),
+        (("b.*",), (), ["b.one", "b.two"]),
+        (("*",), ("c", "last"), ["a", "b.one", "b.two"]),
+        ((), ("b.one",), []),
+        (("c", "[al]*"), ("*",), []),
+    ],
+)
+def test_patterns(factorize: tuple[str, ...], keep: tuple[str, ...], found: list[str]) -> None:
+    changed = factorizing(beyond_the_first(FORKED), factorize, keep)
+    assert factorizable(changed) == found
+    assert changed.shapes == FORKED.shapes
+
+
+@pytest.mark.parametrize("pattern", ["b.three", "a.act", "d*"])
+def test_a_pattern_that_matches_nothing_to_factorize(pattern: str) -> None:
+    for given in ({"factorize": (pattern,)}, {"keep": (pattern,)}):
+        with pytest.raises(FnetError, match="matches no convolution without groups of space 'forked'"):
+            factorizing(FORKED, **given)
+
+
+def test_other_classes_of_a_network_that_ends_with_a_convolution() -> None:
+    space = FORKED.with_classes(3)
+    assert space.by_name["last"].layer == Conv(3, (1, 1), bias=True)
+    assert (space.classes, space.shapes["last"]) == (3, (3, 8, 8))
+    others = ([node for node in one.nodes if node.name != "last"] for one in (space, FORKED))
+    assert next(others) == next(others)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        (Node("half", Slice(0, 2), ("flat",)),),
+        (Node("twice", Concat(), ("flat", "flat")),),
+        (Node("again", Add(), ("flat", "flat")),),
+    ],
+    ids=lambda nodes: nodes[0].name,
+)
+def test_other_classes_where_channels_are_mixed(last: tuple[Node, ...]) -> None:
+    space = Macroarchitecture("mixed", FORKED.input_shape, (*FORKED.nodes, *last))
+    with pytest.raises(FnetError, match="end the space with a dense layer"):
+        space.with_classes(5)
+
+
+def test_other_classes_where_the_last_layer_is_read_twice() -> None:
+    gate = Node("soft", Activation("sigmoid"), ("last",)), Node("last.act", Multiply(), ("soft", "last"))
+    with pytest.raises(FnetError, match="end the space with a dense layer"):
+        Macroarchitecture("n", (3, 8, 8), (*FORKED.nodes[:9], *gate, *FORKED.nodes[10:])).with_classes(5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "complaint"),
+    [
+        (Slice(2, 5), (4, 8, 8), "cannot take channels 2 to 5 of 4"),
+        (Slice(2, 2), (4, 8, 8), "cannot take channels 2 to 2 of 4"),
+        (Shuffle(3), (4, 8, 8), "groups = 3 does not divide its 4 channels"),
+        (Resample((0, 8), (0,)), (4, 8, 8), "rows must be of the 8 that there are, counted from 0"),
+        (Resample((0,), ()), (4, 8, 8), "columns must be of the 8 that there are"),
+        (Reshape((4, 3, 1)), (16,), "they hold different numbers of values"),
+    ],
+    ids=str,
+)
+def test_layers_that_do_not_fit(layer: Layer, shape: tuple[int, ...], complaint: str) -> None:
+    with pytest.raises(FnetError, match=complaint):
+        layer.output_shape([shape])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shape"),
+    [
+        ((4, 3, 5), (4, 3, 5), (4, 3, 5)),
+        ((4, 3, 5), (4, 1, 1), (4, 3, 5)),
+        ((4, 1, 1), (4, 3, 5), (4, 3, 5)),
+        ((4,), (4,), (4,)),
+        ((4, 3, 5), (3, 1, 1), None),
+        ((4, 3, 5), (4, 3, 1), None),
+        ((4, 3, 5), (4,), None),
+    ],
+)
+def test_shapes_of_a_product(a: tuple[int, ...], b: tuple[int, ...], shape: tuple[int, ...] | None) -> None:
+    if shape is not None:
+        assert Multiply().output_shape([a, b]) == shape
+    else:
+        with pytest.raises(FnetError, match="must be equal, or one of them"):
+            Multiply().output_shape([a, b])
+
+
+def test_a_pool_whose_last_window_reaches_over_the_edge() -> None:
+    assert Pool("max", (3, 3), (2, 2), ceil=True).output_shape([(1, 8, 7)]) == (1, 4, 3)
+    assert Pool("max", (3, 3), (2, 2)).output_shape([(1, 8, 7)]) == (1, 3, 3)
+    assert Pool("max", (2, 2), (3, 3), ceil=True).output_shape([(1, 6, 7)]) == (1, 2, 3)  # not one that begins outside
+    assert Pool("max", (2, 2), (3, 3), (1, 1), ceil=True).output_shape([(1, 5, 6)]) == (1, 2, 3)
+
+
+def test_resnet20_is_the_one_of_its_paper() -> None:
+    """He et al. 2016, section 4.2: 0.27 M parameters; here with projections."""
+    space = load_space("resnet20")
+    body = 432 + 7 * 9 * 16 * 16 - 9 * 16 * 16 + 9 * 16 * 32 + 5 * 9 * 32 * 32 + 9 * 32 * 64 + 5 * 9 * 64 * 64
+    skips, norms = 16 * 32 + 32 * 64, 2 * (7 * 16 + 7 * 32 + 7 * 64)
+    assert network_cost(space).params == body + skips + norms + 64 * 10 + 10
+    assert len(factorizable(space)) == 18

@@ -182,6 +182,8 @@ def macs_figure(
 
 Slot = tuple[str, bool]
 """A place on the axis of layers: a layer of the space, and whether it is its pointwise part."""
+NAMES, LONGEST = 64, 26
+"""Names of layers that fit side by side, and the characters of one."""
 Values = Mapping[str, Callable[[LayerStats], float | None]]
 
 RANGES: Values = {
@@ -232,6 +234,16 @@ def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> l
     return [slot for node in space.order for slot in ((node.name, False), (node.name, True)) if slot in filled]
 
 
+def _layer_ticks(slots: Sequence[Slot]) -> dict[int, str]:
+    """Names by place: all where they fit side by side, else those of evenly spread layers, long ones without their
+    beginning."""
+    ticks = {place: "pointwise" if pointwise else name for place, (name, pointwise) in enumerate(slots)}
+    if len(ticks) > NAMES:
+        ticks = {place: name for place, name in ticks.items() if not slots[place][1]}
+    chosen = list(ticks.items())[:: math.ceil(len(ticks) / NAMES)]
+    return {place: name if len(name) <= LONGEST else "…" + name[1 - LONGEST :] for place, name in chosen}
+
+
 def layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]:
     """Axes one above the other that share the axis of layers; pointwise slots are shaded."""
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
@@ -240,10 +252,10 @@ def layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]
         for position, (_, pointwise) in enumerate(slots):
             if pointwise:
                 axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
-    step = math.ceil(len(slots) / 64)  # as many names as fit side by side
+    ticks = _layer_ticks(slots)
     panels[-1].set_xticks(
-        range(0, len(slots), step),
-        ["pointwise" if pointwise else name for name, pointwise in slots[::step]],
+        list(ticks),
+        list(ticks.values()),
         rotation=90 if len(slots) > 30 else 60,
         horizontalalignment="center" if len(slots) > 30 else "right",
         rotation_mode="default" if len(slots) > 30 else "anchor",

@@ -56,7 +56,7 @@ MOVES = {
 }  # fmt: skip
 """Operators that only move values."""
 
-NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to}
+NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
 """Operators that give what they read, in evaluation and float32."""
 
 FUNCTIONS: dict[Any, Function] = {
@@ -185,17 +185,19 @@ class _Import:
             parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
             self.values[node] = parts if isinstance(parts, _Value) else parts[index]  # the first of a norm or a pool
             return
+        given = node.meta.get("val")
+        if isinstance(given, Tensor) and given.dtype != torch.float32:
+            raise FnetError(f"it gives {str(given.dtype).removeprefix('torch.')}; only float32 can be imported")
         packet = getattr(target, "overloadpacket", None)
         if packet in MOVES:
             self.values[node] = self.move(node)
         elif packet in NOTHING:
             self.values[node] = self.value(node.args[0])
         else:
-            layers = _LAYERS.get(packet)
-            if layers is None:
+            layer = _LAYERS.get(packet)
+            if layer is None:
                 raise FnetError("no layer computes this")
-            found = layers(self, node)
-            self.values[node] = found
+            self.values[node] = layer(self, node)
 
     def compute(self, node: fx.Node) -> None:
         """What does not hang on the image, as weights that are normalised, is a weight."""
@@ -270,45 +272,40 @@ class _Import:
                 return self.rearranged(source, Reshape((wanted[0], wanted[1], wanted[2])), name)
         if len(shape) == 1 and len(wanted) == 3:
             return self.arranged(self.rearranged(source, Reshape((shape[0], 1, 1)), name), places, name)
-        if len(shape) == 3 and (found := self.channels(source, places, name)):
-            return found
-        raise FnetError(f"no layer moves values like this, from {_text(shape)} to {_text(wanted)}")
+        found = self.pixels(source, places, name) or self.channels(source, places, name)
+        if found is None:
+            raise FnetError(f"no layer moves values like this, from {_text(shape)} to {_text(wanted)}")
+        return found
+
+    def pixels(self, source: str, places: Tensor, name: str) -> str | None:
+        """Whole rows and columns, repeated or left out; None where it is not that."""
+        shape, wanted = self.shapes[source], tuple(places.shape)
+        if len(shape) != 3 or len(wanted) != 3 or shape[0] != wanted[0] or wanted == shape or not places.numel():
+            return None
+        rows, columns = places[0, :, 0] // shape[2], places[0, 0] % shape[2]
+        starts = shape[1] * shape[2] * torch.arange(shape[0])[:, None, None]
+        if not torch.equal(places, starts + shape[2] * rows[:, None] + columns):
+            return None
+        return self.rearranged(source, Resample(tuple(rows.tolist()), tuple(columns.tolist())), name)
 
     def channels(self, source: str, places: Tensor, name: str) -> str | None:
-        """A choice of whole channels, or pixels that are repeated; None where it is neither."""
-        shape, wanted = self.shapes[source], tuple(places.shape)
-        pixels = shape[1] * shape[2]
-        if len(wanted) == 3 and shape[0] == wanted[0] and places.numel():
-            rows, columns = places[0, :, 0] // shape[2], places[0, 0] % shape[2]
-            starts = pixels * torch.arange(shape[0])[:, None, None]
-            if wanted != shape and torch.equal(places, starts + shape[2] * rows[:, None] + columns):
-                return self.rearranged(source, Resample(tuple(rows.tolist()), tuple(columns.tolist())), name)
-        if places.numel() % pixels:
+        """Whole channels: shuffled, a part of them, or both; None where it is not that."""
+        shape, pixels = self.shapes[source], prod(self.shapes[source][1:])
+        if not places.numel() or places.numel() % pixels:
             return None
         rows = places.reshape(-1, pixels)
         chosen = rows[:, 0] // pixels
         if not torch.equal(rows, chosen[:, None] * pixels + torch.arange(pixels)):
             return None
-        whole = torch.arange(prod(wanted)).view(wanted)  # of the channels that are chosen
-        if torch.equal(chosen, torch.arange(int(chosen[0]), int(chosen[0]) + len(chosen))):
-            taken = self.rearranged(source, Slice(int(chosen[0]), int(chosen[0]) + len(chosen)), name)
-            return self.arranged(taken, whole, name)
-        for groups in range(2, shape[0]):
-            if shape[0] % groups == 0 and torch.equal(chosen, torch.arange(shape[0]).view(groups, -1).T.flatten()):
-                return self.arranged(self.rearranged(source, Shuffle(groups), name), whole, name)
-        return self.of_shuffled(source, chosen, whole, name)
-
-    def of_shuffled(self, source: str, chosen: Tensor, whole: Tensor, name: str) -> str | None:
-        """A part of the channels of a shuffled source."""
-        channels = self.shapes[source][0]
-        for groups in range(2, channels):
-            if channels % groups:
-                continue
-            order = torch.arange(channels).view(groups, -1).T.flatten()
+        for groups in (groups for groups in range(1, shape[0] + 1) if shape[0] % groups == 0):
+            order = torch.arange(shape[0]).view(groups, -1).T.flatten()
             start = int((order == chosen[0]).nonzero()[0])
             if torch.equal(chosen, order[start : start + len(chosen)]):
-                shuffled = self.rearranged(source, Shuffle(groups), name)
-                return self.arranged(self.rearranged(shuffled, Slice(start, start + len(chosen)), name), whole, name)
+                if groups > 1:
+                    source = self.rearranged(source, Shuffle(groups), name)
+                if len(chosen) < shape[0]:
+                    source = self.rearranged(source, Slice(start, start + len(chosen)), name)
+                return self.arranged(source, torch.arange(places.numel()).view(places.shape), name)
         return None
 
     def rearranged(self, source: str, layer: Layer, name: str) -> str:

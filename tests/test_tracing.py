@@ -166,6 +166,9 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "shuffle": (shuffled, {}),
     "shuffle module": (lambda x, parts: parts["s"](x), {"s": nn.ChannelShuffle(4)}),
     "half of a shuffle": (lambda x: torch.cat(shuffled(x).chunk(2, 1), 1), {}),
+    "part of a vector": (lambda x: torch.cat([x.mean((2, 3))[:, 4:], x.mean((2, 3))[:, :4]], 1), {}),
+    "shuffle of a vector": (lambda x: x.mean((2, 3)).view(-1, 2, 4).transpose(1, 2).flatten(1), {}),
+    "to float32": (lambda x: x.to(torch.float32).float(), {}),
     "dropout": (lambda x, parts: parts["d"](x), {"d": nn.Dropout2d()}),
     "norm": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, eps=0.01)}),
     "norm without weights": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, affine=False)}),
@@ -259,6 +262,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "transposed": (Of(lambda x: x.transpose(2, 3)), "no layer moves values like this, from 8x13x11 to 8x11x13"),
     "between images": (Of(lambda x: x.flip(0)), r"\(flip\): no layer computes this"),
     "concat of rows": (Of(lambda x: torch.cat([x, x], 2)), "over their channels only"),
+    "half precision": (Of(lambda x: x.half().float()), "it gives float16; only float32 can be imported"),
     "dilated pool": (Of(lambda x: F.max_pool2d(x, 2, dilation=2)), "a pool with dilation is no layer"),
     "1-D": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), "no layer computes this"),
     "weights of the image": (

@@ -16,7 +16,7 @@ import optuna
 from fnet_search.data import natural_shape
 from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError, unknown
-from fnet_search.macro import Macroarchitecture, factorizing, load_space
+from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
 from fnet_search.options import console
 from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
 from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, check_policy, load_policy, parse_constraints
@@ -47,6 +47,7 @@ def search(
     finetune: bool = False,
     input_shape: tuple[int, int, int] | None = None,
     weights: str | None = None,
+    normalise: str | None = None,
     factorize: Iterable[str] = (),
     keep: Iterable[str] = (),
     scheme: Scheme | str = "percentile:1",
@@ -70,7 +71,7 @@ def search(
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = _space(space, dataset, input_shape, weights, factorize, keep)
+    loaded = _space(space, dataset, input_shape, weights, normalise, factorize, keep)
     if not legal_rates(loaded):
         raise FnetError(
             f"there is nothing to factorize in {loaded.name}: all convolutions behind the first have groups, or a "
@@ -113,6 +114,7 @@ def evaluate(
     finetune: bool = False,
     input_shape: tuple[int, int, int] | None = None,
     weights: str | None = None,
+    normalise: str | None = None,
     factorize: Iterable[str] = (),
     keep: Iterable[str] = (),
     scheme: Scheme | str = "percentile:1",
@@ -132,7 +134,7 @@ def evaluate(
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
-    loaded = _space(space, dataset, input_shape, weights, factorize, keep)
+    loaded = _space(space, dataset, input_shape, weights, normalise, factorize, keep)
     if split not in get_args(SplitName):
         raise unknown("split", split, get_args(SplitName))
     wanted = [plans] if isinstance(plans, FactorizationPlan | str) else plans
@@ -152,6 +154,7 @@ def _space(
     dataset: str,
     input_shape: tuple[int, int, int] | None,
     weights: str | None,
+    normalise: str | None,
     factorize: Iterable[str],
     keep: Iterable[str],
 ) -> Macroarchitecture:
@@ -160,7 +163,7 @@ def _space(
         loaded = space
     else:
         loaded = load_space(str(space), input_shape, weights, lambda channels: natural_shape(dataset, channels))
-    return factorizing(loaded, tuple(factorize), tuple(keep))
+    return factorizing(normalising(loaded, normalise), tuple(factorize), tuple(keep))
 
 
 def _request(

@@ -195,6 +195,7 @@ def show(
     save: Path | None,
     input_shape: str | None,
     weights: str | None,
+    normalise: str | None,
     factorize: tuple[str, ...],
     keep: tuple[str, ...],
 ) -> None:
@@ -202,10 +203,11 @@ def show(
 
     SPACE as of run; an imported network reads 224 pixels a side unless --input says otherwise.
     """
-    from fnet_search.macro import factorizing, load_space, save_space
+    from fnet_search.macro import factorizing, load_space, normalising, save_space
     from fnet_search.plan import parse_plan
 
-    space = factorizing(load_space(space_name, parse_shape(input_shape), weights), factorize, keep)
+    space = normalising(load_space(space_name, parse_shape(input_shape), weights), normalise)
+    space = factorizing(space, factorize, keep)
     if save is not None:
         if save.suffix != ".toml":
             raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
@@ -316,7 +318,7 @@ for _command in (export, audit, quantize, analyze, latency, study):
 
 def _work(call: "Callable[..., Outcome]", options: dict[str, Any], **asked: Any) -> "Outcome":
     """Makes one of the calls of `api`, prints what comes out, and returns it."""
-    asked |= {name: options[name] for name in ("weights", "factorize", "keep")}
+    asked |= {name: options[name] for name in ("weights", "normalise", "factorize", "keep")}
     asked |= {"input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
     asked |= {"machine": machine_of(options)}
     outcome = until_time_is_up(options, lambda display, until: call(**asked, display=display, deadline=until))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ SQNR_SAMPLES = 128
 MEASURED = 50
 """Images at a time that are measured: few, so that what a layer gives stays in a cache."""
 TRANSFORM_SAMPLES = 256
-"""Random training samples that a network is fitted to its parent on."""
+"""Random training samples that a network is fitted to its parent on; fewer where its feature maps are large."""
+FITTED = 1 << 26
+"""Values that a layer gives for all of them, at most: a quarter of a gigabyte."""
 ATTEMPTS = 2
 
 WEIGHTS = "weights.safetensors"
@@ -174,6 +177,11 @@ def measure(
     return measures if runtime is None else replace(measures, audit=audit)
 
 
+def transform_samples(space: Macroarchitecture) -> int:
+    """How many training samples a network of a space is fitted to its parent on."""
+    return max(32, min(TRANSFORM_SAMPLES, FITTED // max(map(prod, space.shapes.values()))))
+
+
 def calibration(data: DataSet, seed: int, samples: int) -> Batches:
     """The same random training samples, normalised, not augmented, in batches of 128, at each call."""
     generator = torch.Generator().manual_seed(seed)
@@ -296,7 +304,7 @@ def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> N
     else:
         parent = load_trained(setup.space, start.plan, start.folder).to(device)
     fresh.eval().to(device)
-    warm_start(parent, fresh, calibration(data, setup.seed, TRANSFORM_SAMPLES))
+    warm_start(parent, fresh, calibration(data, setup.seed, transform_samples(setup.space)))
     return fresh.to(memory_format=setup.numerics.memory_format)
 
 

@@ -212,6 +212,24 @@ def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: S
     return replace(space, nodes=tuple(map(changed, space.nodes)))
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation that networks trained on ImageNet mostly want."""
+
+
+def normalising(space: Macroarchitecture, text: str | None) -> Macroarchitecture:
+    """The same network for images that are normalised as ``imagenet`` or ``MEAN/STD`` say, a number a channel in each.
+
+    Raises FnetError for what does not say that.
+    """
+    if text is None:
+        return space
+    try:
+        mean, std = IMAGENET if text == "imagenet" else (tuple(map(float, one.split(","))) for one in text.split("/"))
+    except ValueError:
+        raise FnetError(f"--normalise {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
+    return replace(space, mean=mean, std=std)
+
+
 def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
     """The same network, to be factorized where a factorization pays: convolutions of a kernel larger than 1, without
     groups, but for those that read the image."""

@@ -83,6 +83,13 @@ def space_options(command: Any) -> Any:
             "one of torchvision's (DEFAULT), or own for those that it comes with. Candidates start from them.",
         ),
         click.option(
+            "--normalise",
+            metavar="MEAN/STD",
+            show_default="with those of the training images",
+            help="What its weights want images normalised with, a channel in [0, 1]: imagenet, or a number a channel, "
+            "as in 0.5,0.5,0.5/0.2,0.2,0.2.",
+        ),
+        click.option(
             "--factorize",
             metavar="PATTERN",
             multiple=True,

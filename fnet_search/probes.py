@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
-from fnet_search.evaluate import TRANSFORM_SAMPLES, Setup, Start, calibration, folded_for, load_quantized, load_trained
+from fnet_search.evaluate import Setup, Start, calibration, folded_for, load_quantized, load_trained, transform_samples
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Activation, BatchNorm
 from fnet_search.macro import INPUT, Macroarchitecture, Node
@@ -198,7 +198,7 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
 
     images = probed_images(data)
     batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
-    samples = [floats(_faster(x))[0] for x in calibration(data, setup.seed, TRANSFORM_SAMPLES)()]
+    samples = [floats(_faster(x))[0] for x in calibration(data, setup.seed, transform_samples(setup.space))()]
     given, logits = zip(*map(floats, batches), strict=True)
     return _Fed(
         torch.cat(samples),

@@ -29,6 +29,7 @@ from fnet_search.evaluate import (
     load_trained,
     measure,
     prepare,
+    transform_samples,
     unfinished,
 )
 from fnet_search.export import quantized_model
@@ -620,3 +621,11 @@ def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_pa
     assert found.fp32_accuracy is not None
     assert found.fp32_accuracy > 0.3
     assert found.accuracies[-1] == pytest.approx(found.fp32_accuracy, abs=0.03)
+
+
+def test_fewer_samples_of_large_images_are_fitted() -> None:
+    """A quarter of a gigabyte of float32 at most, but 32 images at least."""
+    assert transform_samples(load_space("factorizenet")) == 256
+    wide = sequence((3, 224, 224), c=Conv(64, (7, 7), (2, 2), (3, 3)), f=Flatten(), d=Dense(2))
+    assert transform_samples(wide) == 2**26 // (64 * 112 * 112)
+    assert transform_samples(sequence((3, 1024, 1024), c=Conv(64, (1, 1)), f=Flatten(), d=Dense(2))) == 32

@@ -273,12 +273,25 @@ def test_how_images_are_normalised_is_kept(folder: Path, tmp_path: Path) -> None
     assert load_space(str(tmp_path / "n.toml")) == space != plain
 
 
+SEARCH = ("run", "--policy", "reverse-pyramid", "--final-epochs", "0")
 RUN = ("--dataset", "digits", "--input", "1x8x8", "--epochs", "1", *PLAIN)
 
 
 def test_a_search_on_a_network_of_ones_own(folder: Path, fnet: Callable[..., Result]) -> None:
     """From start to an audited file; what is done to the run afterwards needs no code."""
-    asked = ("run", "--space", "mine.py:wide", "--budget", "50%", "--trials", "2", "--final-epochs", "0", *RUN)
+    asked = (
+        "run",
+        *PYRAMID,
+        "--space",
+        "mine.py:wide",
+        "--budget",
+        "50%",
+        "--trials",
+        "2",
+        "--final-epochs",
+        "0",
+        *RUN,
+    )
     code, out, err = fnet(*asked)
     assert code == 0, err
     (run,) = (folder / "runs").iterdir()
@@ -294,8 +307,20 @@ def test_a_search_on_a_network_of_ones_own(folder: Path, fnet: Callable[..., Res
 def test_a_search_from_trained_weights(folder: Path, fnet: Callable[..., Result]) -> None:
     """The network itself is taken as it is; candidates start from it."""
     stored(folder)
-    asked = ("run", "--space", "mine.py:make", "--budget", "70%", "--trials", "1", "--final-epochs", "0", *RUN)
-    code, _, err = fnet(*asked, "--weights", "w.pth")
+    asked = (
+        "run",
+        *PYRAMID,
+        "--space",
+        "mine.py:make",
+        "--budget",
+        "70%",
+        "--trials",
+        "1",
+        "--final-epochs",
+        "0",
+        *RUN,
+    )
+    code, _, err = fnet(*asked, "--weights", "w.pth", "--normalise", "0.3/0.4")
     assert code == 0, err
     (run,) = (folder / "runs").iterdir()
     reference, *others = (read_evaluation(path) for path in sorted(run.glob("candidates/*/evaluation.json")))
@@ -306,22 +331,24 @@ def test_a_search_from_trained_weights(folder: Path, fnet: Callable[..., Result]
     weights = load_space("mine.py:make", (1, 8, 8), "w.pth").weights
     assert weights is not None
     assert all(torch.equal(kept[name], value) for name, value in weights.items())
-    code, _, err = fnet(*asked, "--weights", "w.safetensors")
+    data = json.loads((run / "config.json").read_text())["data"]
+    assert (data["mean"], data["std"]) == ([0.3], [0.4])
+    code, _, err = fnet(*asked, "--weights", "w.safetensors", "--normalise", "0.3/0.4")
     assert code == 0, err  # the same weights from another file
     torch.save({name: value + 1 for name, value in stored(folder).state_dict().items()}, "w.pth")
-    code, _, err = fnet(*asked, "--weights", "w.pth")
+    code, _, err = fnet(*asked, "--weights", "w.pth", "--normalise", "0.3/0.4")
     assert code == 2
     assert "was made with another configuration (weights: " in err
 
 
 def test_other_classes_want_training(folder: Path, fnet: Callable[..., Result]) -> None:
     (folder / "mine.py").write_text(MODEL.replace("nn.Linear(width, 10)", "nn.Linear(width, 7)"))
-    asked = ("run", "--space", "mine.py:make", "--weights", "own", "--budget", "70%", "--trials", "1", *RUN)
+    asked = (*SEARCH, "--space", "mine.py:make", "--weights", "own", "--budget", "70%", "--trials", "1", *RUN)
     code, _, err = fnet(*asked)
     assert code == 2
     assert "the weights of mine are for 7 classes, the data set has 10" in err
     assert not list((folder / "runs").glob("*/config.json"))
-    code, _, err = fnet(*asked, "--finetune", "--final-epochs", "0")
+    code, _, err = fnet(*asked, "--finetune")
     assert code == 0, err
     (run,) = (folder / "runs").iterdir()
     assert json.loads((run / "config.json").read_text())["recipe"]["name"] == "finetune"
@@ -358,6 +385,10 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
         (("--weights", "own", "--no-warm-start"), "leave --weights or --no-warm-start out"),
         (("--input", "8x8"), "--input 8x8: write channels, height and width, as in 3x224x224"),
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
+        (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),
+        (("--normalise", "0.5/x"), "--normalise 0.5/x: write imagenet"),
+        (("--normalise", "imagenet"), "mean must be 1 numbers, one a channel"),
+        (("--normalise", "0.5/0"), "std must be positive, got [0.0]"),
         (("--factorize", "bdy"), "'bdy' matches no convolution without groups of space 'mine'; did you mean 'body'?"),
         (("--space", "tiny", "--weights", "own"), "--weights is of networks that are imported; space "),
         (("--space", "tiny", "--input", "1x8x8"), "--input is of networks that are imported; space "),

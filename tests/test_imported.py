@@ -279,19 +279,7 @@ RUN = ("--dataset", "digits", "--input", "1x8x8", "--epochs", "1", *PLAIN)
 
 def test_a_search_on_a_network_of_ones_own(folder: Path, fnet: Callable[..., Result]) -> None:
     """From start to an audited file; what is done to the run afterwards needs no code."""
-    asked = (
-        "run",
-        *PYRAMID,
-        "--space",
-        "mine.py:wide",
-        "--budget",
-        "50%",
-        "--trials",
-        "2",
-        "--final-epochs",
-        "0",
-        *RUN,
-    )
+    asked = (*SEARCH, "--space", "mine.py:wide", "--budget", "50%", "--trials", "2", *RUN)
     code, out, err = fnet(*asked)
     assert code == 0, err
     (run,) = (folder / "runs").iterdir()
@@ -307,19 +295,7 @@ def test_a_search_on_a_network_of_ones_own(folder: Path, fnet: Callable[..., Res
 def test_a_search_from_trained_weights(folder: Path, fnet: Callable[..., Result]) -> None:
     """The network itself is taken as it is; candidates start from it."""
     stored(folder)
-    asked = (
-        "run",
-        *PYRAMID,
-        "--space",
-        "mine.py:make",
-        "--budget",
-        "70%",
-        "--trials",
-        "1",
-        "--final-epochs",
-        "0",
-        *RUN,
-    )
+    asked = (*SEARCH, "--space", "mine.py:make", "--budget", "70%", "--trials", "1", *RUN)
     code, _, err = fnet(*asked, "--weights", "w.pth", "--normalise", "0.3/0.4")
     assert code == 0, err
     (run,) = (folder / "runs").iterdir()

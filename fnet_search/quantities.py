@@ -1,6 +1,7 @@
 """What users write for budgets, shares and counts."""
 
 import re
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 from fnet_search.errors import FnetError
@@ -77,3 +78,8 @@ def mmac(macs: int) -> str:
 def percent(share: float | None, digits: int = 2) -> str:
     """A fraction of 1 for people: ``97.25 %``."""
     return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """As in ``3x32x32``."""
+    return "x".join(map(str, shape))

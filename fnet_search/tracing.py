@@ -10,10 +10,9 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import StringIO
-from itertools import chain, pairwise
-from math import lcm, prod
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -21,52 +20,14 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fnet_search.errors import FnetError
-from fnet_search.layers import (
-    Activation,
-    Add,
-    BatchNorm,
-    Concat,
-    Conv,
-    Dense,
-    Flatten,
-    Function,
-    Layer,
-    Multiply,
-    Pool,
-    Reduction,
-    Resample,
-    Reshape,
-    Shape,
-    Shuffle,
-    Slice,
-)
+from fnet_search.layers import BatchNorm, Flatten, Layer, Moving, Resample, Reshape, Shape, Shuffle, Slice
 from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
 from fnet_search.network import module_key
-from fnet_search.tables import Pair
-
-aten = torch.ops.aten
+from fnet_search.operations import LAYERS, MOVES, NOTHING, WEIGHTS, Call
+from fnet_search.quantities import size_text
 
 BATCH = 2
 """Images that are traced: one could be taken for a dimension of size 1."""
-
-MOVES = {
-    aten.alias, aten.channel_shuffle, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten,
-    aten.narrow, aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
-    aten.transpose, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
-}  # fmt: skip
-"""Operators that only move values."""
-
-NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
-"""Operators that give what they read, in evaluation and float32."""
-
-FUNCTIONS: dict[Any, Function] = {
-    aten.relu: "relu",
-    aten.relu6: "relu6",
-    aten.hardswish: "hardswish",
-    aten.hardsigmoid: "hardsigmoid",
-    aten.sigmoid: "sigmoid",
-    aten.silu: "silu",
-}
 
 
 @dataclass(frozen=True)
@@ -100,7 +61,9 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
         except Exception as error:  # torch.export and the module raise what they like
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             larger = "; --input 3x224x224 would give it larger images" if shape[1] < 224 else ""
-            raise FnetError(f"cannot trace {name} for an input of {_text(shape)}: {reason.strip()}{larger}") from None
+            raise FnetError(
+                f"cannot trace {name} for an input of {size_text(shape)}: {reason.strip()}{larger}"
+            ) from None
 
 
 @contextmanager
@@ -194,10 +157,28 @@ class _Import:
         elif packet in NOTHING:
             self.values[node] = self.value(node.args[0])
         else:
-            layer = _LAYERS.get(packet)
-            if layer is None:
-                raise FnetError("no layer computes this")
-            self.values[node] = layer(self, node)
+            self.values[node] = self.layers(node, packet)
+
+    def layers(self, node: fx.Node, packet: Any) -> _Value:
+        """Places the layers of an operator that computes; returns what the last one gives."""
+        if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
+            raise FnetError("no layer computes this")
+        given = _arguments(node)
+        weights = {name: self.parameter(given[name]) for name in WEIGHTS if name in given}
+        read = [value for name, value in given.items() if name in ("input", "self", "other")] or given["tensors"]
+        values = [self.value(one) for one in read]
+        result = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
+        call = Call({**given, **weights}, [one.shape for one in values], tuple(result.shape[1:]))
+        found, name = LAYERS[packet](call), self.name_of(node)
+        if not found:
+            return values[0]
+        sources = [self.whole(one) for one in values]
+        for layer in found:
+            if isinstance(layer, Moving) and len(found) > 1:
+                sources = [self.rearranged(sources[0], layer, f"{name}.{layer.kind}")]
+            else:
+                sources = [self.place(self.unused(name), layer, sources, weights)]
+        return _Value(sources[0], self.shapes[sources[0]])
 
     def compute(self, node: fx.Node) -> None:
         """What does not hang on the image, as weights that are normalised, is a weight."""
@@ -224,16 +205,19 @@ class _Import:
         found: Tensor = self.parameters[name]
         return found.detach().float().clone()
 
-    def add(self, node: fx.Node, layer: Layer, *sources: _Value, **weights: Tensor | None) -> _Value:
-        """A layer that computes, with its weights."""
-        return self.place(self.unused(self.name_of(node)), layer, [self.whole(one) for one in sources], weights)
-
-    def place(self, name: str, layer: Layer, sources: list[str], weights: Mapping[str, Tensor | None]) -> _Value:
-        shape = layer.output_shape([self.shapes[source] for source in sources])
+    def place(
+        self, name: str, layer: Layer, sources: list[str], weights: Mapping[str, Tensor | None] | None = None
+    ) -> str:
+        """Adds a layer, with its weights; returns its name."""
+        self.shapes[name] = layer.output_shape([self.shapes[source] for source in sources])
         self.nodes.append(Node(name, layer, tuple(sources)))
-        self.shapes[name] = shape
-        self.weights |= {f"layers.{module_key(name)}.{part}": w for part, w in weights.items() if w is not None}
-        return _Value(name, shape)
+        held = {part: tensor for part, tensor in (weights or {}).items() if tensor is not None}
+        if isinstance(layer, BatchNorm):
+            mean = held["running_mean"]
+            counted = {"num_batches_tracked": torch.tensor(0)}
+            held = {"weight": torch.ones_like(mean), "bias": torch.zeros_like(mean), **held, **counted}
+        self.weights |= {f"layers.{module_key(name)}.{part}": tensor for part, tensor in held.items()}
+        return name
 
     # -- What only moves values
 
@@ -274,7 +258,7 @@ class _Import:
             return self.arranged(self.rearranged(source, Reshape((shape[0], 1, 1)), name), places, name)
         found = self.pixels(source, places, name) or self.channels(source, places, name)
         if found is None:
-            raise FnetError(f"no layer moves values like this, from {_text(shape)} to {_text(wanted)}")
+            raise FnetError(f"no layer moves values like this, from {size_text(shape)} to {size_text(wanted)}")
         return found
 
     def pixels(self, source: str, places: Tensor, name: str) -> str | None:
@@ -312,7 +296,7 @@ class _Import:
         """A layer that moves values, once for all that read it."""
         if (source, layer) not in self.moved:
             wanted = name if name in self.leaves else f"{name.rpartition('.')[0]}.{layer.kind}".lstrip(".")
-            self.moved[source, layer] = self.place(self.unused(wanted), layer, [source], {}).source
+            self.moved[source, layer] = self.place(self.unused(wanted), layer, [source])
         return self.moved[source, layer]
 
     # -- Names
@@ -342,219 +326,9 @@ def _operation(node: fx.Node) -> str:
     return {"cat": "concat", "mul": "multiply", "_native_batch_norm_legit_no_training": "batch_norm"}.get(name, name)
 
 
-def _text(shape: Shape) -> str:
-    return "x".join(map(str, shape))
-
-
-def _pair(value: object) -> Pair:
-    parts = cast(Sequence[int], value if isinstance(value, Sequence) else (value,))
-    return (parts[0], parts[-1]) if parts else (0, 0)
-
-
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """By name, with the defaults of the operator's schema."""
     schema = cast(torch._ops.OpOverload, node.target)._schema
     found = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
     found |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
     return {**found, **node.kwargs}
-
-
-def _require(good: bool, problem: str) -> None:
-    if not good:
-        raise FnetError(problem)
-
-
-# -- Operations that compute: each returns the value of its layer
-
-
-def _conv(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
-    assert weight is not None
-    _require(weight.ndim == 4, "only 2-D convolutions are layers")
-    kernel, stride, dilation = (weight.shape[2], weight.shape[3]), _pair(given["stride"]), _pair(given["dilation"])
-    padding = given["padding"]
-    if padding == "same":
-        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        _require(not any(size % 2 for size in both), "padding 'same' of an even kernel is not the same on both sides")
-        padding = [size // 2 for size in both]
-    pads = (0, 0) if padding == "valid" else _pair(padding)
-    layer = Conv(len(weight), kernel, stride, pads, dilation, given["groups"], bias is not None)
-    return self.add(node, layer, self.value(given["input"]), weight=weight, bias=bias)
-
-
-def _dense(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
-    assert weight is not None
-    return self.add(node, Dense(len(weight), bias is not None), self.value(given["input"]), weight=weight, bias=bias)
-
-
-def _batch_norm(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    value = self.value(given["input"])
-    mean, var = self.parameter(given["running_mean"]), self.parameter(given["running_var"])
-    assert mean is not None
-    assert var is not None
-    weight, bias = self.parameter(given["weight"]), self.parameter(given["bias"])
-    return self.add(
-        node,
-        BatchNorm(given["eps"]),
-        value,
-        weight=torch.ones_like(mean) if weight is None else weight,
-        bias=torch.zeros_like(mean) if bias is None else bias,
-        running_mean=mean,
-        running_var=var,
-        num_batches_tracked=torch.tensor(0),
-    )
-
-
-def _activation(self: _Import, node: fx.Node) -> _Value:
-    function = FUNCTIONS[cast(Any, node.target).overloadpacket]
-    return self.add(node, Activation(function), self.value(node.args[0]))
-
-
-def _clipped(self: _Import, node: fx.Node) -> _Value:
-    """ReLU6, as torch writes it: hardtanh or clamp from 0 to 6."""
-    given = _arguments(node)
-    bounds = given.get("min_val", given.get("min")), given.get("max_val", given.get("max"))
-    if bounds == (0, None):
-        return self.add(node, Activation("relu"), self.value(node.args[0]))
-    _require(bounds == (0, 6), f"of all ranges only 0 to 6, ReLU6, is a layer; this one is {bounds[0]} to {bounds[1]}")
-    return self.add(node, Activation("relu6"), self.value(node.args[0]))
-
-
-def _max_pool(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    _require(_pair(given["dilation"]) == (1, 1), "a pool with dilation is no layer")
-    kernel = _pair(given["kernel_size"])
-    layer = Pool("max", kernel, _step(given, kernel), _pair(given["padding"]), given["ceil_mode"])
-    return self.add(node, layer, self.value(node.args[0]))
-
-
-def _average_pool(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    _require(given["divisor_override"] is None, "an average pool with a divisor of its own is no layer")
-    kernel, padding, ceil = _pair(given["kernel_size"]), _pair(given["padding"]), given["ceil_mode"]
-    value = self.value(node.args[0])
-    counted = given["count_include_pad"] and padding != (0, 0)
-    plain = Pool("average", kernel, _step(given, kernel), padding, ceil)
-    ceil = plain.overhang(value.shape) != (0, 0)
-    _require(not (counted and ceil), "an average pool that counts its padding, with ceil_mode, is no layer")
-    return self.add(node, replace(plain, ceil=ceil, count_padding=counted), value)
-
-
-def _step(given: Mapping[str, Any], kernel: Pair) -> Pair | None:
-    stride = _pair(given["stride"]) if given["stride"] else kernel
-    return None if stride == kernel else stride
-
-
-def _adaptive(reduction: str) -> Callable[[_Import, fx.Node], _Value]:
-    def add(self: _Import, node: fx.Node) -> _Value:
-        value = self.value(node.args[0])
-        size = value.shape[1:]
-        wanted = tuple(
-            own if given is None else given
-            for own, given in zip(size, cast(Sequence[int | None], _listed(node.args[1])), strict=True)
-        )
-        if wanted == size:
-            return value
-        if wanted == (1, 1) and reduction == "average":
-            return self.add(node, Pool("global_average"), value)
-        windows = [_windows(*pair) for pair in zip(size, wanted, strict=True)]
-        rows, columns = (tuple(chain.from_iterable(one.places)) for one in windows)
-        if (rows, columns) != tuple(tuple(range(length)) for length in size):
-            value = self.add(node, Resample(rows, columns), value)
-        kernel = windows[0].length, windows[1].length
-        stride = windows[0].stride, windows[1].stride
-        kind: Reduction = "max" if reduction == "max" else "average"
-        return (
-            value
-            if kernel == (1, 1)
-            else self.add(node, Pool(kind, kernel, None if stride == kernel else stride), value)
-        )
-
-    return add
-
-
-def _listed(size: object) -> Sequence[object]:
-    parts = size if isinstance(size, Sequence) else (size,)
-    return parts if len(parts) == 2 else (parts[0], parts[0])
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """An adaptive pool along one side: windows of equal length over the pixels at `places`."""
-
-    places: tuple[Sequence[int], ...]
-    length: int
-    stride: int
-
-
-def _windows(size: int, wanted: int) -> _Windows:
-    """torch's: from floor(i size / wanted) to ceil((i + 1) size / wanted). Where they have different lengths or steps,
-    each one's pixels are repeated to a common multiple of the lengths: neither mean nor maximum changes."""
-    starts = [i * size // wanted for i in range(wanted)]
-    spans = [range(start, -(-(i + 1) * size // wanted)) for i, start in enumerate(starts)]
-    steps = {b - a for a, b in pairwise(starts)} or {size}
-    if len({len(span) for span in spans}) == len(steps) == 1 and 0 not in steps:
-        return _Windows((range(size),), len(spans[0]), steps.pop())
-    length = lcm(*map(len, spans))
-    return _Windows(
-        tuple(tuple(at for at in span for _ in range(length // len(span))) for span in spans), length, length
-    )
-
-
-def _mean(self: _Import, node: fx.Node) -> _Value:
-    given, value = _arguments(node), self.value(node.args[0])
-    axes = sorted(axis % 4 for axis in given["dim"] or ())
-    _require(len(value.shape) == 3 and axes == [2, 3], "of all means only that over height and width is a layer")
-    pooled = self.add(node, Pool("global_average"), value)
-    if given["keepdim"]:
-        return pooled
-    return self.placed(pooled.source, torch.arange(BATCH * value.shape[0]).view(BATCH, -1), self.name_of(node))
-
-
-def _joint(layer: Add | Multiply) -> Callable[[_Import, fx.Node], _Value]:
-    def add(self: _Import, node: fx.Node) -> _Value:
-        given = _arguments(node)
-        _require(given.get("alpha", 1) == 1, "a sum with a factor is no layer")
-        return self.add(node, layer, self.value(given["self"]), self.value(given["other"]))
-
-    return add
-
-
-def _concat(self: _Import, node: fx.Node) -> _Value:
-    given = _arguments(node)
-    parts = [self.value(part) for part in given["tensors"]]
-    axes = len(parts[0].shape) + 1
-    _require(given["dim"] % axes == 1, "tensors can be concatenated over their channels only")
-    return parts[0] if len(parts) == 1 else self.add(node, Concat(), *parts)
-
-
-def _nearest(self: _Import, node: fx.Node) -> _Value:
-    value = self.value(node.args[0])
-    size = tuple(node.meta["val"].shape[2:])
-    rows, columns = (
-        tuple(i * own // asked for i in range(asked)) for own, asked in zip(value.shape[1:], size, strict=True)
-    )
-    return self.add(node, Resample(rows, columns), value)
-
-
-_LAYERS: dict[Any, Callable[[_Import, fx.Node], _Value]] = {
-    aten.conv2d: _conv,
-    aten.linear: _dense,
-    aten._native_batch_norm_legit_no_training: _batch_norm,
-    **dict.fromkeys(FUNCTIONS, _activation),
-    aten.hardtanh: _clipped,
-    aten.clamp: _clipped,
-    aten.max_pool2d: _max_pool,
-    aten.avg_pool2d: _average_pool,
-    aten.adaptive_avg_pool2d: _adaptive("average"),
-    aten.adaptive_max_pool2d: _adaptive("max"),
-    aten.mean: _mean,
-    aten.add: _joint(Add()),
-    aten.mul: _joint(Multiply()),
-    aten.cat: _concat,
-    aten.upsample_nearest2d: _nearest,
-}

@@ -60,10 +60,9 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
             return program
         except Exception as error:  # torch.export and the module raise what they like
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            larger = "; --input 3x224x224 would give it larger images" if shape[1] < 224 else ""
-            raise FnetError(
-                f"cannot trace {name} for an input of {size_text(shape)}: {reason.strip()}{larger}"
-            ) from None
+            advice = "; --input 3x224x224 would give it larger images" if shape[1] < 224 else ""
+            said = f"{reason.strip()}{advice}"
+            raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
 
 
 @contextmanager
@@ -285,6 +284,8 @@ class _Import:
             order = torch.arange(shape[0]).view(groups, -1).T.flatten()
             start = int((order == chosen[0]).nonzero()[0])
             if torch.equal(chosen, order[start : start + len(chosen)]):
+                if groups > 1 and len(shape) == 1:
+                    source = self.rearranged(source, Reshape((shape[0], 1, 1)), name)
                 if groups > 1:
                     source = self.rearranged(source, Shuffle(groups), name)
                 if len(chosen) < shape[0]:

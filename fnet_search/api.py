@@ -36,7 +36,7 @@ def search(
     min_quint8: str | float | None = None,
     max_drop: str | float | None = None,
     max_params: str | int | None = None,
-    policy: Policy | str = "reverse-pyramid",
+    policy: Policy | str = "layer-guided",
     trials: int = 6,
     recipe: Recipe | str | None = None,
     epochs: int | None = None,

@@ -103,7 +103,7 @@ def _shared(command: Any) -> Any:
 @click.option("--max-params", help="Most parameters, as in 2M.")
 @click.option(
     "--policy",
-    default="reverse-pyramid",
+    default="layer-guided",
     help="What proposes plans: layer-guided, greedy, fisher, progressive-doubling, reverse-pyramid, tpe, nsga2, "
     "random, or an installed plug-in.",
 )

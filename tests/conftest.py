@@ -21,7 +21,7 @@ Result = tuple[int, str, str]
 TINY = ("--space", "tiny", "--budget", "100%")
 PLAIN = ("--workers", "1", "--dtype", "float32", "--no-fused")
 """The same bits in all runs, and no kernels to compile, which costs seconds."""
-SMALL = (*TINY, "--epochs", "1", "--trials", "2", "--no-warm-start", *PLAIN)
+SMALL = (*TINY, "--policy", "reverse-pyramid", "--epochs", "1", "--trials", "2", "--no-warm-start", *PLAIN)
 
 
 def files_in(folder: Path) -> Files:

@@ -195,7 +195,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         ),
         (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/; pass --download, or --data-dir"),
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
-        (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: paper, quick"),
+        (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: finetune, paper, quick"),
         (("run", *TINY, "--ranges", "percentile:60"), "write minmax, mse or percentile:P with 0 <= P < 50"),
         (("run", *TINY, "--min-quint8", "80"), "--min-quint8 '80' must be above 0 and at most 1; write 0.8 or 80%"),
         (("run", *TINY, "--min-quint8", ""), "--min-quint8 '' must be above 0 and at most 1; write 0.8 or 80%"),
@@ -525,6 +525,7 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
         out, err = run.communicate()
         assert (run.returncode, err) == (0, "")
         said.append(out.splitlines())
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["policy"] == "layer-guided"
     assert said[0][1] == "measuring what this device is fast with ..."
     assert not any("measuring what" in line for line in said[1]), "what was measured is recorded"
     begun = [next(line for line in lines if line.startswith("study run in run: ")) for lines in said]
@@ -551,7 +552,8 @@ def test_fused_norms_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
 def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It can be looked at; to go on, or to begin one like it, takes a compiler: nothing is lost for the lack of one."""
-    arguments = ("run", *TINY, "--epochs", "1", "--no-warm-start", "--workers", "1", "--out", "run")
+    arguments = ("run", *TINY, "--policy", "random", "--epochs", "1", "--no-warm-start", "--workers", "1")
+    arguments += ("--out", "run")
     first = process(*arguments, "--trials", "1", "--dtype", "float32", "--fused", cwd=tmp_path)
     out, err = first.communicate()
     assert (first.returncode, err) == (0, "")

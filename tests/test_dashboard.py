@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three pyramids, the first refused, on digits."""
     cwd = tmp_path_factory.mktemp("dashboard")
     asked = ("--space", "tiny", "--budget", "80%", "--epochs", "1", "--trials", "2", "--final-epochs", "0")
-    done = process("run", *asked, "--out", EVIL, *PLAIN, cwd=cwd)
+    done = process("run", "--policy", "reverse-pyramid", *asked, "--out", EVIL, *PLAIN, cwd=cwd)
     _, err = done.communicate()
     assert done.returncode == 0, err
     return cwd / EVIL

@@ -74,8 +74,8 @@ def search(
     loaded = _space(space, dataset, input_shape, weights, normalise, factorize, keep)
     if not legal_rates(loaded):
         raise FnetError(
-            f"there is nothing to factorize in {loaded.name}: all convolutions behind the first have groups, or a "
-            "kernel of 1; name some with --factorize, or quantize it as it is: fnet-search evaluate --plan regular"
+            f"there is nothing to factorize in {loaded.name}: name convolutions with --factorize (in a TOML file, set "
+            "factorize = true), or quantize it as it is: fnet-search evaluate --plan regular"
         )
     limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop)
     chosen = load_policy(policy) if isinstance(policy, str) else check_policy(policy, type(policy).__name__)
@@ -180,6 +180,8 @@ def _request(
     """What both calls ask for."""
     if finetune and space.weights is None:
         raise FnetError("--finetune is of networks with weights; name them with --weights")
+    if epochs is not None:
+        _at_least(1, epochs=epochs)
     default = "finetune" if finetune else "quick"
     if not 0 <= seed < 2**32:
         raise FnetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")

@@ -180,7 +180,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
     ("arguments", "message"),
     [
         (("rnu",), "unknown command 'rnu'; did you mean 'run'?"),
-        (("serach",), "unknown command 'serach'; known: run, evaluate, show, report"),
+        (("serach",), "unknown command 'serach'; known: run, evaluate, show, list, report"),
         (("run",), "Missing option '--budget'."),
         (("run", *TINY, "more"), "Got unexpected extra argument (more)"),
         (("run", *TINY, "--polcy", "tpe"), "'--policy'"),
@@ -292,7 +292,11 @@ TAIL = '    { name = "flat", kind = "flatten" },\n    { name = "out", kind = "de
             HEAD + '    { name = "a", kind = "covn", out_channels = 4 },\n',
             "line 5: layer 'a' (number 1): unknown layer kind 'covn'; did you mean 'conv'?",
         ),
-        ("--space", HEAD + '    { name = "a", kind = "conv", out_channels = 4 },\n', "has no factorizable layer"),
+        (
+            "--space",
+            HEAD + '    { name = "a", kind = "conv", out_channels = 4 },\n',
+            "nothing to factorize in mine: name convolutions",
+        ),
         ("--space", bytes(range(256)), "cannot read space mine.toml: 'utf-8' codec can't decode"),
         ("--recipe", "epochs = 1\nbatch_size = 64\n", "mine.toml: a recipe needs 'learning_rate'"),
         ("--recipe", "epochs = 1\nbatch_size = 64\nlearning_rate = nan\n", "learning_rate must be positive"),

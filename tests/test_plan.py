@@ -266,7 +266,9 @@ def test_nothing_to_factorize() -> None:
     space = chain(8)
     assert dict(cost_table(space).by_layer) == {}
     assert plan_cost(space, regular(space)) == network_cost(space)
-    with pytest.raises(
-        FnetError, match="space 'chain' has no factorizable layer; set factorize = true on a conv layer"
-    ):
-        parse_plan(space, "regular")
+    assert parse_plan(space, "regular") == regular(space)
+    assert named_plans(space) == {"regular": regular(space), "dws": regular(space)}
+    assert label(space, regular(space)) == "regular"
+    for other in ("f2", "init1", "dws", "conv=2"):
+        with pytest.raises(FnetError, match="space 'chain' has no factorizable layer; set factorize = true on a conv"):
+            parse_plan(space, other)

@@ -161,7 +161,7 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
         **{"device": "cpu", "dtype": "float32", "channels_last": True, "threads": 1},
         **{"fused": False, "group_widths": [1, 2, 4, 8, 16], "alone_threads": 1},
     }
-    assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False}
+    assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False, "finetune": False}
     assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
     assert (config["seed"], config["split"], config["study"], config["storage"]) == (3, "validation", "whole", None)
     assert config["recipe"]["epochs"] == 1
@@ -491,7 +491,7 @@ def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Eve
     assert outcome.winner is not None
     assert outcome.winner.role != "reference"
     assert json.loads((folder / "config.json").read_text())["fidelity"] == {
-        **{"warm_start": True, "warm_epochs": 1, "prune": True}
+        **{"warm_start": True, "warm_epochs": 1, "prune": True, "finetune": False}
     }
     table = pd.read_csv(folder / "candidates.csv")
     assert table["role"].tolist() == ["reference", "candidate", "candidate", "final"]

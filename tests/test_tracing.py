@@ -83,7 +83,8 @@ def test_networks_of_torchvision(name: str) -> None:
     assert len(chosen) == sum(one.groups == 1 for one in spatial)
 
 
-AUDITED = ("resnet18", "mobilenet_v3_small", "densenet121", "regnet_y_400mf", "shufflenet_v2_x1_0", "squeezenet1_1")
+AUDITED = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
+"""Of each kind one; `benchmarks/imports.py` has all."""
 
 
 @pytest.mark.parametrize("name", AUDITED)
@@ -291,7 +292,7 @@ def test_an_example_of_the_wrong_shape() -> None:
 
 
 def test_a_factorized_import_is_a_network() -> None:
-    space = Macroarchitecture.from_module(built("googlenet"), images(1, 3, 64, 64), "g")
+    space = Macroarchitecture.from_module(built("squeezenet1_1"), images(1, 3, 64, 64), "s")
     layers = legal_rates(space)
     plan = make_plan(space, {layer: rates[-1] for layer, rates in layers.items()})
     network = factorize(space, plan)

@@ -208,11 +208,11 @@ def show(
 
     space = normalising(load_space(space_name, parse_shape(input_shape), weights), normalise)
     space = factorizing(space, factorize, keep)
-    if save is not None:
-        if save.suffix != ".toml":
-            raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
-        save_space(space, save)
     plan = parse_plan(space, plan_text)
+    if save is not None and save.suffix != ".toml":
+        raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
+    if save is not None and not save.parent.is_dir():
+        raise FnetError(f"--save {save}: the folder {save.parent} does not exist")
     if draw is not None:
         from fnet_search.draw import draw as draw_network
 
@@ -221,6 +221,8 @@ def show(
         if not draw.parent.is_dir():
             raise FnetError(f"--draw {draw}: the folder {draw.parent} does not exist")
         draw_network(space, draw, plan)
+    if save is not None:
+        save_space(space, save)
     if as_json:
         click.echo(json.dumps(_described(space, plan), indent=2))
     else:

@@ -22,6 +22,7 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.tracing import from_module
 from fnet_search.weights import read_tensors
 
+NO_STATE = "{} does not hold a state dict alone; save one with torch.save(model.state_dict(), PATH)"
 OWN = "own"
 """The name of the weights that a module has as it is made."""
 
@@ -59,11 +60,6 @@ def load_imported(
     space = from_module(model, torch.zeros(1, *shape), title)
     space = replace(space, description=f"imported from {name}")
     return replace(space, mean=mean, std=std, weights=None if weights is None else space.weights)
-
-
-def is_imported(name: str) -> bool:
-    """Whether a name of a space is of one that is imported."""
-    return ":" in name and not name.endswith(".toml")
 
 
 def torchvision_names() -> list[str]:
@@ -112,7 +108,7 @@ def _made(where: str, what: str) -> nn.Module:
             model = made if isinstance(made, nn.Module) else made()
     except FnetError as error:
         raise FnetError(f"space {name}: {error}") from None
-    except Exception as error:  # a user's code raises what it likes
+    except (Exception, SystemExit) as error:  # a user's code raises what it likes
         raise FnetError(f"space {name}: {type(error).__name__}: {_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
@@ -142,7 +138,7 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
@@ -154,8 +150,9 @@ def _channels(model: nn.Module) -> int:
 
 def _fill(model: nn.Module, path: str) -> None:
     """Loads a state dict from a file. No pickled object is ever made: safetensors, or torch's weights_only."""
-    state = _state(Path(path))
-    own = model.state_dict()
+    state, own = _state(Path(path)), model.state_dict()
+    if all(name.startswith("module.") for name in state) and not any(name.startswith("module.") for name in own):
+        state = {name.removeprefix("module."): value for name, value in state.items()}  # of nn.DataParallel
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     extra = [name for name in state if name not in own]
     if missing or extra:
@@ -176,11 +173,13 @@ def _state(path: Path) -> Mapping[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch would tell how to load it all the same
+        raise FnetError(NO_STATE.format(path)) from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise FnetError(f"cannot read weights {path}: {_line(error)}") from None
     for key in ("state_dict", "model"):  # as training scripts save them
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise FnetError(f"{path} does not hold a state dict; save one with torch.save(model.state_dict(), PATH)")
-    return {name.removeprefix("module."): value for name, value in found.items()}
+        raise FnetError(NO_STATE.format(path))
+    return found

@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from fnet_search import resources
 from fnet_search.errors import FnetError, nearest, unknown
 from fnet_search.files import write_text
 from fnet_search.layers import KINDS, Conv, Dense, Layer, Shape
-from fnet_search.tables import build, is_int
+from fnet_search.tables import Pair, build, is_int
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,11 +72,11 @@ class Macroarchitecture:
     def __post_init__(self) -> None:
         if len(self.input_shape) != 3 or min(self.input_shape) < 1:
             raise FnetError(f"input must be three positive integers [C, H, W], got {list(self.input_shape)}")
-        for name, values in (("mean", self.mean), ("std", self.std)):
+        for values in (self.mean, self.std):
             if len(values) not in (0, self.input_shape[0]) or len(self.mean) != len(self.std):
-                raise FnetError(f"{name} must be {self.input_shape[0]} numbers, one a channel, with mean and std given")
-        if not all(value > 0 for value in self.std):
-            raise FnetError(f"std must be positive, got {list(self.std)}")
+                raise FnetError(f"mean and std must be {self.input_shape[0]} numbers each, one a channel")
+        if not all(map(isfinite, self.mean)) or not all(0 < value < inf for value in self.std):
+            raise FnetError(f"mean must be finite and std positive, got {list(self.mean)} and {list(self.std)}")
         position = self._check_edges()
         graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_node(INPUT)
@@ -114,8 +115,9 @@ class Macroarchitecture:
         """Imports a torch module, as it computes in evaluation mode, with its weights, for images like `example_input`,
         [N, C, H, W]. `network.pretrained` builds it.
 
-        Traced by `torch.export`. Convolutions of a kernel larger than 1, without groups, may be factorized, but for the
-        first layer; `factorizing` changes that. Raises FnetError, naming node and operation, for what is no layer here.
+        Traced by `torch.export`; what the output does not hang on is left out. Convolutions of a kernel larger than 1,
+        without groups, may be factorized, but for the first layer; `factorizing` changes that. Raises FnetError, naming
+        node and operation, for what is no layer here.
         """
         from fnet_search.tracing import from_module  # torch takes seconds to import
 
@@ -260,6 +262,8 @@ def load_space(
     of imported networks: see `imported.load_imported`. Raises FnetError, with
     the layer and its line, for whatever is wrong with it.
     """
+    if name.endswith(".py"):
+        raise FnetError(f"space {name}: name the function too, as in {name}:make")
     if ":" in name and not name.endswith(".toml"):
         from fnet_search.imported import load_imported  # torch takes seconds to import
 
@@ -361,7 +365,8 @@ def to_toml(space: Macroarchitecture) -> str:
         for option in fields(node.layer):
             value = getattr(node.layer, option.name)
             if value != option.default:
-                entry[option.name] = value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+                pair = option.type in (Pair, Pair | None)
+                entry[option.name] = value[0] if pair and value[0] == value[1] else value
         if node.inputs != (before,):
             entry["inputs"] = list(node.inputs)
         layers.append(entry)

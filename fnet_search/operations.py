@@ -43,6 +43,9 @@ MOVES = {
 NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
 """Operators that give what they read, in evaluation and float32."""
 
+NEUTRAL = {aten.add: 0, aten.mul: 1}
+"""Numbers that change nothing: Python's ``sum`` begins with one."""
+
 
 @dataclass(frozen=True)
 class Call:

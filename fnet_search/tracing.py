@@ -23,7 +23,7 @@ from fnet_search.errors import FnetError
 from fnet_search.layers import BatchNorm, Flatten, Layer, Moving, Resample, Reshape, Shape, Shuffle, Slice
 from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
 from fnet_search.network import module_key
-from fnet_search.operations import LAYERS, MOVES, NOTHING, WEIGHTS, Call
+from fnet_search.operations import LAYERS, MOVES, NEUTRAL, NOTHING, WEIGHTS, Call
 from fnet_search.quantities import size_text
 
 BATCH = 2
@@ -43,6 +43,9 @@ class _Value:
 
 def from_module(model: nn.Module, example_input: Tensor, name: str = "") -> Macroarchitecture:
     """See `Macroarchitecture.from_module`."""
+    odd = next((one.dtype for one in model.parameters() if one.dtype != torch.float32), None)
+    if odd is not None:
+        raise FnetError(f"the weights are {str(odd).removeprefix('torch.')}; call float() of the module first")
     if example_input.ndim != 4:
         raise FnetError(f"the example input must be [N, C, H, W], got shape {list(example_input.shape)}")
     shape = (example_input.shape[1], example_input.shape[2], example_input.shape[3])
@@ -60,7 +63,8 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
             return program
         except Exception as error:  # torch.export and the module raise what they like
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            advice = "; --input 3x224x224 would give it larger images" if shape[1] < 224 else ""
+            small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
+            advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
             said = f"{reason.strip()}{advice}"
             raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
 
@@ -101,6 +105,7 @@ class _Import:
         self.moved: dict[tuple[str, Layer], str] = {}
         self.values: dict[fx.Node, _Value | Sequence[_Value]] = {}
         signature = program.graph_signature
+        self.outputs = set(signature.user_outputs)
         self.parameters: dict[str, Any] = {}
         known = {**program.constants, **program.state_dict}
         for held in (signature.inputs_to_parameters, signature.inputs_to_buffers):
@@ -117,13 +122,15 @@ class _Import:
                     where = self.name_of(node)
                     raise FnetError(f"cannot import {name}: {where!r} ({_operation(node)}): {error}") from None
             elif node.op == "output":
-                (outputs,) = node.args
-                logits = self.values.get(outputs[0]) if len(outputs) == 1 else None
+                given = [one for one in node.args[0] if one is not None and one.name in self.outputs]
+                logits = self.values.get(given[0]) if len(given) == 1 else None
                 if not isinstance(logits, _Value):
-                    raise FnetError(f"cannot import {name}: one tensor of logits is needed, it gives {len(outputs)}")
-                last = self.whole(logits)
+                    raise FnetError(f"cannot import {name}: one tensor of logits is needed, it gives {len(given)}")
+                last, shape = self.whole(logits), logits.shape
         if last == INPUT:
             raise FnetError(f"cannot import {name}: it computes nothing")
+        if len(shape) != 1:
+            raise FnetError(f"cannot import {name}: it gives {size_text(shape)}, not logits; flatten it")
         return beyond_the_first(Macroarchitecture(name, self.shape, self.needed(last), weights=self.weights))
 
     def needed(self, last: str) -> tuple[Node, ...]:
@@ -141,6 +148,8 @@ class _Import:
         """Gives a node of the trace its value; what it computes becomes a layer."""
         target = node.target
         if all(source.name in self.parameters for source in node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+                raise FnetError("it is drawn at random")
             self.compute(node)
             return
         if target is operator.getitem:
@@ -163,6 +172,8 @@ class _Import:
         if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
             raise FnetError("no layer computes this")
         given = _arguments(node)
+        if given.get("other") == NEUTRAL.get(packet, ()):
+            return self.value(given["self"])
         weights = {name: self.parameter(given[name]) for name in WEIGHTS if name in given}
         read = [value for name, value in given.items() if name in ("input", "self", "other")] or given["tensors"]
         values = [self.value(one) for one in read]
@@ -253,6 +264,7 @@ class _Import:
                 return self.rearranged(source, Flatten(), name)
             if len(wanted) == 3:
                 return self.rearranged(source, Reshape((wanted[0], wanted[1], wanted[2])), name)
+            raise FnetError(f"layers read vectors or feature maps, not {size_text(wanted)}")
         if len(shape) == 1 and len(wanted) == 3:
             return self.arranged(self.rearranged(source, Reshape((shape[0], 1, 1)), name), places, name)
         found = self.pixels(source, places, name) or self.channels(source, places, name)

@@ -186,7 +186,7 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
     (folder / "evil.pth").write_bytes(pickle.dumps(Evil()))
     torch.save({"weight": Evil()}, folder / "hidden.pth")
     for name in ("evil.pth", "hidden.pth"):
-        with pytest.raises(FnetError, match=f"cannot read weights {name}"):
+        with pytest.raises(FnetError, match=f"{name} does not hold a state dict alone"):
             load_space("mine.py:make", (1, 6, 6), name)
     assert not (folder / "evil").exists()
 
@@ -198,6 +198,7 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
         ("empty.pth", r"cannot read weights empty.pth: "),
         ("cut.safetensors", r"cannot read weights cut.safetensors: "),
         ("list.pth", r"list.pth does not hold a state dict"),
+        ("whole.pth", r"whole.pth does not hold a state dict alone; save one with torch.save\(model.state_dict"),
         ("less.pth", r"the weights in less.pth do not fit: 'head.bias' is missing"),
         ("more.pth", r"the weights in more.pth do not fit: 'extra' is not of this network"),
         ("wide.pth", r"the weights in wide.pth do not fit: size mismatch for "),
@@ -206,6 +207,7 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
 def test_weights_that_do_not_fit(folder: Path, file: str, complaint: str) -> None:
     state = stored(folder).state_dict()
     torch.save([1, 2], folder / "list.pth")
+    torch.save(stored(folder), folder / "whole.pth")
     torch.save({name: value for name, value in state.items() if name != "head.bias"}, folder / "less.pth")
     torch.save({**state, "extra": torch.zeros(1)}, folder / "more.pth")
     torch.save({**state, "head.bias": torch.zeros(11)}, folder / "wide.pth")
@@ -251,10 +253,11 @@ def test_a_large_import_comes_back(tmp_path: Path) -> None:
         ("weights = 3", r"name, description and weights must be strings"),
         ('weights = "gone.safetensors"', r"cannot read weights .*gone.safetensors"),
         ('weights = "other.safetensors"', r"other.safetensors does not hold the weights of space 'mine': "),
-        ("mean = [0.5]", r"with mean and std given"),
+        ("mean = [0.5]", r"mean and std must be 1 numbers each, one a channel"),
+        ("mean = [nan]\nstd = [1]", r"mean must be finite"),
         ("mean = 0.5", r"mean and std must be lists of numbers"),
-        ("mean = [0.5]\nstd = [0]", r"std must be positive, got \[0\]"),
-        ("mean = [0.5, 0.5]\nstd = [1, 1]", r"mean must be 1 numbers, one a channel"),
+        ("mean = [0.5]\nstd = [0]", r"std positive, got \[0.5\] and \[0\]"),
+        ("mean = [0.5, 0.5]\nstd = [1, 1]", r"mean and std must be 1 numbers each"),
         ("weight = 3", r"unknown key 'weight'; did you mean 'weights'?"),
     ],
 )
@@ -363,8 +366,8 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
         (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),
         (("--normalise", "0.5/x"), "--normalise 0.5/x: write imagenet"),
-        (("--normalise", "imagenet"), "mean must be 1 numbers, one a channel"),
-        (("--normalise", "0.5/0"), "std must be positive, got [0.0]"),
+        (("--normalise", "imagenet"), "mean and std must be 1 numbers each, one a channel"),
+        (("--normalise", "0.5/0"), "std positive, got [0.5] and [0.0]"),
         (("--factorize", "bdy"), "'bdy' matches no convolution without groups of space 'mine'; did you mean 'body'?"),
         (("--space", "tiny", "--weights", "own"), "--weights is of networks that are imported; space "),
         (("--space", "tiny", "--input", "1x8x8"), "--input is of networks that are imported; space "),

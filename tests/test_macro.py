@@ -398,3 +398,28 @@ def test_resnet20_is_the_one_of_its_paper() -> None:
     skips, norms = 16 * 32 + 32 * 64, 2 * (7 * 16 + 7 * 32 + 7 * 64)
     assert network_cost(space).params == body + skips + norms + 64 * 10 + 10
     assert len(factorizable(space)) == 18
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Resample((0, 0), (1, 1)),
+        Resample((0,), (2,)),
+        Resample((3, 3, 1), (0, 2)),
+        Reshape((8, 8, 1)),
+        Slice(1, 2),
+        Shuffle(2),
+        Pool("average", (3, 3), (1, 1), count_padding=True),
+        Pool("max", (2, 2), ceil=True),
+    ],
+    ids=str,
+)
+def test_every_layer_survives_toml(layer: Layer) -> None:
+    nodes = (Node("l", layer, (INPUT,)), Node("f", Flatten(), ("l",)))
+    space = Macroarchitecture("s", (4, 4, 4), nodes)
+    assert parse_space(to_toml(space)) == space
+
+
+def test_a_file_of_code_wants_its_function(tmp_path: Path) -> None:
+    with pytest.raises(FnetError, match=r"space net.py: name the function too, as in net.py:make"):
+        load_space("net.py")

@@ -170,6 +170,7 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "part of a vector": (lambda x: torch.cat([x.mean((2, 3))[:, 4:], x.mean((2, 3))[:, :4]], 1), {}),
     "shuffle of a vector": (lambda x: x.mean((2, 3)).view(-1, 2, 4).transpose(1, 2).flatten(1), {}),
     "to float32": (lambda x: x.to(torch.float32).float(), {}),
+    "sum": (lambda x: sum([x, F.relu(x)]) * 1, {}),
     "dropout": (lambda x, parts: parts["d"](x), {"d": nn.Dropout2d()}),
     "norm": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, eps=0.01)}),
     "norm without weights": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, affine=False)}),
@@ -192,6 +193,10 @@ def test_weights_that_are_computed_are_weights() -> None:
     model = nn.Sequential(Standardized(3, 4, 3), normed, nn.Flatten(), nn.Linear(6 * 11 * 9, 2))
     space = check(model, images(2, 3, 13, 11))
     assert [node.layer.kind for node in space.nodes] == ["conv", "conv", "flatten", "dense"]
+
+
+def test_an_image_that_is_changed_in_place() -> None:
+    check(nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(3 * 4 * 4, 2)), images(2, 3, 4, 4))
 
 
 def test_a_head_of_dense_layers() -> None:
@@ -263,6 +268,12 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "transposed": (Of(lambda x: x.transpose(2, 3)), "no layer moves values like this, from 8x13x11 to 8x11x13"),
     "between images": (Of(lambda x: x.flip(0)), r"\(flip\): no layer computes this"),
     "concat of rows": (Of(lambda x: torch.cat([x, x], 2)), "over their channels only"),
+    "neither vector nor map": (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(8 * 11 * 9, 2)),
+        "layers read vectors or feature maps, not 8x99",
+    ),
+    "random": (Of(lambda x: F.conv2d(x, torch.randn(8, 8, 1, 1))), r"\(randn\): it is drawn at random"),
+    "half weights": (Of(F.relu).half(), r"the weights are float16; call float\(\) of the module first"),
     "half precision": (Of(lambda x: x.half().float()), "it gives float16; only float32 can be imported"),
     "dilated pool": (Of(lambda x: F.max_pool2d(x, 2, dilation=2)), "a pool with dilation is no layer"),
     "1-D": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), "no layer computes this"),
@@ -273,7 +284,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "two outputs": (Pair(), "one tensor of logits is needed, it gives 2"),
     "nothing": (nn.Identity(), "cannot import identity: it computes nothing"),
     "a branch": (Branching(), "cannot trace branching for an input of 3x13x11"),
-    "a map at the end": (nn.Conv2d(3, 4, 3), "it must end with a vector of logits"),
+    "a map at the end": (nn.Conv2d(3, 4, 3), "cannot import conv2d: it gives 4x11x9, not logits; flatten it"),
 }
 
 

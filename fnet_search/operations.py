@@ -183,8 +183,8 @@ def _windows(size: int, wanted: int) -> _Windows:
 
 def _mean(call: Call) -> Layers:
     axes = sorted(axis % 4 for axis in call.given["dim"] or ())
-    _require(axes == [2, 3], "of all means only that over height and width is a layer")
-    assert call.size
+    whole = axes == [2, 3] and min(call.size) > 0  # a vector has no size, and says so
+    _require(whole, "of all means only that over height and width is a layer")
     return [Pool("global_average"), *([] if call.given["keepdim"] else [Flatten()])]
 
 

@@ -132,7 +132,7 @@ def stored(folder: Path, width: int = 8) -> nn.Module:
     """A network like the user's with weights of its own, saved in several forms."""
     sys.path.insert(0, str(folder))
     try:
-        from mine import Net  # type: ignore[import-not-found]
+        from mine import Net  # type: ignore[import-not-found] (written by the test)
     finally:
         sys.path.remove(str(folder))
     torch.manual_seed(5)

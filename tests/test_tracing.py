@@ -112,7 +112,7 @@ class Of(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Any = self.middle(self.stem(x)) if not self.parts else self.middle(self.stem(x), self.parts)
-        return self.head(y.mean((2, 3)) if y.ndim == 4 else y)  # type: ignore[no-any-return]
+        return self.head(y.mean((2, 3)) if y.ndim == 4 else y)  # type: ignore[no-any-return] (middle may be anything)
 
 
 def excited(x: Tensor, parts: Any) -> Tensor:

@@ -691,3 +691,14 @@ def test_a_file_that_lacks_something_is_refused(name: str) -> None:
     del tensors[name]
     with pytest.raises(FnetError, match=rf"do not fit the network: '{name}' is missing"):
         QuantizedNetwork.from_tensors(network.network, tensors)
+
+
+def test_a_product_adds_the_zero_point_before_rounding() -> None:
+    """1 / 2 + 3 = 3.5 rounds to 4, 9 / 2 + 3 = 7.5 to 8; halves rounded first, to even, would give 3 and 7."""
+    one, target = QuantParams(1.0, 0), QuantParams(2.0, 3)
+    nodes = (Node("m", Multiply(), (INPUT, "c")), Node("f", Flatten(), ("m",)))
+    gate = Node("c", Pool("max", (1, 1)), (INPUT,))
+    network = QuantizedNetwork(Macroarchitecture("n", (1, 1, 2), (gate, *nodes)), {INPUT: one, "m": target}, {})
+    x = torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)
+    ((_, codes),) = [step for step in network.codes(x) if step[0].name == "m"]
+    assert codes.flatten().tolist() == [round(1 / 2 + 3), round(9 / 2 + 3)]

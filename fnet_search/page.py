@@ -51,7 +51,7 @@ td:has(.plan) { min-width: 13rem; }
 figure { margin: 1rem 0; break-inside: avoid; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line);
   border-radius: .4rem; }
-figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; }
+figcaption { font-size: .88rem; margin-top: .4rem; max-width: 46rem; overflow-wrap: anywhere; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
 .glossary dt { font-weight: 600; margin-top: .6rem; }

@@ -12,11 +12,12 @@ from fnet_search.draw import drawing
 from fnet_search.figures import candidate_figure, figures, plan_name
 from fnet_search.macro import Macroarchitecture
 from fnet_search.page import NONE, cells, png, table, write_page
-from fnet_search.plan import label, plan_cost, regular
+from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
 from fnet_search.quantities import millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
+LISTED = 8  # rates that stand below a plan's short name; those of longer plans are shown on a click
 
 # The tables: candidates.csv and layers.csv
 
@@ -283,8 +284,15 @@ def _part(value: int, whole: int) -> str:
     return f"{100 * value / whole:.1f} % of the unfactorized network"
 
 
-def _breakable(plan: str) -> str:
-    return escape(plan).replace(",", ",<wbr>")
+def _breakable(text: str, after: str = ",") -> str:
+    return escape(text).replace(after, f"{after}<wbr>")
+
+
+def _plan(space: Macroarchitecture, plan: FactorizationPlan) -> str:
+    rates = f'<span class="plan">{_breakable(str(plan))}</span>'
+    if len(plan.rates) > LISTED:
+        rates = f"<details><summary>rates</summary>{rates}</details>"
+    return f"{escape(label(space, plan))}{rates}"
 
 
 def _candidates(
@@ -302,7 +310,7 @@ def _candidates(
         rows.append(
             f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
-            f'<td>{escape(label(space, one.plan))}<span class="plan">{_breakable(str(one.plan))}</span></td>'
+            f"<td>{_plan(space, one.plan)}</td>"
             f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td><td>{_training(one)}</td>'
             f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
             + cells(
@@ -392,7 +400,8 @@ def _layers(evaluation: Evaluation) -> str:
     second = "".join(f"<th{'' if name in groups[''] else ' class=number'}>{name}</th>" for name in names)
     rows = [
         "<tr>"
-        + cells((one.layer, one.kind), numbers=False)
+        + f"<td>{_breakable(one.layer, after='.')}</td>"
+        + cells([one.kind], numbers=False)
         + cells(
             (
                 millions(one.macs),
@@ -459,7 +468,7 @@ def write_report(
     layers = []
     if best is not None:
         name = escape(plan_name(space, best))
-        caption = f"The network as built: {space.name}, plan {best.plan}."
+        caption = f"The network as built: {space.name}, {label(space, best.plan)}."
         picture = png(drawing(space, best.plan), caption, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{picture}')
     for one in ranked[:DETAILED]:

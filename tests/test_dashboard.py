@@ -15,10 +15,11 @@ from playwright import sync_api as sync
 
 from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note
 from fnet_search.macro import load_space
-from fnet_search.plan import label, plan_cost, regular, uniform
+from fnet_search.plan import label, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints
 from fnet_search.quantities import mmac
 from fnet_search.recorded import open_run
+from fnet_search.report import write_report
 
 TINY = load_space("tiny")
 EVIL = "<script>window.evil=1<|script>"
@@ -118,6 +119,23 @@ def test_a_browser_shows_the_run(run: Path) -> None:
 
 def _refused(study: Any) -> int:
     return next(trial.number for trial in study.trials if "reason" in trial.user_attrs)
+
+
+def test_a_report_of_many_layers_is_no_wider_than_its_page(tmp_path: Path) -> None:
+    space = load_space("resnet20")
+    plan = make_plan(space, {name: rates[-1] for name, rates in legal_rates(space).items()})
+    best = trained(space, plan, 0, 0.5, 0.4)
+    path = write_report(tmp_path, "study", space, Constraints(), [best], {}, best, None, "validation")
+    with browser() as chromium:
+        for width in (1400, 500):
+            page = chromium.new_page(viewport={"width": width, "height": 1000})
+            page.goto(path.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        rates = page.locator("#candidate-0 .plan")
+        assert not rates.is_visible()  # until it is asked for: eighteen lines
+        page.get_by_text("rates", exact=True).click()
+        assert rates.is_visible()
+        assert rates.inner_text() == str(plan)
 
 
 def test_annotating_again_writes_nothing(run: Path) -> None:

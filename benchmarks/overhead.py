@@ -31,7 +31,8 @@ from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme
 from fnet_search.search import search
-from fnet_search.study import StudyRecord, open_journal
+from fnet_search.storage import open_journal
+from fnet_search.study import StudyRecord
 from fnet_search.train import TrainingProgress
 from fnet_search.trials import distributions
 from fnet_search.workers import Finished, Judge

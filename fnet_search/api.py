@@ -16,13 +16,15 @@ import optuna
 from fnet_search.data import natural_shape
 from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError, unknown
+from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
 from fnet_search.options import console
 from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
 from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, check_policy, load_policy, parse_constraints
 from fnet_search.progress import TerminalDisplay
 from fnet_search.recipe import Fidelity, Recipe, load_recipe
-from fnet_search.run import Display, Machine, Outcome, Request, run_study
+from fnet_search.request import Machine, Request
+from fnet_search.run import Display, Outcome, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.search import FixedPlans
@@ -55,6 +57,8 @@ def search(
     seed: int = 0,
     out: Path | str | None = None,
     storage: str | None = None,
+    artifacts: str | None = None,
+    lease: float = LEASE_SECONDS,
     machine: Machine | None = None,
     display: Display | None = None,
     deadline: Deadline | None = None,
@@ -68,6 +72,9 @@ def search(
     `factorize` and `keep` are patterns of layers' names (`macro.factorizing`). Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
     nothing else is.
+
+    A study in a `storage` (`storage.open_url`) is shared with whoever joins it (`run.join_study`): `artifacts` is where
+    weights lie that others need, and a candidate whose worker is silent for `lease` seconds is taken over.
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
@@ -89,7 +96,9 @@ def search(
         raise FnetError("candidates start from the weights of the network; leave --weights or --no-warm-start out")
     if final_epochs is None:
         final_epochs = request.recipe.epochs if warm_start else 0
-    _at_least(1, trials=trials)
+    if artifacts is not None and storage is None:
+        raise FnetError("--artifacts is of studies that several workers share; name their storage with --storage")
+    _at_least(1, trials=trials, lease=int(lease))
     _at_least(0, final_epochs=final_epochs)
     request = replace(
         request,
@@ -97,6 +106,8 @@ def search(
         policy_name=named,
         constraints=limits,
         audit_all=audit_all,
+        artifacts=artifacts,
+        lease=lease,
     )
     asked = budget if isinstance(budget, str) else str(limits.conv_macs)
     name = "-".join([loaded.name, dataset_name(dataset), named, asked.replace("%", "pct")])

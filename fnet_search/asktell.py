@@ -61,8 +61,8 @@ class Record(Protocol):
         """The past, with the number of the next suggestion."""
         ...
 
-    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
-        """Records a plan that is not trained."""
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation | None:
+        """Records a plan that is not trained. None where the number was taken meanwhile, by another process."""
         ...
 
 
@@ -76,7 +76,8 @@ def propose(policy: Policy, record: Record) -> Generator[Refused, None, Factoriz
         plan = suggestion(policy, history)
         if plan is None or not (reason := history.refusal(plan)):
             return plan
-        yield Refused(record.refuse(plan, reason))
+        if (refused := record.refuse(plan, reason)) is not None:
+            yield Refused(refused)
     raise FnetError(f"the policy suggested {REFUSALS_IN_A_ROW} plans in a row that had to be refused, lastly: {reason}")
 
 

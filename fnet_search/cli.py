@@ -48,6 +48,7 @@ def cli(context: click.Context) -> None:
     \b
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
+    Share its work:  run --storage, worker
     On what a run left:  dashboard, export, audit, quantize, analyze, latency, report
     The paper's table and figures:  study
     """
@@ -87,11 +88,25 @@ def _shared(command: Any) -> Any:
             show_default="runs/<study name>",
             help="Run folder; an earlier run in it goes on. Its name is the study's.",
         ),
-        click.option("--storage", show_default="a journal file in the run folder", help="Optuna storage URL."),
+        click.option(
+            "--storage",
+            envvar="FNET_SEARCH_STORAGE",
+            show_default="a journal file in the run folder",
+            help="Optuna storage URL, as in postgresql+psycopg://USER@HOST/DB, mysql+pymysql://..., grpc://HOST:PORT, "
+            "journal:PATH. On the study of run others may work too: fnet-search worker.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
     return space_options(scheme_options(machine_options(command)))
+
+
+_artifacts = click.option(
+    "--artifacts",
+    metavar="FOLDER|s3://BUCKET|gs://BUCKET",
+    help="Where the weights lie that workers start from: a folder that all of them see, or a bucket; with --storage.  "
+    "[default: in the run folder; for a worker, as the run says]",
+)
 
 
 @cli.command()
@@ -136,6 +151,13 @@ def _shared(command: Any) -> Any:
     show_default="--epochs with --warm-start, else none",
     help="Epochs that the best candidate is trained on for at the end of the search; unless it had them from scratch.",
 )
+@_artifacts
+@click.option(
+    "--lease",
+    type=click.IntRange(2),
+    default=120,
+    help="Seconds after which a candidate whose worker is silent is taken over; with --storage.",
+)
 @_shared
 def run(**options: Any) -> None:
     """Search the best network under a budget; the same command again goes on where it stopped.
@@ -147,7 +169,8 @@ def run(**options: Any) -> None:
 
     given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
     more = ("epochs", "warm_start", "warm_epochs", "prune", "final_epochs", "finetune", "seed", "out", "storage")
-    asked = {name: options[name] for name in (*given, *more)}
+    shared = ("artifacts", "lease")
+    asked = {name: options[name] for name in (*given, *more, *shared)}
     outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
     if not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)
@@ -172,6 +195,36 @@ def evaluate(**options: Any) -> None:
 
     given = ("plans", "space", "dataset", "recipe", "epochs", "finetune", "seed", "out", "storage")
     _work(evaluate_plans, options, **{name: options[name] for name in given})
+
+
+@cli.command()
+@click.option("--storage", required=True, envvar="FNET_SEARCH_STORAGE", help="Optuna storage URL of the run.")
+@click.option("--study", required=True, help="Name of the run's study: that of its folder.")
+@click.option("--dataset", show_default="as the run", help="Where the same images are here: imagefolder:PATH.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    show_default="runs/<study>-worker",
+    help="Folder of this worker; started again in it, it goes on with what it was at.",
+)
+@_artifacts
+@machine_options
+def worker(study: str, storage: str, dataset: str | None, out: Path | None, artifacts: str | None, **more: Any) -> None:
+    """Work on the search of another host, until it is done; several workers share its candidates.
+
+    The run, fnet-search run --storage URL, leaves its configuration in the storage and weights in its --artifacts. What
+    a worker that vanishes was at is taken over by others.
+    """
+    from fnet_search.api import absolute, folder_of
+    from fnet_search.run import join_study
+    from fnet_search.runfolder import RunFolder
+
+    folder = RunFolder(folder_of(out, f"{study}-worker"))
+    machine, images = machine_of(more), None if dataset is None else absolute(dataset)
+    done = until_time_is_up(
+        more, lambda display, until: join_study(storage, study, folder, machine, images, artifacts, display, until)
+    )
+    click.echo(done)
 
 
 @cli.command()

@@ -27,7 +27,7 @@ from fnet_search.plan import label
 from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, LayerStats, ranking
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.recorded import RecordedRun
-from fnet_search.study import has_study, open_url
+from fnet_search.storage import has_study, open_url
 from fnet_search.trials import recorded
 
 REFRESHED = 10.0

@@ -22,9 +22,9 @@ class Deadline:
         self.worked = False
         """Whether this process has got any further."""
 
-    def check(self) -> None:
-        """Raises TimeUp where no other piece of work is to be begun."""
-        if self.over:
+    def check(self, idle: bool = False) -> None:
+        """Raises TimeUp where no other piece of work is to be begun; or where, `idle`, others' is only waited for."""
+        if self.over or (idle and time.monotonic() >= self._end):
             raise TimeUp
 
     def begin(self, number: int) -> None:

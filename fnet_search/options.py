@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fnet_search.deadline import Deadline
     from fnet_search.progress import TerminalDisplay
-    from fnet_search.run import Machine
+    from fnet_search.request import Machine
     from fnet_search.scheme import Scheme
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ def machine_options(command: Any) -> Any:
 
 
 def machine_of(options: dict[str, Any]) -> "Machine":
-    from fnet_search.run import Machine
+    from fnet_search.request import Machine
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
         raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))

@@ -16,7 +16,7 @@ from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.runfolder import RunFolder
-from fnet_search.search import Event, ProbesProgressed, Started
+from fnet_search.search import Dropped, Event, ProbesProgressed, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
 
@@ -90,7 +90,7 @@ class TerminalDisplay:
             case Refused(evaluation):
                 named = f"candidate {evaluation.number} ({self._label(evaluation.plan)})"
                 self.say(f"{named} refused: {evaluation.reason}")
-            case Started(job):
+            case Started(job, again):
                 assert self._setup is not None
                 self._jobs[job.number], self._running[job.number] = job, None
                 self._started += job.role == "candidate"
@@ -98,7 +98,8 @@ class TerminalDisplay:
                 self._all_epochs += self._setup.recipe_of(job).epochs - planned[job.role]
                 cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
                 start = f", from candidate {job.start.number}" if job.start else ""
-                self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) starts{start}")
+                begins = "is taken over" if again else "starts"
+                self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) {begins}{start}")
             case ProbesProgressed(done, total):
                 self.advance("probing the rates of all layers", done, total)
                 return
@@ -108,14 +109,20 @@ class TerminalDisplay:
                     self._before, self._start = self._done(), time.monotonic()
                 if not self._live and progress.ended:
                     self.say(f"{self._describe(number, progress)}; {self.left()}")
+            case Dropped(number):
+                self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
             case Finished(evaluation, seconds):
-                assert self._setup is not None
-                self._running.pop(evaluation.number, None)
-                job = self._jobs.pop(evaluation.number)
-                self._epochs += self._setup.recipe_of(job).epochs
-                self.say(f"{self._named(job)} ({self._label(job.plan)}) {_result(evaluation)}, {clock(seconds)}")
+                self.say(f"{self._ended(evaluation.number)} {_result(evaluation)}, {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
+
+    def _ended(self, number: int) -> str:
+        """A training's name, at its end."""
+        assert self._setup is not None
+        self._running.pop(number, None)
+        job = self._jobs.pop(number)
+        self._epochs += self._setup.recipe_of(job).epochs
+        return f"{self._named(job)} ({self._label(job.plan)})"
 
     def _named(self, job: Job) -> str:
         kind = {"candidate": "candidate", "reference": "reference", "final": "final training"}[job.role]

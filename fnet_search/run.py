@@ -1,14 +1,13 @@
 """A whole run: configuration, data, workers and record brought together; the winner named, tested and reported."""
 
-import json
-import re
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import optuna
 import torch
 from optuna.storages import BaseStorage
 
@@ -20,7 +19,7 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import WEIGHTS, Setup, load_trained, measure
 from fnet_search.export import MODEL, quantized_model
 from fnet_search.figures import save_figures
-from fnet_search.macro import Macroarchitecture, to_toml
+from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 from fnet_search.plan import FactorizationPlan, cost_table, label, parse_plan
 from fnet_search.policy import (
@@ -30,78 +29,20 @@ from fnet_search.policy import (
     Evaluation,
     Explanation,
     Policy,
-    SplitName,
     load_policy,
     requirements,
 )
 from fnet_search.quantities import mmac, percent
-from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
+from fnet_search.request import Machine, Request, as_json
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
-from fnet_search.scheme import Scheme
 from fnet_search.search import Event, FixedPlans, search, trained
-from fnet_search.study import StudyRecord, has_study, open_journal, open_url
-from fnet_search.weights import digest
-from fnet_search.workers import WorkerPool, cores, how_many
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how a run computes, and where its data lie: nothing of it changes what is looked for."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    threads: int | None = None
-    fused: bool | None = None
-    numerics_of: Path | None = None
-    """An earlier run, to compute as it did."""
-    workers: int | None = None
-    data_dir: Path = Path("data")
-    download: bool = False
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks for, checked as far as it can be without data. What `config` gives cannot change between runs in
-    one folder."""
-
-    space: Macroarchitecture
-    dataset: str
-    recipe: Recipe
-    fidelity: Fidelity
-    policy_name: str
-    constraints: Constraints
-    scheme: Scheme
-    seed: int
-    split: SplitName
-    audit_all: bool = False
-    storage: str | None = None
-    machine: Machine = Machine()
-
-    def config(self) -> dict[str, Any]:
-        """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
-        return {
-            "space": to_toml(self.space),
-            "weights": None if self.space.weights is None else digest(self.space.weights),
-            "dataset": self.dataset,
-            "recipe": _json(self.recipe.to_json()),
-            "fidelity": self._fidelity(),
-            "policy": self.policy_name,
-            "constraints": asdict(self.constraints),
-            "scheme": str(self.scheme),
-            "seed": self.seed,
-            "split": self.split,
-            "storage": self.storage and re.sub(r"(?<=:)[^:@/]+(?=@)", "***", self.storage),  # a password is not kept
-        }
-
-    def _fidelity(self) -> dict[str, Any]:
-        """All but the final training, which comes after the search and may be made longer."""
-        facts = asdict(self.fidelity)
-        del facts["final_epochs"]
-        warm = self.recipe.warm(self.fidelity.warm_epochs)
-        return {**facts, "warm_epochs": warm.epochs if warm.epoch_share == 1 else warm.epoch_share}
+from fnet_search.sharing import artifacts_of, check_data, publish, published, share_weights, sharing, with_weights
+from fnet_search.storage import has_study, masked, open_artifacts, open_journal, open_url, telling
+from fnet_search.study import Sharing, StudyRecord
+from fnet_search.workers import Finished, WorkerPool, cores, how_many
 
 
 @dataclass(frozen=True)
@@ -183,12 +124,85 @@ def run_study(
 ) -> Outcome:
     """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
 
-    Of `FixedPlans`, all are trained. Raises FnetError, before anything is written, for data or a storage that cannot be
-    read, a device that is not there, a limit that no network of the space meets, or a folder that was made with another
-    configuration; TimeUp at the deadline.
+    Of `FixedPlans`, all are trained. A search whose storage was named is shared with whoever joins it (`join_study`).
+    Raises FnetError, before anything is written, for data or a storage that cannot be read, a device that is not there,
+    a limit that no network of the space meets, or a folder that was made with another configuration; TimeUp at the
+    deadline.
     """
     if run.exists:
         _compare(run, request.config())
+    prepared = _prepare(request, run, display)
+    storage = _storage(request.storage, run)
+    with run.locked():
+        _configure(run, prepared.config)
+        with closing(_record(prepared, run, storage)) as record:
+            if record.sharing is not None:
+                telling(record.storage, display.status)
+                publish(record.study, request, prepared.data, trials, artifacts_of(request, run))
+                share_weights(record.study, record.artifacts, request.space)
+            if isinstance(policy, FixedPlans):
+                past = {one.plan for one in record.evaluations}
+                trials = trained(record.evaluations) + len(set(policy.plans) - past)
+            with _pool(prepared, record, trials, display) as pool:
+                _search(policy, record, pool, trials, display, deadline)
+                test = _test(record, prepared.data, pool, display)
+            display.status("drawing figures and the report")
+            return _outcome(record, test, policy)
+
+
+def join_study(
+    url: str,
+    name: str,
+    run: RunFolder,
+    machine: Machine,
+    dataset: str | None,
+    artifacts: str | None,
+    display: Display,
+    deadline: Deadline | None = None,
+) -> str:
+    """Works on the study of another process's search until it is done; returns what came of it, in a line.
+
+    `url` of its storage; `dataset` and `artifacts` where this host names them otherwise. Raises FnetError, before
+    anything is written, where the study, its data or its weights are not there, or others; TimeUp at the deadline.
+    """
+    storage = open_url(url)
+    telling(storage, display.status)
+    known = published(storage, name)
+    request = known.request(url, machine, dataset, artifacts)
+    policy = load_policy(request.policy_name)
+    study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
+    request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
+    if run.exists:
+        _compare(run, {**request.config(), "study": name})
+    prepared = _prepare(request, run, display)
+    check_data(known, prepared.data)
+    with run.locked():
+        _configure(run, {**prepared.config, "study": name})
+        with closing(_record(prepared, run, storage)) as record:
+            before = {one.number for one in record.evaluations}
+            with _pool(prepared, record, known.trials, display) as pool:
+                own = _search(policy, record, pool, known.trials, display, deadline)
+        new = sum(one.number not in before for one in record.evaluations)
+    return f"study {name} is done; of {new} candidates since, this worker has finished {own}"
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A request, with its data read and how this machine computes."""
+
+    request: Request
+    data: DataSet
+    workers: int
+    setup: Setup
+
+    @property
+    def config(self) -> dict[str, Any]:
+        data = self.data
+        facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
+        return {**self.request.config(), "data": as_json(facts), "numerics": self.setup.numerics.to_json()}
+
+
+def _prepare(request: Request, run: RunFolder, display: Display) -> _Prepared:
     machine = request.machine
     check_dtype(check_device(machine.device), machine.dtype)
     display.status(f"reading {request.dataset}")
@@ -205,7 +219,6 @@ def run_study(
     if space.mean:
         data = replace(data, mean=space.mean, std=space.std)
     _check_params(space, request.constraints)
-    facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
     recorded = _recorded(run, machine)
     device = recorded.device if recorded else check_device(machine.device)
     threads = recorded.threads if recorded else machine.threads or 1
@@ -215,41 +228,63 @@ def run_study(
     elif recorded.fused and not run.exists:
         check_kernels(recorded)
     numerics = recorded or resolve(device, machine.dtype, workers, cores(), machine.threads, machine.fused)
-    config = {**request.config(), "data": _json(facts), "numerics": numerics.to_json()}
-    storage = _storage(request.storage, run)
-    with run.locked():
-        if run.exists:
-            _compare(run, config)
-        else:
-            run.write_config(config)
-        setup = Setup(
-            space,
-            request.recipe,
-            request.scheme,
-            numerics,
-            request.seed,
-            request.split,
-            request.audit_all,
-            request.fidelity,
-        )
-        place = storage or open_journal(run.journal)
-        searching = request.policy_name != FIXED_PLANS
-        record = StudyRecord(place, run, space, request.constraints, request.seed, request.split, setup, searching)
-        done = trained(record.evaluations)
-        if isinstance(policy, FixedPlans):
-            trials = done + len(set(policy.plans) - record.history().seen)
-        unfinished = done < trials or record.to_finish() is not None
-        if unfinished and numerics.fused:  # recorded where there was a compiler
-            check_kernels(numerics)
-        display.begin(run, setup, trials, done)
-        with WorkerPool(workers, setup, data, run.path) as pool:
-            if unfinished and (setup.fidelity.warm_start or requirements(policy)):
-                _restore(record, pool, display)
-            for event in search(policy, record, pool, trials, deadline):
-                display.show(event)
-            test = _test(record, data, pool, display)
-        display.status("drawing figures and the report")
-        return _outcome(record, test, policy)
+    setup = Setup(
+        space,
+        request.recipe,
+        request.scheme,
+        numerics,
+        request.seed,
+        request.split,
+        request.audit_all,
+        request.fidelity,
+    )
+    return _Prepared(request, data, workers, setup)
+
+
+def _configure(run: RunFolder, config: dict[str, Any]) -> None:
+    if run.exists:
+        _compare(run, config)
+    else:
+        run.write_config(config)
+
+
+def _record(prepared: _Prepared, run: RunFolder, storage: BaseStorage | None) -> StudyRecord:
+    request, searching = prepared.request, prepared.request.policy_name != FIXED_PLANS
+    return StudyRecord(
+        storage or open_journal(run.journal),
+        run,
+        prepared.setup.space,
+        request.constraints,
+        request.seed,
+        request.split,
+        prepared.setup,
+        searching,
+        sharing(request, run) if storage is not None and searching else None,
+    )
+
+
+@contextmanager
+def _pool(prepared: _Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[WorkerPool]:
+    done, setup = trained(record.evaluations), prepared.setup
+    if (done < trials or record.to_finish() is not None) and setup.numerics.fused:  # where there was a compiler
+        check_kernels(setup.numerics)
+    display.begin(record.run, setup, trials, done)
+    with WorkerPool(prepared.workers, setup, prepared.data, record.run.path) as pool:
+        yield pool
+
+
+def _search(
+    policy: Policy, record: StudyRecord, pool: WorkerPool, trials: int, display: Display, deadline: Deadline | None
+) -> int:
+    """Returns how many trainings were finished here."""
+    unfinished = trained(record.evaluations) < trials or record.to_finish() is not None
+    if unfinished and (pool.setup.fidelity.warm_start or requirements(policy)):
+        _restore(record, pool, display)
+    finished = 0
+    for event in search(policy, record, pool, trials, deadline):
+        display.show(event)
+        finished += isinstance(event, Finished)
+    return finished
 
 
 def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
@@ -268,7 +303,10 @@ def _storage(url: str | None, run: RunFolder) -> BaseStorage | None:
         return None
     storage = open_url(url)
     if not run.exists and has_study(storage, run.name):
-        raise FnetError(f"the storage has a study {run.name!r} of another run folder; choose another --out")
+        raise FnetError(
+            f"the storage has a study {run.name!r} of another run folder; choose another --out, or work on it too: "
+            f"fnet-search worker --storage ... --study {run.name}"
+        )
     return storage
 
 
@@ -279,11 +317,6 @@ def _compare(run: RunFolder, config: dict[str, Any]) -> None:
     found = differences(recorded, config)
     if found:
         raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
-
-
-def _json(facts: dict[str, Any]) -> Any:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(facts))
 
 
 def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
@@ -363,6 +396,7 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
         return known
     folder = run.candidate(winner.number)
     network = RecordedNetwork(winner, folder, folder)
+    record.fetch(winner.number)
     try:
         folded, quantized = network.load(record.space)
     except FnetError as error:  # the same training gives the same network again
@@ -390,6 +424,7 @@ def _restore(record: StudyRecord, pool: WorkerPool, display: Display) -> None:
     """Trains once more what others start from, where its weights were lost since."""
     for one in record.starts:
         folder = record.run.candidate(one.number)
+        record.fetch(one.number)
         try:
             load_trained(record.space, one.plan, folder)
         except FnetError as error:
@@ -446,12 +481,17 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
     run, url = opened.run, storage or opened.config.get("storage")
     elsewhere = None if url is None else open_url(url)
     if elsewhere is not None and not has_study(elsewhere, run.name):
-        raise FnetError(f"storage {url} has no study {run.name!r}; give the URL that the run had as --storage")
+        raise FnetError(
+            f"storage {masked(str(url))} has no study {run.name!r}; give the URL that the run had as --storage"
+        )
     place = elsewhere or open_journal(run.journal)
     config, searching = opened.config, opened.config["policy"] != FIXED_PLANS
-    return StudyRecord(
-        place, run, opened.space, opened.constraints, config["seed"], config["split"], searching=searching
-    )
+    shared = None
+    if elsewhere is not None and searching:  # others may be working on it
+        known = published(elsewhere, run.name)
+        shared = Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
+    limits, seed, split = opened.constraints, config["seed"], config["split"]
+    return StudyRecord(place, run, opened.space, limits, seed, split, searching=searching, sharing=shared)
 
 
 def report_again(record: StudyRecord) -> Outcome:

@@ -20,7 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from onnx import ModelProto
@@ -136,7 +138,18 @@ class RunFolder:
             lock.release()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_json(self.config_path, {**config, "study": self.name, "versions": versions()})
+        write_json(self.config_path, {"study": self.name, **config, "versions": versions()})
+
+    @property
+    def worker(self) -> str:
+        """What a process that works here is called among those that share its study; made up at first. A copy of the
+        folder has another name."""
+        path, place = self.path / ".worker", f"{gethostname()}:{self.path.resolve()}"
+        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if known[1:] != [place]:
+            known = [f"{gethostname()}-{uuid4().hex[:8]}", place]
+            write_text(path, "\n".join(known) + "\n")
+        return known[0]
 
     def write_candidates(self, lines: Mapping[int, str]) -> None:
         """From the `report.candidate_line` of every candidate, by number."""

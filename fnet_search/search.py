@@ -1,17 +1,19 @@
 """The search: a policy proposes plans, refused ones are recorded, the others trained, until nothing is left to do.
 
 This is the file to read first. Around it: `policy` (what a policy sees), `evaluate` (from a plan to an Evaluation),
-`workers` (who trains), `study` (where it is recorded), `cli` (who calls).
+`workers` (who trains), `study` (where it is recorded), `leases` (which process trains what), `cli` (who calls).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from fnet_search import asktell
 from fnet_search.asktell import Refused, propose
 from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.evaluate import Job
+from fnet_search.leases import Claim
 from fnet_search.plan import FactorizationPlan, plan_cost, regular
 from fnet_search.policy import FISHER, Evaluation, History, Policy, Probe, Role, requirements
 from fnet_search.probes import ProbeTask
@@ -21,9 +23,17 @@ from fnet_search.workers import Finished, Probed, Probing, Progressed, WorkerPoo
 
 @dataclass(frozen=True)
 class Started:
-    """A plan that a worker trains now."""
+    """A plan that a worker trains now; `again`: it was lost by another."""
 
     job: Job
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A candidate that was taken over by another process, since this one was taken for dead; or never got started."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -34,22 +44,33 @@ class ProbesProgressed:
     total: int
 
 
-Event = Refused | Started | Progressed | Finished | ProbesProgressed
+Event = Refused | Started | Progressed | Finished | Dropped | ProbesProgressed
 
 
 class Record(asktell.Record, Protocol):
-    """Where a search is recorded."""
+    """Where a search is recorded; other processes may work on it too."""
 
-    def start(self, plan: FactorizationPlan, role: Role) -> Job:
-        """Records that a plan is being trained, and what it starts from."""
+    def lost(self) -> Claim | None:
+        """A candidate whose worker is gone, to be taken over."""
+        ...
+
+    def wait(self) -> None:
+        """Waits a moment for what other processes do."""
+        ...
+
+    def start(self, plan: FactorizationPlan, role: Role, number: int | None = None) -> Job | None:
+        """Records that a plan is being trained, and what it starts from; `number` is that of a lost candidate.
+
+        None where another process was faster, or too many workers were lost over it.
+        """
         ...
 
     def progress(self, number: int, progress: TrainingProgress) -> bool:
         """Takes note of how far a training is; whether it is to stop, as hopeless, at the end of an epoch."""
         ...
 
-    def finish(self, evaluation: Evaluation, seconds: float) -> None:
-        """Records an evaluation: complete, pruned or failed."""
+    def finish(self, evaluation: Evaluation, seconds: float) -> bool:
+        """Records an evaluation: complete, pruned or failed; whether it counts: not if it was taken over."""
         ...
 
     def to_probe(self, fisher: bool) -> list[ProbeTask]:
@@ -72,45 +93,68 @@ def search(
     """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
     happens.
 
-    Where candidates start from others, or the policy requires probes, the regular network is trained first, above the
+    Other processes may share the record: none trains what another does, and all go on until everything is done. Where
+    candidates start from others, or the policy requires probes, the regular network is trained first, above the
     ceilings too, and probed. The best candidate may be trained on at the end (`Fidelity`). Raises FnetError for a
     policy that fails or suggests a plan that is not of the space, and TimeUp at the deadline.
     """
     deadline = deadline or Deadline()
     required = requirements(policy)
     if pool.setup.fidelity.warm_start or required:
-        yield from _reference(record, pool, deadline)
+        yield from _until_done(record, pool, deadline, partial(_reference, record, pool, deadline))
     if required and trained(record.history().evaluations) < trials:
         yield from _probes(record, pool, FISHER in required, deadline)
+    yield from _until_done(record, pool, deadline, partial(_fill, policy, record, pool, trials, deadline))
+    yield from _until_done(record, pool, deadline, partial(_final, record, pool, deadline))
+
+
+Step = Generator[Event, None, bool]
+"""Begins what there is to be begun; whether all of it is done, by other processes too."""
+
+
+def _until_done(record: Record, pool: WorkerPool, deadline: Deadline, begin: Callable[[], Step]) -> Iterator[Event]:
+    """Takes over what others lost, begins what there is, and waits for news, until all is done."""
     while True:
-        yield from _fill(policy, record, pool, trials, deadline)
-        if not pool.busy:
-            break
-        yield from _events(record, pool, deadline)
-    if best := record.to_finish():
-        yield from _alone(record, pool, best.plan, "final", deadline)
+        while pool.busy < pool.count and (lost := record.lost()) is not None:
+            yield from _train(record, pool, lost.plan, "candidate", deadline, lost.number)
+        done = yield from begin()
+        if pool.busy:
+            yield from _events(record, pool, deadline)
+        elif done:
+            return
+        else:
+            deadline.check(idle=True)
+            record.wait()
 
 
-def _reference(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Event]:
+def _reference(record: Record, pool: WorkerPool, deadline: Deadline) -> Step:
     """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
     history = record.history()
     plan = regular(history.space)
-    if all(evaluation.plan != plan or evaluation.state == "refused" for evaluation in history.evaluations):
+    if any(evaluation.plan == plan and evaluation.state != "refused" for evaluation in history.evaluations):
+        return True
+    if plan not in history.running:
         above = history.constraints.refusal(plan_cost(history.space, plan))
-        yield from _alone(record, pool, plan, "reference" if above else "candidate", deadline)
+        yield from _train(record, pool, plan, "reference" if above else "candidate", deadline)
+    return False
 
 
 def _probes(record: Record, pool: WorkerPool, fisher: bool, deadline: Deadline) -> Iterator[Event]:
     """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
-    waiting = record.to_probe(fisher)
-    done, total = dict.fromkeys(waiting, 0), sum(len(task.rates) for task in waiting)
-    if waiting:
+    tasks = record.to_probe(fisher)
+    done, total = dict.fromkeys(tasks, 0), sum(len(task.rates) for task in tasks)
+    if tasks:
         yield ProbesProgressed(0, total)
-    while waiting or pool.busy:
-        while waiting and pool.busy < pool.count and not deadline.over:
-            pool.submit(waiting.pop(0))
+    given = set[ProbeTask]()
+    while True:
+        waiting = [task for task in record.to_probe(fisher) if task not in given]
+        for task in waiting[: pool.count - pool.busy] if not deadline.over else []:
+            pool.submit(task)
+            given.add(task)
         if not pool.busy:
-            raise TimeUp
+            if waiting:
+                raise TimeUp
+            return
         for event in pool.events():
             if isinstance(event, Probing):
                 done[event.task] = event.done
@@ -120,24 +164,30 @@ def _probes(record: Record, pool: WorkerPool, fisher: bool, deadline: Deadline) 
                 deadline.worked = True
 
 
-def _alone(
-    record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role, deadline: Deadline
-) -> Iterator[Event]:
-    """Trains a plan while nothing else is to be done."""
-    yield from _train(record, pool, plan, role, deadline)
-    while pool.busy:
-        yield from _events(record, pool, deadline)
+def _final(record: Record, pool: WorkerPool, deadline: Deadline) -> Step:
+    """The best candidate is trained on, while nothing else is to be done."""
+    running = record.history().running
+    best = None if running else record.to_finish()
+    if best is not None:
+        yield from _train(record, pool, best.plan, "final", deadline)
+    return not running and best is None
 
 
 def _train(
-    record: Record, pool: WorkerPool, plan: FactorizationPlan, role: Role, deadline: Deadline
+    record: Record,
+    pool: WorkerPool,
+    plan: FactorizationPlan,
+    role: Role,
+    deadline: Deadline,
+    number: int | None = None,
 ) -> Iterator[Event]:
-    """Gives a plan to an idle worker."""
+    """Gives a plan to an idle worker, unless another process was faster."""
     deadline.check()
-    job = record.start(plan, role)
-    deadline.begin(job.number)
-    yield Started(job)
-    pool.submit(job)
+    job = record.start(plan, role, number)
+    if job is not None:
+        deadline.begin(job.number)
+        yield Started(job, again=number is not None)
+        pool.submit(job)
 
 
 def _events(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Event]:
@@ -150,21 +200,23 @@ def _events(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Ev
 
     for event in pool.events(judge):
         assert isinstance(event, Progressed | Finished)
-        if isinstance(event, Finished):
-            record.finish(event.evaluation, event.seconds)
-        yield event
+        if isinstance(event, Finished) and not record.finish(event.evaluation, event.seconds):
+            yield Dropped(event.evaluation.number)
+        else:
+            yield event
 
 
-def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline) -> Iterator[Event]:
+def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline) -> Step:
     """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
     while pool.busy < pool.count and not (pool.busy and deadline.over):
         history = record.history()
         if trained(history.evaluations) + len(history.running) >= trials:
-            return
+            return not history.running
         plan = yield from propose(policy, record)
-        if plan is None:
-            return
+        if plan is None:  # for good, if nothing was begun meanwhile
+            return not history.running and record.history().number == history.number
         yield from _train(record, pool, plan, "candidate", deadline)
+    return False
 
 
 def trained(evaluations: Iterable[Evaluation]) -> int:

@@ -1,24 +1,28 @@
 """The Optuna study behind a search: one trial a suggestion, with everything measured in its attributes.
 
-Suggestion numbers are ours: a suggestion whose worker or host died is issued again under its number, in a new trial;
-the old one is told as failed and carries no number that counts.
+Suggestion numbers are ours: a suggestion whose worker or host died is taken over under its number, in a new trial; the
+old one is told as failed and carries no number that counts. Several processes may share a study (`leases`).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState, create_trial
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, Trial
 
 from fnet_search.asktell import lowest_free
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import Job, Setup, Start
+from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS, Job, Setup, Start, unfinished
+from fnet_search.files import replacing
+from fnet_search.leases import LEASE_SECONDS, TAKEOVERS, Claim, Ledger
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, depthwise, legal_rates, plan_cost, regular
 from fnet_search.policy import (
@@ -37,74 +41,31 @@ from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
+from fnet_search.storage import together
 from fnet_search.train import TrainingProgress
-from fnet_search.trials import describe, distributions, outcome, parameters, recorded, suggested
+from fnet_search.trials import describe
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
 
 PROBED = "fnet_search:probes"
 """Prefix of system attributes of the study, one a layer: the network probed, and what was measured."""
 SECONDS = "train_seconds"
 """User attribute of candidates that were trained: how long it took, failed ones too."""
+POLL = 0.5
+"""Seconds between two looks at what others do."""
 
 
-def open_url(url: str) -> BaseStorage:
-    """The storage behind an Optuna URL. Raises FnetError for one that cannot be opened."""
-    try:
-        return optuna.storages.get_storage(url)
-    except Exception as error:  # whatever SQLAlchemy and its drivers raise for a bad URL
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FnetError(f"cannot open storage ({reason}); an Optuna URL is wanted, as in sqlite:///study.db") from None
+@dataclass(frozen=True)
+class Sharing:
+    """How a study is shared with other processes, on other hosts too."""
 
-
-def open_journal(journal: Path) -> BaseStorage:
-    """The journal file of a run folder whose lock is held.
-
-    A torn last line is cut off, and the lock of a process that was killed is dropped. Raises FnetError for a file of
-    something else.
-    """
-    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
-    with journal.open("a+b") as opened:
-        opened.seek(0)
-        opened.truncate(opened.read().rfind(b"\n") + 1)
-    try:
-        return JournalStorage(_Journal(str(journal)))
-    except Exception as error:  # whatever Optuna raises for lines that it did not write
-        raise FnetError(f"cannot read journal {journal}: {type(error).__name__}: {error}") from None
-
-
-class _Journal(JournalFileBackend):
-    """A journal file in which what is recorded `together` is one write, or none where that fails."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self._held: list[dict[str, Any]] | None = None
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        if self._held is None:
-            super().append_logs(logs)
-        else:
-            self._held += logs
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        held = self._held = []
-        try:
-            yield
-        finally:
-            self._held = None
-        self.append_logs(held)
-
-
-@contextmanager
-def _together(storage: BaseStorage) -> Iterator[None]:
-    """Attributes that are set meanwhile reach a journal in one write: each is synced to the disk, which takes
-    milliseconds on some. They cannot be read before."""
-    journal = getattr(storage, "_backend", None)
-    with journal.together() if isinstance(journal, _Journal) else nullcontext():
-        yield
-
-
-def has_study(storage: BaseStorage, name: str) -> bool:
-    return name in optuna.get_all_study_names(storage)
+    worker: str
+    """What this one is called: the same whenever it works in this run folder."""
+    artifacts: "ArtifactStore"
+    """Where weights lie that others need."""
+    lease: float = LEASE_SECONDS
+    """Seconds after which a lease that rests is taken over."""
 
 
 @dataclass
@@ -121,8 +82,10 @@ class StudyRecord:
     """How candidates are trained; None where none will be."""
     searching: bool = True
     """Or a study of given plans."""
-    _evaluations: dict[int, Evaluation] = field(default_factory=dict)
+    sharing: Sharing | None = None
+    """None: no other process works on the study."""
     _trials: dict[int, Trial] = field(default_factory=dict)
+    """Of this process, by number; as `_jobs`."""
     _jobs: dict[int, Job] = field(default_factory=dict)
     _reported: dict[int, int] = field(default_factory=dict)
     _stopped: set[int] = field(default_factory=set)
@@ -133,6 +96,10 @@ class StudyRecord:
     """Of candidates.csv, each made once."""
     _kept: set[int] | None = None
     """Numbers of those that may have weights; None: not known yet."""
+    _looked: float = 0.0
+    """When others' work was looked at."""
+    _news: bool = False
+    """Whether others have finished something since the run folder was written."""
 
     def __post_init__(self) -> None:
         self._audits = self.run.audits()
@@ -143,27 +110,54 @@ class StudyRecord:
             direction="maximize",
             load_if_exists=True,
         )
-        self.artifacts = FileSystemArtifactStore(self.run.artifacts)
-        for trial in self.study.get_trials(deepcopy=False):
-            if (evaluation := recorded(trial)) is not None:
-                self._take(evaluation)
-                if SECONDS in trial.user_attrs:
-                    self._seconds[evaluation.number] = trial.user_attrs[SECONDS]
-                if not trial.state.is_finished():  # cut off between the two last writes
-                    self.study.tell(trial.number, *outcome(evaluation))
-            elif not trial.state.is_finished():  # of a run that was cut off; its number is issued again
-                self.study.tell(trial.number, state=TrialState.FAIL)
+        shared = self.sharing
+        self.artifacts = FileSystemArtifactStore(self.run.artifacts) if shared is None else shared.artifacts
+        how = () if shared is None else (shared.worker, shared.lease)
+        self._ledger = Ledger(self.study, self.space, self._take, *how)
+        self._ledger.refresh()
+        self._read_probes()
+        self._write()
+
+    def _read_probes(self) -> None:
         attributes = self.storage.get_study_system_attrs(self.study._study_id)
         for name, facts in attributes.items():
             if name.startswith(f"{PROBED}:"):
                 measured = tuple(map(Probe.from_json, facts["probes"]))
                 self._probed[name.removeprefix(f"{PROBED}:")] = facts["number"], measured
-        self._write()
+
+    def look(self) -> None:
+        """At what other processes did; not more often than every `POLL` seconds."""
+        if self.sharing is None or time.monotonic() - self._looked < POLL:
+            return
+        self._ledger.refresh()
+        if self.searching and self.probes is None:
+            self._read_probes()
+        if self._news:
+            self._write()
+        self._looked = time.monotonic()
+
+    def wait(self) -> None:
+        """For news of others, where there are any."""
+        if self.sharing is not None:
+            time.sleep(POLL)
+            self.look()
+
+    def lost(self) -> Claim | None:
+        self.look()
+        if not self.searching:  # plans that are given are asked for again, where they still are
+            self._ledger.left.clear()
+        left = self._ledger.left
+        return left[min(left)] if left else None
+
+    def close(self) -> None:
+        """Where the study is shared, others may take up at once what this process has not finished."""
+        self._ledger.close()
 
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Finished ones, in order of their numbers."""
-        return tuple(self._evaluations[number] for number in sorted(self._evaluations))
+        found = self._ledger.evaluations
+        return tuple(found[number] for number in sorted(found))
 
     @property
     def audited(self) -> tuple[Evaluation, ...]:
@@ -173,9 +167,18 @@ class StudyRecord:
     def _audited(self, evaluation: Evaluation) -> Evaluation:
         return replace(evaluation, audit=evaluation.audit or self._audits.get(evaluation.number))
 
-    def _take(self, evaluation: Evaluation) -> None:
-        self._evaluations[evaluation.number] = evaluation
-        self._lines[evaluation.number] = candidate_line(self.space, self.constraints, self._audited(evaluation))
+    def _take(self, evaluation: Evaluation, trial: FrozenTrial) -> None:
+        number = evaluation.number
+        self._lines[number] = candidate_line(self.space, self.constraints, self._audited(evaluation))
+        if SECONDS in trial.user_attrs:
+            self._seconds[number] = trial.user_attrs[SECONDS]
+        if self.sharing is None or number in self._jobs:
+            return
+        self._news = True
+        if self._kept is not None:
+            self._kept.add(number)
+        if evaluation.state == "complete" and not (self.run.candidate(number) / "evaluation.json").is_file():
+            self.run.write_candidate(evaluation)
 
     def audit(self, evaluation: Evaluation, audit: Audit) -> Evaluation:
         """Takes an audit that came after the evaluation was recorded; returns the evaluation with it."""
@@ -195,15 +198,16 @@ class StudyRecord:
     def history(self) -> History:
         """Final trainings are left out, and take no number of a suggestion: a search that goes on after one suggests
         what it would have suggested without."""
-        roles = [one.role for one in self.evaluations] + [job.role for job in self._jobs.values()]
+        self.look()
+        open_claims = {**self._ledger.left, **self._ledger.claims}
+        running = tuple(open_claims[n].plan for n in sorted(open_claims) if open_claims[n].role is not None)
+        roles = [one.role for one in self.evaluations] + [one.role for one in open_claims.values()]
         past = tuple(one for one in self.evaluations if one.role != "final")
-        running = tuple(self._jobs[n].plan for n in sorted(self._jobs))
         number = self._next() - roles.count("final")
         return History(self.space, self.constraints, past, running, number, self.seed, self.probes)
 
     def _next(self) -> int:
-        taken = self._evaluations.keys() | self._jobs.keys()
-        return lowest_free(taken)
+        return lowest_free(self._ledger.numbers)
 
     @property
     def probes(self) -> Probes | None:
@@ -213,7 +217,7 @@ class StudyRecord:
             return None
         number, _ = self._probed[next(iter(layers))]
         measured = (one for layer in layers for one in self._probed[layer][1])
-        return probes_from(number, self._evaluations[number].plan, measured)
+        return probes_from(number, self._ledger.evaluations[number].plan, measured)
 
     def to_probe(self, fisher: bool) -> list[ProbeTask]:
         history = self.history()
@@ -222,26 +226,36 @@ class StudyRecord:
             reasons = [f"candidate {one.number}: {one.reason}" for one in history.evaluations if one.state == "failed"]
             raise FnetError(f"there is no trained network to probe ({'; '.join(reasons) or 'none was trained'})")
         start = Start(one.number, one.plan, self.run.candidate(one.number), one.epochs + one.inherited_epochs)
-        return [task for task in probe_tasks(self.space, start, fisher) if task.layer not in self._probed]
+        tasks = [task for task in probe_tasks(self.space, start, fisher) if task.layer not in self._probed]
+        if self.sharing is None or not tasks:
+            return tasks
+        if not self.fetch(one.number):
+            raise FnetError(f"the weights of candidate {one.number} are not in the artifact store")
+        first = hash(self.sharing.worker) % len(tasks)  # in an order of its own: layers are not leased
+        return tasks[first:] + tasks[:first]
 
     def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
+        if task.layer in self._probed:  # by another process, meanwhile
+            return
         facts: dict[str, Any] = {"number": task.start.number, "probes": [one.to_json() for one in probes]}
         self.storage.set_study_system_attr(self.study._study_id, f"{PROBED}:{task.layer}", facts)
         self._probed[task.layer] = task.start.number, probes
         self._write()
 
-    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
+    def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation | None:
         number = self._next()
         evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, split=self.split)
-        trial = self._ask(plan, number)
-        with _together(self.storage):
+        trial = self._ledger.claim(number, plan)
+        if trial is None:
+            return None
+        with together(self.storage):
             describe(trial, self.constraints, evaluation)
-        self._tell(trial, evaluation)
+        self._ledger.tell(trial, evaluation)
         self.run.write_candidates(self._lines)
         return evaluation
 
-    def start(self, plan: FactorizationPlan, role: Role) -> Job:
-        number = self._next()
+    def start(self, plan: FactorizationPlan, role: Role, number: int | None = None) -> Job | None:
+        number = self._next() if number is None else number
         job = self._job(number, plan, role, self._parent(plan, role))
         facts = {
             ROLE: role,
@@ -250,12 +264,21 @@ class StudyRecord:
         }
         if job.start is not None:
             facts["parent"] = job.start.number
-        self._trials[number], self._jobs[number] = self._ask(plan, number, facts), job
+        trial = self._ledger.claim(number, plan, facts)
+        if trial is None:
+            return None
+        if job.start is not None and not self.fetch(job.start.number):  # dropped meanwhile, for better ones
+            self._ledger.leave(trial._trial_id, "released")
+            return None
+        self._trials[number], self._jobs[number] = trial, job
+        if (lost := self._ledger.takeovers[number]) > TAKEOVERS:
+            self.finish(unfinished(self._setup, job, "failed", f"its worker was lost {lost} times"), 0.0)
+            return None
         return job
 
     def again(self, evaluation: Evaluation) -> Job:
         """The job that gave this evaluation, and gives it again."""
-        parent = None if evaluation.parent is None else self._evaluations[evaluation.parent]
+        parent = None if evaluation.parent is None else self._ledger.evaluations[evaluation.parent]
         return self._job(evaluation.number, evaluation.plan, evaluation.role, parent)
 
     def _job(self, number: int, plan: FactorizationPlan, role: Role, parent: Evaluation | None) -> Job:
@@ -308,26 +331,65 @@ class StudyRecord:
             return progress.epoch == self._reported[number] and number in self._stopped
         self._reported[number] = progress.epoch
         trial = self._trials[number]
-        trial.report(progress.accuracy, progress.epoch)
+        try:
+            trial.report(progress.accuracy, progress.epoch)
+        except UpdateFinishedTrialError:  # another process has taken it over
+            self._stopped.add(number)
+            return True
         hopeless = self._setup.fidelity.prune and self._jobs[number].role == "candidate" and trial.should_prune()
         if hopeless and progress.epoch < progress.epochs:
             self._stopped.add(number)
         return number in self._stopped
 
-    def finish(self, evaluation: Evaluation, seconds: float) -> None:
-        trial = self._trials[evaluation.number]
-        self._seconds[evaluation.number] = round(seconds, 1)
-        with _together(self.storage):
-            trial.set_user_attr(SECONDS, self._seconds[evaluation.number])
-            if evaluation.state == "complete":
-                for path in self.run.write_candidate(evaluation):
-                    upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
-            describe(trial, self.constraints, evaluation)
-        self._tell(trial, evaluation)
-        del self._trials[evaluation.number], self._jobs[evaluation.number]
-        assert self._kept is not None
-        self._kept.add(evaluation.number)
+    def finish(self, evaluation: Evaluation, seconds: float) -> bool:
+        number, counts = evaluation.number, False
+        trial = self._trials[number]
+        with suppress(UpdateFinishedTrialError):
+            with together(self.storage):
+                trial.set_user_attr(SECONDS, round(seconds, 1))
+                if evaluation.state == "complete":
+                    for path in [*self.run.write_candidate(evaluation), *self._to_share(evaluation)]:
+                        upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
+                describe(trial, self.constraints, evaluation)
+            counts = self._ledger.tell(trial, evaluation)
+        if not counts:  # another process has taken it over: what it measures goes with its own weights
+            self._ledger.leave(trial._trial_id, "withdrawn")
+            for name in (WEIGHTS, QUANTIZED, CHECKPOINT, "evaluation.json"):
+                (self.run.candidate(number) / name).unlink(missing_ok=True)
+        del self._trials[number], self._jobs[number]
+        if counts and self._kept is not None:
+            self._kept.add(number)
         self._write()
+        return counts
+
+    def _to_share(self, evaluation: Evaluation) -> list[Path]:
+        """Files that another process needs to start from a network."""
+        after = (*self.evaluations, evaluation)
+        if self.sharing is None or evaluation.number not in kept(after, self.constraints):
+            return []
+        return [self.run.candidate(evaluation.number) / name for name in (WEIGHTS, QUANTIZED)]
+
+    def fetch(self, number: int) -> bool:
+        """Whether the weights of a candidate are here, or were in the artifact store, where they are read from then."""
+        folder = self.run.candidate(number)
+        if all((folder / name).is_file() for name in (WEIGHTS, QUANTIZED)):
+            return True
+        if self.sharing is None:
+            return True  # nowhere else: whoever reads them says what is missing
+        found = self._shared_files(number)
+        for name in (WEIGHTS, QUANTIZED):
+            try:
+                with self.artifacts.open_reader(found[name]) as opened, replacing(folder / name) as temporary:
+                    temporary.write_bytes(opened.read())
+            except (KeyError, OSError, ArtifactNotFound):
+                return False
+        return True
+
+    def _shared_files(self, number: int) -> dict[str, str]:
+        """Of a candidate: the artifacts' ids by file name."""
+        trial = self.storage.get_trial(self._ledger.trials[number])
+        metas = get_all_artifact_meta(trial, storage=self.storage)
+        return {meta.filename: meta.artifact_id for meta in metas if meta.filename in (WEIGHTS, QUANTIZED)}
 
     def attach(self, paths: Iterable[Path]) -> None:
         """Attaches files to the study; one that was attached before under the same name is replaced."""
@@ -339,25 +401,18 @@ class StudyRecord:
             else:
                 upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=self.study)
 
-    def _ask(self, plan: FactorizationPlan, number: int, facts: Mapping[str, Any] | None = None) -> Trial:
-        """A running trial of this plan with its attributes, in one write: there is no moment without its parameters."""
-        template = create_trial(
-            state=TrialState.RUNNING,
-            params=parameters(self.space, plan),
-            distributions=distributions(self.space),
-            user_attrs={**suggested(self.space, number, plan), **(facts or {})},
-        )
-        return Trial(self.study, self.storage.create_new_trial(self.study._study_id, template))
-
-    def _tell(self, trial: Trial, evaluation: Evaluation) -> None:
-        self.study.tell(trial, *outcome(evaluation))
-        self._take(evaluation)
-
     def _write(self) -> None:
         """Brings the run folder in line with the study, also after a run that was cut off between the two."""
+        self._news = False
         self.run.write_candidates(self._lines)
         self.run.write_timings(self._seconds)
         if (probes := self.probes) is not None:
             self.run.write_probes(probes)
-        parents = {job.start.number for job in self._jobs.values() if job.start is not None}
+        parents = {claim.parent for claim in self._ledger.claims.values() if claim.parent is not None}
+        before = self._kept or set()
         self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept)
+        if self.sharing is not None:
+            for number in before - self._kept:
+                for artifact in self._shared_files(number).values():
+                    with suppress(ArtifactNotFound):
+                        self.artifacts.remove(artifact)

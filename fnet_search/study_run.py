@@ -11,7 +11,8 @@ from fnet_search.policy import FIXED_PLANS, Constraints, Policy, load_policy, pa
 from fnet_search.recipe import Fidelity
 from fnet_search.recorded import RecordedRun, open_run
 from fnet_search.requantize import requantize
-from fnet_search.run import Display, Machine, Request, open_study, report_again, run_study
+from fnet_search.request import Machine, Request
+from fnet_search.run import Display, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import FixedPlans
 from fnet_search.studies import Part, Study

@@ -14,7 +14,7 @@ from fnet_policies import Random, ReversePyramid
 from fnet_search import AskTell, Evaluation, FnetError, PolicySampler, evaluate, report_evaluation, search, suggest_plan
 from fnet_search.macro import load_space
 from fnet_search.plan import make_plan, parse_plan, regular
-from fnet_search.run import Machine
+from fnet_search.request import Machine
 from fnet_search.trials import EVALUATION, distributions, parameters, suggested
 
 PLAIN = Machine(workers=1, dtype="float32", fused=False)

@@ -29,7 +29,8 @@ from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
-from fnet_search.run import Machine, Outcome, Request, open_study, report_again, run_study
+from fnet_search.request import Machine, Request
+from fnet_search.run import Outcome, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme

@@ -74,7 +74,13 @@ class Listed:
         self.evaluations[number] = Evaluation(number, plan, plan_cost(TINY, plan), "refused", reason)
         return self.evaluations[number]
 
-    def start(self, plan: FactorizationPlan, role: Role) -> Job:
+    def lost(self) -> None:
+        return None
+
+    def wait(self) -> None:
+        raise AssertionError("nobody else is at work")
+
+    def start(self, plan: FactorizationPlan, role: Role, number: int | None = None) -> Job:
         number = self._next()
         parent = (
             self._best if role == "final" else choose_parent(self._in_order, plan) if self.fidelity.warm_start else None
@@ -87,9 +93,10 @@ class Listed:
         self.progressed.append(number)
         return self.running[number] in self.stopped
 
-    def finish(self, evaluation: Evaluation, seconds: float) -> None:
+    def finish(self, evaluation: Evaluation, seconds: float) -> bool:
         assert self.running.pop(evaluation.number) == evaluation.plan
         self.evaluations[evaluation.number] = evaluation
+        return True
 
     @property
     def _best(self) -> Evaluation | None:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pandas as pd
 import pytest
 from evaluations import failed, pruned, trained
@@ -23,7 +22,8 @@ from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
 from fnet_search.scheme import Scheme
-from fnet_search.study import StudyRecord, has_study, open_journal, open_url
+from fnet_search.storage import has_study, open_journal, open_url
+from fnet_search.study import StudyRecord
 from fnet_search.testing import made_up_probes as probes
 from fnet_search.train import TrainingProgress
 from fnet_search.trials import distributions
@@ -65,15 +65,21 @@ def opened(kind: str, tmp_path: Path) -> Opened:
     return lambda setup=PLAIN: StudyRecord(storage(), run, TINY, LIMITS, 3, "validation", setup)
 
 
+def start(record: StudyRecord, plan: FactorizationPlan, role: Role = "candidate", number: int | None = None) -> Job:
+    job = record.start(plan, role, number)
+    assert job is not None
+    return job
+
+
 def begin(record: StudyRecord, plan: FactorizationPlan, role: Role = "candidate") -> int:
-    return record.start(plan, role).number
+    return start(record, plan, role).number
 
 
 def finish(
     record: StudyRecord, plan: FactorizationPlan, fp32: float, quint8: float, role: Role = "candidate"
 ) -> Evaluation:
     """As a worker does, which leaves weights."""
-    job = record.start(plan, role)
+    job = start(record, plan, role)
     return end(record, job, trained(TINY, plan, job.number, fp32, quint8))
 
 
@@ -176,8 +182,8 @@ def test_running_candidates_are_part_of_the_history(opened: Opened) -> None:
 
 
 @STORAGES
-def test_the_numbers_of_a_run_that_was_cut_off_are_given_again(opened: Opened) -> None:
-    """To new trials: Optuna's numbers have holes, ours do not."""
+def test_what_a_run_that_was_cut_off_was_at_is_taken_over(opened: Opened) -> None:
+    """In new trials: Optuna's numbers have holes, ours do not."""
     record = opened()
     for plan in (F4, DWS, F2):
         begin(record, plan)
@@ -185,8 +191,13 @@ def test_the_numbers_of_a_run_that_was_cut_off_are_given_again(opened: Opened) -
     record.finish(ended, 1.0)
     record = opened()
     assert record.history().evaluations == (ended,)
-    assert record.history().running == ()
-    assert [begin(record, plan) for plan in (F4, F2)] == [0, 2]
+    assert record.history().running == (F4, F2)
+    assert record.history().number == 3
+    again = []
+    while (lost := record.lost()) is not None:
+        again.append(start(record, lost.plan, "candidate", lost.number))
+    assert [(job.number, job.plan) for job in again] == [(0, F4), (2, F2)]
+    assert record.history().running == (F4, F2)
     assert [trial.state for trial in trials(record)] == [
         *(TrialState.FAIL, TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING, TrialState.RUNNING)
     ]
@@ -264,14 +275,14 @@ def test_a_space_is_a_rate_index_a_layer() -> None:
 
 def test_a_candidate_starts_from_the_least_factorized_network_that_divides_it(opened: Opened) -> None:
     record = opened(WARM)
-    reference = record.start(REGULAR, "reference")
+    reference = start(record, REGULAR, "reference")
     assert (reference.number, reference.role, reference.start) == (0, "reference", None)
     end(record, reference, trained(TINY, REGULAR, 0, 0.9, 0.8))
-    job = record.start(F2, "candidate")
+    job = start(record, F2, "candidate")
     folder = record.run.candidate(0)
     assert job == Job(1, F2, record.run.candidate(1), "candidate", Start(0, REGULAR, folder, 3))
     end(record, job, trained(TINY, F2, 1, 0.95, 0.85))
-    job = record.start(F4, "candidate")
+    job = start(record, F4)
     assert job.start == Start(0, REGULAR, folder, 3), "f2, which divides f4 too, is more accurate"
     evaluation = replace(trained(TINY, F4, 2, 0.92, 0.8), zero_shot_accuracy=0.75)
     end(record, job, evaluation)
@@ -298,7 +309,7 @@ def test_a_candidate_starts_from_the_least_factorized_network_that_divides_it(op
 def test_without_warm_start_all_start_from_scratch(opened: Opened) -> None:
     record = opened()
     finish(record, REGULAR, 0.9, 0.8)
-    assert record.start(F2, "candidate").start is None
+    assert start(record, F2).start is None
     assert trials(record)[1].user_attrs["start"] == "scratch"
     assert "parent" not in trials(record)[1].user_attrs
 
@@ -307,28 +318,29 @@ def test_a_parent_is_one_whose_weights_are_kept(opened: Opened) -> None:
     """Those that fell out of the best few have none; what failed, was stopped or ended a search is none either."""
     record = opened(WARM)
     first = finish(record, make_plan(TINY, {"conv_8": 2}), 0.99, 0.70)
-    assert record.start(F4, "candidate").start == Start(0, first.plan, record.run.candidate(0), 3)
-    record = opened(WARM)  # F4 was cut off
+    job = start(record, F4)
+    assert job.start == Start(0, first.plan, record.run.candidate(0), 3)
+    record.finish(failed(TINY, F4, job.number, "no luck"), 1.0)
     for number in range(KEPT):
         finish(record, make_plan(TINY, {"conv_16_1": 2 << number}), 0.9, 0.81 + 0.01 * number)
-    assert having_weights(record) == [1, 2, 3]
-    job = record.start(F4, "candidate")
+    assert having_weights(record) == [2, 3, 4]
+    job = start(record, F4)
     assert job.start is not None
-    assert job.start.number == 1, "of those that divide f4, equally good, the one with the most MACs"
+    assert job.start.number == 2, "of those that divide f4, equally good, the one with the most MACs"
     end(record, job, failed(TINY, F4, job.number))
-    job = record.start(uniform(TINY, 8), "candidate")
+    job = start(record, uniform(TINY, 8), "candidate")
     end(record, job, pruned(TINY, job.plan, job.number))
     final = finish(record, make_plan(TINY, {"conv_16_1": 8}), 1.0, 0.99, "final")
     assert final.number in having_weights(record)
-    job = record.start(DWS, "candidate")
+    job = start(record, DWS, "candidate")
     assert job.start is not None
-    assert job.start.number in (1, 2, 3)
+    assert job.start.number in (2, 3, 4)
 
 
 def test_the_weights_of_parents_are_kept(opened: Opened) -> None:
     record = opened(WARM)
     parent = finish(record, make_plan(TINY, {"conv_8": 2}), 0.99, 0.70)
-    child = record.start(F2, "candidate")
+    child = start(record, F2, "candidate")
     assert child.start is not None
     assert child.start.number == parent.number
     for number in range(KEPT):
@@ -361,7 +373,7 @@ def test_the_best_candidate_is_trained_on_and_both_compete(opened: Opened) -> No
     assert record.to_finish() == best
     before = record.history()
     assert before.number == 3
-    job = record.start(DWS, "final")
+    job = start(record, DWS, "final")
     assert job == Job(3, DWS, record.run.candidate(3), "final", Start(2, DWS, record.run.candidate(2), 6))
     assert record.history().number == 3, "a final training takes no number of a suggestion"
     assert trials(record)[3].user_attrs["planned_epochs"] == 8
@@ -405,7 +417,7 @@ def test_whether_the_best_is_trained_on(
     record = opened(trained_with(Fidelity(warm_start=True, final_epochs=final_epochs)))
     if warm:
         finish(record, REGULAR, 0.9, 0.8, "reference")
-    job = record.start(F4, "candidate")
+    job = start(record, F4)
     end(record, job, replace(trained(TINY, F4, job.number, 0.9, 0.8), epochs=epochs))
     assert (record.to_finish() is not None) == wanted
 
@@ -435,10 +447,10 @@ def test_a_final_training_that_was_cut_off_is_done_again(opened: Opened) -> None
     record = opened(WARM)
     finish(record, REGULAR, 0.9, 0.8, "reference")
     best = finish(record, F4, 0.9, 0.8)
-    job = record.start(F4, "final")
+    job = start(record, F4, "final")
     again = opened(WARM)
     assert again.to_finish() == best
-    assert again.start(F4, "final") == job
+    assert start(again, F4, "final") == job
 
 
 def test_random_suggests_the_same_after_a_final_training(opened: Opened, tmp_path: Path) -> None:
@@ -510,10 +522,14 @@ def test_without_a_trained_network_there_is_nothing_to_probe(opened: Opened) -> 
 
 
 def watched(
-    record: StudyRecord, plan: FactorizationPlan, accuracies: tuple[float, ...], role: Role = "candidate"
+    record: StudyRecord,
+    plan: FactorizationPlan,
+    accuracies: tuple[float, ...],
+    role: Role = "candidate",
+    number: int | None = None,
 ) -> Evaluation:
     """Trained for as many epochs as planned, unless the record says after one that it is to stop."""
-    job = record.start(plan, role)
+    job = start(record, plan, role, number)
     epochs = WARM.recipe_of(job).epochs
     for epoch, accuracy in enumerate(accuracies[:epochs], 1):
         if record.progress(job.number, TrainingProgress(epoch, epochs, True, 0.5, 1.0, accuracy, "validation")):
@@ -581,12 +597,16 @@ def test_a_candidate_that_was_cut_off_does_not_count_twice(opened: Opened, plans
     watched(record, REGULAR, (0.9,) * 8, "reference")
     for plan in plans[:4]:
         watched(record, plan, (0.7, 0.8))
+    number = None
     for _ in range(3):
-        job = record.start(plans[4], "candidate")
+        job = start(record, plans[4], number=number)
         progress = TrainingProgress(1, 2, True, 0.5, 1.0, 0.8, "validation")
         assert not record.progress(job.number, progress)
         record = opened(WARM)
-    assert watched(record, plans[4], (0.8, 0.8)).number == job.number
+        lost = record.lost()
+        assert lost is not None
+        number = lost.number
+    assert watched(record, plans[4], (0.8, 0.8), number=number).number == job.number
     assert watched(record, plans[5], (0.7, 0.8)).state == "complete", "one of four in 0.7 and one in 0.8"
 
 
@@ -594,11 +614,11 @@ def test_a_worker_that_takes_over_is_told_the_same(opened: Opened, plans: list[F
     """It reports again what the checkpoint had reached."""
     record = opened(trained_with(Fidelity(prune=True)))
     for plan in plans[:4]:
-        job = record.start(plan, "candidate")
+        job = start(record, plan, "candidate")
         for epoch in range(1, 9):
             assert not record.progress(job.number, TrainingProgress(epoch, 8, True, 0.5, None, 0.5, "validation"))
         end(record, job, trained(TINY, plan, job.number, 0.5, 0.5))
-    job = record.start(plans[4], "candidate")
+    job = start(record, plans[4], "candidate")
     reports = [(1, 0.3), (2, 0.6), (1, 0.3), (2, 0.6), (3, 0.1), (4, 0.4), (1, 0.3), (4, 0.4)]
     told = [
         record.progress(job.number, TrainingProgress(epoch, 8, True, 0.5, None, accuracy, "validation"))
@@ -648,7 +668,7 @@ def test_weights_that_are_beaten_are_dropped_as_the_search_goes_on(opened: Opene
 def test_what_a_trial_ends_with_is_two_writes(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is synced to the disk: first all attributes, then the state."""
     record = StudyRecord(open_journal(journal), RunFolder(journal.parent), TINY, LIMITS, 0, "validation", PLAIN)
-    job = record.start(F2, "candidate")
+    job = start(record, F2, "candidate")
     syncs: list[int] = []
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", syncs.append)
@@ -661,7 +681,7 @@ def test_what_a_trial_ends_with_is_two_writes(journal: Path, monkeypatch: pytest
 
 def test_attributes_that_could_not_all_be_set_are_not_written(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = StudyRecord(open_journal(journal), RunFolder(journal.parent), TINY, LIMITS, 0, "validation", PLAIN)
-    job = record.start(F2, "candidate")
+    job = start(record, F2, "candidate")
     before = journal.read_bytes()
 
     def full(*arguments: object) -> None:
@@ -723,29 +743,3 @@ def test_the_lock_of_a_killed_process_is_dropped(journal: Path) -> None:
     lock.symlink_to(journal)
     assert has_study(open_journal(journal), "run")
     assert not lock.is_symlink()
-
-
-@pytest.mark.parametrize("garbage", [b"hello\nworld\n", b"{}\n", b"[1]\n", b'{"op_code": 99, "worker_id": "x"}\n'])
-def test_a_journal_of_something_else_is_refused(journal: Path, garbage: bytes) -> None:
-    journal.write_bytes(garbage)
-    with pytest.raises(FnetError, match=f"^cannot read journal {journal}: "):
-        open_journal(journal)
-
-
-@pytest.mark.parametrize(
-    "url", ["", "garbage", "sqlite:////no/such/folder/s.db", "nothing://host/db", "mysql://me@host/db"]
-)
-def test_urls_that_cannot_be_opened(url: str) -> None:
-    with pytest.raises(
-        FnetError, match=r"^cannot open storage \(.+\); an Optuna URL is wanted, as in sqlite:///"
-    ) as bad:
-        open_url(url)
-    assert "\n" not in str(bad.value)
-
-
-def test_studies_are_known_by_name(tmp_path: Path) -> None:
-    storage = open_url(f"sqlite:///{tmp_path}/study.db")
-    assert not has_study(storage, "one")
-    optuna.create_study(storage=storage, study_name="one")
-    assert has_study(storage, "one")
-    assert not has_study(storage, "two")

@@ -13,7 +13,7 @@ from fnet_search.macro import load_space
 from fnet_search.plan import label, plan_cost, uniform
 from fnet_search.recipe import load_recipe
 from fnet_search.recorded import RecordedRun
-from fnet_search.run import Machine
+from fnet_search.request import Machine
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import parse_scheme
 from fnet_search.search import Event, Started

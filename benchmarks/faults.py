@@ -1,0 +1,182 @@
+"""Claim: of a study that several workers share, no candidate is lost and none is finished twice, however they die.
+
+    python benchmarks/faults.py journal --out FOLDER
+    python benchmarks/faults.py postgresql+psycopg://USER@HOST/DB --out FOLDER
+
+Workers search with a stand-in for training that takes 0.1 s; one after the other is killed (SIGKILL) at random moments.
+Every other one is started again where it was; the others' candidates wait until their leases run out.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import optuna
+from machine import machine
+from optuna.trial import TrialState
+
+from fnet_policies import Random
+from fnet_search.evaluate import QUANTIZED, WEIGHTS, Job, Setup
+from fnet_search.leases import LEFT
+from fnet_search.macro import load_space
+from fnet_search.numerics import Numerics
+from fnet_search.policy import Constraints, Evaluation
+from fnet_search.recipe import load_recipe
+from fnet_search.runfolder import RunFolder
+from fnet_search.scheme import Scheme
+from fnet_search.search import search
+from fnet_search.storage import open_artifacts, open_url
+from fnet_search.study import Sharing, StudyRecord
+from fnet_search.trials import NUMBER, PLAN
+from fnet_search.workers import Finished, Judge, WorkerPool
+
+STUDY = "faults"
+SPACE = load_space("factorizenet")
+
+
+@dataclass
+class StandIn:
+    """A pool of one worker whose training takes a while and gives an accuracy that follows from the plan."""
+
+    setup: Setup
+    seconds: float
+    count: int = 1
+    held: int = 0
+    jobs: list[Job] = field(default_factory=list)
+
+    @property
+    def busy(self) -> int:
+        return len(self.jobs)
+
+    def submit(self, job: Job) -> None:
+        self.jobs.append(job)
+
+    def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Finished]:
+        job = self.jobs.pop()
+        time.sleep(self.seconds)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        for name in (WEIGHTS, QUANTIZED):
+            (job.folder / name).write_text(str(job.plan))
+        accuracy = random.Random(str(job.plan)).uniform(0.5, 0.9)
+        known = {"number": job.number, "quint8_accuracy": accuracy, "fp32_accuracy": accuracy, "epochs": 1}
+        yield Finished(Evaluation.of(self.setup.space, job.plan, **known), self.seconds)
+
+
+def work(url: str, folder: Path, plans: int, lease: float, seconds: float) -> None:
+    """A worker: searches until the study is done."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    run = RunFolder(folder / STUDY)
+    setup = Setup(SPACE, load_recipe("quick"), Scheme(), Numerics("cpu"), 0, "validation")
+    with run.locked():
+        share = Sharing(run.worker, open_artifacts(str(folder.parent / "artifacts")), lease)
+        record = StudyRecord(open_url(url), run, SPACE, Constraints(), 0, "validation", setup, sharing=share)
+        with closing(record):
+            for _ in search(Random(), record, cast(WorkerPool, StandIn(setup, seconds)), plans):
+                pass
+
+
+def start(options: argparse.Namespace, url: str, place: int) -> subprocess.Popen[bytes]:
+    folder = options.out / f"worker{place}"
+    asked = ("--plans", options.plans, "--lease", options.lease, "--seconds", options.seconds, "--out", folder)
+    return subprocess.Popen([sys.executable, __file__, url, "--work", *map(str, asked)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("storage", help="journal, or an Optuna URL of an empty database")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--plans", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--lease", type=float, default=4.0, help="Seconds.")
+    parser.add_argument("--seconds", type=float, default=0.1, help="Of a stand-in training.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.storage, options.out, options.plans, options.lease, options.seconds)
+        return
+    shutil.rmtree(options.out, ignore_errors=True)
+    options.out.mkdir(parents=True)
+    url = f"journal:{options.out / 'study.log'}" if options.storage == "journal" else options.storage
+    began = time.monotonic()
+    kills, restarts = killing(options, url)
+    report(options, url, kills, restarts, time.monotonic() - began)
+
+
+def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
+    """Starts workers and kills them until there were enough kills, then lets them end; how many were killed, and how
+    many of those started again in their folders."""
+    chance, places = random.Random(options.seed), options.workers
+    running = {place: start(options, url, place) for place in range(places)}
+    kills = restarts = 0
+    while running:
+        time.sleep(chance.uniform(0.2, 1.0))
+        for place, process in list(running.items()):
+            if process.poll() is not None:
+                if process.returncode:
+                    sys.exit(f"worker {place} ended with exit code {process.returncode}")
+                del running[place]
+        if kills < options.kills and len(running) == options.workers and _begun(options, chance):
+            place = chance.choice(list(running))
+            process = running.pop(place)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            if kills % 2:
+                restarts += 1
+            else:
+                place, places = places, places + 1
+            running[place] = start(options, url, place)
+    return kills, restarts
+
+
+def _begun(options: argparse.Namespace, chance: random.Random) -> bool:
+    """Whether anything was recorded: a worker that is still being started is hardly worth killing."""
+    return any(options.out.glob(f"worker*/{STUDY}/candidates.csv"))
+
+
+def report(options: argparse.Namespace, url: str, kills: int, restarts: int, seconds: float) -> None:
+    study = optuna.load_study(study_name=STUDY, storage=open_url(url))
+    trials = study.get_trials(deepcopy=False)
+    finished = Counter(trial.user_attrs[PLAN] for trial in trials if trial.state is TrialState.COMPLETE)
+    numbers = Counter(trial.user_attrs[NUMBER] for trial in trials if trial.state is TrialState.COMPLETE)
+    left = Counter(trial.system_attrs.get(LEFT) for trial in trials if trial.state is TrialState.FAIL)
+    rows = {
+        "workers at a time": options.workers,
+        "plans wanted": options.plans,
+        "plans finished": len(finished),
+        "killed": kills,
+        "  and started again where they were": restarts,
+        "candidates that a worker went on with": left["released"],
+        "candidates taken over from a worker that was gone": left["expired"],
+        "withdrawn, since another was faster": left["withdrawn"],
+        "finished twice": sum(count - 1 for count in (finished | numbers).values()),
+        "lost": options.plans - len(numbers),
+        "still running": sum(not trial.state.is_finished() for trial in trials),
+        "seconds": round(seconds),
+    }
+    lines = [
+        machine(),
+        f"{url.partition(':')[0]}, lease {options.lease:g} s",
+        *(f"{k:52}{v:6}" for k, v in rows.items()),
+    ]
+    text = "\n".join(lines)
+    print(text)
+    (options.out / "faults.txt").write_text(text + "\n")
+    if rows["finished twice"] or rows["lost"] or rows["still running"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

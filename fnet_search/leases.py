@@ -7,6 +7,7 @@ no two clocks are compared. The old trial has failed by then, and takes nothing 
 told so by the storage, and what it did is dropped.
 """
 
+import random
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,10 @@ BEATS = 8
 """So often a lease is renewed in that time."""
 TAKEOVERS = 5
 """A suggestion that was taken over so often, and lost again, has failed."""
+
+JITTER = 1.0
+"""Seconds that a process waits at most, by chance, that was not the first to claim a suggestion: all others were as
+fast, and would be again."""
 
 Left = Literal["expired", "released", "withdrawn"]
 """The worker is gone; it has ended; another one was first."""
@@ -169,6 +174,7 @@ class Ledger:
         self.refresh()
         if number in self.evaluations or number not in self.claims or self.claims[number].trial_id != trial_id:
             self.leave(trial_id, "withdrawn")
+            time.sleep(random.uniform(0, JITTER))
             return None
         return Trial(self.study, trial_id)
 

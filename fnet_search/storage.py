@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import optuna
 from filelock import FileLock
@@ -28,6 +29,8 @@ PAUSE = 2.0
 """Seconds between two attempts to reach it."""
 TIMEOUT = 30
 """Seconds after which a silent connection to PostgreSQL or MySQL counts as lost."""
+CREATING = 10
+"""Attempts to open a data base whose tables are just being created."""
 
 WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
 
@@ -55,18 +58,24 @@ def _without_password(text: str, url: str) -> str:
     """What is said about a URL, by others who may quote it."""
     text = text.replace(url, masked(url))
     for secret in re.findall(r"(?<=://)[^:/@]*:(.+)@", url):
-        text = text.replace(secret, "***")
+        text = text.replace(secret, "***").replace(unquote(secret), "***")
     return text
 
 
 def _rdb(url: str) -> RDBStorage:
     """Connections are looked at before they are used, and given up where nothing comes back."""
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
     limits: dict[str, Any] = {}
     if url.startswith(("postgresql", "postgres")):
         alive = {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
         limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * TIMEOUT, **alive}
     elif url.startswith("mysql"):
         limits = {"connect_timeout": 10, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
+    for _ in range(CREATING):
+        with suppress(IntegrityError, ProgrammingError):  # two processes create its tables at the same time
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
+        time.sleep(0.5)
     return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
 
 

@@ -125,9 +125,9 @@ class StudyRecord:
                 measured = tuple(map(Probe.from_json, facts["probes"]))
                 self._probed[name.removeprefix(f"{PROBED}:")] = facts["number"], measured
 
-    def look(self) -> None:
-        """At what other processes did; not more often than every `POLL` seconds."""
-        if self.sharing is None or time.monotonic() - self._looked < POLL:
+    def look(self, again_after: float = POLL) -> None:
+        """At what other processes did, unless that was done less than so many seconds ago."""
+        if self.sharing is None or time.monotonic() - self._looked < again_after:
             return
         self._ledger.refresh()
         if self.searching and self.probes is None:
@@ -198,7 +198,7 @@ class StudyRecord:
     def history(self) -> History:
         """Final trainings are left out, and take no number of a suggestion: a search that goes on after one suggests
         what it would have suggested without."""
-        self.look()
+        self.look(again_after=0.0)
         open_claims = {**self._ledger.left, **self._ledger.claims}
         running = tuple(open_claims[n].plan for n in sorted(open_claims) if open_claims[n].role is not None)
         roles = [one.role for one in self.evaluations] + [one.role for one in open_claims.values()]

@@ -1,9 +1,6 @@
 """Several records of one study, as several processes have them."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,6 +42,7 @@ Joined = Callable[..., StudyRecord]
 
 @pytest.fixture(params=["journal", "sqlite"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a storage; PostgreSQL and gRPC are in test_sharing.py, since they take seconds to start."""
     return {"journal": f"journal:{tmp_path}/study.log", "sqlite": f"sqlite:///{tmp_path}/study.db"}[request.param]
 
 
@@ -360,17 +358,3 @@ def test_a_lease_says_who_has_it(joined: Joined) -> None:
     (trial,) = a.study.get_trials()
     assert trial.system_attrs[LEASE] == {"worker": a.run.worker, "beat": 0}
     assert EVALUATION not in trial.system_attrs
-
-
-def test_workers_that_are_killed_lose_nothing(tmp_path: Path) -> None:
-    """The benchmark, small: real processes, SIGKILL."""
-    command = [sys.executable, "benchmarks/faults.py", "journal", "--out", str(tmp_path / "faults")]
-    asked = ["--workers", "3", "--plans", "40", "--kills", "4", "--lease", "3"]
-    folder = Path(__file__).parents[1]
-    path = os.pathsep.join([str(folder), str(folder / "policies")])
-    done = subprocess.run(
-        [*command, *asked], cwd=folder, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {line[:52].strip(): line[52:].strip() for line in done.stdout.splitlines()}
-    assert (rows["plans finished"], rows["killed"], rows["finished twice"], rows["lost"]) == ("40", "4", "0", "0")

@@ -24,7 +24,7 @@ Role = Literal["candidate", "reference", "final"]
 SplitName = Literal["validation", "test"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerStats:
     """What one trained convolution or dense layer looks like (paper, section 2).
 

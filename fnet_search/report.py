@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from csv import writer
-from dataclasses import fields
+from dataclasses import asdict, fields
 from html import escape
 from io import StringIO
 from pathlib import Path
@@ -72,7 +72,7 @@ def candidates_csv(lines: Mapping[int, str]) -> str:
 def layers_csv(evaluation: Evaluation) -> str:
     """One line a convolution or dense layer, every field of LayerStats a column; empty: no noise or no signal."""
     types = {field.name: field.type if field.type in (str, int) else float for field in fields(LayerStats)}
-    return _head(types) + "".join(_line(types, vars(layer)) for layer in evaluation.layers)
+    return _head(types) + "".join(_line(types, asdict(layer)) for layer in evaluation.layers)
 
 
 _STEP: dict[str, type] = {"rate": int, "conv_macs": int, "quint8_accuracy": float}

@@ -1,7 +1,7 @@
 """What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -193,7 +193,7 @@ _AUDITED = ("audited_codes", "differing_codes")
 
 def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
     """One row a layer of each network and scheme, every field of LayerStats a column."""
-    rows = [{**_key(one), **vars(layer)} for one in found for layer in one.evaluation.layers]
+    rows = [{**_key(one), **asdict(layer)} for one in found for layer in one.evaluation.layers]
     return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
 

@@ -1,5 +1,6 @@
 """A candidate as an Optuna trial: its parameters, attributes, constraints, value and state. No torch."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,8 @@ from fnet_search.plan import FactorizationPlan, from_indices, indices, label, le
 from fnet_search.policy import Constraints, Evaluation
 
 EVALUATION = "fnet_search:evaluation"
-"""System attribute with the whole evaluation as JSON: what a history is rebuilt from. The dashboard shows no such."""
+"""System attribute with the whole evaluation: what a history is rebuilt from. The text of a JSON object, which takes a
+quarter of the object's memory. The dashboard shows no such."""
 LIMITS = "fnet_search:constraints"
 """System attribute with the constraints that a suggestion was made under."""
 NUMBER = "number"
@@ -95,13 +97,14 @@ def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> 
         trial.set_constraint(name, violation)
         trial.set_user_attr(f"violation_{name}", violation)
     # Last, since a trial with this attribute that is told counts as done.
-    trial.storage.set_trial_system_attr(trial._trial_id, EVALUATION, evaluation.to_json())
+    text = json.dumps(evaluation.to_json(), separators=(",", ":"))
+    trial.storage.set_trial_system_attr(trial._trial_id, EVALUATION, text)
 
 
 def recorded(trial: FrozenTrial) -> Evaluation | None:
     """The evaluation that `describe` wrote; None if there is none."""
     data = trial.system_attrs.get(EVALUATION) or trial.user_attrs.get("evaluation")  # where it was once
-    return Evaluation.from_json(data) if data else None
+    return Evaluation.from_json(json.loads(data) if isinstance(data, str) else data) if data else None
 
 
 def outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:

@@ -698,7 +698,7 @@ def old(run: Path) -> Path:
         entry = json.loads(line)
         if EVALUATION in entry.get("system_attr", {}):
             entry["op_code"] = JournalOperation.SET_TRIAL_USER_ATTR
-            entry["user_attr"] = {"evaluation": without(entry.pop("system_attr")[EVALUATION])}
+            entry["user_attr"] = {"evaluation": without(json.loads(entry.pop("system_attr")[EVALUATION]))}
         if not entry.get("user_attr", {}).keys() & {"role", "start", "planned_epochs"}:
             lines.append(json.dumps(entry))
     (run / "journal.log").write_text("".join(f"{line}\n" for line in lines))

@@ -176,7 +176,7 @@ def test_the_whole_evaluation_reaches_the_policy() -> None:
     assert one.layers == layer_stats(SPACE, one.plan)
     trial = study.trials[0]
     assert trial.value == one.quint8_accuracy
-    assert json.loads(json.dumps(trial.system_attrs[EVALUATION])) == json.loads(json.dumps(one.to_json()))
+    assert json.loads(trial.system_attrs[EVALUATION]) == json.loads(json.dumps(one.to_json()))
     assert trial.constraints["max_drop"] == pytest.approx(((0.95 - trial.value) / 0.95 - 0.05) / 0.05)
 
 

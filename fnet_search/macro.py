@@ -299,8 +299,8 @@ def parse_space(text: str, path: str = "space", default_name: str = "") -> Macro
     if unknown_key:
         raise FnetError(f"{path}: unknown key {unknown_key!r}{nearest(unknown_key, KEYS)}")
     texts = [table.get("name", default_name), table.get("description", ""), table.get("weights", "")]
-    if not all(isinstance(one, str) for one in texts):
-        raise FnetError(f"{path}: name, description and weights must be strings")
+    if not all(isinstance(one, str) for one in texts) or not (texts[0] + texts[2]).isprintable():
+        raise FnetError(f"{path}: name, description and weights must be strings, the first and the last of one line")
     if Path(texts[2]).name != texts[2]:
         raise FnetError(f"{path}: weights must be the name of a file in the same folder, not {texts[2]!r}")
     moments = [table.get(key, []) for key in ("mean", "std")]
@@ -329,8 +329,8 @@ def _nodes(layers: list[dict[str, Any]]) -> Iterator[Node]:
     before = INPUT
     for index, entry in enumerate(layers):
         name = entry.get("name")
-        if not isinstance(name, str) or not name:
-            raise _LayerError(index, "?", 'needs a name, as in: name = "conv_1"')
+        if not isinstance(name, str) or not name or not name.isprintable():
+            raise _LayerError(index, "?", 'needs a name, one line, as in: name = "conv_1"')
         try:
             yield Node(name, _layer(entry), _sources(entry, before))
         except FnetError as error:

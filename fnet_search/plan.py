@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from os.path import isfile
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +174,7 @@ def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
         if len(rates) < len(entries):
             raise FnetError(f"a layer is named twice in plan {text!r}; give each layer one rate")
         return make_plan(space, rates)
-    if text.endswith(".toml") or Path(text).is_file():
+    if text.endswith(".toml") or isfile(text):  # noqa: PTH113 (False of what is too long for a path)
         return load_plan(space, Path(text))
     if text in ("regular", "dws"):
         return named_plans(space)[text]

@@ -1,6 +1,7 @@
 """Where the data that ships with the package lies, in a wheel and in a checkout alike."""
 
 from importlib.resources import files
+from os.path import isfile
 from pathlib import Path
 
 from fnet_search.errors import FnetError, unknown
@@ -25,9 +26,8 @@ def find(kind: str, singular: str, name: str) -> Path:
     shipped = folder(kind) / f"{name}.toml"
     if name in names(kind):
         return shipped
-    path = Path(name)
-    if path.suffix == ".toml" or path.is_file():
-        if not path.is_file():
+    if name.endswith(".toml") or isfile(name):  # noqa: PTH113 (False of what is too long for a path)
+        if not isfile(name):  # noqa: PTH113
             raise FnetError(f"{singular} file {name} does not exist")
-        return path
+        return Path(name)
     raise unknown(singular, name, names(kind))

@@ -31,6 +31,7 @@ from fnet_search.leases import LEFT
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.policy import Constraints, Evaluation
+from fnet_search.prune import ROLE
 from fnet_search.recipe import load_recipe
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme
@@ -139,32 +140,36 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
     return kills, restarts
 
 
-def report(options: argparse.Namespace, url: str, kills: int, restarts: int, seconds: float) -> None:
-    study = optuna.load_study(study_name=STUDY, storage=open_url(url))
-    trials = study.get_trials(deepcopy=False)
-    finished = Counter(trial.user_attrs[PLAN] for trial in trials if trial.state is TrialState.COMPLETE)
-    numbers = Counter(trial.user_attrs[NUMBER] for trial in trials if trial.state is TrialState.COMPLETE)
+def finished_and_left(url: str, name: str) -> dict[str, int]:
+    """What a study's trials say."""
+    trials = optuna.load_study(study_name=name, storage=open_url(url)).get_trials(deepcopy=False)
+    done = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     left = Counter(trial.system_attrs.get(LEFT) for trial in trials if trial.state is TrialState.FAIL)
-    rows = {
-        "workers at a time": options.workers,
-        "plans wanted": options.plans,
-        "plans finished": len(finished),
-        "killed": kills,
-        "  and started again where they were": restarts,
+    numbers = Counter(trial.user_attrs[NUMBER] for trial in done)
+    plans = Counter(trial.user_attrs[PLAN] for trial in done if trial.user_attrs.get(ROLE) == "candidate")
+    return {
+        "plans finished": len(plans),
         "candidates that a worker went on with": left["released"],
         "candidates taken over from a worker that was gone": left["expired"],
         "withdrawn, since another was faster": left["withdrawn"],
-        "finished twice": sum(count - 1 for count in (finished | numbers).values()),
-        "lost": options.plans - len(numbers),
+        "finished twice": sum(count - 1 for count in (plans | numbers).values()),
         "still running": sum(not trial.state.is_finished() for trial in trials),
+    }
+
+
+def report(options: argparse.Namespace, url: str, kills: int, restarts: int, seconds: float) -> None:
+    counts = finished_and_left(url, STUDY)
+    rows = {
+        "workers at a time": options.workers,
+        "plans wanted": options.plans,
+        "killed": kills,
+        "  and started again where they were": restarts,
+        **counts,
+        "lost": options.plans - counts["plans finished"],
         "seconds": round(seconds),
     }
-    lines = [
-        machine(),
-        f"{url.partition(':')[0]}, lease {options.lease:g} s",
-        *(f"{k:52}{v:6}" for k, v in rows.items()),
-    ]
-    text = "\n".join(lines)
+    table = "\n".join(f"{name:52}{count:6}" for name, count in rows.items())
+    text = f"{machine()}\n{url.partition(':')[0]}, lease {options.lease:g} s\n{table}"
     print(text)
     (options.out / "faults.txt").write_text(text + "\n")
     if rows["finished twice"] or rows["lost"] or rows["still running"]:

@@ -2,8 +2,8 @@
 
     python benchmarks/resumed.py --out FOLDER
 
-One worker, real training on the digits: reference, probes, candidates, final training, test, report. Each time the whole
-process group is killed (SIGKILL) once, at a moment drawn evenly over the time that the uninterrupted search took.
+One worker, real training on the digits: reference, probes, candidates, final training, test, report. Each time the
+whole process group is killed (SIGKILL) once, at a moment drawn evenly over the time that the uninterrupted search took.
 """
 
 import argparse

@@ -2,14 +2,19 @@
 
     python benchmarks/faults.py journal --out FOLDER
     python benchmarks/faults.py postgresql+psycopg://USER@HOST/DB --out FOLDER
+    python benchmarks/faults.py journal --training --workers 2 --plans 12 --kills 5 --lease 30 --out FOLDER
 
 Workers search with a stand-in for training that takes 0.1 s; one after the other is killed (SIGKILL) at random moments.
-Every other one is started again where it was; the others' candidates wait until their leases run out.
+Every other one is started again where it was; the others' candidates wait until their leases run out. With --training
+they are fnet-search run and worker, on the digits, and each is started again where it was.
 """
 
 import argparse
+import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -103,13 +108,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--lease", type=float, default=4.0, help="Seconds.")
     parser.add_argument("--seconds", type=float, default=0.1, help="Of a stand-in training.")
+    parser.add_argument("--training", action="store_true", help="Real training, on the digits.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    options.out = options.out.resolve()
     shutil.rmtree(options.out, ignore_errors=True)
     options.out.mkdir(parents=True)
     url = f"journal:{options.out / 'study.log'}" if options.storage == "journal" else options.storage
     began = time.monotonic()
-    kills, restarts = killing(options, url)
+    kills, restarts = (training if options.training else killing)(options, url)
     report(options, url, kills, restarts, time.monotonic() - began)
 
 
@@ -138,6 +145,41 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
                 place, places = places, places + 1
             running[place] = start(options, url, place)
     return kills, restarts
+
+
+def training(options: argparse.Namespace, url: str) -> tuple[int, int]:
+    """A run, and workers that join it when it has recorded something; processes and all, one after the other."""
+    chance = random.Random(options.seed)
+    alike = ("--workers", "1", "--dtype", "float32", "--no-fused", "--storage", url)
+    asked = ("--space", "tiny", "--budget", "60%", "--policy", "random", "--epochs", "10", "--warm-epochs", "3")
+    more = ("--trials", options.plans, "--lease", round(options.lease), "--no-prune", "--out", STUDY)
+    commands = {0: ("run", *asked, *map(str, more), *alike)}
+    for place in range(1, options.workers):
+        commands[place] = ("worker", "--study", STUDY, "--out", f"worker{place}", *alike)
+
+    def begin(place: int) -> "subprocess.Popen[bytes]":
+        log = (options.out / f"{place}.log").open("a")
+        command = [sys.executable, "-m", "fnet_search.cli", *commands[place]]
+        return subprocess.Popen(command, cwd=options.out, stdout=log, stderr=log, start_new_session=True)
+
+    running, kills = {0: begin(0)}, 0
+    while not (options.out / STUDY / "candidates.csv").is_file():
+        time.sleep(0.1)
+    running |= {place: begin(place) for place in list(commands)[1:]}
+    while running:
+        time.sleep(chance.uniform(5, 25))
+        for place, process in list(running.items()):
+            if process.poll() is not None:
+                if process.returncode:
+                    sys.exit(f"process {place} ended with exit code {process.returncode}")
+                del running[place]
+        if kills < options.kills and running:
+            place = chance.choice(list(running))
+            os.killpg(running[place].pid, signal.SIGKILL)
+            running[place].wait()
+            kills += 1
+            running[place] = begin(place)
+    return kills, kills
 
 
 def finished_and_left(url: str, name: str) -> dict[str, int]:

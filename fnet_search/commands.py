@@ -242,7 +242,9 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
     networks = opened.find(candidates)
     with _display() as display:
         data = opened.data(data_dir, partial(display.advance, "reading images"))
-        (folder / "analysis").mkdir(exist_ok=True)  # or fail before the work
+        for network in networks:  # or fail before the work
+            network.load(opened.space)
+        (folder / "analysis").mkdir(exist_ok=True)
         display.status("calibrating")
         found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
         display.status("drawing the pictures")

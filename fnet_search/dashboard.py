@@ -90,7 +90,7 @@ def open_dashboard(opened: RecordedRun, storage: str | None) -> Dashboard:
     """The dashboard of a recorded run. `storage` as for `run.open_study`, whose lock is not needed here: a search may
     go on meanwhile. Raises FnetError for a storage without the study."""
     url = storage or opened.config.get("storage")
-    found = JournalStorage(JournalFileBackend(str(opened.run.journal))) if url is None else open_url(url)
+    found = JournalStorage(JournalFileBackend(str(opened.run.journal))) if url is None else open_url(url, new=False)
     if not has_study(found, opened.run.name):
         raise FnetError(f"no study {opened.run.name!r} is there; give the URL that the run had as --storage")
     return Dashboard(opened, found)

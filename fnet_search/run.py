@@ -132,6 +132,8 @@ def run_study(
     if run.exists:
         _compare(run, request.config())
     prepared = _prepare(request, run, display)
+    if request.artifacts is not None:
+        open_artifacts(request.artifacts)  # or fail before anything is written
     storage = _storage(request.storage, run)
     with run.locked():
         _configure(run, prepared.config)
@@ -165,7 +167,7 @@ def join_study(
     `url` of its storage; `dataset` and `artifacts` where this host names them otherwise. Raises FnetError, before
     anything is written, where the study, its data or its weights are not there, or others; TimeUp at the deadline.
     """
-    storage = open_url(url)
+    storage = open_url(url, new=False)
     telling(storage, display.status)
     known = published(storage, name)
     request = known.request(url, machine, dataset, artifacts)
@@ -479,7 +481,7 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
     `storage` is the URL of another place to find it than the recorded one. Raises FnetError for a storage without it.
     """
     run, url = opened.run, storage or opened.config.get("storage")
-    elsewhere = None if url is None else open_url(url)
+    elsewhere = None if url is None else open_url(url, new=False)
     if elsewhere is not None and not has_study(elsewhere, run.name):
         raise FnetError(
             f"storage {masked(str(url))} has no study {run.name!r}; give the URL that the run had as --storage"

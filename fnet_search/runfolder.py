@@ -230,7 +230,10 @@ class RunFolder:
         path = self.best / "test.json"
         if not path.is_file():
             return None
-        test = read_evaluation(path)
+        try:
+            test = read_evaluation(path)
+        except FnetError:  # broken: it can be measured again
+            return None
         same = (test.number, test.plan, test.seed, test.epochs) == (
             winner.number,
             winner.plan,

@@ -41,11 +41,14 @@ def masked(url: str) -> str:
     return re.sub(r"(?i)((?:password|passwd)=)[^&]*", r"\1***", hidden)
 
 
-def open_url(url: str) -> BaseStorage:
+def open_url(url: str, new: bool = True) -> BaseStorage:
     """The storage behind a URL: one of SQLAlchemy's (``optuna.storages.RDBStorage``), ``grpc://host:port``
-    (``GrpcStorageProxy``) or ``journal:PATH``, a journal file that several processes share. Raises FnetError, without
-    the password, for one that cannot be opened."""
+    (``GrpcStorageProxy``) or ``journal:PATH``, a journal file that several processes share; `new`: its file is made.
+    Raises FnetError, without the password, for one that cannot be opened."""
     try:
+        file = re.fullmatch(r"(?:journal:|sqlite(?:\+\w+)?:///)([^?]+)(?:\?.*)?", url)
+        if file is not None and not new and not Path(file[1]).is_file():
+            raise FileNotFoundError(f"the file {file[1]} does not exist")
         if url.startswith("journal:"):
             return _shared_journal(Path(url.removeprefix("journal:")))
         return _patient(_grpc(url) if url.startswith("grpc://") else optuna.storages.get_storage(_rdb(url)))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -53,7 +54,7 @@ def postgres(host: str = "127.0.0.1") -> Iterator[str]:
             _wait(host, port, running)
             yield f"postgresql+psycopg://me:{quote(PASSWORD, safe='')}@{host}:{port}/postgres"
         finally:
-            running.terminate()
+            running.send_signal(signal.SIGINT)  # at once, with clients still connected
             running.wait()
 
 

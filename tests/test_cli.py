@@ -232,8 +232,11 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--device", "cuda:77"), "device 'cuda:77' is not there; this machine has: cpu"),
         (("run", *TINY, "--device", "meta"), "unknown device 'meta'; known: auto, cpu, cuda, cuda:N"),
         (("run", *TINY, "--device", "cpu:1"), "unknown device 'cpu:1'; did you mean 'cpu'?"),
-        (("run", *TINY, *PLAIN, "--storage", "garbage"), "an Optuna URL is wanted, as in sqlite:///study.db"),
-        (("run", *TINY, *PLAIN, "--storage", ""), "an Optuna URL is wanted, as in sqlite:///study.db"),
+        (
+            ("run", *TINY, *PLAIN, "--storage", "garbage"),
+            "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db",
+        ),
+        (("run", *TINY, *PLAIN, "--storage", ""), "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db"),
         (("run", *TINY, *PLAIN, "--storage", "sqlite:////no/such/folder/s.db"), "unable to open database file"),
         (("evaluate", "--space", "tiny"), "Missing option '--plan'."),
         (("evaluate", "--space", "tiny", "--plan", "reglar"), "unknown plan 'reglar'; did you mean 'regular'?"),

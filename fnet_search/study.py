@@ -41,7 +41,7 @@ from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
-from fnet_search.storage import together
+from fnet_search.storage import has_study, together
 from fnet_search.train import TrainingProgress
 from fnet_search.trials import describe
 
@@ -103,13 +103,10 @@ class StudyRecord:
 
     def __post_init__(self) -> None:
         self._audits = self.run.audits()
-        self.study = optuna.create_study(
-            storage=self.storage,
-            study_name=self.run.name,
-            pruner=EqualStart(),
-            direction="maximize",
-            load_if_exists=True,
-        )
+        name, pruner = self.run.name, EqualStart()
+        if not has_study(self.storage, name):  # opening one writes nothing
+            optuna.create_study(storage=self.storage, study_name=name, direction="maximize", load_if_exists=True)
+        self.study = optuna.load_study(storage=self.storage, study_name=name, pruner=pruner)
         shared = self.sharing
         self.artifacts = FileSystemArtifactStore(self.run.artifacts) if shared is None else shared.artifacts
         how = () if shared is None else (shared.worker, shared.lease)

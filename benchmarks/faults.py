@@ -46,7 +46,7 @@ from fnet_search.study import Sharing, StudyRecord
 from fnet_search.trials import NUMBER, PLAN
 from fnet_search.workers import Finished, Judge, WorkerPool
 
-STUDY = "faults"
+STUDY, MARK = "faults", "training"
 SPACE = load_space("factorizenet")
 
 
@@ -56,6 +56,8 @@ class StandIn:
 
     setup: Setup
     seconds: float
+    mark: Path
+    """There while it trains."""
     count: int = 1
     held: int = 0
     jobs: list[Job] = field(default_factory=list)
@@ -69,7 +71,9 @@ class StandIn:
 
     def events(self, judge: Judge = lambda number, progress: False) -> Iterator[Finished]:
         job = self.jobs.pop()
+        self.mark.touch()
         time.sleep(self.seconds)
+        self.mark.unlink()
         job.folder.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, QUANTIZED):
             (job.folder / name).write_text(str(job.plan))
@@ -87,7 +91,7 @@ def work(url: str, folder: Path, plans: int, lease: float, seconds: float) -> No
         share = Sharing(run.worker, open_artifacts(str(folder.parent / "artifacts")), lease)
         record = StudyRecord(open_url(url), run, SPACE, Constraints(), 0, "validation", setup, sharing=share)
         with closing(record):
-            for _ in search(Random(), record, cast(WorkerPool, StandIn(setup, seconds)), plans):
+            for _ in search(Random(), record, cast(WorkerPool, StandIn(setup, seconds, folder / MARK)), plans):
                 pass
 
 
@@ -121,8 +125,8 @@ def main() -> None:
 
 
 def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
-    """Starts workers, kills one after the other, and lets the last ones end; how many were killed, and how many of
-    those were started again in their folders."""
+    """Starts workers, kills one after the other, two of three while they train, and lets the last ones end; how many
+    were killed, and how many of those were started again in their folders."""
     chance, places = random.Random(options.seed), options.workers
     running = {place: start(options, url, place) for place in range(places)}
     kills = restarts = 0
@@ -134,7 +138,8 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
                     sys.exit(f"worker {place} ended with exit code {process.exitcode}")
                 del running[place]
         if kills < options.kills and len(running) == options.workers:
-            place = chance.choice(list(running))
+            busy = [place for place in running if (options.out / f"worker{place}" / MARK).exists()]
+            place = chance.choice(busy if busy and kills % 3 else list(running))
             process = running.pop(place)
             process.kill()
             process.join()

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -138,11 +138,11 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
                     sys.exit(f"worker {place} ended with exit code {process.exitcode}")
                 del running[place]
         if kills < options.kills and len(running) == options.workers:
-            busy = [place for place in running if (options.out / f"worker{place}" / MARK).exists()]
-            place = chance.choice(busy if busy and kills % 3 else list(running))
+            place = chance.choice(training_now(options, running) if kills % 3 else list(running))
             process = running.pop(place)
             process.kill()
             process.join()
+            (options.out / f"worker{place}" / MARK).unlink(missing_ok=True)
             kills += 1
             if kills % 2:
                 restarts += 1
@@ -150,6 +150,16 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
                 place, places = places, places + 1
             running[place] = start(options, url, place)
     return kills, restarts
+
+
+def training_now(options: argparse.Namespace, running: Mapping[int, object]) -> list[int]:
+    """The workers that are at it, as soon as one is; all, if none will be."""
+    until = time.monotonic() + 2
+    while time.monotonic() < until:
+        if found := [place for place in running if (options.out / f"worker{place}" / MARK).exists()]:
+            return found
+        time.sleep(0.002)
+    return list(running)
 
 
 def training(options: argparse.Namespace, url: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 What a host does between a policy and trainings is here, once: `search`, `sampler` and `AskTell` share it.
 """
 
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -66,14 +66,17 @@ class Record(Protocol):
         ...
 
 
-def propose(policy: Policy, record: Record) -> Generator[Refused, None, FactorizationPlan | None]:
+def propose(
+    policy: Policy, record: Record, enough: Callable[[History], bool] = lambda history: False
+) -> Generator[Refused, None, FactorizationPlan | None]:
     """Asks until there is a plan that may be trained, and returns it; yields those that were refused and recorded.
 
-    None where the policy has none. Raises FnetError as `suggestion`, and after 1,000 refusals in a row.
+    None where the policy has none, or the history that it would see is `enough`. Raises FnetError as `suggestion`, and
+    after 1,000 refusals in a row.
     """
     for _ in range(REFUSALS_IN_A_ROW):
         history = record.history()
-        plan = suggestion(policy, history)
+        plan = None if enough(history) else suggestion(policy, history)
         if plan is None or not (reason := history.refusal(plan)):
             return plan
         if (refused := record.refuse(plan, reason)) is not None:

@@ -208,13 +208,15 @@ def _events(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Ev
 
 def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline) -> Step:
     """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
+
+    def enough(history: History) -> bool:
+        return trained(history.evaluations) + len(history.running) >= trials
+
     while pool.busy < pool.count and not (pool.busy and deadline.over):
-        history = record.history()
-        if trained(history.evaluations) + len(history.running) >= trials:
-            return not history.running
-        plan = yield from propose(policy, record)
-        if plan is None:  # for good, if nothing was begun meanwhile
-            return not history.running and record.history().number == history.number
+        before = record.history()
+        plan = yield from propose(policy, record, enough)
+        if plan is None:  # for good, if nothing was running, and nothing was begun meanwhile
+            return not before.running and record.history().number == before.number
         yield from _train(record, pool, plan, "candidate", deadline)
     return False
 

@@ -67,7 +67,7 @@ def _without_password(text: str, url: str) -> str:
 
 def _rdb(url: str) -> RDBStorage:
     """Connections are looked at before they are used, and given up where nothing comes back."""
-    from sqlalchemy.exc import IntegrityError, ProgrammingError
+    from sqlalchemy.exc import SQLAlchemyError
 
     limits: dict[str, Any] = {}
     if url.startswith(("postgresql", "postgres")):
@@ -75,11 +75,14 @@ def _rdb(url: str) -> RDBStorage:
         limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * TIMEOUT, **alive}
     elif url.startswith("mysql"):
         limits = {"connect_timeout": 10, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
-    for _ in range(CREATING):
-        with suppress(IntegrityError, ProgrammingError):  # two processes create its tables at the same time
+    for attempt in range(CREATING):
+        try:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
+        except SQLAlchemyError as error:  # two processes create its tables at the same time
+            if attempt + 1 == CREATING or not re.search(r"(?i)already exists|duplicate", str(error)):
+                raise
         time.sleep(0.5)
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
+    raise AssertionError
 
 
 def _grpc(url: str) -> BaseStorage:

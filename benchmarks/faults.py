@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--lease", type=float, default=4.0, help="Seconds.")
     parser.add_argument("--seconds", type=float, default=0.1, help="Of a stand-in training.")
+    parser.add_argument("--pause", type=float, default=1.0, help="Seconds between two kills, at most.")
     parser.add_argument("--training", action="store_true", help="Real training, on the digits.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -131,7 +132,7 @@ def killing(options: argparse.Namespace, url: str) -> tuple[int, int]:
     running = {place: start(options, url, place) for place in range(places)}
     kills = restarts = 0
     while running:
-        time.sleep(chance.uniform(0, 1.5))
+        time.sleep(chance.uniform(0, options.pause))
         for place, process in list(running.items()):
             if process.exitcode is not None:
                 if process.exitcode:

@@ -66,7 +66,7 @@ def main() -> None:
             print(f"{out} differs", flush=True)
     rows = len(whole.splitlines()) - 1
     print(f"uninterrupted: {rows} candidates in {seconds:.0f} s")
-    print(f"killed: {options.kills}, {begun} of them after the first candidate was recorded")
+    print(f"killed: {options.kills}, {begun} of them after the study was opened")
     print(f"the same candidates.csv: {equal} of {options.kills}")
     sys.exit(equal < options.kills)
 

@@ -4,6 +4,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+LONGEST = 100
+"""Characters of a name that an error quotes."""
+
+
 class FnetError(Exception):
     """Bad input or an unusable file. The command line prints it as one line and exits with code 2."""
 
@@ -20,4 +24,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> FnetError:
     """The error for a name that is not among the known ones, with the nearest of them."""
-    return FnetError(f"unknown {what} {name!r}{nearest(name, known)}")
+    shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
+    return FnetError(f"unknown {what} {shown!r}{nearest(shown, known)}")

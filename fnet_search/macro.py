@@ -87,7 +87,8 @@ class Macroarchitecture:
         except nx.NetworkXUnfeasible:
             cycle = [edge[0] for edge in nx.find_cycle(graph)]
             first = min(cycle, key=position.__getitem__)
-            raise _LayerError(position[first], first, f"lies on a cycle: {' -> '.join([*cycle, cycle[0]])}") from None
+            shown = cycle if len(cycle) <= 10 else [*cycle[:5], "...", *cycle[-4:]]
+            raise _LayerError(position[first], first, f"lies on a cycle: {' -> '.join([*shown, cycle[0]])}") from None
         order = tuple(self.nodes[position[name]] for name in names if name != INPUT)
         shapes: dict[str, Shape] = {INPUT: self.input_shape}
         for node in order:

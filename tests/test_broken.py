@@ -127,7 +127,7 @@ REFUSED = [
     # What a user writes
     Case("a budget that is none", nothing, ("run", "--budget", "12OMMAC"), "malformed budget '12OMMAC'"),
     Case("a budget of nothing", nothing, ("run", "--budget", "0%"), "is less than one MAC"),
-    Case("a budget below every network", nothing, ("run", "--space", "tiny", "--budget", "1K"), "1K"),
+    Case("a budget below every network", nothing, ("run", "--space", "tiny", "--budget", "1KMAC"), "below the smallest network|1,000"),
     Case("a space with a name too long for a path", nothing, ("show", "x" * 5000), "unknown space"),
     Case("a plan too long for a path", nothing, ("show", "tiny", "--plan", "y" * 5000), "unknown plan"),
     Case("a space whose layer is called <script> twice", lambda at: write(at / "s.toml", 'input = [3, 8, 8]\n[[layer]]\nname = "<script>"\nkind = "activation"\n[[layer]]\nname = "<script>"\nkind = "activation"\n'), ("show", "s.toml"), "<script>"),
@@ -161,6 +161,7 @@ REPAIRED = [
 def tell(case: Case, code: int, line: str) -> None:
     if table := os.environ.get("BAD_INPUTS_TABLE"):
         command = " ".join(part if len(part) < 60 else f"{part[:20]}..." for part in case.command)
+        command = command.replace(" ".join(SMALL), "...")
         said, what = (text.replace("|", "\\|") for text in (line[:300], case.what))
         with Path(table).open("a") as opened:
             opened.write(

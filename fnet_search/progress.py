@@ -98,7 +98,7 @@ class TerminalDisplay:
                 self._all_epochs += self._setup.recipe_of(job).epochs - planned[job.role]
                 cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
                 start = f", from candidate {job.start.number}" if job.start else ""
-                begins = "is taken over" if again else "starts"
+                begins = "starts again" if again else "starts"
                 self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) {begins}{start}")
             case ProbesProgressed(done, total):
                 self.advance("probing the rates of all layers", done, total)

@@ -180,7 +180,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
     ("arguments", "message"),
     [
         (("rnu",), "unknown command 'rnu'; did you mean 'run'?"),
-        (("serach",), "unknown command 'serach'; known: run, evaluate, show, list, report"),
+        (("serach",), "unknown command 'serach'; known: run, evaluate, worker, show, list, report"),
         (("run",), "Missing option '--budget'."),
         (("run", *TINY, "more"), "Got unexpected extra argument (more)"),
         (("run", *TINY, "--polcy", "tpe"), "'--policy'"),

@@ -419,12 +419,14 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     again = reported(tmp_path / "one" / "name")
     assert again.evaluations == outcome.evaluations, "the recorded storage is read"
     with pytest.raises(
-        FnetError, match=r"^the storage has a study 'name' of another run folder; choose another --out$"
+        FnetError,
+        match=r"^the storage has a study 'name' of another run folder; choose another --out, or work on it "
+        "too: fnet-search worker --storage ... --study name$",
     ):
         go(tmp_path / "two" / "name", 1, replace(request, seed=4))
     assert not (tmp_path / "two").exists()
     before = files_in(tmp_path / "one")
-    with pytest.raises(FnetError, match=r"^storage sqlite:///.*other\.db has no study 'name'; give the URL that"):
+    with pytest.raises(FnetError, match=r"^cannot open storage sqlite:.*other\.db \(the file .* does not exist\)"):
         reported(tmp_path / "one" / "name", f"sqlite:///{tmp_path}/other.db")
     assert files_in(tmp_path / "one") == before
 

@@ -28,7 +28,7 @@ from fnet_search.quantities import parse_budget, parse_count, parse_duration, pa
 TINY = load_space("tiny")
 SPACES = [resources.find("spaces", "space", name).read_text() for name in resources.names("spaces")]
 FUZZ = settings(
-    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "250")),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
     deadline=None,
     derandomize="FUZZ_EXAMPLES" not in os.environ,
     suppress_health_check=list(HealthCheck),

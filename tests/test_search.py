@@ -496,3 +496,36 @@ def test_at_the_deadline_the_hopeless_still_stop() -> None:
     record = Listed(stopped=(F2,))
     list(search(Scripted([F2]), record, Clocked(), 1, Deadline(0)))
     assert [one.state for one in record.evaluations.values()] == ["pruned"]
+
+
+# Beside other processes
+
+
+@dataclass
+class Shared(Listed):
+    """Another process begins the last trial between two looks, and ends it while this one waits."""
+
+    looks: int = 0
+
+    def history(self) -> History:
+        self.looks += 1
+        if self.looks == 2:
+            self.running[self._next()] = F2
+        return super().history()
+
+    def wait(self) -> None:
+        (number,) = self.running
+        self.finish(trained(TINY, F2, number, 0.9, 0.8, layers=False), 1.0)
+
+
+def test_the_last_trial_is_begun_by_one_process() -> None:
+    shared, pool = Shared(), Clocked()
+    assert list(search(FixedPlans((F4, DWS)), shared, pool, 1)) == []
+    assert pool.submitted == []
+    assert shared.plans == [F2]
+
+
+def test_a_policy_that_has_none_for_now_is_asked_again_when_others_are_done() -> None:
+    shared, pool = Shared(), Clocked()
+    list(search(Scripted([None, F4]), shared, pool, 2))
+    assert shared.plans == [F2, F4]

@@ -13,12 +13,12 @@ import pytest
 from evaluations import failed, trained
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from fnet_search import storage as storages
 from fnet_search.evaluate import QUANTIZED, WEIGHTS, Job, Setup
-from fnet_search.leases import LEASE, LEFT, TAKEOVERS
+from fnet_search.leases import LEASE, LEFT, TAKEOVERS, _leave
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, depthwise, make_plan, regular, uniform
@@ -203,6 +203,34 @@ def test_a_candidate_of_a_worker_that_is_gone_is_taken_over(joined: Joined) -> N
         assert record.history().running == ()
         assert json.loads((record.run.candidate(0) / "evaluation.json").read_text())["quint8_accuracy"] == 0.7
     assert states(b) == [(0, TrialState.FAIL, "expired"), (0, TrialState.COMPLETE, None)]
+
+
+@pytest.mark.parametrize(
+    "ended", [trained(TINY, F4, 0, 0.9, 0.8), failed(TINY, F4, 0, "loss is NaN")], ids=["complete", "failed"]
+)
+def test_an_evaluation_that_comes_while_its_candidate_is_taken_away_does_not_count(
+    joined: Joined, ended: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has seen the trial without it, and ends the trial between the worker's two last writes."""
+    a, b = joined("a"), joined("b")
+    job = start(a, F4)
+    job.folder.mkdir(parents=True)
+    for name in (WEIGHTS, QUANTIZED):
+        (job.folder / name).write_text("weights")
+    (trial,), tell = a.study.get_trials(), a._ledger._tell
+
+    def later(number: int, evaluation: Evaluation) -> FrozenTrial:
+        _leave(b.storage, trial._trial_id, "expired")
+        return tell(number, evaluation)
+
+    monkeypatch.setattr(a._ledger, "_tell", later)
+    assert not a.finish(ended, 1.0)
+    for record in (a, b):
+        assert record.history().evaluations == ()
+        assert record.history().running == (F4,)
+        lost = record.lost()
+        assert lost is not None
+        assert (lost.number, lost.plan) == (0, F4)
 
 
 def test_of_two_that_take_over_one_does(joined: Joined) -> None:

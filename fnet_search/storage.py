@@ -75,14 +75,15 @@ def _rdb(url: str) -> RDBStorage:
         limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * TIMEOUT, **alive}
     elif url.startswith("mysql"):
         limits = {"connect_timeout": 10, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
-    for attempt in range(CREATING):
+    attempt = 1
+    while True:
         try:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
         except SQLAlchemyError as error:  # two processes create its tables at the same time
-            if attempt + 1 == CREATING or not re.search(r"(?i)already exists|duplicate", str(error)):
+            if attempt == CREATING or not re.search(r"(?i)already exists|duplicate", str(error)):
                 raise
+        attempt += 1
         time.sleep(0.5)
-    raise AssertionError
 
 
 def _grpc(url: str) -> BaseStorage:

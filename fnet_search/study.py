@@ -227,7 +227,7 @@ class StudyRecord:
         if self.sharing is None or not tasks:
             return tasks
         if not self.fetch(one.number):
-            raise FnetError(f"the weights of candidate {one.number} are not in the artifact store")
+            raise self._gone(one.number)
         first = hash(self.sharing.worker) % len(tasks)  # in an order of its own: layers are not leased
         return tasks[first:] + tasks[:first]
 
@@ -266,6 +266,8 @@ class StudyRecord:
             return None
         if job.start is not None and not self.fetch(job.start.number):  # dropped meanwhile, for better ones
             self._ledger.leave(trial._trial_id, "released")
+            if job.start.number in kept(self.evaluations, self.constraints):  # they should be there
+                raise self._gone(job.start.number)
             return None
         self._trials[number], self._jobs[number] = trial, job
         if (lost := self._ledger.takeovers[number]) > TAKEOVERS:
@@ -381,6 +383,11 @@ class StudyRecord:
             except (KeyError, OSError, ArtifactNotFound):
                 return False
         return True
+
+    def _gone(self, number: int) -> FnetError:
+        return FnetError(
+            f"the weights of candidate {number} are not in the artifact store; name the run's with --artifacts"
+        )
 
     def _shared_files(self, number: int) -> dict[str, str]:
         """Of a candidate: the artifacts' ids by file name."""

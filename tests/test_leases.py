@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from fnet_search import storage as storages
+from fnet_search.errors import FnetError
 from fnet_search.evaluate import QUANTIZED, WEIGHTS, Job, Setup
 from fnet_search.leases import LEASE, LEFT, TAKEOVERS, _leave
 from fnet_search.macro import load_space
@@ -174,7 +175,10 @@ def test_a_parent_whose_weights_are_gone_is_not_started_from(joined: Joined, tmp
     for path in (tmp_path / "artifacts").iterdir():
         path.unlink()
     b.history()
-    assert b.start(F2, "candidate") is None
+    with pytest.raises(
+        FnetError, match=r"^the weights of candidate 0 are not in the artifact store; name the run's with"
+    ):
+        b.start(F2, "candidate")
     assert b.history().running == (F2,), "to be taken over by one that has them"
     assert start(a, F2, number=1).start is not None
 

@@ -20,7 +20,7 @@ from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
 from fnet_search.options import console
 from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
-from fnet_search.policy import FIXED_PLANS, Constraints, Policy, SplitName, check_policy, load_policy, parse_constraints
+from fnet_search.policy import Policy, SplitName, check_policy, load_policy, parse_constraints
 from fnet_search.progress import TerminalDisplay
 from fnet_search.recipe import Fidelity, Recipe, load_recipe
 from fnet_search.request import Machine, Request
@@ -155,7 +155,7 @@ def evaluate(
     for plan in chosen:
         check_plan(loaded, plan)
     request = _request(loaded, dataset, recipe, epochs, finetune, scheme, seed, storage, machine)
-    request = replace(request, policy_name=FIXED_PLANS, split=split, audit_all=True)
+    request = replace(request, split=split, audit_all=True)
     name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
     return _run(request, FixedPlans(chosen), folder_of(out, name), len(chosen), display, deadline)
 
@@ -200,12 +200,9 @@ def _request(
         space=space,
         dataset=absolute(dataset),
         recipe=(recipe if isinstance(recipe, Recipe) else load_recipe(recipe or default)).with_epochs(epochs),
-        fidelity=Fidelity(finetune=finetune),
-        policy_name="",
-        constraints=Constraints(),
         scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
         seed=seed,
-        split="validation",
+        fidelity=Fidelity(finetune=finetune),
         storage=storage,
         machine=machine or Machine(),
     )

@@ -13,6 +13,7 @@ from fnet_search import __version__
 from fnet_search.commands import analyze, audit, export, latency, quantize
 from fnet_search.errors import FnetError
 from fnet_search.options import (
+    NOTHING_FEASIBLE,
     Commands,
     console,
     machine_of,
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from fnet_search.run import Outcome
 
 T = TypeVar("T")
-
-NOTHING_FEASIBLE = 3
-"""Exit code of a search in which no candidate met the constraints."""
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 

@@ -27,6 +27,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SHOWN = 6  # networks of a search in a figure of layers
 GREY, STAR = "#666666", "#e69f00"
+LONGEST_NAME = 38  # so that two columns of a legend fit
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -60,10 +61,19 @@ def heading(figure: Figure, text: str) -> None:
     figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10.5, fontweight="bold", parse_math=False)
 
 
+def shorten(name: str) -> str:
+    """For a legend."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def legend_columns(names: Sequence[str], most: int) -> int:
+    """As many as fit."""
+    return max(1, min(most, 112 // (max(map(len, names)) + 9)))
+
+
 def legend(axes: Axes) -> None:
     """Above the axes, in as many columns as fit."""
-    longest = max(len(name) for name in axes.get_legend_handles_labels()[1])
-    columns = max(1, min(5, 112 // (longest + 9)))
+    columns = legend_columns(axes.get_legend_handles_labels()[1], 5)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
 
 

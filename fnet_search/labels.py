@@ -35,14 +35,15 @@ class Labelled:
 def place_labels(axes: Axes, labels: Sequence[Labelled]) -> None:
     """Writes every label near its anchor, the first ones first, clear of markers, dashed lines and other labels.
 
-    One that finds no free place is left out. Freezes the figure's layout: nothing may move afterwards.
+    One that finds no free place, or has no markers, is left out. Freezes the figure's layout: nothing may move after.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     pixels = figure.dpi / 72
-    markers = np.array([_markers(axes, one, pixels) for one in labels])
+    labels = [one for one in labels if one.ys]
+    markers = np.array([_markers(axes, one, pixels) for one in labels]).reshape(-1, 4)
     lines = [line.get_window_extent().padded(2 * pixels) for line in axes.lines if line.get_linestyle() in ("--", ":")]
     written = np.array([line.extents for line in lines]).reshape(-1, 4)
     for one in labels:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NOTHING_FEASIBLE = 3
+"""Exit code of a search in which no candidate met the constraints."""
 TIME_UP = 5
 """Exit code of work that its time limit stopped."""
 

@@ -241,6 +241,13 @@ class Constraints:
     min_quint8: float | None = None
     max_drop: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("conv_macs", "params", "min_quint8"):
+            if (limit := getattr(self, name)) is not None and not limit > 0:
+                raise FnetError(f"{name} must be above 0, got {limit}")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise FnetError(f"max_drop must not be negative, got {self.max_drop}")
+
     def of_cost(self, cost: Cost) -> dict[str, float]:
         """Violations that need no training."""
         limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
@@ -276,9 +283,13 @@ class Constraints:
             limits.append(("relative drop", f"at most {percent(self.max_drop)}"))
         return limits
 
+    def missed(self, evaluation: Evaluation) -> tuple[str, ...]:
+        """Names of the constraints that an evaluation does not meet, as far as they are known."""
+        return tuple(name for name, value in self.of(evaluation).items() if value > 0)
+
     def feasible(self, evaluation: Evaluation) -> bool:
         """Trained, and every constraint met."""
-        return evaluation.state == "complete" and all(value <= 0 for value in self.of(evaluation).values())
+        return evaluation.state == "complete" and not self.missed(evaluation)
 
 
 def parse_constraints(

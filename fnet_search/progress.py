@@ -43,7 +43,7 @@ class TerminalDisplay:
         self._later = 0.0  # epochs of the study's runs after this one
         self._each = 0  # of a candidate, as far as is known before
         self._start = time.monotonic()
-        self._what, self._quarter = "", -1
+        self._what, self._quarter, self._since = "", -1, self._start  # of what `advance` shows
 
     def __enter__(self) -> "TerminalDisplay":
         if self._live:
@@ -64,8 +64,8 @@ class TerminalDisplay:
 
     def advance(self, what: str, done: int, total: int) -> None:
         if what != self._what:
-            self._what, self._start, self._quarter = what, time.monotonic(), -1
-        left = clock((time.monotonic() - self._start) / done * (total - done)) + " left" if done else "starting"
+            self._what, self._quarter, self._since = what, -1, time.monotonic()
+        left = clock((time.monotonic() - self._since) / done * (total - done)) + " left" if done else "starting"
         text = f"{what}: {done:,} of {total:,}, {left}"
         if self._live:
             self._live.update(Text(text))
@@ -156,7 +156,7 @@ class TerminalDisplay:
     def left(self) -> str:
         """As in ``4:05 left``: of this run and the study's later ones, by what the part so far took."""
         gained, whole = self._done() - self._before, self._all_epochs + self._later
-        if gained < 0.01 * self._all_epochs or not gained:  # a guess from less would be wild
+        if gained < min(1.0, 0.01 * self._all_epochs) or not gained:  # a guess from less would be wild
             return "time left: measuring"
         return f"{clock((time.monotonic() - self._start) * (whole - self._done()) / gained)} left"
 
@@ -211,8 +211,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
         elif one.role == "final" and one.state == "complete":
             state = f"candidate {one.parent} trained on"
         if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
-            missed = [name for name, value in constraints.of(one).items() if value > 0]
-            infeasible = f"infeasible: {', '.join(missed)}"
+            infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
             state = f"{state}, {infeasible}" if one.role == "final" else infeasible
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params / 1e3:,.0f}"

@@ -83,8 +83,13 @@ class Recipe:
                 raise unknown(name, value, known)
 
     def changed(self, table: Mapping[str, Any]) -> "Recipe":
-        """The same recipe but for the entries of a TOML table. Raises FnetError for whatever is wrong with them."""
-        return _build({**vars(self), "milestones": list(self.milestones)}, self.augmentation, table)
+        """The same recipe but for the entries of a TOML table; milestones move with `epochs` unless they are there too.
+
+        Raises FnetError for whatever is wrong with them.
+        """
+        found = _build({**vars(self), "milestones": list(self.milestones)}, self.augmentation, table)
+        moved = self.with_epochs(found.epochs).milestones
+        return found if "milestones" in table else replace(found, milestones=moved)
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
         """The same recipe over another number of epochs; milestones move in proportion."""

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fnet_search.errors import FnetError
 from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, parse_space, to_toml
-from fnet_search.policy import Constraints, SplitName
+from fnet_search.policy import FIXED_PLANS, Constraints, SplitName
 from fnet_search.recipe import Augmentation, Fidelity, Recipe
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.storage import masked
@@ -39,12 +39,12 @@ class Request:
     space: Macroarchitecture
     dataset: str
     recipe: Recipe
-    fidelity: Fidelity
-    policy_name: str
-    constraints: Constraints
     scheme: Scheme
     seed: int
-    split: SplitName
+    policy_name: str = FIXED_PLANS
+    constraints: Constraints = field(default_factory=Constraints)
+    fidelity: Fidelity = field(default_factory=Fidelity)
+    split: SplitName = "validation"
     audit_all: bool = False
     storage: str | None = None
     artifacts: str | None = None

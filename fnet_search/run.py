@@ -83,10 +83,8 @@ class Outcome:
         found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
         if self.test is not None:
             found += f"; {_accuracies(self.test)}"
-        missed = [name for name, value in self.constraints.of(one).items() if value > 0]
-        verdict = (
-            "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {', '.join(missed)}:"
-        )
+        missed = ", ".join(self.constraints.missed(one))
+        verdict = "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {missed}:"
         return f"{verdict} {found}; files in {folder / 'best'}"
 
 
@@ -130,7 +128,7 @@ def run_study(
     deadline.
     """
     if run.exists:
-        _compare(run, request.config())
+        compare(run, request.config())
     prepared = _prepare(request, run, display)
     if request.artifacts is not None:
         open_artifacts(request.artifacts)  # or fail before anything is written
@@ -175,7 +173,7 @@ def join_study(
     study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
     request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
     if run.exists:
-        _compare(run, {**request.config(), "study": name})
+        compare(run, {**request.config(), "study": name})
     prepared = _prepare(request, run, display)
     check_data(known, prepared.data)
     with run.locked():
@@ -245,7 +243,7 @@ def _prepare(request: Request, run: RunFolder, display: Display) -> _Prepared:
 
 def _configure(run: RunFolder, config: dict[str, Any]) -> None:
     if run.exists:
-        _compare(run, config)
+        compare(run, config)
     else:
         run.write_config(config)
 
@@ -312,7 +310,8 @@ def _storage(url: str | None, run: RunFolder) -> BaseStorage | None:
     return storage
 
 
-def _compare(run: RunFolder, config: dict[str, Any]) -> None:
+def compare(run: RunFolder, config: dict[str, Any]) -> None:
+    """Raises FnetError where a run was recorded with another configuration than this one."""
     recorded = run.config()
     if "fidelity" not in recorded:
         raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")

@@ -10,6 +10,7 @@ from fnet_search import resources
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import parse_plan
+from fnet_search.policy import Constraints, load_policy, parse_constraints
 from fnet_search.recipe import Recipe, load_recipe
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.tables import build, read_table
@@ -37,6 +38,12 @@ class Variant:
     space: Macroarchitecture
     recipe: Recipe
 
+    def __str__(self) -> str:
+        one = self.recipe
+        name = f"variant {self.name}: " if self.name else ""
+        training = f"{one.epochs} epochs, batch {one.batch_size}, {one.schedule}, {one.initializer}"
+        return f"{name}space {self.space.name}; recipe {one.name}, {training}"
+
 
 @dataclass(frozen=True)
 class SearchOptions:
@@ -48,6 +55,14 @@ class SearchOptions:
     min_quint8: str | None = None
     max_drop: str | None = None
     max_params: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise FnetError(f"trials must be at least 1, got {self.trials}")
+
+    def constraints(self, space: Macroarchitecture) -> Constraints:
+        """Raises FnetError for limits that cannot be read, or that no network of the space meets."""
+        return parse_constraints(space, self.budget, self.max_params, self.min_quint8, self.max_drop)
 
 
 @dataclass(frozen=True)
@@ -88,16 +103,19 @@ class Study:
     def parts(self) -> list[Part]:
         return [Part(variant, seed) for variant, seed in product(self.variants, self.seeds)]
 
-    def with_options(self, dataset: str | None, epochs: int | None, seeds: tuple[int, ...]) -> "Study":
-        """The same study of other data, with other epochs (learning-rate steps move in proportion), other seeds."""
+    def with_options(self, epochs: int | None, seeds: tuple[int, ...]) -> "Study":
+        """The same study with other epochs (learning-rate steps move in proportion), other seeds."""
         variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
-        return replace(self, dataset=dataset or self.dataset, variants=variants, seeds=seeds or self.seeds)
+        return replace(self, variants=variants, seeds=seeds or self.seeds)
 
 
-def load_study(name: str) -> Study:
-    """A shipped study by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
+def load_study(name: str, dataset: str | None = None) -> Study:
+    """A shipped study by name, or a TOML file by path; of another data set, where one is named.
+
+    Raises FnetError for whatever is wrong with it.
+    """
     path = resources.find("studies", "study", name)
-    table = read_table(path, "study")
+    table = {**read_table(path, "study"), **({"dataset": dataset} if dataset else {})}
     try:
         return _study(path.stem, table)
     except FnetError as error:
@@ -151,15 +169,25 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
         for plan in plans:
             if plan not in texts["plans"]:
                 raise FnetError(f"{key}: {plan!r} is not among the plans")
+    schemes = tuple(map(parse_scheme, texts["ranges"])) or (Scheme(),)
+    if len(set(schemes)) < len(schemes):
+        raise FnetError(f"ranges must differ, got {texts['ranges']!r}")
+    search = build(SearchOptions, table["search"], "a search") if "search" in table else None
+    if search is not None:
+        if len(schemes) > 1:
+            raise FnetError("a [search] is for one of ranges: what it finds depends on it; write a study for each")
+        load_policy(search.policy)
+        for variant in variants:
+            search.constraints(variant.space)
     return Study(
         name=name,
         description=table.get("description", ""),
         dataset=table["dataset"],
         variants=variants,
         plans=texts["plans"],
-        search=build(SearchOptions, table["search"], "a search") if "search" in table else None,
+        search=search,
         seeds=tuple(seeds),
-        schemes=tuple(map(parse_scheme, texts["ranges"])) or (Scheme(),),
+        schemes=schemes,
         compare=texts["compare"],
         published=published,
     )
@@ -181,16 +209,25 @@ def _tables(table: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str,
 
 def _variants(table: Mapping[str, Any]) -> Iterator[Variant]:
     """Those of [variants], which may have another space, and another recipe or changes of it; or the only one."""
-    if "variants" not in table:
-        yield Variant("", load_space(table["space"]), load_recipe(table["recipe"]))
+
+    def space(name: str) -> Macroarchitecture:
+        return load_space(name, default_shape=natural)
+
+    def natural(channels: int) -> tuple[int, int, int]:
+        from fnet_search.data import natural_shape  # torch takes seconds to import
+
+        return natural_shape(table["dataset"], channels)
+
+    if not table.get("variants"):
+        yield Variant("", space(table["space"]), load_recipe(table["recipe"]))
     for name, changes in _tables(table, "variants"):
         if not re.fullmatch(r"[\w.+-]+", name):
             raise FnetError(f"variants.{name!r} names a folder: write letters, digits, '_', '.', '+' and '-'")
         for key in changes:
             if key not in ("space", "recipe"):
                 raise FnetError(f"variants.{name} has no {key!r}; it may have space and recipe")
-        space, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
-        if not isinstance(space, str) or not isinstance(recipe, str | dict):
+        place, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
+        if not isinstance(place, str) or not isinstance(recipe, str | dict):
             raise FnetError(f"variants.{name}: space is a name or a path, recipe one too or a table of changes")
         found = load_recipe(recipe) if isinstance(recipe, str) else load_recipe(table["recipe"]).changed(recipe)
-        yield Variant(name, load_space(space), found)
+        yield Variant(name, space(place), found)

@@ -1,5 +1,6 @@
 """The command line of studies: ``fnet-search study run``, ``list`` and ``show``."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fnet_search.options import (
+    NOTHING_FEASIBLE,
     Commands,
     machine_of,
     machine_options,
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
     from fnet_search.studies import Study
 
 
-@click.group(cls=Commands)
-def study() -> None:
+@click.group(cls=Commands, invoke_without_command=True)
+@click.pass_context
+def study(context: click.Context) -> None:
     """Run recorded studies: the paper's table and figures, and what its questions compare."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @study.command("list")
@@ -54,10 +59,7 @@ def described(study: "Study") -> list[str]:
         what = f"search of {study.search.trials} candidates by {study.search.policy} under {study.search.budget}"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
     lines = [f"{study.name}: {study.description}", f"data set {study.dataset}; {seeds}; {what}"]
-    for one in study.variants:
-        recipe = one.recipe
-        training = f"recipe {recipe.name}, {recipe.epochs} epochs, {recipe.schedule}, {recipe.initializer}"
-        lines.append(f"{f'variant {one.name}: ' if one.name else ''}space {one.space.name}; {training}")
+    lines += map(str, study.variants)
     total = sum(epochs(study, part) for part in study.parts)
     lines.append(f"quantized with {', '.join(map(str, study.schemes))}; about {total:,.0f} epochs in all")
     return lines
@@ -89,28 +91,35 @@ def run(**options: Any) -> None:
 
     STUDY: a shipped one (see `fnet-search study list`), or the path of a TOML file. Each variant and seed is a run of
     its own in the study's folder; results.md there has the table and the figures, networks.csv and layers.csv what was
-    measured. More seeds may be added to an earlier study in the same folder.
+    measured. With other seeds in the same folder they are added to those that it has. Exit code 3: no candidate of a
+    search met its constraints, the nearest is named.
     """
     from fnet_search.api import absolute, dataset_name, folder_of
     from fnet_search.deadline import TimeUp
     from fnet_search.studies import load_study
-    from fnet_search.study_results import markdown, networks, rows, table, write_results
-    from fnet_search.study_run import StudyFolder, recorded, run_parts
+    from fnet_search.study_results import RESULTS, markdown, networks, remarks, rows, table
+    from fnet_search.study_run import StudyFolder, run_parts
 
-    chosen = load_study(options["name"]).with_options(options["dataset"], options["epochs"], options["seeds"])
+    chosen = load_study(options["name"], options["dataset"]).with_options(options["epochs"], options["seeds"])
     chosen = replace(chosen, dataset=absolute(chosen.dataset))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
     folder = StudyFolder(folder_of(options["out"], default))
 
-    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> Path:
+    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> None:
         try:
             run_parts(chosen, folder, machine_of(options), display, deadline)
         except TimeUp:
-            display.say(f"results so far: {write_results(chosen, recorded(chosen, folder), folder.path)}")
+            display.say(f"results so far: {folder.path / RESULTS}")
             raise
-        return write_results(chosen, recorded(chosen, folder), folder.path)
 
-    path = until_time_is_up(options, work)
-    if found := rows(chosen, networks(chosen, recorded(chosen, folder))):
-        click.echo(markdown(table(chosen, found)))
-    click.echo(f"results: {path}")
+    until_time_is_up(options, work)
+    whole = folder.whole(chosen)
+    runs = folder.recorded(whole)
+    found = networks(whole, runs)
+    if listed := rows(whole, found):
+        click.echo(markdown(table(whole, listed)))
+    for remark in remarks(whole, runs):
+        click.echo(remark)
+    click.echo(f"results: {folder.path / RESULTS}")
+    if any(one.missed for one in found):
+        sys.exit(NOTHING_FEASIBLE)

@@ -1,9 +1,11 @@
 """What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import TypeVar
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -12,23 +14,23 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from fnet_search.evaluate import WEIGHTS
 from fnet_search.figures import (
     COLOURS,
     GREY,
-    MARKERS,
     PRECISIONS,
     RANGES,
-    Values,
     heading,
     layers_figure,
+    legend_columns,
     log_if_wide,
     new_figure,
     save_png,
+    shorten,
     style,
 )
 from fnet_search.files import write_text
 from fnet_search.labels import Labelled, place_labels
-from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics
 from fnet_search.plan import Cost, label, parse_plan
 from fnet_search.policy import Evaluation, LayerStats
@@ -38,6 +40,11 @@ from fnet_search.runfolder import versions
 from fnet_search.studies import Part, Published, Study, Variant
 
 RESULTS = "results.md"
+T = TypeVar("T")
+
+
+WINNER = "winner"
+"""Stands for the plans that the searches of a variant found, one a seed."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,20 @@ class Network:
 
     part: Part
     plan: str
-    """As the study names it; of a search, the winner's label."""
+    """As the study names it; WINNER of a search."""
     evaluation: Evaluation
+    missed: tuple[str, ...] = ()
+    """Of a search's winner, the constraints that it does not meet: it is only the nearest."""
+
+    @property
+    def label(self) -> str:
+        return label(self.part.variant.space, self.evaluation.plan)
 
 
 @dataclass(frozen=True)
 class Row:
-    """The networks that differ in nothing but their seeds, and what was published of one like them."""
+    """The networks that differ in nothing but their seeds (winners also in what was found), and what was published of
+    one like them."""
 
     variant: Variant
     plan: str
@@ -62,7 +76,14 @@ class Row:
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name} {self.plan}".strip()
+        """For a legend."""
+        plan = self.networks[0].label if "=" in self.plan else self.plan
+        return shorten(f"{self.variant.name} {plan}".strip())
+
+    @property
+    def conv_mmac(self) -> float:
+        """Mean over the seeds, whose winners differ."""
+        return fmean(one.evaluation.cost.conv_macs for one in self.networks) / 1e6
 
     def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
         """Of each seed, where it was measured."""
@@ -76,23 +97,54 @@ def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
     for part, run in runs.items():
         if study.search is not None:
             if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
-                found.append(Network(part, label(run.space, winner.evaluation.plan), test))
+                found.append(Network(part, WINNER, test, run.constraints.missed(winner.evaluation)))
             continue
-        names = {parse_plan(part.variant.space, plan): plan for plan in reversed(study.plans)}
+        plans = {plan: parse_plan(part.variant.space, plan) for plan in study.plans}  # some may be the same
         found += [
-            Network(part, names[one.evaluation.plan], one.evaluation)
+            Network(part, name, one.evaluation)
             for one in run.networks
-            if one.evaluation.plan in names
+            for name, plan in plans.items()
+            if one.evaluation.plan == plan
         ]
+    return found
+
+
+def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
+    """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
+    found = networks(study, runs)
+    known = {(one.part, one.plan, one.evaluation.scheme) for one in found}
+    lines = [
+        f"{one.part.name}: no candidate met the constraints; the nearest, {one.label}, misses {', '.join(one.missed)}"
+        for one in found
+        if one.missed
+    ]
+    for part in study.parts:
+        if study.search is not None:
+            lines += [] if (part, WINNER, str(study.schemes[0])) in known else [f"{part.name}: not finished yet"]
+            continue
+        states = _states(runs[part]) if part in runs else {}
+        for plan, scheme in product(study.plans, map(str, study.schemes)):
+            if (part, plan, scheme) not in known:
+                why = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
+                lines.append(f"{part.name}: {plan}, {scheme}: {why}")
+    return lines
+
+
+def _states(run: RecordedRun) -> dict[str, str]:
+    """Of each plan that was trained, by its text, why there is no quantized network."""
+    table = pd.read_csv(run.run.path / "candidates.csv", dtype=str, keep_default_na=False)
+    found = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
+    for one in run.networks:
+        gone = "not quantized: its weights are gone"
+        found[str(one.evaluation.plan)] = "not quantized yet" if (one.candidate / WEIGHTS).is_file() else gone
     return found
 
 
 def rows(study: Study, found: Sequence[Network]) -> list[Row]:
     """In the order of variants, plans and schemes that the study has."""
-    plans = study.plans or tuple(dict.fromkeys(one.plan for one in found))
     listed = []
     for variant in study.variants:
-        for plan in plans:
+        for plan in study.plans or (WINNER,):
             for scheme in map(str, study.schemes):
                 same = tuple(
                     one
@@ -146,7 +198,10 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
         line = [*([row.variant.name] if several else []), row.plan]
-        line += [millions(row.networks[0].evaluation.cost.conv_macs), row.scheme, str(len(row.networks))]
+        macs = row.values(lambda one: one.cost.conv_macs)
+        same = len(set(macs)) == 1
+        line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
+        line += [row.scheme, str(len(row.networks))]
         for measure, known in zip(MEASURES, published, strict=True):
             line.append(mean_and_spread(row.values(measure.value, measure.scale), measure.digits))
             if known:
@@ -165,14 +220,18 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
-    """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured."""
+    """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
+    that a search's winner does not meet."""
     rows = []
     for one in found:
         it, audit = one.evaluation, one.evaluation.audit
         named = {name: getattr(it, name) for name in _MEASURED}
         audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
-        rows.append({**_key(one), **vars(it.cost), **named, **audited})
-    frame = pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED])
+        what = {"label": one.label, "missed": " ".join(one.missed)}
+        rows.append({**_key(one), **what, **vars(it.cost), **named, **audited})
+    frame = pd.DataFrame(
+        rows, columns=[*_KEY, "label", "missed", *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED]
+    )
     return frame.astype(dict.fromkeys(_AUDITED, "Int64"))
 
 
@@ -204,28 +263,36 @@ def _key(one: Network) -> dict[str, object]:
 
 # Figures
 
-SHAPES = dict(zip("os", COLOURS, strict=False))
-"""Markers of the two accuracies, and their colours where colours do not stand for variants."""
+ACCURACIES, ERROR = {"o": COLOURS[0], "s": COLOURS[1]}, {"D": COLOURS[2]}
+"""Markers of the two accuracies and of whatever is alone in its panel, with their colours where colours do not stand
+for variants."""
+Side = tuple[Variant, str]
+"""A variant, and the text of a scheme: what colours stand for."""
+
+
+def _sides(listed: Sequence[Row]) -> list[Side]:
+    return list(dict.fromkeys((row.variant, row.scheme) for row in listed))
 
 
 def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
-    standard deviation over seeds. A colour a variant and scheme; published numbers are hollow."""
+    standard deviation over seeds. A colour a variant and scheme, at most as many as there are COLOURS; published
+    numbers are hollow."""
     figure = new_figure(7.4, 8.4)
     heading(figure, f"Accuracy and quantization error against MACs: {study.name}, test split")
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
     fp32, quint8, drop, qmse, qce, _ = MEASURES
-    sides = list(dict.fromkeys((row.variant, row.scheme) for row in listed))
+    sides = _sides(listed)
     shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
     for axes, measures in shown:
         style(axes)
+        shapes = ACCURACIES if len(measures) > 1 else ERROR
         drawn: list[float] = []
         for place, side in enumerate(sides):
             own = [row for row in listed if (row.variant, row.scheme) == side]
-            for shape, measure in zip("os", measures, strict=False):
-                colour = COLOURS[place % len(COLOURS)] if len(sides) > 1 else SHAPES[shape]
-                drawn += _points(axes, own, measure, colour, shape)
-        for shape, measure in zip("os", measures, strict=False):
+            for (shape, colour), measure in zip(shapes.items(), measures, strict=True):
+                drawn += _points(axes, own, measure, COLOURS[place] if len(sides) > 1 else colour, shape)
+        for shape, measure in zip(shapes, measures, strict=True):
             drawn += _published(axes, listed, measure, shape)
         unit = f" ({measures[0].unit})" if measures[0].unit else ""
         axes.set_ylabel(("accuracy" if len(measures) > 1 else measures[0].title) + unit, fontsize=9)
@@ -240,7 +307,7 @@ def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     return figure
 
 
-def _legend(figure: Figure, study: Study, sides: Sequence[tuple[Variant, str]]) -> None:
+def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
     """Below all panels: shapes, then a colour a variant and scheme where there are several."""
 
     def shape(marker: str, name: str, colour: str, face: str) -> Artist:
@@ -248,24 +315,23 @@ def _legend(figure: Figure, study: Study, sides: Sequence[tuple[Variant, str]]) 
             [], [], marker=marker, label=name, color=colour, markerfacecolor=face, linestyle="none", markersize=5
         )
 
-    colours = [GREY if len(sides) > 1 else SHAPES[marker] for marker in "os"]
-    found = [shape(*one) for one in zip("os", ("fp32 accuracy", "quint8 accuracy"), colours, colours, strict=True)]
+    found = []
+    for (marker, own), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
+        colour = GREY if len(sides) > 1 else own
+        found.append(shape(marker, name, colour, colour))
     if study.published:
         found.append(shape("o", "hollow: published", GREY, "none"))
     several = len({scheme for _, scheme in sides}) > 1
     for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
         name = " ".join(part for part in (variant.name, scheme if several else "") if part)
-        found.append(Patch(color=COLOURS[place % len(COLOURS)], label=name))
-    figure.legend(handles=found, loc="outside lower left", ncols=4, fontsize=8, frameon=False)
-
-
-def _macs(row: Row) -> float:
-    return row.networks[0].evaluation.cost.conv_macs / 1e6
+        found.append(Patch(color=COLOURS[place], label=shorten(name)))
+    columns = legend_columns([str(one.get_label()) for one in found], 4)
+    figure.legend(handles=found, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
 
 
 def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str) -> list[float]:
     """Mean and standard deviation of each row; gives the means."""
-    found = [(_macs(row), values) for row in own if (values := row.values(measure.value, measure.scale))]
+    found = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
     means = [fmean(values) for _, values in found]
     spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
     axes.errorbar(
@@ -282,7 +348,7 @@ def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marke
 
 
 def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str) -> list[float]:
-    known = {_macs(row): value for row in listed if (value := measure.published(row.published)) is not None}
+    known = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
     values = [measure.scale * value for value in known.values()]
     axes.plot(list(known), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
     return values
@@ -290,32 +356,40 @@ def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str)
 
 def _label(row: Row, measures: Sequence[Measure]) -> Labelled:
     means = [fmean(values) for one in measures if (values := row.values(one.value, one.scale))]
-    return Labelled((row.plan,), _macs(row), means, size=4.0)
+    return Labelled((row.name,), row.conv_mmac, means, size=4.0)
 
 
 def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:
-    """By file name. Layers are drawn of the first seed, as the first scheme quantizes them."""
-    if not listed:
-        return {}
-    drawn = {"tradeoff.png": tradeoff_figure(study, listed)}
+    """By file name; where there are more networks or variants than COLOURS, they are drawn in several figures, as
+    ``tradeoff.png``, ``tradeoff-2.png``. Layers are drawn of the first seed, as the first scheme quantizes them."""
+    sides = _sides(listed)
+    drawn: dict[str, Figure] = {}
+    for name, chosen in _in_colours("tradeoff", sides):
+        drawn[name] = tradeoff_figure(study, [row for row in listed if (row.variant, row.scheme) in chosen])
     for variant in study.variants if study.search is None else ():
         own = [row for row in listed if row.variant == variant and row.scheme == str(study.schemes[0])]
-        shown = [(row.name, row.networks[0].evaluation) for row in own]
-        suffix = f"-{variant.name}" if variant.name else ""
-        drawn |= {f"ranges{suffix}.png": _layers(variant.space, shown, "Ranges", RANGES)} if shown else {}
-        compared = [(row.name, row.networks[0].evaluation) for row in own if row.plan in study.compare]
-        if compared:
-            values = {**RANGES, "folded precision (%)": PRECISIONS["folded precision (%)"]}
-            drawn[f"compared{suffix}.png"] = _layers(variant.space, compared, "Ranges and precisions", values)
+        precision = "folded precision (%)"
+        compared = [row for row in own if row.plan in study.compare]
+        for kind, shown, title, values in (
+            ("ranges", own, "Ranges", RANGES),
+            ("compared", compared, "Ranges and precisions", {**RANGES, precision: PRECISIONS[precision]}),
+        ):
+            for name, some in _in_colours(kind, shown, variant.name):
+                networks = [(row.name, row.networks[0].evaluation) for row in some]
+                drawn[name] = layers_figure(variant.space, networks, title, values)
     return drawn
 
 
-def _layers(space: Macroarchitecture, shown: list[tuple[str, Evaluation]], title: str, values: Values) -> Figure:
-    return layers_figure(space, shown[: len(MARKERS)], title, values)
+def _in_colours(kind: str, items: Sequence[T], suffix: str = "") -> Iterator[tuple[str, Sequence[T]]]:
+    """So many of `items` as there are colours, with the name of their figure; then the next ones."""
+    most = len(COLOURS)
+    for place, start in enumerate(range(0, len(items), most), 1):
+        parts = [kind, suffix, str(place) if place > 1 else ""]
+        yield f"{'-'.join(part for part in parts if part)}.png", items[start : start + most]
 
 
 CAPTIONS = {
-    "tradeoff": "The paper's Figure 4. Mean and standard deviation over seeds; hollow: published by the paper.",
+    "tradeoff": "The paper's Figure 4. Mean and standard deviation over seeds; hollow: published.",
     "ranges": "The paper's Figure 5: ranges of trained weights, of weights with BatchNorm folded in, of clipped "
     "activations.",
     "compared": "The paper's Figure 6: the same beside average channel precisions of the folded weights.",
@@ -327,22 +401,21 @@ def write_results(study: Study, runs: Mapping[Part, RecordedRun], folder: Path) 
     gives results.md."""
     found = networks(study, runs)
     listed = rows(study, found)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
+    (folder / "figures").mkdir(exist_ok=True)
     drawn = figures(study, listed)
     for name, figure in drawn.items():
         save_png(figure, folder / "figures" / name)
-    write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
     write_text(folder / RESULTS, _page(study, runs, listed, list(drawn)))
     return folder / RESULTS
 
 
 def _page(study: Study, runs: Mapping[Part, RecordedRun], listed: Sequence[Row], drawn: Sequence[str]) -> str:
     config = next(iter(runs.values())).config
-    recipe = config["recipe"]
     facts = {
         "data set": f"{config['dataset'].partition(':')[0]}, fingerprint {config['data']['fingerprint']}",
-        "recipe": f"{recipe['name']}, {recipe['epochs']} epochs, batch {recipe['batch_size']}",
+        "trained": "; ".join(map(str, study.variants)),
         "seeds": ", ".join(map(str, study.seeds)),
         "numerics": str(Numerics.from_json(config["numerics"])),
         "versions": ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items()),
@@ -351,6 +424,7 @@ def _page(study: Study, runs: Mapping[Part, RecordedRun], listed: Sequence[Row],
     lines += [f"- {name}: {text}" for name, text in facts.items()]
     split = "On the test split; mean ± standard deviation over seeds, where there are several."
     lines += ["", split, "", markdown(table(study, listed)) if listed else "Nothing is trained yet.", ""]
+    lines += [f"- {remark}" for remark in remarks(study, runs)] + [""]
     for name in drawn:
         caption = CAPTIONS[name.partition(".")[0].partition("-")[0]]
         lines += [f"![{caption}](figures/{name})", "", caption, ""]

@@ -1,5 +1,6 @@
 """A whole study: each of its parts is a run of its own, in a folder of the study's; then all are compared."""
 
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,15 +8,16 @@ from typing import Protocol
 
 from fnet_search.deadline import Deadline
 from fnet_search.plan import parse_plan
-from fnet_search.policy import FIXED_PLANS, Constraints, Policy, load_policy, parse_constraints
+from fnet_search.policy import Policy, load_policy
 from fnet_search.recipe import Fidelity
 from fnet_search.recorded import RecordedRun, open_run
 from fnet_search.requantize import requantize
 from fnet_search.request import Machine, Request
-from fnet_search.run import Display, open_study, report_again, run_study
+from fnet_search.run import Display, compare, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import FixedPlans
 from fnet_search.studies import Part, Study
+from fnet_search.study_results import networks, write_results
 
 
 class StudyDisplay(Display, Protocol):
@@ -35,6 +37,19 @@ class StudyFolder:
     def run(self, part: Part) -> RunFolder:
         return RunFolder(self.path / part.name)
 
+    def whole(self, study: Study) -> Study:
+        """With the seeds too that were recorded here before."""
+        found = {int(match[1]) for path in self.path.glob("*seed*") if (match := re.search(r"seed(\d+)$", path.name))}
+        seeds = (*study.seeds, *sorted(found - set(study.seeds)))
+        return replace(study, seeds=tuple(seed for seed in seeds if seed in study.seeds or self._has(study, seed)))
+
+    def _has(self, study: Study, seed: int) -> bool:
+        return any(self.run(Part(variant, seed)).exists for variant in study.variants)
+
+    def recorded(self, study: Study) -> dict[Part, RecordedRun]:
+        """The runs of its parts, as far as they were begun."""
+        return {part: open_run(self.run(part).path) for part in study.parts if self.run(part).exists}
+
 
 def run_parts(
     study: Study,
@@ -43,24 +58,24 @@ def run_parts(
     display: StudyDisplay,
     deadline: Deadline | None = None,
 ) -> None:
-    """Runs each part, going on where an earlier process stopped.
+    """Runs each part, going on where an earlier process stopped, and writes the results after each, whatever ends it.
 
-    All compute as the first one does. Raises FnetError as `run_study` does, and TimeUp at the deadline.
+    All compute as the first one did. Raises FnetError as `run_study` does, of a part that was recorded otherwise before
+    anything is trained, and TimeUp at the deadline.
     """
     deadline = deadline or Deadline()
+    whole = folder.whole(study)
+    for part in whole.parts:
+        if folder.run(part).exists:
+            compare(folder.run(part), _asked(study, part)[0].config())
     for place, part in enumerate(study.parts):
-        display.part(part.name, sum(epochs(study, one) for one in study.parts[place + 1 :]))
-        run = folder.run(part)
-        first = folder.run(study.parts[0])
-        computing = replace(machine, numerics_of=machine.numerics_of or first.path) if place else machine
-        request, policy, trials = _asked(study, part)
-        run_study(replace(request, machine=computing), policy, run, trials, display, deadline)
-        _quantize(study, run, machine, display, deadline)
-
-
-def recorded(study: Study, folder: StudyFolder) -> dict[Part, RecordedRun]:
-    """The runs of its parts, as far as they were begun."""
-    return {part: open_run(folder.run(part).path) for part in study.parts if folder.run(part).exists}
+        later = sum(epochs(study, one) - _done(study, folder, one) for one in study.parts[place + 1 :])
+        display.part(part.name, later)
+        try:
+            _run_part(study, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
+        finally:
+            if runs := folder.recorded(whole):
+                write_results(whole, runs, folder.path)
 
 
 def epochs(study: Study, part: Part) -> float:
@@ -71,32 +86,44 @@ def epochs(study: Study, part: Part) -> float:
     return 2 * recipe.epochs + study.search.trials * recipe.warm().epochs
 
 
+def _done(study: Study, folder: StudyFolder, part: Part) -> float:
+    """Of its epochs, those of finished networks; of a search all or none."""
+    if not folder.run(part).exists:
+        return 0.0
+    found = {one.plan for one in networks(study, {part: open_run(folder.run(part).path)})}
+    return epochs(study, part) * (len(found) / len(study.plans) if study.search is None else len(found))
+
+
+def _like(folder: StudyFolder, whole: Study, part: Part, machine: Machine) -> Machine:
+    """The machine, computing as another part did where this one is new and nothing else is asked for."""
+    others = [folder.run(one) for one in whole.parts if one != part]
+    known = next((run.path for run in others if run.exists), None)
+    return machine if folder.run(part).exists else replace(machine, numerics_of=machine.numerics_of or known)
+
+
+def _run_part(
+    study: Study, part: Part, run: RunFolder, machine: Machine, display: StudyDisplay, deadline: Deadline
+) -> None:
+    request, policy, trials = _asked(study, part)
+    run_study(replace(request, machine=machine), policy, run, trials, display, deadline)
+    if study.search is None:
+        _quantize(study, run, machine, display, deadline)
+
+
 def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
     """What a part asks of a run: the request, its policy, and how many trials."""
-    space, recipe = part.variant.space, part.variant.recipe
-    request = Request(
-        space=space,
-        dataset=study.dataset,
-        recipe=recipe,
-        fidelity=Fidelity(),
-        policy_name=FIXED_PLANS,
-        constraints=Constraints(),
-        scheme=study.schemes[0],
-        seed=part.seed,
-        split="test",
-        audit_all=True,
-    )
-    if study.search is None:
+    space, recipe, search = part.variant.space, part.variant.recipe, study.search
+    request = Request(space, study.dataset, recipe, study.schemes[0], part.seed)
+    if search is None:
         plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in study.plans))
-        return request, FixedPlans(plans), len(plans)
-    searching = Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs)
-    name = study.search.policy
-    options = study.search
-    limits = parse_constraints(space, options.budget, options.max_params, options.min_quint8, options.max_drop)
+        return replace(request, split="test", audit_all=True), FixedPlans(plans), len(plans)
     request = replace(
-        request, fidelity=searching, policy_name=name, constraints=limits, split="validation", audit_all=False
+        request,
+        policy_name=search.policy,
+        constraints=search.constraints(space),
+        fidelity=Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs),
     )
-    return request, load_policy(name), study.search.trials
+    return request, load_policy(search.policy), search.trials
 
 
 def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:

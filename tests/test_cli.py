@@ -582,6 +582,9 @@ def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monke
 
 
 def test_studies_are_listed_and_shown(fnet: Callable) -> None:
+    code, out, err = fnet("study")
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: fnet-search study")
     code, out, err = fnet("study", "list")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()] == resources.names("studies")
@@ -590,7 +593,7 @@ def test_studies_are_listed_and_shown(fnet: Callable) -> None:
     assert out.splitlines() == [
         "clipping: Activation ranges: 1 % clipped as in the paper, 0.1 %, none, least squared error; trained once",
         "data set cifar10; seed 0; plans regular, f16, dws",
-        "space factorizenet; recipe paper, 200 epochs, steps, glorot_uniform",
+        "space factorizenet; recipe paper, 200 epochs, batch 128, steps, glorot_uniform",
         f"quantized with percentile:1, percentile:0.1, minmax, mse; about {3 * 200} epochs in all",
     ]
     code, out, err = fnet("study", "show", "budget-120mmac")

@@ -18,7 +18,7 @@ from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme
-from fnet_search.search import Started
+from fnet_search.search import ProbesProgressed, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
 
@@ -177,6 +177,28 @@ def test_the_regular_network_as_a_candidate_takes_more_epochs_than_others(time: 
     time[0] += 10
     shown.show(Progressed(0, ENDED))
     assert last(out).endswith("; 2:10 left"), "one of 4 + 2 + 8 epochs in ten seconds"
+
+
+def test_the_time_left_counts_what_is_measured_between_trainings(time: list[float]) -> None:
+    """Probes, or other quantizations, after which the trainings before have still taken their time."""
+    shown, out = begun(trials=2)
+    shown.show(started(0, REGULAR))
+    time[0] += 120
+    shown.show(Progressed(0, replace(ENDED, epoch=4, done=1.0)))
+    for done in (1, 2):
+        time[0] += 10
+        shown.show(ProbesProgressed(done, 2))
+    assert out.getvalue().splitlines()[-1] == "probing the rates of all layers: 2 of 2, 0:00 left"
+    assert shown.left() == "2:20 left", "another 4 epochs"
+
+
+def test_of_a_long_study_a_time_is_guessed_after_an_epoch(time: list[float]) -> None:
+    shown, out = begun(trials=100)
+    shown.part("seed1", later=600)
+    shown.show(started(0, F2))
+    time[0] += 10
+    shown.show(Progressed(0, ENDED))
+    assert last(out).endswith(f"; {(100 * 4 + 600 - 1) * 10 // 3600}:46:30 left")
 
 
 def test_before_a_hundredth_is_done_no_time_is_guessed(time: list[float]) -> None:

@@ -43,12 +43,10 @@ SEARCH = Request(
     space=TINY,
     dataset="digits",
     recipe=load_recipe("quick").with_epochs(1),
-    fidelity=Fidelity(),
-    policy_name="random",
-    constraints=Constraints(conv_macs=600_000),
     scheme=Scheme(),
     seed=3,
-    split="validation",
+    policy_name="random",
+    constraints=Constraints(conv_macs=600_000),
     machine=Machine("cpu", "float32", 1, False, workers=1),
 )
 RANDOM = Random()

@@ -14,6 +14,8 @@ from fnet_search.studies import Published, SearchOptions, Study, load_study
 
 PAPER, SPACE = load_recipe("paper"), load_space("factorizenet")
 LEAST = 'space = "tiny"\ndataset = "digits"\nrecipe = "quick"\nplans = ["f2"]\n'
+SEARCH = LEAST.replace('plans = ["f2"]\n', "")
+OPTIONS = '[search]\npolicy = "tpe"\nbudget = "50%"\n'
 
 
 def test_the_studies_that_ship() -> None:
@@ -75,6 +77,7 @@ def written(folder: Path, text: str) -> Study:
 
 
 def test_one_of_your_own(tmp_path: Path) -> None:
+    assert written(tmp_path, f"{LEAST}[variants]") == replace(written(tmp_path, LEAST))
     mild = "[variants.mild]\nrecipe.augmentation.shift = 0.25\nrecipe.milestones = [1]\n"
     study = written(tmp_path, f'{LEAST}seeds = [4, 2]\n{mild}[variants.other]\nrecipe = "paper"\n')
     assert (study.name, study.description, study.plans) == ("mine", "", ("f2",))
@@ -86,10 +89,22 @@ def test_one_of_your_own(tmp_path: Path) -> None:
     assert study.variants[1].recipe == PAPER
 
 
+def test_steps_of_the_rate_move_with_the_epochs_of_a_variant(tmp_path: Path) -> None:
+    text = LEAST.replace("quick", "paper") + "[variants.a]\nrecipe.epochs = 20\n[variants.b.recipe]\nepochs = 20\n"
+    short, stepped = written(tmp_path, f"{text}milestones = [3]\n").variants
+    assert short.recipe == PAPER.with_epochs(20)
+    assert stepped.recipe == replace(PAPER, epochs=20, milestones=(3,))
+
+
+def test_an_imported_network_is_as_large_as_the_images(tmp_path: Path) -> None:
+    text = LEAST.replace("tiny", "torchvision:resnet18").replace("f2", "regular")
+    assert written(tmp_path, text).variants[0].space.input_shape == (3, 32, 32), "as fnet-search evaluate takes digits"
+
+
 def test_options_of_the_command_line() -> None:
     study = load_study("paper")
-    assert study.with_options(None, None, ()) == study
-    changed = study.with_options("digits", 10, (3, 1))
+    assert study.with_options(None, ()) == study
+    changed = load_study("paper", "digits").with_options(10, (3, 1))
     assert (changed.dataset, changed.seeds) == ("digits", (3, 1))
     assert changed.variants[0].recipe == replace(
         PAPER, epochs=10, milestones=tuple(epoch * 10 / 200 for epoch in (75, 120, 170))
@@ -113,6 +128,17 @@ def test_options_of_the_command_line() -> None:
         (LEAST.replace('plans = ["f2"]', "[search]\nbudget = '50%'"), "a search needs 'policy'"),
         (LEAST.replace("tiny", "tiyn"), "unknown space 'tiyn'; did you mean 'tiny'?"),
         (LEAST.replace("quick", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
+        (
+            f'{LEAST}ranges = ["mse", "percentile:1", "percentile:1.0"]',
+            "ranges must differ, got ('mse', 'percentile:1', ",
+        ),
+        (
+            f'{SEARCH}ranges = ["mse", "minmax"]\n{OPTIONS}',
+            "a [search] is for one of ranges: what it finds depends on it",
+        ),
+        (f"{SEARCH}{OPTIONS}trials = 0", "trials must be at least 1, got 0"),
+        (f"{SEARCH}{OPTIONS}".replace("50%", "0.1%"), "budget 0.1% is below the smallest network of space"),
+        (f"{SEARCH}{OPTIONS}".replace("tpe", "tpu"), "unknown policy 'tpu'; did you mean 'tpe'?"),
         (f'{LEAST}ranges = ["max"]', "unknown range method 'max'; write minmax, mse or percentile:P"),
         (f'{LEAST}compare = ["f4"]', "compare: 'f4' is not among the plans"),
         (f"{LEAST}[published]\nf4 = {{ fp32_accuracy = 0.9 }}", "published: 'f4' is not among the plans"),

@@ -12,8 +12,9 @@ from pictures import outside, overlapping, texts
 from fnet_search.figures import COLOURS, MARKERS
 from fnet_search.policy import Evaluation
 from fnet_search.scheme import parse_scheme
-from fnet_search.studies import Part, Study, load_study
+from fnet_search.studies import Part, SearchOptions, Study, load_study
 from fnet_search.study_results import (
+    WINNER,
     Network,
     figures,
     layers_frame,
@@ -140,6 +141,68 @@ def test_no_text_covers_another_or_sticks_out(schemes: tuple, variants: tuple[st
     assert list(drawn) == ["tradeoff.png", *(f"{kind}{s}.png" for s in suffixes for kind in ("ranges", "compared"))]
     for figure in drawn.values():
         readable(figure)
+
+
+def test_what_has_no_colour_left_is_drawn_in_another_figure() -> None:
+    """Five variants in two ways, and nine plans."""
+    plans = (*STUDY.plans, "conv_64_1=2,conv_64_2=4,conv_128_1=8,conv_256_1=2")
+    variants = tuple(replace(STUDY.variants[0], name=name) for name in ("a" * 60, "b", "c", "d", "e"))
+    study = replace(STUDY, schemes=(*STUDY.schemes, MILD), variants=variants, plans=plans)
+    found = [
+        one
+        for network in measured(study)
+        for one in (network, *([replace(network, plan=plans[-1])] if network.plan == "init2" else []))
+    ]
+    drawn = figures(study, rows(study, found))
+    assert [name for name in drawn if "-b" not in name and "-c" not in name and "-d" not in name] == [
+        "tradeoff.png",
+        "tradeoff-2.png",
+        f"ranges-{'a' * 60}.png",
+        f"ranges-{'a' * 60}-2.png",
+        f"compared-{'a' * 60}.png",
+        "ranges-e.png",
+        "ranges-e-2.png",
+        "compared-e.png",
+    ]
+    colours = [
+        {patch.get_facecolor() for patch in figure.legends[0].get_patches()} for figure in list(drawn.values())[:2]
+    ]
+    assert [len(one) for one in colours] == [8, 2 * 5 - 8]
+    for figure in drawn.values():
+        readable(figure)
+
+
+def test_a_network_that_gets_nothing_right_leaves_the_others_drawn() -> None:
+    """Its relative drop is no number; nor is any where all are like it."""
+    found = measured(STUDY)
+    collapsed = [
+        replace(one, evaluation=replace(one.evaluation, fp32_accuracy=0.0, quint8_accuracy=0.0)) for one in found
+    ]
+    assert collapsed[0].evaluation.relative_drop is None
+    for networks, drops in ((collapsed[:1] + found[1:], 8 - 1), (collapsed, 0)):
+        *_, drop = tradeoff_figure(STUDY, rows(STUDY, networks)).axes
+        assert len(drop.containers[0].lines[0].get_ydata()) == drops
+        assert len(drop.texts) == drops
+    _, regular, *_ = table(STUDY, rows(STUDY, collapsed))
+    assert "-" in regular
+
+
+def test_the_winners_of_a_search_are_one_row() -> None:
+    """Of each seed another plan: what they reach on average, of how many MACs."""
+    study = replace(STUDY, plans=(), compare=(), published={}, seeds=(0, 1), search=SearchOptions("random", "50%"))
+    found = [
+        Network(part, WINNER, one, ("min_quint8",) if one.number else ())
+        for part, one in zip(study.parts, paper_evaluations(SPACE)[5:7], strict=True)
+    ]
+    (row,) = rows(study, found)
+    head, line = table(study, [row])
+    cells = dict(zip(head, line, strict=True))
+    macs = [104_267_776 / 1e6, 67_698_688 / 1e6]
+    assert cells["conv MMAC"] == f"{fmean(macs):.1f} ± {stdev(macs):.1f}"
+    assert (cells["network"], cells["seeds"]) == ("winner", "2")
+    assert row.conv_mmac == pytest.approx(fmean(macs))
+    assert list(networks_frame(found)["label"]) == ["init2", "init4"]
+    readable(figures(study, [row])["tradeoff.png"])
 
 
 def test_all_eight_networks_of_figure_5_can_be_told_apart() -> None:

@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import parse_scheme
 from fnet_search.search import Event, Started
 from fnet_search.studies import Part, Published, SearchOptions, Study, Variant
-from fnet_search.study_results import networks, rows, write_results
-from fnet_search.study_run import StudyFolder, epochs, recorded, run_parts
+from fnet_search.study_results import networks, remarks, rows, write_results
+from fnet_search.study_run import StudyFolder, epochs, run_parts
 
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
 HALF, MINMAX = parse_scheme("percentile:0.5"), parse_scheme("minmax")
@@ -67,7 +68,7 @@ def go(
     """Computing like an earlier run, where one is given: what is fast is measured, and depends on what else runs."""
     notes = Notes()
     run_parts(study, StudyFolder(folder), replace(PLAIN, numerics_of=like), notes, deadline)
-    return recorded(study, StudyFolder(folder)), notes
+    return StudyFolder(folder).recorded(study), notes
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,9 @@ def table(path: Path) -> list[dict[str, str]]:
 def test_each_variant_and_seed_is_a_run(done: tuple[Path, dict[Part, RecordedRun], Notes]) -> None:
     folder, runs, notes = done
     assert [part.name for part in runs] == ["glorot-seed3", "glorot-seed1", "he-seed3", "he-seed1"]
-    assert notes.parts == [(part.name, 2 * left) for part, left in zip(runs, (3, 2, 1, 0), strict=True)]
+    assert notes.parts == [(part.name, left) for part, left in zip(runs, (2 + 1 + 2, 1 + 2, 2, 0), strict=True)], (
+        "of the third part half was there"
+    )
     assert notes.started == 2 * 2, "of the second seed"
     for part, run in runs.items():
         assert run.run.path == folder / part.name
@@ -121,11 +124,60 @@ def test_a_finished_study_does_nothing_again(done: tuple[Path, dict[Part, Record
     assert not any(text.startswith(("quantizing", "measuring")) for text in notes.said)
     evaluations = [[[one.evaluation for one in run.networks] for run in of.values()] for of in (runs, done[1])]
     assert evaluations[0] == evaluations[1]
+    results = (folder / "networks.csv").read_bytes()
+    assert go(replace(STUDY, seeds=(1,)), folder)[1].started == 0
+    assert sorted((folder / "networks.csv").read_text().splitlines()) == sorted(results.decode().splitlines())
 
 
-def test_another_recipe_is_refused(done: tuple[Path, dict[Part, RecordedRun], Notes]) -> None:
-    with pytest.raises(FnetError, match=r"glorot-seed3 was made with another configuration \(recipe\.epochs: 1 recor"):
-        go(STUDY.with_options(None, 2, ()), done[0])
+def test_another_recipe_is_refused_before_anything_is_trained(
+    done: tuple[Path, dict[Part, RecordedRun], Notes],
+) -> None:
+    """Also where only new seeds are asked for: they would be compared with the others."""
+    for seeds in ((), (7,)):
+        with pytest.raises(
+            FnetError, match=r"glorot-seed[13] was made with another configuration \(recipe\.epochs: 1 recor"
+        ):
+            go(STUDY.with_options(2, seeds), done[0])
+    assert not (done[0] / "glorot-seed7").exists()
+
+
+def test_a_new_variant_in_front_computes_as_the_others_did(
+    done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path
+) -> None:
+    """And one that cannot be trained is said to be."""
+    folder = Path(shutil.copytree(done[0] / "he-seed3", tmp_path / "mine" / "he-seed3")).parent
+    path = folder / "he-seed3" / "config.json"
+    config = json.loads(path.read_text())
+    config["numerics"]["group_widths"] = [32, 2, 4, 8, 16]
+    path.write_text(json.dumps(config))
+    wild = Variant("wild", TINY, replace(QUICK, learning_rate=1e12))
+    study = replace(STUDY, variants=(wild, *STUDY.variants[1:]), plans=("dws",), seeds=(3,), published={})
+    runs, notes = go(study, folder)
+    assert notes.started == 1
+    assert [run.config["numerics"]["group_widths"] for run in runs.values()] == [[32, 2, 4, 8, 16]] * 2
+    said = [f"wild-seed3: dws, {scheme}: failed: the loss was not finite in epoch 1 of 1" for scheme in study.schemes]
+    assert remarks(study, runs) == said
+    page = (folder / "results.md").read_text()
+    assert all(f"- {line}" in page for line in said)
+    assert "| he | dws |" in page
+
+
+def test_what_is_missing_is_said(done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path) -> None:
+    """Two names of one plan are two rows."""
+    folder = Path(shutil.copytree(done[0], tmp_path / "copy"))
+    runs = StudyFolder(folder).recorded(STUDY)
+    assert remarks(STUDY, runs) == []
+    (folder / "he-seed1" / "candidates" / "000" / "minmax" / "evaluation.json").unlink()
+    (folder / "he-seed3" / "candidates" / "001" / "minmax" / "evaluation.json").unlink()
+    (folder / "he-seed3" / "candidates" / "001" / "weights.safetensors").unlink()
+    study = replace(STUDY, plans=("f2", "dws", "f4"), seeds=(3, 1, 5))
+    said = remarks(study, runs)
+    assert "he-seed1: f2, minmax: not quantized yet" in said
+    assert "he-seed3: dws, minmax: not quantized: its weights are gone" in said
+    assert "he-seed3: f4, percentile:0.5: not trained yet" in said
+    assert "he-seed5: f2, minmax: not trained yet" in said
+    named = replace(STUDY, plans=("f2", "conv_8=2,conv_16_1=2,conv_16_2=2"))
+    assert [row.plan for row in rows(named, networks(named, runs))][::4] == list(named.plans)
 
 
 def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
@@ -176,15 +228,16 @@ def test_results(done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Pa
 
 
 def test_a_study_that_searches(tmp_path: Path) -> None:
-    """Winners are measured on the test split; what each search costs is guessed from its recipe."""
-    search = SearchOptions("random", "75%", trials=1)
+    """Winners are measured on the test split, and said to be the nearest only; what each search costs is guessed from
+    its recipe."""
+    search = SearchOptions("random", "75%", trials=1, min_quint8="100%")
     study = replace(
         STUDY, variants=(Variant("", TINY, QUICK),), plans=(), search=search, seeds=(0, 1), schemes=(HALF,), compare=()
     )
     study = replace(study, published={})
     notes = Notes()
     run_parts(study, StudyFolder(tmp_path), PLAIN, notes)
-    runs = recorded(study, StudyFolder(tmp_path))
+    runs = StudyFolder(tmp_path).recorded(study)
     assert notes.parts == [("seed0", epochs(study, study.parts[0])), ("seed1", 0)]
     assert epochs(study, study.parts[0]) == 1 + 1 + 1, "reference, candidate, final training"
     found = networks(study, runs)
@@ -192,9 +245,15 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     for one, winner, run in zip(found, winners, runs.values(), strict=True):
         assert winner is not None
         assert one.evaluation == run.test(winner)
-        assert (one.evaluation.split, one.plan) == ("test", label(TINY, winner.evaluation.plan))
+        assert (one.evaluation.split, one.label) == ("test", label(TINY, winner.evaluation.plan))
         assert one.evaluation.cost.conv_macs <= 0.75 * 811_008
-    listed = rows(study, found)
-    assert sorted(network.part.seed for row in listed for network in row.networks) == [0, 1]
-    page = write_results(study, runs, tmp_path).read_text()
+        assert one.missed == ("min_quint8",)
+    (row,) = rows(study, found)
+    assert [network.part.seed for network in row.networks] == [0, 1]
+    assert remarks(study, runs) == [
+        f"seed{seed}: no candidate met the constraints; the nearest, {found[seed].label}, misses min_quint8"
+        for seed in (0, 1)
+    ]
+    page = (tmp_path / "results.md").read_text()
     assert "(figures/tradeoff.png)" in page
+    assert remarks(replace(study, seeds=(0, 1, 2)), runs)[2:] == ["seed2: not finished yet"]

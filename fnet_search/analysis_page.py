@@ -10,7 +10,7 @@ from fnet_search.analysis import NetworkAnalysis, analysis_frame, measured, verd
 from fnet_search.analysis_figures import boxes_figure, costs_figure, described, heat_figure
 from fnet_search.figures import COLOURS, GREY, PRECISIONS, RANGES, SHOWN, layers_figure
 from fnet_search.files import write_text
-from fnet_search.page import NONE, cells, png, table, write_page
+from fnet_search.page import NONE, plain_table, png, write_page
 from fnet_search.quantities import millions
 from fnet_search.recorded import RecordedRun
 
@@ -89,7 +89,6 @@ def _head(analyses: Sequence[NetworkAnalysis]) -> str:
 def _table(one: NetworkAnalysis, frame: pd.DataFrame) -> str:
     names = ("MMAC", "trained weights, range", "folded, range", "growth", "activations, range", "zero %")
     more = ("only it, quint8 %", "lost, points", "all but it %", "regained, points", "KL alone, mnats")
-    head = "<tr><th>layer</th><th>kind</th>" + "".join(f'<th class="number">{name}</th>' for name in (*names, *more))
     rows = []
     for layer, row in zip(one.layers, frame.to_dict("records"), strict=True):
         values, part = layer.statistics, layer.sensitivity
@@ -105,9 +104,8 @@ def _table(one: NetworkAnalysis, frame: pd.DataFrame) -> str:
             f"{100 * part.gain:.1f} \N{PLUS-MINUS SIGN} {100 * part.gain_error:.1f}",
             f"{1000 * part.only_kl:.2f}",
         ]
-        kind = " class=best" if layer is one.costliest else ""
-        rows.append(f"<tr{kind}>{cells((layer.name, values['kind']), numbers=False)}{cells(known)}</tr>")
-    return table(f"{head}</tr>", rows)
+        rows.append(((layer.name, values["kind"]), known))
+    return plain_table(("layer", "kind"), (*names, *more), rows, one.costliest.name)
 
 
 def _reach(low: float | None, high: float | None) -> str:

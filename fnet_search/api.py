@@ -19,12 +19,13 @@ from fnet_search.errors import FnetError, unknown
 from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
 from fnet_search.options import console
+from fnet_search.outcome import Outcome
 from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
 from fnet_search.policy import Policy, SplitName, check_policy, load_policy, parse_constraints
 from fnet_search.progress import TerminalDisplay
 from fnet_search.recipe import Fidelity, Recipe, load_recipe
 from fnet_search.request import Machine, Request
-from fnet_search.run import Display, Outcome, run_study
+from fnet_search.run import Display, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.search import FixedPlans

@@ -29,8 +29,8 @@ from fnet_search.study_commands import study
 
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
+    from fnet_search.outcome import Outcome
     from fnet_search.plan import FactorizationPlan
-    from fnet_search.run import Outcome
 
 T = TypeVar("T")
 

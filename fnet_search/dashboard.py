@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
@@ -24,11 +25,15 @@ from fnet_search.errors import FnetError
 from fnet_search.figures import COLOURS
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import label
-from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, LayerStats, ranking
+from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.recorded import RecordedRun
-from fnet_search.storage import has_study, open_url
+from fnet_search.sharing import elsewhere
+from fnet_search.storage import has_study
 from fnet_search.trials import recorded
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
 
 REFRESHED = 10.0
 """Seconds between looks for what a search that goes on has added."""
@@ -43,6 +48,7 @@ class Dashboard:
 
     opened: RecordedRun
     storage: BaseStorage
+    artifacts: "ArtifactStore"
 
     @property
     def study(self) -> optuna.Study:
@@ -56,8 +62,7 @@ class Dashboard:
             if (evaluation := recorded(trial)) is not None:
                 evaluations.append(evaluation)
                 _note(_Trial(study, study._storage, trial._trial_id), trial_note(space, constraints, evaluation))
-        searching = self.opened.config["policy"] != FIXED_PLANS
-        ranked = ranking(tuple(evaluations), constraints) if searching else []
+        ranked = ranking(tuple(evaluations), constraints) if self.opened.searching else []
         about = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
         value = [f"quint8 accuracy ({self.opened.config['split']}, fraction of 1)"]
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
@@ -69,7 +74,7 @@ class Dashboard:
 
     def serve(self, host: str, port: int) -> WSGIServer:
         """A server that listens on this address, not running yet. Raises FnetError for one that cannot be used."""
-        app = wsgi(self.storage, artifact_store=FileSystemArtifactStore(self.opened.run.artifacts))
+        app = wsgi(self.storage, artifact_store=self.artifacts)
         try:
             return make_server(host, port, app, _Server, _Quiet)
         except (OSError, OverflowError) as error:
@@ -89,11 +94,12 @@ class Dashboard:
 def open_dashboard(opened: RecordedRun, storage: str | None) -> Dashboard:
     """The dashboard of a recorded run. `storage` as for `run.open_study`, whose lock is not needed here: a search may
     go on meanwhile. Raises FnetError for a storage without the study."""
-    url = storage or opened.config.get("storage")
-    found = JournalStorage(JournalFileBackend(str(opened.run.journal))) if url is None else open_url(url, new=False)
-    if not has_study(found, opened.run.name):
+    found = elsewhere(opened, storage)
+    place, shared = found or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
+    if not has_study(place, opened.run.name):
         raise FnetError(f"no study {opened.run.name!r} is there; give the URL that the run had as --storage")
-    return Dashboard(opened, found)
+    own = FileSystemArtifactStore(opened.run.artifacts)
+    return Dashboard(opened, place, own if shared is None else shared.artifacts)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

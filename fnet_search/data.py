@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.recipe import Augmentation
 from fnet_search.weights import read_tensors, write_tensors
 
@@ -226,7 +226,7 @@ def _torchvision(
             part = source(str(folder), train=train, download=download)
         except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
             advice = (
-                f"its download failed: {_first_line(error)}"
+                f"its download failed: {first_line(error)}"
                 if download
                 else "pass --download, or --data-dir where it lies"
             )
@@ -235,10 +235,6 @@ def _torchvision(
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
         splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))
     return tuple(part.classes), splits[0], splits[1]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _imagefolder(root: Path, shape: tuple[int, int, int], progress: Progress) -> tuple[tuple[str, ...], Split, Split]:
@@ -295,7 +291,7 @@ def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ..
                 image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
             pixels = np.asarray(image, dtype=np.uint8)
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FnetError(f"cannot read image {path}: {_first_line(error)}") from None
+        raise FnetError(f"cannot read image {path}: {first_line(error)}") from None
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 

@@ -11,6 +11,11 @@ class FnetError(Exception):
     """Bad input or an unusable file. The command line prints it as one line and exits with code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what others raise, the first line that says anything; the kind of the error where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name closest to `name`, or the known names."""
     names = list(known)

@@ -14,7 +14,7 @@ from fnet_search.audit import compare
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.equalize import equalize
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
@@ -233,7 +233,7 @@ def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluatio
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            reason = f"out of memory: {str(error).splitlines()[0]}" if str(error) else "out of memory"
+            reason = f"out of memory: {first_line(error)}"
             if setup.numerics.device.startswith("cuda"):
                 torch.cuda.empty_cache()
     (job.folder / CHECKPOINT).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
+from fnet_search.outcome import Outcome
 from fnet_search.plan import FactorizationPlan, label, legal_rates
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, ranking
 from fnet_search.quantities import millions
@@ -383,7 +384,7 @@ def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure
     return figure
 
 
-# All of them
+# What was probed, and what is expected
 
 
 def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
@@ -443,15 +444,15 @@ def front_figure(
     return figure
 
 
-def figures(
-    space: Macroarchitecture,
-    constraints: Constraints,
-    evaluations: Sequence[Evaluation],
-    probes: Probes | None = None,
-    explanation: Explanation | None = None,
-) -> dict[str, Figure]:
-    """The figures of a run by name; those that would show nothing are left out."""
-    trained = ranking(tuple(evaluations), constraints)
+# All of them
+
+
+def figures(outcome: Outcome) -> dict[str, Figure]:
+    """The figures of a run by name: ``accuracy_vs_macs``, ``qmse_vs_macs``, ``qce_vs_macs``, ``drop_vs_macs``,
+    ``layer_ranges``, ``layer_precisions``, ``best_layers``, ``probes`` and ``front``; those that would show nothing are
+    left out."""
+    space, constraints = outcome.space, outcome.constraints
+    trained = ranking(outcome.evaluations, constraints)
     drawn = {
         f"{name}_vs_macs": macs_figure(space, constraints, trained, name)
         for name, metric in METRICS.items()
@@ -463,26 +464,16 @@ def figures(
         drawn["layer_precisions"] = precisions_figure(space, constraints, profiled)
     if profiled and profiled[0] is trained[0]:
         drawn["best_layers"] = candidate_figure(space, trained[0])
-    if probes is not None:
-        drawn["probes"] = probes_figure(space, probes)
-    if explanation is not None and explanation.front:
-        drawn["front"] = front_figure(space, constraints, evaluations, explanation)
+    if outcome.probes is not None:
+        drawn["probes"] = probes_figure(space, outcome.probes)
+    if outcome.explanation is not None and outcome.explanation.front:
+        drawn["front"] = front_figure(space, constraints, outcome.evaluations, outcome.explanation)
     return drawn
 
 
-def save_figures(
-    space: Macroarchitecture,
-    constraints: Constraints,
-    evaluations: Sequence[Evaluation],
-    folder: Path,
-    probes: Probes | None = None,
-    explanation: Explanation | None = None,
-) -> list[Path]:
-    """Writes the figures as ``accuracy_vs_macs.png``, ``qmse_vs_macs.png``, ``qce_vs_macs.png``, ``drop_vs_macs.png``,
-    ``layer_ranges.png``, ``layer_precisions.png``, ``best_layers.png``, ``probes.png`` and ``front.png``; returns those
-    that there was data for."""
-    paths = []
-    for name, figure in figures(space, constraints, evaluations, probes, explanation).items():
-        paths.append(folder / f"{name}.png")
-        save_png(figure, paths[-1])
-    return paths
+def save_figures(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Writes each as a PNG called after its name; returns the files."""
+    paths = {folder / f"{name}.png": figure for name, figure in drawn.items()}
+    for path, figure in paths.items():
+        save_png(figure, path)
+    return list(paths)

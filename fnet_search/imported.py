@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.tracing import from_module
 from fnet_search.weights import read_tensors
@@ -90,7 +90,7 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, tuple[float
     try:
         model = builder(weights=found)
     except Exception as error:  # torch.hub raises what its parts raise: URLError, OSError, RuntimeError
-        raise FnetError(f"cannot get weights {weights} of torchvision's {name}: {_line(error)}") from None
+        raise FnetError(f"cannot get weights {weights} of torchvision's {name}: {first_line(error)}") from None
     transform = found.transforms()
     return model, tuple(transform.mean), tuple(transform.std)
 
@@ -109,7 +109,7 @@ def _made(where: str, what: str) -> nn.Module:
     except FnetError as error:
         raise FnetError(f"space {name}: {error}") from None
     except (Exception, SystemExit) as error:  # a user's code raises what it likes
-        raise FnetError(f"space {name}: {type(error).__name__}: {_line(error)}") from None
+        raise FnetError(f"space {name}: {type(error).__name__}: {first_line(error)}") from None
     if not isinstance(model, nn.Module):
         raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
     return model
@@ -136,10 +136,6 @@ def _from_file(path: Path) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def _channels(model: nn.Module) -> int:
@@ -176,7 +172,7 @@ def _state(path: Path) -> Mapping[str, Tensor]:
     except pickle.UnpicklingError:  # torch would tell how to load it all the same
         raise FnetError(NO_STATE.format(path)) from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise FnetError(f"cannot read weights {path}: {_line(error)}") from None
+        raise FnetError(f"cannot read weights {path}: {first_line(error)}") from None
     for key in ("state_dict", "model"):  # as training scripts save them
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]

@@ -17,7 +17,7 @@ from fnet_search.errors import FnetError
 from fnet_search.figures import COLOURS, GREY, MARKERS, heading, legend, new_figure, slot_of, style
 from fnet_search.files import write_text
 from fnet_search.labels import Labelled, place_labels
-from fnet_search.page import NONE, cells, png, table
+from fnet_search.page import NONE, cells, heads, plain_table, png, table
 from fnet_search.plan import FactorizationPlan, factorize, legal_rates
 from fnet_search.quantities import millions
 from fnet_search.recorded import RecordedRun
@@ -284,29 +284,12 @@ def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
             share = f"{100 * ms / whole:.0f} % | {100 * macs / most:.0f} %" if whole and rate > 1 else ""
             columns.append(f'<td class="number">{text}<span class="reason">{share}</span></td>')
         rows.append(f"<tr>{cells([layer], numbers=False)}{''.join(columns)}</tr>")
-    head = "<th>layer, quint8 ms at rate</th>" + "".join(f'<th class="number">{rate}</th>' for rate in rates)
     note = (
         "Below the time of a factorized layer (its grouped and its pointwise convolution together): its share of the "
         "regular convolution's time | of its MACs. Bold: no faster than the regular one."
     )
-    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{table(f"<tr>{head}</tr>", rows)}'
-
-
-def _page_table(
-    texts: Sequence[str],
-    numbers: Sequence[str],
-    rows: Sequence[tuple[list[str], list[str]]],
-    best: str | None = None,
-) -> str:
-    head = "".join(f"<th>{name}</th>" for name in texts)
-    head += "".join(f'<th class="number">{name}</th>' for name in numbers)
-    return table(
-        f"<tr>{head}</tr>",
-        [
-            f"<tr{' class=best' if words[0] == best else ''}>{cells(words, numbers=False)}{cells(values)}</tr>"
-            for words, values in rows
-        ],
-    )
+    timed = table(heads(["layer, quint8 ms at rate"], map(str, rates)), rows)
+    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{timed}'
 
 
 def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
@@ -320,7 +303,7 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     measured = pairs(results)
     winner = opened.winner
     html = f'<p class="soft">{escape(conditions(results))}; ms a run, median and quartiles.</p>'
-    html += _page_table(HEADINGS, MEASURED, [row(pair) for pair in measured], winner.id if winner else None)
+    html += plain_table(HEADINGS, MEASURED, [row(pair) for pair in measured], winner.id if winner else None)
     if len(measured) > 1:
         caption = (
             "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "
@@ -331,5 +314,5 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     for pair in measured:
         name = escape(f"Layers of network {pair[0].network} ({pair[0].label})")
         rows = layer_rows(pair, _order(opened, pair[0].network))
-        html += f"<details><summary>{name}</summary>{_page_table(LAYER_HEADINGS, LAYER_MEASURED, rows)}</details>"
+        html += f"<details><summary>{name}</summary>{plain_table(LAYER_HEADINGS, LAYER_MEASURED, rows)}</details>"
     return [("Latency", html)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.kernels import block_diagonal, norm_relu
 
 DType = Literal["float32", "tf32", "bfloat16"]
@@ -108,8 +108,7 @@ def check_kernels(numerics: Numerics) -> None:
     try:
         _block(numerics)()
     except Exception as error:  # whatever torch.compile and the compilers behind it raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FnetError(f"the kernels of --fused cannot be compiled here: {reason}") from None
+        raise FnetError(f"the kernels of --fused cannot be compiled here: {first_line(error)}") from None
     finally:
         torch.set_num_threads(before)
 
@@ -246,7 +245,7 @@ def _pass(numerics: Numerics, forward: Callable[[Tensor], Tensor], batch: int, s
         with numerics.arithmetic(autocast=False):
             y.backward(torch.ones_like(y))  # type: ignore[no-untyped-call]
         if numerics.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(numerics.device)
 
     return step
 

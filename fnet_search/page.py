@@ -76,6 +76,27 @@ def table(head: str, rows: Iterable[str]) -> str:
     return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
+def heads(texts: Iterable[str], numbers: Iterable[str] = ()) -> str:
+    """The head of a table: of columns of text, then of numbers."""
+    named = [f"<th>{name}</th>" for name in texts] + [f'<th class="number">{name}</th>' for name in numbers]
+    return f"<tr>{''.join(named)}</tr>"
+
+
+def plain_table(
+    texts: Sequence[str],
+    numbers: Sequence[str],
+    rows: Iterable[tuple[Sequence[str], Sequence[str]]],
+    best: str | None = None,
+) -> str:
+    """A table of plain text, each row what stands under `texts` and under `numbers`; the one that begins with `best` is
+    marked."""
+    lines = [
+        f"<tr{' class=best' if words[0] == best else ''}>{cells(words, numbers=False)}{cells(values)}</tr>"
+        for words, values in rows
+    ]
+    return table(heads(texts, numbers), lines)
+
+
 def cells(cells: Iterable[str], numbers: bool = True) -> str:
     """Table cells of plain text."""
     kind = ' class="number"' if numbers else ""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import Cost, FactorizationPlan, legal_rates, plan_cost, regular, smallest_conv_macs
+from fnet_search.plan import Cost, FactorizationPlan, check_plan, legal_rates, plan_cost, regular, smallest_conv_macs
 from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
 
 State = Literal["complete", "pruned", "refused", "failed"]
@@ -139,6 +139,7 @@ class Evaluation:
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
         """One made by a host of its own: the costs are counted here, the other fields are given, as in
         ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space."""
+        check_plan(space, plan)
         return Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
 
     def to_json(self) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class RecordedRun:
         return str(self.config["split"])
 
     @property
+    def searching(self) -> bool:
+        """Or a run of given plans."""
+        return bool(self.config["policy"] != FIXED_PLANS)
+
+    @property
     def networks(self) -> list[RecordedNetwork]:
         """The trained networks, by number; those that were quantized otherwise after their own."""
         found = []
@@ -90,7 +95,7 @@ class RecordedRun:
         """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
         own = {one.evaluation: one for one in self.networks if one.folder == one.candidate}
         ranked = ranking(tuple(own), self.constraints)
-        return own[ranked[0]] if ranked and self.config["policy"] != FIXED_PLANS else None
+        return own[ranked[0]] if ranked and self.searching else None
 
     def test(self, network: RecordedNetwork) -> Evaluation | None:
         """What a network reached on the test split, where it was measured there."""

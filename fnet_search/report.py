@@ -5,13 +5,15 @@ from csv import writer
 from dataclasses import asdict, fields
 from html import escape
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from fnet_search.draw import drawing
-from fnet_search.figures import candidate_figure, figures, plan_name
+from fnet_search.figures import plan_name
 from fnet_search.macro import Macroarchitecture
-from fnet_search.page import NONE, cells, png, table, write_page
+from fnet_search.outcome import Outcome
+from fnet_search.page import NONE, cells, heads, png, table, write_page
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
 from fnet_search.quantities import millions, percent
@@ -221,29 +223,23 @@ def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
         "min_quint8": f"{percent(one.quint8_accuracy)} in quint8 are below {percent(constraints.min_quint8)}",
         "max_drop": f"a relative drop of {percent(one.relative_drop)} is above {percent(constraints.max_drop)}",
     }
-    return [words[name] for name, value in constraints.of(one).items() if value > 0]
+    return [words[name] for name in constraints.missed(one)]
 
 
-def _headline(
-    space: Macroarchitecture,
-    constraints: Constraints,
-    evaluations: Sequence[Evaluation],
-    best: Evaluation | None,
-    best_test: Evaluation | None,
-    split: str,
-) -> str:
+def _headline(outcome: Outcome) -> str:
+    space, constraints, best, split = outcome.space, outcome.constraints, outcome.winner, outcome.split
     words = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
-    states = [str(one.state) for one in evaluations if one.role == "candidate"]
+    states = [str(one.state) for one in outcome.evaluations if one.role == "candidate"]
     counts = [(state, states.count(state)) for state in words]
     summary = ", ".join(f"{count} {words[state]}" for state, count in counts if count) or "none yet"
-    images = sum(one.trained_images for one in evaluations)
+    images = sum(one.trained_images for one in outcome.evaluations)
     candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
     if best is None:
-        trained = any(one.state == "complete" and one.role != "reference" for one in evaluations)
+        trained = any(one.state == "complete" and one.role != "reference" for one in outcome.evaluations)
         given = f"Given plans, each measured on the {split} split: none of them is a winner."
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
-    if constraints.feasible(best):
+    if outcome.feasible:
         verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
         verdict += " It meets every constraint." if constraints != Constraints() else ""
     else:
@@ -258,7 +254,7 @@ def _headline(
         ),
         ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
     ]
-    for one, where in ((best, split), (best_test, "test")):
+    for one, where in ((best, split), (outcome.test, "test")):
         if one is not None and (one is best or split != "test"):
             cards += [
                 (
@@ -300,8 +296,6 @@ def _candidates(
 ) -> str:
     """Trained candidates by rank, then the others by number."""
     names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
-    head = "<tr>" + "".join(f"<th>{name}</th>" for name in ("rank", "no.", "plan", "state", "training"))
-    head += "".join(f'<th class="number">{name}</th>' for name in ("conv MMAC", "parameters", *names)) + "</tr>"
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
@@ -324,7 +318,7 @@ def _candidates(
             )
             + "</tr>"
         )
-    return table(head, rows)
+    return table(heads(("rank", "no.", "plan", "state", "training"), ("conv MMAC", "parameters", *names)), rows)
 
 
 _STATES = {"reference": "reference", "final": "trained on"}
@@ -422,48 +416,28 @@ def _layers(evaluation: Evaluation) -> str:
     return table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
 
 
-def _figures(
-    space: Macroarchitecture,
-    constraints: Constraints,
-    evaluations: Sequence[Evaluation],
-    best: Evaluation | None,
-    probes: Probes | None,
-    explanation: Explanation | None,
-) -> str:
-    drawn = figures(space, constraints, evaluations, probes, explanation)
-    if best is not None and best.layers:  # of its final training, where there was one
-        drawn["best_layers"] = candidate_figure(space, best)
-    shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
-    return f'<div class="pair">{"".join(shown)}</div>' if shown else '<p class="soft">Nothing was trained yet.</p>'
-
-
 def write_report(
-    folder: Path,
+    outcome: Outcome,
     title: str,
-    space: Macroarchitecture,
-    constraints: Constraints,
-    evaluations: Sequence[Evaluation],
     settings: Mapping[str, str],
-    best: Evaluation | None,
-    best_test: Evaluation | None,
-    split: str,
+    drawn: Mapping[str, Figure],
     more: Sequence[tuple[str, str]] = (),
-    probes: Probes | None = None,
-    explanation: Explanation | None = None,
-) -> Path:
-    """Writes ``report.html``: the winner (or nearest) `best`, measured on `split` and, as `best_test`, on test images;
-    how it was found; every candidate; why the winner, where its policy says; `more` sections, heading and HTML;
-    figures."""
-    ranked = ranking(tuple(evaluations), constraints)
-    others = sorted((one for one in evaluations if one not in ranked), key=lambda one: one.number)
+) -> None:
+    """Writes ``report.html``: the winner (or nearest); how it was found (`settings`); every candidate; why the winner,
+    where its policy says; `more` sections, heading and HTML; the figures that were `drawn`."""
+    space, best = outcome.space, outcome.winner
+    ranked = ranking(outcome.evaluations, outcome.constraints)
+    others = sorted((one for one in outcome.evaluations if one not in ranked), key=lambda one: one.number)
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
+    shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
+    nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
-        ("", _headline(space, constraints, evaluations, best, best_test, split)),
+        ("", _headline(outcome)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
-        ("Candidates", _candidates(space, constraints, ranked, others)),
-        *_explained(explanation),
+        ("Candidates", _candidates(space, outcome.constraints, ranked, others)),
+        *_explained(outcome.explanation),
         *more,
-        ("Figures", _figures(space, constraints, evaluations, best, probes, explanation)),
+        ("Figures", f'<div class="pair">{"".join(shown)}</div>' if shown else nothing),
     ]
     layers = []
     if best is not None:
@@ -478,9 +452,7 @@ def write_report(
         )
     if len(ranked) > DETAILED:
         layers.append(f'<p class="soft">The best {DETAILED} of {len(ranked)}; layers.csv of each has the others.</p>')
-    sections.append(("Layers", "".join(layers) or '<p class="soft">Nothing was trained yet.</p>'))
+    sections.append(("Layers", "".join(layers) or nothing))
     terms = "".join(f"<dt>{term}</dt><dd>{escape(meaning)}</dd>" for term, meaning in GLOSSARY.items())
     sections.append(("Terms", f'<dl class="glossary">{terms}</dl>'))
-    path = folder / "report.html"
-    write_page(path, title, sections)
-    return path
+    write_page(outcome.report, title, sections)

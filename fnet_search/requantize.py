@@ -11,7 +11,7 @@ from fnet_search.data import DataSet
 from fnet_search.evaluate import prepare, record
 from fnet_search.export import MODEL, quantized_model, write_model
 from fnet_search.files import write_text
-from fnet_search.page import NONE, cells, table
+from fnet_search.page import NONE, plain_table
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, scheme_folder
@@ -87,11 +87,8 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     networks = several(opened)
     if not networks:
         return ()
-    head = "".join(f"<th>{name}</th>" for name in HEADINGS)
-    head += "".join(f'<th class="number">{name}</th>' for name in MEASURED)
-    rows = []
-    for one in networks:
-        texts, numbers = row(opened, one.evaluation, one.id)
-        rows.append(f"<tr>{cells(texts, numbers=False)}{cells(numbers)}</tr>")
+    rows = [row(opened, one.evaluation, one.id) for one in networks]
     split = escape(opened.split)
-    return [("Quantized otherwise", f'<p class="soft">On the {split} split.</p>{table(f"<tr>{head}</tr>", rows)}')]
+    return [
+        ("Quantized otherwise", f'<p class="soft">On the {split} split.</p>{plain_table(HEADINGS, MEASURED, rows)}')
+    ]

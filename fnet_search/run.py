@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -18,10 +17,11 @@ from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import WEIGHTS, Setup, load_trained, measure
 from fnet_search.export import MODEL, quantized_model
-from fnet_search.figures import save_figures
+from fnet_search.figures import figures, save_figures
 from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
-from fnet_search.plan import FactorizationPlan, cost_table, label, parse_plan
+from fnet_search.outcome import Outcome
+from fnet_search.plan import cost_table
 from fnet_search.policy import (
     FIXED_PLANS,
     Audit,
@@ -32,64 +32,25 @@ from fnet_search.policy import (
     load_policy,
     requirements,
 )
-from fnet_search.quantities import mmac, percent
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.request import Machine, Request, as_json
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.search import Event, FixedPlans, search, trained
-from fnet_search.sharing import artifacts_of, check_data, publish, published, share_weights, sharing, with_weights
-from fnet_search.storage import has_study, masked, open_artifacts, open_journal, open_url, telling
-from fnet_search.study import Sharing, StudyRecord
+from fnet_search.sharing import (
+    artifacts_of,
+    check_data,
+    elsewhere,
+    publish,
+    published,
+    share_weights,
+    sharing,
+    with_weights,
+)
+from fnet_search.storage import has_study, open_artifacts, open_journal, open_url, telling
+from fnet_search.study import StudyRecord
 from fnet_search.workers import Finished, WorkerPool, cores, how_many
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. `winner` is None in a study of fixed plans and where nothing was trained."""
-
-    space: Macroarchitecture
-    constraints: Constraints
-    evaluations: tuple[Evaluation, ...]
-    winner: Evaluation | None
-    feasible: bool
-    test: Evaluation | None
-    report: Path
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.report.parent
-
-    def evaluation(self, plan: FactorizationPlan | str) -> Evaluation:
-        """What a plan, or one of that name, came to. Raises FnetError for one that was not evaluated."""
-        wanted = parse_plan(self.space, plan) if isinstance(plan, str) else plan
-        found = [one for one in self.evaluations if one.plan == wanted and one.role != "final"]
-        if not found:
-            raise FnetError(f"plan {label(self.space, wanted)} was not evaluated in {self.folder}")
-        return found[0]
-
-    def headline(self) -> str:
-        """One line: which network won, its conv MACs, its accuracies, and where its files are."""
-        folder = self.folder
-        if self.winner is None:
-            trained = sum(one.state == "complete" and one.role != "reference" for one in self.evaluations)
-            measured = f"{trained} network{'s' * (trained > 1)} measured; files in {folder}"
-            return measured if trained else f"no candidate was trained; see {folder}"
-        one = self.winner
-        trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""
-        which = f"candidate {one.number} ({label(self.space, one.plan)}{trained_on})"
-        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
-        if self.test is not None:
-            found += f"; {_accuracies(self.test)}"
-        missed = ", ".join(self.constraints.missed(one))
-        verdict = "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {missed}:"
-        return f"{verdict} {found}; files in {folder / 'best'}"
-
-
-def _accuracies(one: Evaluation) -> str:
-    return f"{one.split} fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"
 
 
 class Display(Protocol):
@@ -343,33 +304,27 @@ def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
 
 def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None) -> Outcome:
     """Table, figures and report of a run from what was recorded."""
-    run, space, constraints, winner = record.run, record.space, record.constraints, record.winner
-    opened = open_run(run.path)
-    evaluations = record.audited
-    explanation = _explanation(record, policy)
-    figures = save_figures(space, constraints, evaluations, run.path / "figures", record.probes, explanation)
-    settings = dict(_settings(run.config(), space, constraints, evaluations))
-    tables = [] if record.probes is None else [run.write_probes(record.probes)]
-    if explanation is not None:
-        tables += run.write_explanation(explanation)
-    record.attach([*figures, *tables])
-    more = [*requantize.section(opened), *latency.section(opened)]
-    report = write_report(
+    run, probes, explanation = record.run, record.probes, _explanation(record, policy)
+    outcome = Outcome(
         run.path,
-        run.name,
-        space,
-        constraints,
-        evaluations,
-        settings,
-        winner,
-        test,
+        record.space,
+        record.constraints,
         record.split,
-        more,
-        record.probes,
+        record.audited,
+        record.winner,
+        test,
+        probes,
         explanation,
     )
-    feasible = winner is not None and constraints.feasible(winner)
-    return Outcome(space, constraints, evaluations, winner, feasible, test, report)
+    drawn = figures(outcome)
+    tables = [] if probes is None else [run.write_probes(probes)]
+    if explanation is not None:
+        tables += run.write_explanation(explanation)
+    record.attach([*save_figures(drawn, run.path / "figures"), *tables])
+    opened = open_run(run.path)
+    more = [*requantize.section(opened), *latency.section(opened)]
+    write_report(outcome, run.name, dict(_settings(run.config(), outcome)), drawn, more)
+    return outcome
 
 
 def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | None:
@@ -445,17 +400,15 @@ def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> Non
             pass
 
 
-def _settings(
-    config: dict[str, Any], space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]
-) -> Iterator[tuple[str, str]]:
+def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, str]]:
     recipe = config["recipe"]
-    yield "space", f"{space.name}: {space.description}"
+    yield "space", f"{outcome.space.name}: {outcome.space.description}"
     yield (
         "data set",
         f"{config['dataset']} (fingerprint {config['data']['fingerprint']}), {len(config['data']['classes'])} classes",
     )
     yield "policy", config["policy"]
-    yield from ((f"limit on {name}", text) for name, text in constraints.described())
+    yield from ((f"limit on {name}", text) for name, text in outcome.constraints.described())
     training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
     fidelity = config.get("fidelity", {})
@@ -464,7 +417,7 @@ def _settings(
         yield "warm start", f"from trained parents, {epochs:g} epoch{'s' * (epochs > 1)}, a smaller learning rate"
     if fidelity.get("prune"):
         yield "pruning", "successive halving over validation accuracies"
-    for one in evaluations:
+    for one in outcome.evaluations:
         if one.role == "final" and one.state == "complete":
             more = f"{one.epochs} epoch{'s' * (one.epochs > 1)}"
             yield "final training", f"of candidate {one.parent}, for {more}, as candidate {one.number}"
@@ -479,20 +432,17 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
 
     `storage` is the URL of another place to find it than the recorded one. Raises FnetError for a storage without it.
     """
-    run, url = opened.run, storage or opened.config.get("storage")
-    elsewhere = None if url is None else open_url(url, new=False)
-    if elsewhere is not None and not has_study(elsewhere, run.name):
-        raise FnetError(
-            f"storage {masked(str(url))} has no study {run.name!r}; give the URL that the run had as --storage"
-        )
-    place = elsewhere or open_journal(run.journal)
-    config, searching = opened.config, opened.config["policy"] != FIXED_PLANS
-    shared = None
-    if elsewhere is not None and searching:  # others may be working on it
-        known = published(elsewhere, run.name)
-        shared = Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
-    limits, seed, split = opened.constraints, config["seed"], config["split"]
-    return StudyRecord(place, run, opened.space, limits, seed, split, searching=searching, sharing=shared)
+    place, shared = elsewhere(opened, storage) or (open_journal(opened.run.journal), None)
+    return StudyRecord(
+        place,
+        opened.run,
+        opened.space,
+        opened.constraints,
+        opened.config["seed"],
+        opened.config["split"],
+        searching=opened.searching,
+        sharing=shared,
+    )
 
 
 def report_again(record: StudyRecord) -> Outcome:

@@ -9,7 +9,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 from fnet_search.export import LOGITS
 from fnet_search.macro import INPUT
 
@@ -32,8 +32,7 @@ class Runtime:
                 model.SerializeToString(), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the runtime's exceptions have no common base
-            reason = next(iter(str(error).splitlines()), "")
-            raise FnetError(f"ONNX Runtime cannot load the exported network: {reason}") from None
+            raise FnetError(f"ONNX Runtime cannot load the exported network: {first_line(error)}") from None
 
     @property
     def version(self) -> str:
@@ -44,8 +43,7 @@ class Runtime:
         try:
             found: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise FnetError(f"ONNX Runtime cannot run the exported network: {reason}") from None
+            raise FnetError(f"ONNX Runtime cannot run the exported network: {first_line(error)}") from None
         return found
 
     def __call__(self, x: Tensor) -> Tensor:

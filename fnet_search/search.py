@@ -1,7 +1,7 @@
 """The search: a policy proposes plans, refused ones are recorded, the others trained, until nothing is left to do.
 
 This is the file to read first. Around it: `policy` (what a policy sees), `evaluate` (from a plan to an Evaluation),
-`workers` (who trains), `study` (where it is recorded), `leases` (which process trains what), `cli` (who calls).
+`workers` (who trains), `study` (where it is recorded), `leases` (which process trains what), `run` (who calls).
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -98,127 +98,122 @@ def search(
     ceilings too, and probed. The best candidate may be trained on at the end (`Fidelity`). Raises FnetError for a
     policy that fails or suggests a plan that is not of the space, and TimeUp at the deadline.
     """
-    deadline = deadline or Deadline()
-    required = requirements(policy)
+    host, required = _Host(record, pool, deadline or Deadline()), requirements(policy)
     if pool.setup.fidelity.warm_start or required:
-        yield from _until_done(record, pool, deadline, partial(_reference, record, pool, deadline))
+        yield from host.until_done(host.reference)
     if required and trained(record.history().evaluations) < trials:
-        yield from _probes(record, pool, FISHER in required, deadline)
-    yield from _until_done(record, pool, deadline, partial(_fill, policy, record, pool, trials, deadline))
-    yield from _until_done(record, pool, deadline, partial(_final, record, pool, deadline))
+        yield from host.probes(FISHER in required)
+    yield from host.until_done(partial(host.fill, policy, trials))
+    yield from host.until_done(host.final)
 
 
 Step = Generator[Event, None, bool]
 """Begins what there is to be begun; whether all of it is done, by other processes too."""
 
 
-def _until_done(record: Record, pool: WorkerPool, deadline: Deadline, begin: Callable[[], Step]) -> Iterator[Event]:
-    """Takes over what others lost, begins what there is, and waits for news, until all is done."""
-    while True:
-        while pool.busy < pool.count and (lost := record.lost()) is not None:
-            yield from _train(record, pool, lost.plan, "candidate", deadline, lost.number)
-        done = yield from begin()
-        if pool.busy:
-            yield from _events(record, pool, deadline)
-        elif done:
-            return
-        else:
-            deadline.check(idle=True)
-            record.wait()
+@dataclass(frozen=True)
+class _Host:
+    """Gives work to the workers, and records what comes of it."""
 
+    record: Record
+    pool: WorkerPool
+    deadline: Deadline
 
-def _reference(record: Record, pool: WorkerPool, deadline: Deadline) -> Step:
-    """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
-    history = record.history()
-    plan = regular(history.space)
-    if any(evaluation.plan == plan and evaluation.state != "refused" for evaluation in history.evaluations):
-        return True
-    if plan not in history.running:
-        above = history.constraints.refusal(plan_cost(history.space, plan))
-        yield from _train(record, pool, plan, "reference" if above else "candidate", deadline)
-    return False
+    def until_done(self, begin: Callable[[], Step]) -> Iterator[Event]:
+        """Takes over what others lost, begins what there is, and waits for news, until all is done."""
+        while True:
+            while self.pool.busy < self.pool.count and (lost := self.record.lost()) is not None:
+                yield from self.train(lost.plan, "candidate", lost.number)
+            done = yield from begin()
+            if self.pool.busy:
+                yield from self.events()
+            elif done:
+                return
+            else:
+                self.deadline.check(idle=True)
+                self.record.wait()
 
+    def reference(self) -> Step:
+        """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
+        history = self.record.history()
+        plan = regular(history.space)
+        if any(evaluation.plan == plan and evaluation.state != "refused" for evaluation in history.evaluations):
+            return True
+        if plan not in history.running:
+            above = history.constraints.refusal(plan_cost(history.space, plan))
+            yield from self.train(plan, "reference" if above else "candidate")
+        return False
 
-def _probes(record: Record, pool: WorkerPool, fisher: bool, deadline: Deadline) -> Iterator[Event]:
-    """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
-    tasks = record.to_probe(fisher)
-    done, total = dict.fromkeys(tasks, 0), sum(len(task.rates) for task in tasks)
-    if tasks:
-        yield ProbesProgressed(0, total)
-    given = set[ProbeTask]()
-    while True:
-        waiting = [task for task in record.to_probe(fisher) if task not in given]
-        for task in waiting[: pool.count - pool.busy] if not deadline.over else []:
-            pool.submit(task)
-            given.add(task)
-        if not pool.busy:
-            if waiting:
-                raise TimeUp
-            return
-        for event in pool.events():
-            if isinstance(event, Probing):
-                done[event.task] = event.done
-                yield ProbesProgressed(sum(done.values()), total)
-            if isinstance(event, Probed):
-                record.probed(event.task, event.probes)
-                deadline.worked = True
+    def probes(self, fisher: bool) -> Iterator[Event]:
+        """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
+        tasks = self.record.to_probe(fisher)
+        done, total = dict.fromkeys(tasks, 0), sum(len(task.rates) for task in tasks)
+        if tasks:
+            yield ProbesProgressed(0, total)
+        given = set[ProbeTask]()
+        while True:
+            waiting = [task for task in self.record.to_probe(fisher) if task not in given]
+            for task in waiting[: self.pool.count - self.pool.busy] if not self.deadline.over else []:
+                self.pool.submit(task)
+                given.add(task)
+            if not self.pool.busy:
+                if waiting:
+                    raise TimeUp
+                return
+            for event in self.pool.events():
+                if isinstance(event, Probing):
+                    done[event.task] = event.done
+                    yield ProbesProgressed(sum(done.values()), total)
+                if isinstance(event, Probed):
+                    self.record.probed(event.task, event.probes)
+                    self.deadline.worked = True
 
+    def fill(self, policy: Policy, trials: int) -> Step:
+        """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
 
-def _final(record: Record, pool: WorkerPool, deadline: Deadline) -> Step:
-    """The best candidate is trained on, while nothing else is to be done."""
-    running = record.history().running
-    best = None if running else record.to_finish()
-    if best is not None:
-        yield from _train(record, pool, best.plan, "final", deadline)
-    return not running and best is None
+        def enough(history: History) -> bool:
+            return trained(history.evaluations) + len(history.running) >= trials
 
+        while self.pool.busy < self.pool.count and not (self.pool.busy and self.deadline.over):
+            before = self.record.history()
+            plan = yield from propose(policy, self.record, enough)
+            if plan is None:  # for good, if nothing was running, and nothing was begun meanwhile
+                return not before.running and self.record.history().number == before.number
+            yield from self.train(plan, "candidate")
+        return False
 
-def _train(
-    record: Record,
-    pool: WorkerPool,
-    plan: FactorizationPlan,
-    role: Role,
-    deadline: Deadline,
-    number: int | None = None,
-) -> Iterator[Event]:
-    """Gives a plan to an idle worker, unless another process was faster."""
-    deadline.check()
-    job = record.start(plan, role, number)
-    if job is not None:
-        deadline.begin(job.number)
-        yield Started(job, again=number is not None)
-        pool.submit(job)
+    def final(self) -> Step:
+        """The best candidate is trained on, while nothing else is to be done."""
+        running = self.record.history().running
+        best = None if running else self.record.to_finish()
+        if best is not None:
+            yield from self.train(best.plan, "final")
+        return not running and best is None
 
+    def train(self, plan: FactorizationPlan, role: Role, number: int | None = None) -> Iterator[Event]:
+        """Gives a plan to an idle worker, unless another process was faster."""
+        self.deadline.check()
+        job = self.record.start(plan, role, number)
+        if job is not None:
+            self.deadline.begin(job.number)
+            yield Started(job, again=number is not None)
+            self.pool.submit(job)
 
-def _events(record: Record, pool: WorkerPool, deadline: Deadline) -> Iterator[Event]:
-    if pool.held == pool.busy:
-        raise TimeUp
+    def events(self) -> Iterator[Event]:
+        """What happens next in the trainings. Raises TimeUp where all of them wait."""
+        if self.pool.held == self.pool.busy:
+            raise TimeUp
 
-    def judge(number: int, progress: TrainingProgress) -> bool | None:
-        stop = record.progress(number, progress)
-        return None if progress.ended and deadline.holds(number, progress) and not stop else stop
+        def judge(number: int, progress: TrainingProgress) -> bool | None:
+            stop = self.record.progress(number, progress)
+            return None if progress.ended and self.deadline.holds(number, progress) and not stop else stop
 
-    for event in pool.events(judge):
-        assert isinstance(event, Progressed | Finished)
-        if isinstance(event, Finished) and not record.finish(event.evaluation, event.seconds):
-            yield Dropped(event.evaluation.number)
-        else:
-            yield event
-
-
-def _fill(policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline) -> Step:
-    """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
-
-    def enough(history: History) -> bool:
-        return trained(history.evaluations) + len(history.running) >= trials
-
-    while pool.busy < pool.count and not (pool.busy and deadline.over):
-        before = record.history()
-        plan = yield from propose(policy, record, enough)
-        if plan is None:  # for good, if nothing was running, and nothing was begun meanwhile
-            return not before.running and record.history().number == before.number
-        yield from _train(record, pool, plan, "candidate", deadline)
-    return False
+        for event in self.pool.events(judge):
+            assert isinstance(event, Progressed | Finished)
+            if isinstance(event, Finished) and not self.record.finish(event.evaluation, event.seconds):
+                yield Dropped(event.evaluation.number)
+            else:
+                yield event
 
 
 def trained(evaluations: Iterable[Evaluation]) -> int:

@@ -15,9 +15,10 @@ from fnet_search import __version__
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
+from fnet_search.recorded import RecordedRun
 from fnet_search.request import Machine, Request, as_json, request_from
 from fnet_search.runfolder import RunFolder, differences
-from fnet_search.storage import has_study, open_artifacts
+from fnet_search.storage import has_study, masked, open_artifacts, open_url
 from fnet_search.study import Sharing
 from fnet_search.weights import digest, read_tensors, write_tensors
 
@@ -111,6 +112,23 @@ def sharing(request: Request, run: RunFolder) -> Sharing:
     """How a run, or a worker that joined it, shares its study. Raises FnetError for an artifact store that cannot be
     opened."""
     return Sharing(run.worker, open_artifacts(artifacts_of(request, run)), request.lease)
+
+
+def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sharing | None] | None:
+    """The storage that the study of a recorded run is in, and how it is shared; None: it is in the run folder.
+
+    `storage` is the URL of another place to find it than the recorded one. Raises FnetError for one without the study.
+    """
+    run, url = opened.run, storage or opened.config.get("storage")
+    if url is None:
+        return None
+    found = open_url(url, new=False)
+    if not has_study(found, run.name):
+        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as --storage")
+    if not opened.searching:
+        return found, None
+    known = published(found, run.name)
+    return found, Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
 
 
 def artifacts_of(request: Request, run: RunFolder) -> str:

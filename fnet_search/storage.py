@@ -18,7 +18,7 @@ from optuna.artifacts import Backoff, Boto3ArtifactStore, FileSystemArtifactStor
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -53,7 +53,7 @@ def open_url(url: str, new: bool = True) -> BaseStorage:
             return _shared_journal(Path(url.removeprefix("journal:")))
         return _patient(_grpc(url) if url.startswith("grpc://") else optuna.storages.get_storage(_rdb(url)))
     except Exception as error:  # whatever SQLAlchemy, its drivers and gRPC raise for a bad URL
-        reason = _without_password(next(iter(str(error).splitlines()), type(error).__name__), url)
+        reason = _without_password(first_line(error), url)
         raise FnetError(f"cannot open storage {masked(url)} ({reason}); {WANTED}") from None
 
 
@@ -144,7 +144,7 @@ def telling(storage: BaseStorage, tell: Callable[[str], None]) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+    return first_line(error.__cause__ or error)
 
 
 def _unreachable(error: Exception) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 from fnet_search.export import float_model, quantized_model
 from fnet_search.layers import Activation
 from fnet_search.macro import INPUT, Macroarchitecture
@@ -153,8 +153,8 @@ class TimedGraph:
             for session in (self.timed, self.profiled):
                 self._seconds(session, SETTLE)
         except Exception as error:  # the runtime's exceptions have no common base
-            reason = next(iter(str(error).splitlines()), "")
-            raise FnetError(f"ONNX Runtime cannot run {model.graph.name} on a batch of {batch}: {reason}") from None
+            subject = f"{model.graph.name} on a batch of {batch}"
+            raise FnetError(f"ONNX Runtime cannot run {subject}: {first_line(error)}") from None
         self.runs = max(3, math.ceil(SAMPLE / min(self._seconds(self.timed, SETTLE))))
         self.wall = self.cpu = 0.0
 

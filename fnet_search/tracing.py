@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 from fnet_search.layers import BatchNorm, Flatten, Layer, Moving, Resample, Reshape, Shape, Shuffle, Slice
 from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
 from fnet_search.network import module_key
@@ -62,10 +62,10 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
             program: ExportedProgram = torch.export.export(model, (example,)).run_decompositions({})  # functional
             return program
         except Exception as error:  # torch.export and the module raise what they like
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reason = first_line(error)
             small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
             advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
-            said = f"{reason.strip()}{advice}"
+            said = f"{reason}{advice}"
             raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
 
 

@@ -1,13 +1,18 @@
 """Evaluations as a training might have left them, made up by hand for the tests of what shows them."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
 from fnet_search.macro import Macroarchitecture, Node
+from fnet_search.outcome import Outcome
 from fnet_search.plan import (
     FactorizationPlan,
     named_plans,
     plan_cost,
 )
-from fnet_search.policy import Evaluation
+from fnet_search.policy import Constraints, Evaluation, ranking
 from fnet_search.testing import made_up_layers
 
 PAPER = {  # fp32 and quint8 accuracy of the paper's networks; those that it does not name are made up
@@ -68,6 +73,18 @@ def paper_evaluations(space: Macroarchitecture) -> tuple[Evaluation, ...]:
     plans = named_plans(space)
     accuracies = {plans[name]: accuracy for name, accuracy in PAPER.items() if name in plans}
     return tuple(trained(space, plan, number, *pair) for number, (plan, pair) in enumerate(accuracies.items()))
+
+
+def outcome(
+    space: Macroarchitecture,
+    constraints: Constraints,
+    evaluations: Sequence[Evaluation],
+    folder: Path = Path("run"),
+    **known: Any,
+) -> Outcome:
+    """What a search came to; its winner is the best one."""
+    best = next(iter(ranking(tuple(evaluations), constraints)), None)
+    return Outcome(folder, space, constraints, "validation", tuple(evaluations), best, **known)
 
 
 def residual_space(blocks: int = 8) -> Macroarchitecture:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import PLAIN, Result, process
-from evaluations import failed, refused, trained
+from evaluations import failed, outcome, refused, trained
 from optuna.artifacts import get_all_artifact_meta
 from playwright import sync_api as sync
 
 from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note
+from fnet_search.figures import figures
 from fnet_search.macro import load_space
 from fnet_search.plan import label, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints
@@ -125,11 +126,12 @@ def test_a_report_of_many_layers_is_no_wider_than_its_page(tmp_path: Path) -> No
     space = load_space("resnet20")
     plan = make_plan(space, {name: rates[-1] for name, rates in legal_rates(space).items()})
     best = trained(space, plan, 0, 0.5, 0.4)
-    path = write_report(tmp_path, "study", space, Constraints(), [best], {}, best, None, "validation")
+    found = outcome(space, Constraints(), [best], tmp_path)
+    write_report(found, "study", {}, figures(found))
     with browser() as chromium:
         for width in (1400, 500):
             page = chromium.new_page(viewport={"width": width, "height": 1000})
-            page.goto(path.as_uri())
+            page.goto(found.report.as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         rates = page.locator("#candidate-0 .plan")
         assert not rates.is_visible()  # until it is asked for: eighteen lines

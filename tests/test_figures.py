@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from evaluations import failed, paper_evaluations, refused, residual_space, trained
+from evaluations import failed, outcome, paper_evaluations, refused, residual_space, trained
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -142,7 +142,7 @@ def test_nothing_trained_gives_a_figure_that_says_so(metric: str) -> None:
         assert "no trained candidate" in str(
             [text.get_text() for text in texts(macs_figure(SPACE, BUDGET, evaluations, metric))]
         )
-        assert figures(SPACE, BUDGET, evaluations) == {}
+        assert figures(outcome(SPACE, BUDGET, evaluations)) == {}
 
 
 def test_long_plans_are_named_by_number() -> None:
@@ -308,7 +308,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_covers_another_or_sticks_out(case: str) -> None:
     space = CASES[case][0]
-    for figure in figures(*CASES[case], probes(space)).values():
+    for figure in figures(outcome(*CASES[case], probes=probes(space))).values():
         readable(figure)
 
 
@@ -344,7 +344,7 @@ def test_a_heat_map_leaves_out_what_cannot_start_from_the_network() -> None:
 
 
 def test_writes_pngs_of_stable_names_and_bytes(tmp_path: Path) -> None:
-    paths = save_figures(SPACE, BUDGET, PAPER, tmp_path / "figures")
+    paths = save_figures(figures(outcome(SPACE, BUDGET, PAPER)), tmp_path / "figures")
     assert [path.name for path in paths] == NAMES
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(NAMES)
     for path in paths:
@@ -352,17 +352,16 @@ def test_writes_pngs_of_stable_names_and_bytes(tmp_path: Path) -> None:
         assert width == 1080
         assert 500 < height < 1600
     before = [path.read_bytes() for path in paths]
-    save_figures(SPACE, BUDGET, PAPER[::-1], tmp_path / "figures")  # whatever the order
+    save_figures(figures(outcome(SPACE, BUDGET, PAPER[::-1])), tmp_path / "figures")  # whatever the order
     assert [path.read_bytes() for path in paths] == before
 
 
-def test_writes_only_figures_that_show_something(tmp_path: Path) -> None:
-    assert save_figures(SPACE, BUDGET, (), tmp_path) == []
+def test_only_figures_that_show_something_are_drawn() -> None:
     bare = [replace(one, layers=(), qmse=None) for one in PAPER]
-    assert [path.name for path in save_figures(SPACE, BUDGET, bare, tmp_path)] == [NAMES[0], *NAMES[2:4]]
+    assert [f"{name}.png" for name in figures(outcome(SPACE, BUDGET, bare))] == [NAMES[0], *NAMES[2:4]]
 
 
 def test_no_global_state_of_matplotlib_is_touched() -> None:
     before = dict(matplotlib.rcParams)
-    figures(SPACE, BUDGET, PAPER)
+    figures(outcome(SPACE, BUDGET, PAPER))
     assert dict(matplotlib.rcParams) == before

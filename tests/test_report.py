@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluations import failed, paper_evaluations, pruned, refused, residual_space, trained
+from evaluations import failed, outcome, paper_evaluations, pruned, refused, residual_space, trained
 from PIL import Image
 
+from fnet_search.figures import figures
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import make_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, LayerStats, ranking
@@ -69,14 +70,13 @@ def report(
     constraints: Constraints = BUDGET,
     space: Macroarchitecture = SPACE,
     title: str = "study",
-    best_test: Evaluation | None = None,
+    test: Evaluation | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> tuple[str, Page]:
-    best = next(iter(ranking(tuple(evaluations), constraints)), None)
-    path = write_report(folder, title, space, constraints, evaluations, settings or {}, best, best_test, "validation")
-    assert path == folder / "report.html"
+    found = outcome(space, constraints, evaluations, folder, test=test)
+    write_report(found, title, settings or {}, figures(found))
     assert [file.name for file in folder.iterdir()] == ["report.html"]
-    html = path.read_text(encoding="utf-8")
+    html = found.report.read_text(encoding="utf-8")
     return html, Page(html)
 
 
@@ -86,7 +86,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     return report(
         tmp_path_factory.mktemp("run"),
         (*PAPER, *ODD),
-        best_test=tested,
+        test=tested,
         settings={"policy": "tpe", "data": "imagefolder:a&b"},
     )
 

@@ -25,12 +25,13 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
 from fnet_search.macro import load_space
+from fnet_search.outcome import Outcome
 from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
 from fnet_search.request import Machine, Request
-from fnet_search.run import Outcome, open_study, report_again, run_study
+from fnet_search.run import open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme, parse_scheme
@@ -174,7 +175,7 @@ def test_a_finished_run_does_nothing_again(run: Path, whole: tuple[Path, Outcome
     outcome, notes = go(run, request=replace(SEARCH, machine=Machine()))
     assert (notes.started, notes.begun) == ([], [(2, 2)])
     assert not any("measuring" in text for text in notes.texts)
-    assert replace(outcome, report=whole[1].report) == whole[1]
+    assert replace(outcome, folder=whole[1].folder) == whole[1]
     after = files_in(run)
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] in ([], ["journal.log"])
@@ -236,7 +237,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_the_same(
     assert notes.started == again
     assert any("once more" in text for text in notes.texts) == (cut_off == lose_the_winner)
     assert (run / "candidates.csv").read_bytes() == (whole[0] / "candidates.csv").read_bytes()
-    assert replace(outcome, report=whole[1].report) == whole[1]
+    assert replace(outcome, folder=whole[1].folder) == whole[1]
     files = [
         {name for name in files_in(folder) if not name.startswith(("artifacts", "candidates/"))}
         for folder in (run, whole[0])
@@ -345,12 +346,12 @@ def test_headlines(tmp_path: Path) -> None:
     plan = parse_plan(TINY, "init2")
     strict = Constraints(conv_macs=600_000, min_quint8=0.9, max_drop=0.05)
     near = trained(TINY, plan, 4, 0.9, 0.8)
-    outcome = Outcome(TINY, strict, (near,), near, False, replace(near, split="test"), Path("x/report.html"))
+    outcome = Outcome(Path("x"), TINY, strict, "validation", (near,), near, replace(near, split="test"))
     accuracies = "fp32 90.00 % quint8 80.00 %"
     found = f"candidate 4 (init2), 0.434 MMAC, validation {accuracies}; test {accuracies}; files in x/best"
     missed = "no candidate met the constraints; nearest, missing min_quint8, max_drop:"
     assert outcome.headline() == f"{missed} {found}"
-    assert replace(outcome, feasible=True).headline() == f"winner: {found}"
+    assert replace(outcome, constraints=Constraints(min_quint8=0.8)).headline() == f"winner: {found}"
     assert replace(outcome, winner=None).headline() == "1 network measured; files in x"
     reference = replace(near, role="reference")
     assert replace(outcome, winner=None, evaluations=(reference,)).headline() == ("no candidate was trained; see x")
@@ -672,7 +673,7 @@ def test_a_winner_whose_ancestors_are_lost_is_trained_again_from_them(
         path.unlink()
     outcome, notes = go(warm, request=WARM)
     assert notes.started == []
-    assert replace(outcome, report=children[1].report) == children[1]
+    assert replace(outcome, folder=children[1].folder) == children[1]
     best = [read_tensors(folder / "best" / "quantized.safetensors")[0] for folder in (warm, children[0])]
     assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
     assert (warm / "candidates.csv").read_bytes() == (children[0] / "candidates.csv").read_bytes()

@@ -1,0 +1,70 @@
+"""What a run came to, as data: what its figures and its report show, and what a caller of `search` is given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fnet_search.errors import FnetError
+from fnet_search.macro import Macroarchitecture
+from fnet_search.plan import FactorizationPlan, label, parse_plan
+from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
+from fnet_search.quantities import mmac, percent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    folder: Path
+    """The run folder."""
+    space: Macroarchitecture
+    constraints: Constraints
+    split: SplitName
+    """What the candidates were measured on."""
+    evaluations: tuple[Evaluation, ...]
+    """Of all plans in order of their numbers, refused ones too."""
+    winner: Evaluation | None = None
+    """The best one, or if none meets the constraints the nearest; None in a study of fixed plans and where nothing was
+    trained."""
+    test: Evaluation | None = None
+    """The winner on the test split."""
+    probes: Probes | None = None
+    explanation: Explanation | None = None
+    """Why the winner, where the policy says so."""
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the winner meets the constraints."""
+        return self.winner is not None and self.constraints.feasible(self.winner)
+
+    @property
+    def report(self) -> Path:
+        """One self-contained HTML page."""
+        return self.folder / "report.html"
+
+    def evaluation(self, plan: FactorizationPlan | str) -> Evaluation:
+        """What a plan, or one of that name, came to. Raises FnetError for one that was not evaluated."""
+        wanted = parse_plan(self.space, plan) if isinstance(plan, str) else plan
+        found = [one for one in self.evaluations if one.plan == wanted and one.role != "final"]
+        if not found:
+            raise FnetError(f"plan {label(self.space, wanted)} was not evaluated in {self.folder}")
+        return found[0]
+
+    def headline(self) -> str:
+        """One line: which network won, its conv MACs, its accuracies, and where its files are."""
+        if self.winner is None:
+            trained = sum(one.state == "complete" and one.role != "reference" for one in self.evaluations)
+            measured = f"{trained} network{'s' * (trained > 1)} measured; files in {self.folder}"
+            return measured if trained else f"no candidate was trained; see {self.folder}"
+        one = self.winner
+        trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""
+        which = f"candidate {one.number} ({label(self.space, one.plan)}{trained_on})"
+        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
+        if self.test is not None:
+            found += f"; {_accuracies(self.test)}"
+        missed = ", ".join(self.constraints.missed(one))
+        verdict = "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {missed}:"
+        return f"{verdict} {found}; files in {self.folder / 'best'}"
+
+
+def _accuracies(one: Evaluation) -> str:
+    return f"{one.split} fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"

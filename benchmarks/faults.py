@@ -36,14 +36,13 @@ from fnet_search.leases import LEFT
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
 from fnet_search.policy import Constraints, Evaluation
-from fnet_search.prune import ROLE
 from fnet_search.recipe import load_recipe
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme
 from fnet_search.search import search
 from fnet_search.storage import open_artifacts, open_url
 from fnet_search.study import Sharing, StudyRecord
-from fnet_search.trials import NUMBER, PLAN
+from fnet_search.trials import NUMBER, PLAN, ROLE
 from fnet_search.workers import Finished, Judge, WorkerPool
 
 STUDY, MARK = "faults", "training"

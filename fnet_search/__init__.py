@@ -18,9 +18,15 @@ _API = {
     "FactorizationPlan": "plan",
     "FnetError": "errors",
     "History": "policy",
+    "Machine": "request",
+    "Macroarchitecture": "macro",
+    "Outcome": "outcome",
     "PolicyDone": "sampler",
     "PolicySampler": "sampler",
+    "Recipe": "recipe",
     "SamplerPolicy": "sampler_policy",
+    "Scheme": "scheme",
+    "TimeUp": "deadline",
     "evaluate": "api",
     "load_space": "macro",
     "parse_constraints": "policy",
@@ -35,12 +41,17 @@ _API = {
 if TYPE_CHECKING:
     from fnet_search.api import evaluate, search
     from fnet_search.asktell import AskTell
+    from fnet_search.deadline import TimeUp
     from fnet_search.errors import FnetError
-    from fnet_search.macro import load_space
+    from fnet_search.macro import Macroarchitecture, load_space
+    from fnet_search.outcome import Outcome
     from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
     from fnet_search.policy import Constraints, Evaluation, History, parse_constraints
+    from fnet_search.recipe import Recipe
+    from fnet_search.request import Machine
     from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
     from fnet_search.sampler_policy import SamplerPolicy
+    from fnet_search.scheme import Scheme
 
 __all__ = [
     "AskTell",
@@ -49,9 +60,15 @@ __all__ = [
     "FactorizationPlan",
     "FnetError",
     "History",
+    "Machine",
+    "Macroarchitecture",
+    "Outcome",
     "PolicyDone",
     "PolicySampler",
+    "Recipe",
     "SamplerPolicy",
+    "Scheme",
+    "TimeUp",
     "evaluate",
     "load_space",
     "parse_constraints",

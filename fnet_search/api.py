@@ -18,7 +18,6 @@ from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError, unknown
 from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
-from fnet_search.options import console
 from fnet_search.outcome import Outcome
 from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
 from fnet_search.policy import Policy, SplitName, check_policy, load_policy, parse_constraints
@@ -29,6 +28,7 @@ from fnet_search.run import Display, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.search import FixedPlans
+from fnet_search.terminal import console
 
 
 def search(
@@ -70,7 +70,9 @@ def search(
     a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as fractions of 1 or
     ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With `weights`
     (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the data set.
-    `factorize` and `keep` are patterns of layers' names (`macro.factorizing`). Files are left in the folder `out`,
+    `factorize` and `keep` are patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W).
+    `audit_all`: every candidate is run in ONNX Runtime, not only the winner. `machine` says where and how to compute,
+    `display` shows progress otherwise than on the terminal. Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
     nothing else is.
 

@@ -15,7 +15,6 @@ from fnet_search.errors import FnetError
 from fnet_search.options import (
     NOTHING_FEASIBLE,
     Commands,
-    console,
     machine_of,
     machine_options,
     parse_scheme_options,
@@ -26,6 +25,7 @@ from fnet_search.options import (
     until_time_is_up,
 )
 from fnet_search.study_commands import study
+from fnet_search.terminal import console
 
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture

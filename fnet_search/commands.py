@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fnet_search.errors import FnetError
-from fnet_search.options import console, data_dir_option, parse_scheme_options, quiet, scheme_options
+from fnet_search.options import data_dir_option, parse_scheme_options, quiet, scheme_options
+from fnet_search.terminal import console, plain_table
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -188,7 +189,6 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
 
     It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder.
     """
-    from rich.table import Table
 
     from fnet_search.recorded import scheme_folder
     from fnet_search.requantize import HEADINGS, MEASURED, requantize, row, several
@@ -210,14 +210,8 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
         found = requantize(opened, network, scheme, data, measuring)
         display.status("drawing figures and the report")
         outcome = report_again(study)
-    table = Table(title=f"candidate {found.number}, {found.split} split", title_justify="left")
-    for name in (*HEADINGS, *MEASURED):
-        table.add_column(name, justify="right" if name in MEASURED else "left")
-    for one in several(opened):
-        if one.evaluation.number == found.number:
-            texts, numbers = row(opened, one.evaluation, one.id)
-            table.add_row(*texts, *numbers)
-    console().print(table)
+    rows = [row(opened, one.evaluation, one.id) for one in several(opened) if one.candidate == network.candidate]
+    console().print(plain_table(f"candidate {found.number}, {found.split} split", HEADINGS, MEASURED, rows))
     click.echo(f"report: {outcome.report}")
     click.echo(f"files in {scheme_folder(network.candidate, scheme)}; its ID is {found.number}/{scheme}")
 

@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
-from rich.text import Text
 
 from fnet_search.errors import FnetError
 from fnet_search.figures import COLOURS, GREY, MARKERS, heading, legend, new_figure, slot_of, style
@@ -21,6 +20,7 @@ from fnet_search.page import NONE, cells, heads, plain_table, png, table
 from fnet_search.plan import FactorizationPlan, factorize, legal_rates
 from fnet_search.quantities import millions
 from fnet_search.recorded import RecordedRun
+from fnet_search.terminal import plain_table as terminal_table
 from fnet_search.timing import FP32, OTHER, Latency, LayerLatency
 
 NETWORKS, LAYERS = "latency.csv", "latency_layers.csv"
@@ -184,26 +184,13 @@ def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[s
 
 def latency_table(results: Sequence[Latency]) -> Table:
     """The networks for the terminal."""
-    return _terminal("latency: ms a run, median", HEADINGS, MEASURED, [row(pair) for pair in pairs(results)])
+    return terminal_table("latency: ms a run, median", HEADINGS, MEASURED, [row(pair) for pair in pairs(results)])
 
 
 def layers_table(opened: RecordedRun, pair: Pair) -> Table:
     """The layers of one network for the terminal."""
     title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
-    return _terminal(title, LAYER_HEADINGS, LAYER_MEASURED, layer_rows(pair, _order(opened, pair[0].network)))
-
-
-def _terminal(
-    title: str, texts: Sequence[str], numbers: Sequence[str], rows: Sequence[tuple[list[str], list[str]]]
-) -> Table:
-    found = Table(title=Text(title), title_justify="left")
-    for name in texts:
-        found.add_column(name, overflow="fold")
-    for name in numbers:
-        found.add_column(name, justify="right")
-    for words, values in rows:
-        found.add_row(*map(Text, words), *values)
-    return found
+    return terminal_table(title, LAYER_HEADINGS, LAYER_MEASURED, layer_rows(pair, _order(opened, pair[0].network)))
 
 
 def _order(opened: RecordedRun, network: str) -> list[str]:

@@ -23,8 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Evaluation, Role
-from fnet_search.prune import ROLE
-from fnet_search.trials import NUMBER, distributions, outcome, parameters, plan_of, recorded, suggested
+from fnet_search.trials import NUMBER, ROLE, distributions, outcome, parameters, plan_of, recorded, suggested
 
 LEASE = "fnet_search:lease"
 """System attribute of a running trial: its worker, and how often the lease was renewed."""

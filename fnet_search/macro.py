@@ -260,8 +260,8 @@ def load_space(
     they are saved beside it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
 
     `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, and `weights` are
-    of imported networks: see `imported.load_imported`. Raises FnetError, with
-    the layer and its line, for whatever is wrong with it.
+    of imported networks: see `imported.load_imported`. Raises FnetError, with the layer and its line, for whatever is
+    wrong with it.
     """
     if name.endswith(".py"):
         raise FnetError(f"space {name}: name the function too, as in {name}:make")

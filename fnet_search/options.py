@@ -13,8 +13,6 @@ import click
 from fnet_search.errors import FnetError, unknown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fnet_search.deadline import Deadline
     from fnet_search.progress import TerminalDisplay
     from fnet_search.request import Machine
@@ -114,13 +112,6 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
     return int(sizes[1]), int(sizes[2]), int(sizes[3])
 
 
-def console() -> "Console":
-    from rich.console import Console
-
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
-
-
 def quiet() -> None:
     """Optuna reports each trial on its own; we have our own lines for that."""
     import optuna
@@ -196,6 +187,7 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
     from fnet_search.deadline import Deadline, TimeUp
     from fnet_search.progress import TerminalDisplay
     from fnet_search.quantities import parse_duration
+    from fnet_search.terminal import console
 
     limit = options["time_limit"]
     deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))

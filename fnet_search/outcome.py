@@ -12,7 +12,7 @@ from fnet_search.quantities import mmac, percent
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """What a search, or an evaluation of given plans, came to; `search` and `evaluate` return it."""
 
     folder: Path
     """The run folder."""

@@ -7,8 +7,7 @@ from optuna.pruners import BasePruner, SuccessiveHalvingPruner
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-ROLE, START, EPOCHS = "role", "start", "planned_epochs"
-"""User attributes of a trial: what it is trained for, from ``scratch`` or ``warm``, and for how many epochs at most."""
+from fnet_search.trials import EPOCHS, ROLE, START
 
 STARTUP = 4
 """So many comparable trainings must have ended before one is stopped: a rank among fewer means nothing."""

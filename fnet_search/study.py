@@ -38,12 +38,12 @@ from fnet_search.policy import (
     ranking,
 )
 from fnet_search.probes import ProbeTask, probe_tasks, probes_from
-from fnet_search.prune import EPOCHS, ROLE, START, EqualStart
+from fnet_search.prune import EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
 from fnet_search.storage import has_study, together
 from fnet_search.train import TrainingProgress
-from fnet_search.trials import describe
+from fnet_search.trials import EPOCHS, ROLE, START, describe
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore

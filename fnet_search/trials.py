@@ -23,6 +23,8 @@ NUMBER = "number"
 """User attribute with the number of the suggestion, which is ours and has no holes."""
 PLAN = "plan"
 """User attribute with the plan as text, from the moment of its suggestion."""
+ROLE, START, EPOCHS = "role", "start", "planned_epochs"
+"""User attributes: what a plan is trained for, from ``scratch`` or ``warm``, and for how many epochs at most."""
 REASON = "reason"
 """User attribute that says why a plan was refused, stopped, or failed."""
 

@@ -3,6 +3,7 @@ import tomllib
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -303,3 +304,19 @@ def test_reasons_are_in_words() -> None:
     nothing = LayerChoice("conv", 4, Step(2, 1_000_000, -0.00001), Step(8, -1_000_000, 0.00001))
     assert nothing.reason == "against 2 it saves 1 MMAC for 0.00 points; 8 would save 1 MMAC for 0.00 points"
     assert LayerChoice("conv", 1, None, None).reason == ""
+
+
+def test_a_plan_of_another_space_has_no_evaluation() -> None:
+    for plan in (regular(load_space("factorizenet")), FactorizationPlan((*regular(TINY).rates, ("more", 1)))):
+        with pytest.raises(FnetError, match="layer"):
+            Evaluation.of(TINY, plan, quint8_accuracy=0.5)
+    illegal = FactorizationPlan(tuple((layer, 3) for layer, _ in regular(TINY).rates))
+    with pytest.raises(FnetError, match="3"):
+        Evaluation.of(TINY, illegal)
+
+
+@pytest.mark.parametrize("limit", [{"conv_macs": 0}, {"params": -1}, {"min_quint8": 0.0}, {"max_drop": -0.1}])
+def test_limits_that_nothing_meets_are_refused(limit: dict[str, Any]) -> None:
+    with pytest.raises(FnetError, match=next(iter(limit))):
+        Constraints(**limit)
+    assert Constraints(max_drop=0.0).missed(replace(REGULAR, fp32_accuracy=0.5, quint8_accuracy=0.5)) == ()

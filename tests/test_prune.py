@@ -5,7 +5,8 @@ import pytest
 from optuna.study import Study
 from optuna.trial import Trial, TrialState
 
-from fnet_search.prune import EPOCHS, ROLE, START, STARTUP, EqualStart
+from fnet_search.prune import STARTUP, EqualStart
+from fnet_search.trials import EPOCHS, ROLE, START
 
 
 @pytest.fixture

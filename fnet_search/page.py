@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from fnet_search.figures import DPI
 from fnet_search.files import write_text
 
 NONE = "-"
@@ -65,9 +66,14 @@ summary { cursor: pointer; }
 def png(figure: Figure, caption: str, alt: str) -> str:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    width = round(figure.get_figwidth() * 100)
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" width="{width}">'
+    return picture(buffer.getvalue(), caption, alt)
+
+
+def picture(data: bytes, caption: str, alt: str) -> str:
+    """A PNG file in the page, 100 pixels an inch of the figure."""
+    width = round(int.from_bytes(data[16:20]) * 100 / DPI)
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    image = f'<img src="{source}" alt="{escape(alt)}" width="{width}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

@@ -5,15 +5,14 @@ from csv import writer
 from dataclasses import asdict, fields
 from html import escape
 from io import StringIO
+from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from fnet_search.draw import drawing
 from fnet_search.figures import plan_name
 from fnet_search.macro import Macroarchitecture
 from fnet_search.outcome import Outcome
-from fnet_search.page import NONE, cells, heads, png, table, write_page
+from fnet_search.page import NONE, cells, heads, picture, png, table, write_page
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
 from fnet_search.quantities import millions, percent
@@ -420,16 +419,16 @@ def write_report(
     outcome: Outcome,
     title: str,
     settings: Mapping[str, str],
-    drawn: Mapping[str, Figure],
+    pictures: Sequence[Path],
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Writes ``report.html``: the winner (or nearest); how it was found (`settings`); every candidate; why the winner,
-    where its policy says; `more` sections, heading and HTML; the figures that were `drawn`."""
+    where its policy says; `more` sections, heading and HTML; the `pictures` that `figures` were saved as."""
     space, best = outcome.space, outcome.winner
     ranked = ranking(outcome.evaluations, outcome.constraints)
     others = sorted((one for one in outcome.evaluations if one not in ranked), key=lambda one: one.number)
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
-    shown = [png(figure, CAPTIONS[name], name.replace("_", " ")) for name, figure in drawn.items()]
+    shown = [picture(one.read_bytes(), CAPTIONS[one.stem], one.stem.replace("_", " ")) for one in pictures]
     nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
         ("", _headline(outcome)),
@@ -443,8 +442,8 @@ def write_report(
     if best is not None:
         name = escape(plan_name(space, best))
         caption = f"The network as built: {space.name}, {label(space, best.plan)}."
-        picture = png(drawing(space, best.plan), caption, "graph of the network")
-        layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{picture}')
+        graph = png(drawing(space, best.plan), caption, "graph of the network")
+        layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{graph}')
     for one in ranked[:DETAILED]:
         summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"
         layers.append(

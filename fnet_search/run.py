@@ -316,14 +316,14 @@ def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None
         probes,
         explanation,
     )
-    drawn = figures(outcome)
+    pictures = save_figures(figures(outcome), run.path / "figures")
     tables = [] if probes is None else [run.write_probes(probes)]
     if explanation is not None:
         tables += run.write_explanation(explanation)
-    record.attach([*save_figures(drawn, run.path / "figures"), *tables])
+    record.attach([*pictures, *tables])
     opened = open_run(run.path)
     more = [*requantize.section(opened), *latency.section(opened)]
-    write_report(outcome, run.name, dict(_settings(run.config(), outcome)), drawn, more)
+    write_report(outcome, run.name, dict(_settings(run.config(), outcome)), pictures, more)
     return outcome
 
 

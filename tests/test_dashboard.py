@@ -14,7 +14,7 @@ from optuna.artifacts import get_all_artifact_meta
 from playwright import sync_api as sync
 
 from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note
-from fnet_search.figures import figures
+from fnet_search.figures import figures, save_figures
 from fnet_search.macro import load_space
 from fnet_search.plan import label, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints
@@ -127,7 +127,7 @@ def test_a_report_of_many_layers_is_no_wider_than_its_page(tmp_path: Path) -> No
     plan = make_plan(space, {name: rates[-1] for name, rates in legal_rates(space).items()})
     best = trained(space, plan, 0, 0.5, 0.4)
     found = outcome(space, Constraints(), [best], tmp_path)
-    write_report(found, "study", {}, figures(found))
+    write_report(found, "study", {}, save_figures(figures(found), tmp_path))
     with browser() as chromium:
         for width in (1400, 500):
             page = chromium.new_page(viewport={"width": width, "height": 1000})

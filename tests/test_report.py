@@ -11,7 +11,7 @@ import pytest
 from evaluations import failed, outcome, paper_evaluations, pruned, refused, residual_space, trained
 from PIL import Image
 
-from fnet_search.figures import figures
+from fnet_search.figures import figures, save_figures
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import make_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, LayerStats, ranking
@@ -74,7 +74,8 @@ def report(
     settings: Mapping[str, str] | None = None,
 ) -> tuple[str, Page]:
     found = outcome(space, constraints, evaluations, folder, test=test)
-    write_report(found, title, settings or {}, figures(found))
+    pictures = save_figures(figures(found), folder.with_name(f"{folder.name}-figures"))
+    write_report(found, title, settings or {}, pictures)
     assert [file.name for file in folder.iterdir()] == ["report.html"]
     html = found.report.read_text(encoding="utf-8")
     return html, Page(html)

@@ -14,18 +14,20 @@ import optuna
 import pandas as pd
 import pytest
 from conftest import PLAIN, Result, files_in, process
-from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import run_grpc_proxy_server
 from servers import PASSWORD, free_port, postgres
 
 from fnet_search import __version__
 from fnet_search.api import search
+from fnet_search.dashboard import open_dashboard
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.network import build
 from fnet_search.plan import factorize, regular
 from fnet_search.policy import Constraints
 from fnet_search.recipe import Fidelity, load_recipe
+from fnet_search.recorded import open_run
 from fnet_search.request import Machine, Request
 from fnet_search.scheme import Scheme
 from fnet_search.sharing import PUBLISHED, published, share_weights, with_weights
@@ -137,7 +139,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     run = process(
         *("run", "--space", "tiny", "--budget", "100%", "--policy", "reverse-pyramid", "--epochs", "1"),
         *("--trials", "1", "--no-warm-start", "--final-epochs", "0", "--storage", f"journal:{folder}/study.log"),
-        *("--out", "study", *PLAIN),
+        *("--artifacts", "store", "--out", "study", *PLAIN),
         cwd=folder,
     )
     _, err = run.communicate()
@@ -149,6 +151,14 @@ def test_a_worker_that_comes_when_all_is_done(begun: tuple[str, Path], fnet: Cal
     code, out, _ = fnet("worker", "--storage", begun[0], "--study", "study", *PLAIN)
     assert code == 0
     assert out.splitlines()[-1] == "study study is done; of 0 candidates since, this worker has finished 0"
+
+
+def test_the_dashboard_of_a_shared_study_serves_its_artifacts(begun: tuple[str, Path]) -> None:
+    shown = open_dashboard(open_run(begun[1]), None)
+    (picture,) = (one for one in get_all_artifact_meta(shown.study) if one.filename == "accuracy_vs_macs.png")
+    with shown.artifacts.open_reader(picture.artifact_id) as opened:
+        assert opened.read() == (begun[1] / "figures" / "accuracy_vs_macs.png").read_bytes()
+    assert (begun[1].parent / "store" / picture.artifact_id).is_file()
 
 
 def test_a_worker_of_a_study_that_is_not_there(begun: tuple[str, Path], refused: Callable[..., str]) -> None:

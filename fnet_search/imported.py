@@ -5,24 +5,21 @@ This runs the code that it is told to run; a saved space (TOML and safetensors) 
 
 import importlib
 import importlib.util
-import pickle
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.tracing import from_module
-from fnet_search.weights import read_tensors
+from fnet_search.weights import read_state
 
-NO_STATE = "{} does not hold a state dict alone; save one with torch.save(model.state_dict(), PATH)"
 OWN = "own"
 """The name of the weights that a module has as it is made."""
 
@@ -145,8 +142,10 @@ def _channels(model: nn.Module) -> int:
 
 
 def _fill(model: nn.Module, path: str) -> None:
-    """Loads a state dict from a file. No pickled object is ever made: safetensors, or torch's weights_only."""
-    state, own = _state(Path(path)), model.state_dict()
+    """Loads a state dict from a file."""
+    if not Path(path).is_file():
+        raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")
+    state, own = read_state(Path(path)), model.state_dict()
     if all(name.startswith("module.") for name in state) and not any(name.startswith("module.") for name in own):
         state = {name.removeprefix("module."): value for name, value in state.items()}  # of nn.DataParallel
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
@@ -158,24 +157,3 @@ def _fill(model: nn.Module, path: str) -> None:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise FnetError(f"the weights in {path} do not fit: {str(error).splitlines()[-1].strip()}") from None
-
-
-def _state(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)[0]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # torch would tell how to load it all the same
-        raise FnetError(NO_STATE.format(path)) from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise FnetError(f"cannot read weights {path}: {first_line(error)}") from None
-    for key in ("state_dict", "model"):  # as training scripts save them
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise FnetError(NO_STATE.format(path))
-    return found

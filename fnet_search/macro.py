@@ -165,25 +165,35 @@ class Macroarchitecture:
         """Nodes that read the output of `name`, in file order."""
         return [self.by_name[reader] for reader in self.graph.successors(name)]
 
-    def with_classes(self, classes: int) -> "Macroarchitecture":
-        """The same network with `classes` logits: another last dense layer, or convolution where only layers that keep
-        the channels follow it. Its weights are new then. Raises FnetError where there is no such layer."""
-        if classes == self.classes:
-            return self
+    @property
+    def classifier(self) -> Node | None:
+        """What gives the logits: the last dense layer, or convolution where only layers that keep the channels follow
+        it; None: there is no such layer."""
         node = self.order[-1]
         while not isinstance(node.layer, Conv | Dense):
             before = self.by_name.get(node.inputs[0])
             channels = self.shapes[node.inputs[0]][0]
             keeps = len(node.inputs) == 1 and channels == self.classes and node.layer.kind in CLASSWISE
             if before is None or not keeps or len(self.consumers(before.name)) > 1:
-                raise FnetError(
-                    f"space {self.name!r} has {self.classes} outputs and the data set {classes} classes; "
-                    "end the space with a dense layer"
-                )
+                return None
             node = before
+        return node
+
+    def with_classes(self, classes: int) -> "Macroarchitecture":
+        """The same network with `classes` logits: another `classifier`. Its weights are new then. Raises FnetError
+        where there is none."""
+        if classes == self.classes:
+            return self
+        node = self.classifier
+        if node is None:
+            raise FnetError(
+                f"space {self.name!r} has {self.classes} outputs and the data set {classes} classes; "
+                "end the space with a dense layer"
+            )
         if isinstance(node.layer, Conv):
             last = replace(node, layer=replace(node.layer, out_channels=classes))
         else:
+            assert isinstance(node.layer, Dense)
             last = replace(node, layer=replace(node.layer, out_features=classes))
         nodes = tuple(last if one is node else one for one in self.nodes)
         return replace(self, nodes=nodes)
@@ -259,9 +269,10 @@ def load_space(
     """A shipped space by name (``factorizenet``: paper, Figure 2), a user's own TOML file by path, with weights where
     they are saved beside it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
 
-    `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, and `weights` are
-    of imported networks: see `imported.load_imported`. Raises FnetError, with the layer and its line, for whatever is
-    wrong with it.
+    `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, is of imported
+    networks. `weights` of those: see `imported.load_imported`; of others they are a file, as a run leaves it of the
+    regular network (``runs/.../candidates/000/weights.safetensors``; `network.load_weights`). Raises FnetError, with
+    the layer and its line, for whatever is wrong with it.
     """
     if name.endswith(".py"):
         raise FnetError(f"space {name}: name the function too, as in {name}:make")
@@ -275,15 +286,14 @@ def load_space(
     except (OSError, UnicodeDecodeError) as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
     space = parse_space(text, str(path), path.stem)
-    if weights is not None or (input_shape is not None and input_shape != space.input_shape):
-        option = "--weights" if weights is not None else "--input"
-        raise FnetError(f"{option} is of networks that are imported; space {path} says itself what it has")
-    file = tomllib.loads(text).get("weights")
-    if file is None:
+    if input_shape is not None and input_shape != space.input_shape:
+        raise FnetError(f"--input is of networks that are imported; space {path} says itself what it has")
+    beside = tomllib.loads(text).get("weights")
+    if weights is None and beside is None:
         return space
-    from fnet_search.network import checked_weights
+    from fnet_search.network import load_weights
 
-    return replace(space, weights=checked_weights(space, path.parent / file))
+    return load_weights(space, path.parent / str(beside) if weights is None else Path(weights))
 
 
 KEYS = ("name", "description", "input", "mean", "std", "weights", "layer")

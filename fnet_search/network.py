@@ -1,6 +1,7 @@
 """From a macroarchitecture to a trainable torch module, and the walk over a graph that everything here shares."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,7 @@ from fnet_search.layers import (
     Slice,
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.weights import read_tensors
+from fnet_search.weights import read_state
 
 T = TypeVar("T")
 
@@ -207,11 +208,15 @@ def pretrained(network: Macroarchitecture, initializer: str = "glorot_uniform", 
     return module
 
 
-def checked_weights(network: Macroarchitecture, path: Path) -> dict[str, Tensor]:
-    """The weights of a network from a safetensors file. Raises FnetError, naming it, where they do not fit."""
-    found, _ = read_tensors(path)
-    own = {name: tensor.shape for name, tensor in Network(network).state_dict().items()}
-    wrong = [name for name in {**own, **found} if name not in found or own.get(name) != found[name].shape]
+def load_weights(network: Macroarchitecture, path: Path) -> Macroarchitecture:
+    """The network with weights from a file (`weights.read_state`), and with as many classes as they are for. Raises
+    FnetError, naming it, where they do not fit."""
+    found = read_state(path)
+    last = network.classifier
+    weight = None if last is None else found.get(f"layers.{module_key(last.name)}.weight")
+    own = network if weight is None else network.with_classes(weight.shape[0])
+    shapes = {name: tensor.shape for name, tensor in Network(own).state_dict().items()}
+    wrong = [name for name in {**shapes, **found} if name not in found or shapes.get(name) != found[name].shape]
     if wrong:
         raise FnetError(f"{path} does not hold the weights of space {network.name!r}: {wrong[0]!r} does not fit")
-    return found
+    return replace(own, weights=found)

@@ -79,8 +79,9 @@ def space_options(command: Any) -> Any:
         click.option(
             "--weights",
             metavar="FILE|NAME|own",
-            help="Of an imported network: its trained weights: a file (safetensors, or a state dict that torch saved), "
-            "one of torchvision's (DEFAULT), or own for those that it comes with. Candidates start from them.",
+            help="Trained weights, which candidates start from: a file (safetensors, as runs leave them, or a state "
+            "dict that torch saved); of an imported network also one of torchvision's (DEFAULT), or own for those that "
+            "it comes with.",
         ),
         click.option(
             "--normalise",

@@ -1,14 +1,17 @@
-"""Tensors on disk, as safetensors: no pickle is ever read."""
+"""Tensors on disk, as safetensors; what others saved is read without making any pickled object."""
 
 import hashlib
+import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fnet_search.errors import FnetError
+from fnet_search.errors import FnetError, first_line
 from fnet_search.files import replacing
 
 
@@ -32,6 +35,34 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise FnetError(f"cannot read weights {path}: {error}") from None
+
+
+NO_STATE = "{} does not hold a state dict alone; save one with torch.save(model.state_dict(), PATH)"
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state dict: of a safetensors file, or as torch saved it. No pickled object is ever made (weights_only).
+
+    Raises FnetError, naming the file, where it is missing, broken, or something else.
+    """
+    if not path.is_file():
+        raise FnetError(f"the weights file {path} does not exist")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch would tell how to load it all the same
+        raise FnetError(NO_STATE.format(path)) from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise FnetError(f"cannot read weights {path}: {first_line(error)}") from None
+    for key in ("state_dict", "model"):  # as training scripts save them
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise FnetError(NO_STATE.format(path))
+    return found
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

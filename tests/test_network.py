@@ -1,5 +1,6 @@
 import weakref
 from math import prod, sqrt
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,10 +8,12 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import MIXED, RESIDUAL, compiled, normal, randomized, sequence
 from torch import Tensor
 
+from fnet_search.errors import FnetError
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Pool
-from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.network import FUNCTIONS, Network, apply_stateless, build, run, walk
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
+from fnet_search.network import FUNCTIONS, Network, apply_stateless, build, pretrained, run, walk
 from fnet_search.plan import factorize, make_plan, network_cost
+from fnet_search.weights import write_tensors
 
 
 class Value:
@@ -199,3 +202,22 @@ def test_initializers() -> None:
     rows = build(space, "orthogonal", 0).layer("c").get_parameter("weight").flatten(1)
     assert rows.shape == (64, prod((16, 3, 3)))
     torch.testing.assert_close(rows @ rows.T, torch.eye(64), rtol=0, atol=1e-5)
+
+
+def test_weights_from_a_file(tmp_path: Path) -> None:
+    """Of safetensors or torch; their number of classes is the network's."""
+    space = load_space("tiny")
+    trained = randomized(space.with_classes(7))
+    write_tensors(tmp_path / "a.safetensors", trained.state_dict(), {})
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "b.pth")
+    images = normal(4, *space.input_shape)
+    for name in ("a.safetensors", "b.pth"):
+        loaded = load_space("tiny", weights=str(tmp_path / name))
+        assert loaded.classes == 7
+        assert torch.equal(pretrained(loaded).eval()(images), trained.eval()(images))
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", randomized(RESIDUAL).state_dict(), {})
+    with pytest.raises(FnetError, match="does not hold the weights of space 'tiny'"):
+        load_space("tiny", weights=str(tmp_path / "a.safetensors"))

@@ -505,6 +505,21 @@ def test_a_warm_search_is_recorded_whole(children: tuple[Path, Outcome, list[Eve
     assert f"<th>final training</th><td>{trained_on}</td>" in page
 
 
+def test_a_search_may_start_from_the_reference_of_another(
+    children: tuple[Path, Outcome, list[Event]], tmp_path: Path
+) -> None:
+    """For another budget; it is measured as it is."""
+    space = load_space("tiny", weights=str(children[0] / "candidates" / "000" / "weights.safetensors"))
+    small = replace(WARM, space=space, constraints=Constraints(conv_macs=400_000), fidelity=Fidelity(True, 1))
+    outcome, _ = go(tmp_path / "run", 1, small)
+    reference, *others = outcome.evaluations
+    known = children[1].evaluations[0]
+    assert (reference.role, reference.epochs, reference.trained_images) == ("reference", 0, 0)
+    for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "layers"):
+        assert getattr(reference, name) == getattr(known, name)
+    assert [one.parent for one in others if one.state == "complete"] == [0]
+
+
 def test_the_same_warm_search_again_gives_the_same_table(
     children: tuple[Path, Outcome, list[Event]], tmp_path: Path
 ) -> None:

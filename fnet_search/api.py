@@ -101,6 +101,8 @@ def search(
         final_epochs = request.recipe.epochs if warm_start else 0
     if artifacts is not None and storage is None:
         raise FnetError("--artifacts is of studies that several workers share; name their storage with --storage")
+    if lease != LEASE_SECONDS and storage is None:
+        raise FnetError("--lease is of studies that several workers share; name their storage with --storage")
     _at_least(1, trials=trials, lease=int(lease))
     _at_least(0, final_epochs=final_epochs)
     request = replace(

@@ -264,6 +264,9 @@ def show(
         raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
     if save is not None and not save.parent.is_dir():
         raise FnetError(f"--save {save}: the folder {save.parent} does not exist")
+    beside = None if save is None or weights is None else save.with_suffix(".safetensors")
+    if beside is not None and beside.resolve() == Path(str(weights)).resolve():
+        raise FnetError(f"--save {save} would write over the weights that are read, {weights}; choose another name")
     if draw is not None:
         from fnet_search.draw import draw as draw_network
 
@@ -311,7 +314,8 @@ def _policies() -> "Iterator[tuple[str, str]]":
     from fnet_search.policy import load_policy, policy_names
 
     for name in policy_names():
-        yield name, (type(load_policy(name)).__doc__ or "").strip().splitlines()[0]
+        yield name, (type(load_policy(name)).__doc__ or "").strip().splitlines()[0].replace("``", "")
+    yield "FILE.py:NAME", "a class of your own with suggest(history); package.module:NAME too"
 
 
 def _recipes() -> "Iterator[tuple[str, str]]":
@@ -328,12 +332,14 @@ def _recipes() -> "Iterator[tuple[str, str]]":
 @click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
 def report(folder: Path, storage: str | None) -> None:
     """Make the figures and the report of a run again, and print its table."""
+    from fnet_search.progress import TerminalDisplay
     from fnet_search.recorded import open_run
     from fnet_search.run import open_study, report_again
 
     quiet()
     opened = open_run(folder)
-    with opened.run.locked():
+    with TerminalDisplay(console()) as display, opened.run.locked():
+        display.status("drawing figures and the report")
         outcome = report_again(open_study(opened, storage))
     _print_outcome(outcome)
 
@@ -427,7 +433,8 @@ def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
     from fnet_search.quantities import mmac
 
     shown = _described(space, plan)
-    title = Text(f"{space.name}: {space.description}; plan {shown['plan']['label']}")
+    about = f": {space.description}" if space.description else ""
+    title = Text(f"{space.name}{about}; plan {shown['plan']['label']}")
     table = Table(title=title, title_justify="left")
     for name in ("layer", "kind", "input", "output", "legal rates", "rate", "MACs", "parameters"):
         table.add_column(name, justify="right" if name in ("rate", "MACs", "parameters") else "left")

@@ -205,9 +205,7 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
     with _display() as display, opened.run.locked():
         data = opened.data(data_dir, partial(display.advance, "reading images"))
         study = open_study(opened, storage)  # or fail before the work
-        display.status("calibrating")
-        measuring = partial(display.advance, "measuring, and in ONNX Runtime", total=len(data.evaluation))
-        found = requantize(opened, network, scheme, data, measuring)
+        found = requantize(opened, network, scheme, data, display.advance)
         display.status("drawing figures and the report")
         outcome = report_again(study)
     rows = [row(opened, one.evaluation, one.id) for one in several(opened) if one.candidate == network.candidate]

@@ -25,7 +25,7 @@ from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
 from fnet_search.profile import profile
 from fnet_search.quantities import percent
 from fnet_search.quantize import QuantizedNetwork, quantize
-from fnet_search.ranges import Batches, TensorStats, calibrate
+from fnet_search.ranges import Batches, TensorStats, calibrate, passes
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import Scheme
@@ -120,13 +120,30 @@ def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
     return equalize(folded) if scheme.equalize else folded
 
 
-def prepare(trained: Network, scheme: Scheme, data: DataSet, seed: int) -> Quantized:
+def prepare(
+    trained: Network,
+    scheme: Scheme,
+    data: DataSet,
+    seed: int,
+    seen: Callable[[int, int], None] = lambda done, total: None,
+) -> Quantized:
     """Folds and quantizes a trained network in evaluation mode, as `scheme` says, on training images of `data`.
 
-    Raises FnetError for activations that are not finite, and where an int32 accumulation could overflow.
+    `seen` is told how many of how many calibration images, over all passes, were taken. Raises FnetError for
+    activations that are not finite, and where an int32 accumulation could overflow.
     """
     folded = folded_for(scheme, trained)
-    stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), scheme.ranges)
+    batches, done = calibration(data, seed, CALIBRATION_SAMPLES), 0
+    total = passes(scheme.ranges) * min(CALIBRATION_SAMPLES, len(data.train))
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal done
+        for batch in batches():
+            yield batch
+            done += len(batch)
+            seen(done, total)
+
+    stats = calibrate(folded, counted, scheme.ranges)
     network = quantize(folded, stats, scheme.per_channel)
     if scheme.bias_correct:
         network = correct_biases(folded, network, calibration(data, seed, CORRECTION_SAMPLES))

@@ -3,11 +3,7 @@
 This runs the code that it is told to run; a saved space (TOML and safetensors) is data, and runs none.
 """
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from torch import nn
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
+from fnet_search.plugins import importable, load_object
 from fnet_search.tracing import from_module
 from fnet_search.weights import read_state
 
@@ -96,12 +93,8 @@ def _made(where: str, what: str) -> nn.Module:
     """What a function of a file or module returns."""
     name = f"{where}:{what}"
     try:
-        with _importable(where):
-            module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-            made = getattr(module, what, None)
-            if made is None:
-                known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-                raise unknown("function", what, known)
+        with importable(where):
+            made = load_object(where, what)
             model = made if isinstance(made, nn.Module) else made()
     except FnetError as error:
         raise FnetError(f"space {name}: {error}") from None
@@ -110,29 +103,6 @@ def _made(where: str, what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
     return model
-
-
-@contextmanager
-def _importable(where: str) -> Iterator[None]:
-    """What lies beside a file, or in the current folder, can be imported."""
-    folder = str(Path(where).resolve().parent) if where.endswith(".py") else str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-def _from_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FnetError(f"the file {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"fnet_search_space_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _channels(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from fnet_search.files import write_text
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.page import NONE, cells, heads, plain_table, png, table
 from fnet_search.plan import FactorizationPlan, factorize, legal_rates
-from fnet_search.quantities import millions
+from fnet_search.quantities import counted, millions
 from fnet_search.recorded import RecordedRun
 from fnet_search.terminal import plain_table as terminal_table
 from fnet_search.timing import FP32, OTHER, Latency, LayerLatency
@@ -129,8 +129,7 @@ LAYER_MEASURED = ("MMAC", "quint8 ms", "% of all", "MMAC/ms", "fp32 ms", "% of a
 def conditions(results: Sequence[Latency]) -> str:
     """How and on what it was measured; and a warning, where the machine had more to do."""
     one = results[0]
-    threads = f"{one.threads} thread{'s' * (one.threads > 1)}"
-    images = f"a batch of {one.batch} image{'s' * (one.batch > 1)}"
+    threads, images = counted(one.threads, "thread"), f"a batch of {counted(one.batch, 'image')}"
     found = f"ONNX Runtime {one.onnxruntime} on {one.machine}; {threads}, {images}, {one.rounds} interleaved rounds"
     share = min(one.cpu_share for one in results)
     if share < BUSY:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.kernels import block_diagonal, norm_relu
+from fnet_search.quantities import counted
 
 DType = Literal["float32", "tf32", "bfloat16"]
 
@@ -72,7 +73,7 @@ class Numerics:
             parts.append(f"groups of {', '.join(wider)} channels")
         if not self.device.startswith("cuda"):
             alone = f", {self.alone_threads} alone" if self.alone_threads > self.threads else ""
-            parts.append(f"{self.threads} thread{'s' * (self.threads > 1)} a worker{alone}")
+            parts.append(f"{counted(self.threads, 'thread')} a worker{alone}")
         return ", ".join(parts)
 
 

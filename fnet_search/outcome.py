@@ -7,7 +7,7 @@ from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, label, parse_plan
 from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
-from fnet_search.quantities import mmac, percent
+from fnet_search.quantities import counted, mmac, percent
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Outcome:
         """One line: which network won, its conv MACs, its accuracies, and where its files are."""
         if self.winner is None:
             trained = sum(one.state == "complete" and one.role != "reference" for one in self.evaluations)
-            measured = f"{trained} network{'s' * (trained > 1)} measured; files in {self.folder}"
+            measured = f"{counted(trained, 'network')} measured; files in {self.folder}"
             return measured if trained else f"no candidate was trained; see {self.folder}"
         one = self.winner
         trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""

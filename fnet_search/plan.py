@@ -192,11 +192,17 @@ def _assignment(part: str) -> tuple[str, int]:
 
 
 def load_plan(space: Macroarchitecture, path: Path) -> FactorizationPlan:
-    """Reads a plan file: a ``[rates]`` table of layer = rate."""
+    """Reads a plan file: a ``[rates]`` table of layer = rate. Raises FnetError, naming the file, for anything else."""
     rates = read_table(path, "plan").get("rates")
-    if not isinstance(rates, dict) or not all(type(rate) is int for rate in rates.values()):
+    if not isinstance(rates, dict):
         raise FnetError(f"{path}: a plan file needs a [rates] table of layer = rate")
-    return make_plan(space, rates)
+    for layer, rate in rates.items():
+        if type(rate) is not int:
+            raise FnetError(f"{path}: the rate of {layer!r} must be a whole number, got {rate!r}")
+    try:
+        return make_plan(space, rates)
+    except FnetError as error:
+        raise FnetError(f"{path}: {error}") from None
 
 
 def plan_toml(plan: FactorizationPlan) -> str:

@@ -5,6 +5,7 @@ numbers come from ``(history.seed, history.number)``; so a resumed search sugges
 have, and any number of workers can share one policy.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
@@ -14,9 +15,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import Cost, FactorizationPlan, check_plan, legal_rates, plan_cost, regular, smallest_conv_macs
+from fnet_search.plugins import importable, load_object
 from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
 
 State = Literal["complete", "pruned", "refused", "failed"]
@@ -138,8 +140,12 @@ class Evaluation:
     @staticmethod
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
         """One made by a host of its own: the costs are counted here, the other fields are given, as in
-        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space."""
+        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, and
+        for an accuracy that is not a fraction of 1."""
         check_plan(space, plan)
+        for name in ("fp32_accuracy", "quint8_accuracy"):
+            if (value := measured.get(name)) is not None and not 0 <= value <= 1:
+                raise FnetError(f"{name} must be a fraction of 1, got {value}; if it failed, say state='failed'")
         return Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
 
     def to_json(self) -> dict[str, Any]:
@@ -309,9 +315,13 @@ def parse_constraints(
     conv_macs = parse_budget(str(budget), plan_cost(space, regular(space)).conv_macs)
     smallest = smallest_conv_macs(space)
     if conv_macs < smallest:
+        whole = plan_cost(space, regular(space)).conv_macs
+        share = f"{100 * smallest / whole:.1f} % of the regular one"
+        percents = re.fullmatch(r"\s*([0-9.]+)\s*", str(budget))
+        meant = f"; did you mean {percents[1]}%?" if percents and smallest <= float(percents[1]) * whole / 100 else ""
         raise FnetError(
             f"budget {budget} is below the smallest network of space {space.name!r}, "
-            f"which has {mmac(smallest)} ({smallest:,} conv MACs)"
+            f"which has {mmac(smallest)} ({smallest:,} conv MACs, {share}){meant}"
         )
     return Constraints(
         conv_macs,
@@ -489,10 +499,22 @@ def policy_names() -> list[str]:
 
 
 def load_policy(name: str) -> Policy:
-    """The installed policy of that name, ours or a third party's.
+    """The installed policy of that name, ours or a third party's; or one of a file or module, as in
+    ``halving.py:Halving``: a class, or an object.
 
     Raises FnetError for an unknown name or a plug-in that cannot be loaded.
     """
+    where, colon, what = name.rpartition(":")
+    if colon:
+        try:
+            with importable(where):
+                made = load_object(where, what)
+                own: Policy = made() if isinstance(made, type) else made
+        except FnetError as error:
+            raise FnetError(f"policy {name}: {error}") from None
+        except Exception as error:  # a user's code raises what it likes
+            raise FnetError(f"policy {name} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+        return check_policy(own, name)
     found = entry_points(group="fnet_search.policies", name=name)
     if not found:
         raise unknown("policy", name, policy_names())

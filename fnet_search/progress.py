@@ -14,7 +14,7 @@ from fnet_search.evaluate import Job, Setup
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
-from fnet_search.quantities import millions, mmac, percent
+from fnet_search.quantities import counted, millions, mmac, percent
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import Dropped, Event, ProbesProgressed, Started
 from fnet_search.train import TrainingProgress
@@ -83,7 +83,7 @@ class TerminalDisplay:
         self._each = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
         self._all_epochs = max(0, trials - done) * self._each + fidelity.final_epochs
         going_on = f", {done} trained before" if done else ""
-        self.say(f"study {run.name} in {run.path}: up to {trials} candidates{going_on}; {setup.numerics}")
+        self.say(f"study {run.name} in {run.path}: up to {counted(trials, 'candidate')}{going_on}; {setup.numerics}")
 
     def show(self, event: Event) -> None:
         match event:
@@ -112,7 +112,7 @@ class TerminalDisplay:
             case Dropped(number):
                 self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
             case Finished(evaluation, seconds):
-                self.say(f"{self._ended(evaluation.number)} {_result(evaluation)}, {clock(seconds)}")
+                self.say(f"{self._ended(evaluation.number)} {_result(evaluation)}; took {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
 
@@ -191,7 +191,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
     table = Table(title=f"candidates (accuracies on the {split} split)", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit"):
+    for name in ("conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for one in evaluations:
@@ -214,6 +214,6 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
             infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
             state = f"{state}, {infeasible}" if one.role == "final" else infeasible
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
-        macs, params = millions(one.cost.conv_macs), f"{one.cost.params / 1e3:,.0f}"
+        macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
         table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))
     return table

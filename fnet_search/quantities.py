@@ -39,7 +39,8 @@ def parse_share(text: str, option: str) -> float:
     match = re.fullmatch(rf"{_NUMBER}\s*(%?)", text.strip())
     value = float(_decimal(match[1]) / (100 if match[2] else 1)) if match else -1.0
     if not 0 < value <= 1:
-        raise FnetError(f"{option} {text!r} must be above 0 and at most 1; write 0.8 or 80%")
+        meant = f"{text.strip()}%" if match and not match[2] and 1 < value <= 100 else "0.8 or 80%"
+        raise FnetError(f"{option} {text!r} must be above 0 and at most 1; write {meant}")
     return value
 
 
@@ -59,6 +60,8 @@ def parse_duration(text: str, option: str) -> float:
     )
     parts = zip(match.groups(), (3600, 60, 1), strict=True) if match else ()
     seconds = sum(float(_decimal(part)) * unit for part, unit in parts if part)
+    if seconds <= 0 and match is None and re.fullmatch(_NUMBER, text.strip()):
+        raise FnetError(f"{option} {text!r} needs a unit; write {text.strip()}m for minutes, or s or h")
     if seconds <= 0:
         raise FnetError(f"{option} {text!r} must be a time above 0; write 25m, 90s or 1h30m")
     return seconds
@@ -78,6 +81,11 @@ def mmac(macs: int) -> str:
 def percent(share: float | None, digits: int = 2) -> str:
     """A fraction of 1 for people: ``97.25 %``."""
     return "" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def counted(number: float, what: str) -> str:
+    """``1 epoch``, ``0.25 epochs``, ``1,200 epochs``."""
+    return f"{number:,.6g} {what}{'' if number == 1 else 's'}"
 
 
 def size_text(shape: Sequence[int]) -> str:

@@ -77,6 +77,11 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> M
     return {name: observer.stats(name) for name, observer in observers.items()}
 
 
+def passes(method: RangeMethod) -> int:
+    """How often `calibrate` looks at the samples, at most."""
+    return 1 if method.kind == "minmax" else 2
+
+
 @torch.no_grad()
 def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     for batch in batches():

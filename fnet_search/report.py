@@ -15,7 +15,7 @@ from fnet_search.outcome import Outcome
 from fnet_search.page import NONE, cells, heads, picture, png, table, write_page
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
-from fnet_search.quantities import millions, percent
+from fnet_search.quantities import counted, millions, percent
 
 DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
 LISTED = 8  # rates that stand below a plan's short name; those of longer plans are shown on a click
@@ -327,7 +327,7 @@ def _training(one: Evaluation) -> str:
     """Epochs of its own, and what it started from."""
     if not one.epochs:
         return NONE
-    epochs = f"{one.epochs} epoch{'s' * (one.epochs > 1)}"
+    epochs = counted(one.epochs, "epoch")
     if one.parent is None:
         return epochs
     zero_shot = f", {percent(one.zero_shot_accuracy)} before" if one.zero_shot_accuracy is not None else ""
@@ -369,7 +369,7 @@ def _step(step: Step | None) -> list[str]:
         return [NONE] * 3
     return [
         str(step.rate),
-        f"{step.conv_macs / 1e6:+.1f}",
+        f"{'+' if step.conv_macs > 0 else '-'}{millions(abs(step.conv_macs))}" if step.conv_macs else "0",
         f"{round(100 * step.quint8_accuracy, 2) + 0.0:+.2f}",
     ]  # no -0.00
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from html import escape
 
 import pandas as pd
@@ -24,19 +25,25 @@ def requantize(
     network: RecordedNetwork,
     scheme: Scheme,
     data: DataSet,
-    seen: Callable[[int], None] = lambda images: None,
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """Quantizes a candidate's trained network as `scheme` says, measures it on the run's split, audits it, and writes
     evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
 
-    `seen` is told how many images were measured. Raises FnetError for a network that cannot be quantized so.
+    `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
+    quantized so.
     """
     folder = scheme_folder(network.candidate, scheme)
     trained = network.load_trained(opened.space)
-    quantized = prepare(trained, scheme, data, opened.config["seed"])
+    named, seed = f"candidate {network.id} with {scheme}", opened.config["seed"]
+
+    def measured(images: int) -> None:
+        advance(f"measuring {named}, in ONNX Runtime too", images, len(data.evaluation))
+
+    quantized = prepare(trained, scheme, data, seed, partial(advance, f"calibrating {named}"))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None)
-    found = record(evaluation, trained, quantized, scheme, data, opened.config["seed"], folder, runtime, seen)
+    found = record(evaluation, trained, quantized, scheme, data, seed, folder, runtime, measured)
     facts = metadata(opened.config, opened.space, found, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(found, folder)

@@ -32,6 +32,7 @@ from fnet_search.policy import (
     load_policy,
     requirements,
 )
+from fnet_search.quantities import counted
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.request import Machine, Request, as_json
@@ -51,6 +52,14 @@ from fnet_search.sharing import (
 from fnet_search.storage import has_study, open_artifacts, open_journal, open_url, telling
 from fnet_search.study import StudyRecord
 from fnet_search.workers import Finished, WorkerPool, cores, how_many
+
+OPTIONS = {
+    "constraints.conv_macs": "--budget (conv MACs)",
+    "constraints.params": "--max-params",
+    "constraints.min_quint8": "--min-quint8",
+    "constraints.max_drop": "--max-drop",
+}
+"""What people call parts of a configuration."""
 
 
 class Display(Protocol):
@@ -276,7 +285,11 @@ def compare(run: RunFolder, config: dict[str, Any]) -> None:
     recorded = run.config()
     if "fidelity" not in recorded:
         raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")
-    found = differences(recorded, config)
+    if (recorded["policy"] == FIXED_PLANS) != (config["policy"] == FIXED_PLANS):
+        kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
+        raise FnetError(f"{run.path} is a run of {kind}; choose another --out")
+    parted = (text.partition(":") for text in differences(recorded, config))
+    found = [f"{OPTIONS.get(name, name)}{colon}{text}" for name, colon, text in parted]
     if found:
         raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
 
@@ -409,17 +422,17 @@ def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, s
     )
     yield "policy", config["policy"]
     yield from ((f"limit on {name}", text) for name, text in outcome.constraints.described())
-    training = f"{recipe['epochs']} epochs, batch {recipe['batch_size']}, {recipe['schedule']}"
+    training = f"{counted(recipe['epochs'], 'epoch')}, batch {recipe['batch_size']}, {recipe['schedule']}"
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
     fidelity = config.get("fidelity", {})
     if fidelity.get("warm_start"):
         epochs = fidelity["warm_epochs"]
-        yield "warm start", f"from trained parents, {epochs:g} epoch{'s' * (epochs > 1)}, a smaller learning rate"
+        yield "warm start", f"from trained parents, {counted(epochs, 'epoch')}, a smaller learning rate"
     if fidelity.get("prune"):
         yield "pruning", "successive halving over validation accuracies"
     for one in outcome.evaluations:
         if one.role == "final" and one.state == "complete":
-            more = f"{one.epochs} epoch{'s' * (one.epochs > 1)}"
+            more = counted(one.epochs, "epoch")
             yield "final training", f"of candidate {one.parent}, for {more}, as candidate {one.number}"
     yield "quantization", config["scheme"]
     yield "seed", str(config["seed"])

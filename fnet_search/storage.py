@@ -6,6 +6,7 @@ A storage on another machine may be out of reach for a while: calls are made aga
 import re
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 import optuna
 from filelock import FileLock
 from optuna.artifacts import Backoff, Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
@@ -90,7 +92,8 @@ def _grpc(url: str) -> BaseStorage:
     address = re.fullmatch(r"grpc://([^:/]+|\[[^\]]+\]):(\d{1,5})/?", url)
     if address is None:
         raise ValueError("no host and port")
-    proxy = GrpcStorageProxy(host=address[1], port=int(address[2]))
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        proxy = GrpcStorageProxy(host=address[1], port=int(address[2]))
     proxy.wait_server_ready(timeout=10)
     return proxy
 

@@ -11,6 +11,7 @@ from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.plan import parse_plan
 from fnet_search.policy import Constraints, load_policy, parse_constraints
+from fnet_search.quantities import counted
 from fnet_search.recipe import Recipe, load_recipe
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.tables import build, read_table
@@ -41,7 +42,7 @@ class Variant:
     def __str__(self) -> str:
         one = self.recipe
         name = f"variant {self.name}: " if self.name else ""
-        training = f"{one.epochs} epochs, batch {one.batch_size}, {one.schedule}, {one.initializer}"
+        training = f"{counted(one.epochs, 'epoch')}, batch {one.batch_size}, {one.schedule}, {one.initializer}"
         return f"{name}space {self.space.name}; recipe {one.name}, {training}"
 
 

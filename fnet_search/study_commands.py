@@ -52,13 +52,16 @@ def show(name: str) -> None:
 
 def described(study: "Study") -> list[str]:
     """A study in lines, for people."""
+    from fnet_search.quantities import counted
     from fnet_search.study_run import epochs
 
     what = f"plans {', '.join(study.plans)}"
     if study.search is not None:
-        what = f"search of {study.search.trials} candidates by {study.search.policy} under {study.search.budget}"
+        one = study.search
+        what = f"search of {counted(one.trials, 'candidate')} by {one.policy} under {one.budget}"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
-    lines = [f"{study.name}: {study.description}", f"data set {study.dataset}; {seeds}; {what}"]
+    about = f": {study.description}" if study.description else ""
+    lines = [f"{study.name}{about}", f"data set {study.dataset}; {seeds}; {what}"]
     lines += map(str, study.variants)
     total = sum(epochs(study, part) for part in study.parts)
     lines.append(f"quantized with {', '.join(map(str, study.schemes))}; about {total:,.0f} epochs in all")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fnet_search.deadline import Deadline
+from fnet_search.errors import FnetError
 from fnet_search.plan import parse_plan
 from fnet_search.policy import Policy, load_policy
 from fnet_search.recipe import Fidelity
@@ -37,6 +38,13 @@ class StudyFolder:
     def run(self, part: Part) -> RunFolder:
         return RunFolder(self.path / part.name)
 
+    def check(self) -> None:
+        """Raises FnetError for a folder of something else."""
+        inside = [one for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
+        parts = [one for one in inside if (one / "config.json").is_file()]
+        if self.path.is_file() or (self.path / "config.json").exists() or (inside and not parts):
+            raise FnetError(f"{self.path} exists and is not the folder of a study; choose another --out")
+
     def whole(self, study: Study) -> Study:
         """With the seeds too that were recorded here before."""
         found = {int(match[1]) for path in self.path.glob("*seed*") if (match := re.search(r"seed(\d+)$", path.name))}
@@ -63,6 +71,7 @@ def run_parts(
     All compute as the first one did. Raises FnetError as `run_study` does, of a part that was recorded otherwise before
     anything is trained, and TimeUp at the deadline.
     """
+    folder.check()
     deadline = deadline or Deadline()
     whole = folder.whole(study)
     for part in whole.parts:
@@ -138,7 +147,6 @@ def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, 
         data = opened.data(machine.data_dir, partial(display.advance, "reading images"))
         for network, scheme in missing:
             deadline.check()
-            what = f"quantizing candidate {network.id} with {scheme}"
-            requantize(opened, network, scheme, data, partial(display.advance, what, total=len(data.evaluation)))
+            requantize(opened, network, scheme, data, display.advance)
             deadline.worked = True
         report_again(open_study(opened, None))

@@ -172,8 +172,15 @@ def test_budgets_of_nothing(refused: Callable[..., str], budget: str) -> None:
 @pytest.mark.parametrize("budget", ["1MAC", "0.3MMAC", "39%"])
 def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget: str) -> None:
     assert refused("run", "--space", "tiny", "--budget", budget) == (
-        f"budget {budget} is below the smallest network of space 'tiny', which has 0.324 MMAC (323,584 conv MACs)"
+        f"budget {budget} is below the smallest network of space 'tiny', which has 0.324 MMAC (323,584 conv "
+        f"MACs, {100 * 323_584 / 811_008:.1f} % of the regular one)"
     )
+
+
+@pytest.mark.parametrize(("budget", "meant"), [("45", "45%"), ("99.5", "99.5%"), ("39", ""), ("120", "120%")])
+def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, meant: str) -> None:
+    line = refused("run", "--space", "tiny", "--budget", budget)
+    assert line.endswith(f"did you mean {meant}?" if meant else "of the regular one)")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: finetune, paper, quick"),
         (("run", *TINY, "--ranges", "percentile:60"), "write minmax, mse or percentile:P with 0 <= P < 50"),
-        (("run", *TINY, "--min-quint8", "80"), "--min-quint8 '80' must be above 0 and at most 1; write 0.8 or 80%"),
+        (("run", *TINY, "--min-quint8", "80"), "--min-quint8 '80' must be above 0 and at most 1; write 80%"),
         (("run", *TINY, "--min-quint8", ""), "--min-quint8 '' must be above 0 and at most 1; write 0.8 or 80%"),
         (("run", *TINY, "--max-drop", "nan"), "--max-drop 'nan' must be above 0 and at most 1"),
         (("run", *TINY, "--max-params", "0"), "--max-params '0' must be a positive number; write 2M"),
@@ -398,10 +405,10 @@ def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, 
         ("--epochs", "2", "recipe.epochs: 1 recorded, 2 wanted"),
         ("--recipe", "paper", "recipe.name: 'quick' recorded, 'paper' wanted"),
         ("--policy", "tpe", "policy: 'reverse-pyramid' recorded, 'tpe' wanted"),
-        ("--budget", "90%", "constraints.conv_macs: 811008 recorded, 729907 wanted"),
-        ("--min-quint8", "0.5", "constraints.min_quint8: None recorded, 0.5 wanted"),
-        ("--max-drop", "5%", "constraints.max_drop: None recorded, 0.05 wanted"),
-        ("--max-params", "2M", "constraints.params: None recorded, 2000000 wanted"),
+        ("--budget", "90%", "--budget (conv MACs): 811008 recorded, 729907 wanted"),
+        ("--min-quint8", "0.5", "--min-quint8: None recorded, 0.5 wanted"),
+        ("--max-drop", "5%", "--max-drop: None recorded, 0.05 wanted"),
+        ("--max-params", "2M", "--max-params: None recorded, 2000000 wanted"),
         ("--ranges", "minmax", "scheme: 'percentile:1' recorded, 'minmax' wanted"),
         ("--dataset", "fashion-mnist", "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
         ("--space", "factorizenet", "space"),
@@ -514,7 +521,7 @@ def test_a_time_limit_stops_at_the_end_of_an_epoch(fnet: Callable, refused: Call
     code, out, err = fnet(*given, "--time-limit", "1h")
     assert (code, err) == (0, "")
     assert last_line(out) == "1 network measured; files in run"
-    assert "must be a time above 0; write 25m, 90s or 1h30m" in refused(*given, "--time-limit", "25")
+    assert refused(*given, "--time-limit", "25") == "--time-limit '25' needs a unit; write 25m for minutes, or s or h"
 
 
 def last_line(out: str) -> str:

@@ -395,7 +395,9 @@ def test_measuring_takes_an_uneven_number_of_images() -> None:
 )
 def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     trained, data, scheme = randomized(MIXED), noise(MIXED, 300), parse_scheme(text)
-    found = prepare(trained, scheme, data, 3)
+    told: list[tuple[int, int]] = []
+    found = prepare(trained, scheme, data, 3, lambda done, total: told.append((done, total)))
+    assert told[-1] == (2 * 1024, 2 * 1024), "two passes"
     folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
     stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES), scheme.ranges)
     network = quantize(folded, stats, "per-channel" in text)

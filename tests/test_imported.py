@@ -103,7 +103,7 @@ def test_what_lies_beside_a_file_can_be_imported(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("mine.py:mak", "space mine.py:mak: unknown function 'mak'; did you mean 'make'?"),
+        ("mine.py:mak", "space mine.py:mak: unknown name 'mak'; did you mean 'make'?"),
         ("mine.py:number", "space mine.py:number: TypeError: 'int' object is not callable"),
         ("mine.py:broken", "space mine.py:broken: ValueError: no such width"),
         ("mine.py:words", "space mine.py:words: it gives a str; a torch.nn.Module is needed"),
@@ -378,3 +378,12 @@ def test_options_that_do_not_go_together(
     folder: Path, refused: Callable[..., str], options: tuple[str, ...], complaint: str
 ) -> None:
     assert complaint in refused("run", "--space", "mine.py:make", "--budget", "50%", *options)
+
+
+def test_weights_are_not_written_over_those_that_are_read(folder: Path, fnet: Callable[..., Result]) -> None:
+    code, _, err = fnet("show", "mine.py:make", "--input", "1x8x8", "--weights", "own", "--save", "a.toml")
+    assert code == 0, err
+    before = (folder / "a.safetensors").read_bytes()
+    code, _, err = fnet("show", "a.toml", "--weights", "a.safetensors", "--save", "./a.toml")
+    assert (code, (folder / "a.safetensors").read_bytes()) == (2, before)
+    assert "would write over the weights that are read, a.safetensors; choose another name" in err

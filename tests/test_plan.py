@@ -242,12 +242,22 @@ def test_bad_plans(text: str, complaint: str) -> None:
     assert complaint in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "rates = 3", "[rates]\nconv_64_1 = true", "[rates]\nconv_64_1 = 2.0"])
-def test_bad_plan_files(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a plan file needs a [rates] table of layer = rate"),
+        ("rates = 3", "a plan file needs a [rates] table of layer = rate"),
+        ("[rates]\nconv_64_1 = true", "the rate of 'conv_64_1' must be a whole number, got True"),
+        ("[rates]\nconv_64_1 = 2.0", "the rate of 'conv_64_1' must be a whole number, got 2.0"),
+        ("[rates]\nconv_64_1 = 3", "illegal rate 3 for layer 'conv_64_1'; legal rates: 1, 2, 4, 8, 16, 32, 64"),
+    ],
+)
+def test_bad_plan_files(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(text)
-    with pytest.raises(FnetError, match=r"plan\.toml: a plan file needs a \[rates\] table of layer = rate"):
+    with pytest.raises(FnetError) as caught:
         load_plan(FACTORIZENET, path)
+    assert str(caught.value) == f"{path}: {message}"
 
 
 def test_a_plan_belongs_to_its_space() -> None:

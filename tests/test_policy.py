@@ -1,4 +1,5 @@
 import json
+import re
 import tomllib
 from dataclasses import replace
 from importlib import import_module
@@ -8,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fnet_search.asktell import AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
-from fnet_search.plan import Cost, FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
+from fnet_search.plan import Cost, FactorizationPlan, depthwise, doublings, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import (
     FISHER,
     PROBES,
@@ -320,3 +322,52 @@ def test_limits_that_nothing_meets_are_refused(limit: dict[str, Any]) -> None:
     with pytest.raises(FnetError, match=next(iter(limit))):
         Constraints(**limit)
     assert Constraints(max_drop=0.0).missed(replace(REGULAR, fp32_accuracy=0.5, quint8_accuracy=0.5)) == ()
+
+
+@pytest.mark.parametrize("accuracy", [float("nan"), 55.0, -0.1])
+def test_an_accuracy_is_a_fraction_of_1(accuracy: float) -> None:
+    with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got .*; if it failed, say state="):
+        Evaluation.of(TINY, regular(TINY), quint8_accuracy=accuracy)
+
+
+def own_policy() -> str:
+    """The one of the README."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (code,) = re.findall(r"```python\n([^`]*class Halving:.*?)```", readme, re.DOTALL)
+    return str(code)
+
+
+@pytest.mark.parametrize("name", ["tiny", "factorizenet", "resnet20"])
+def test_a_policy_of_a_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "halving.py").write_text(own_policy())
+    policy, space = load_policy(f"{tmp_path}/halving.py:Halving"), load_space(name)
+    loop = AskTell(policy, space, Constraints())
+    plans = []
+    while (plan := loop.ask()) is not None:
+        plans.append(plan)
+        loop.tell(Evaluation.of(space, plan, quint8_accuracy=0.5))
+    assert plans == [uniform(space, rate) for rate in reversed(doublings(space))]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("class Halving: ...", "Halving", "policy 'mine.py:Halving' has no method suggest"),
+        ("class Halving: ...", "Halvng", "policy mine.py:Halvng: unknown name 'Halvng'; did you mean 'Halving'?"),
+        (
+            "import nothing_like_it",
+            "Halving",
+            "policy mine.py:Halving cannot be loaded: ModuleNotFoundError: ",
+        ),
+        (None, "Halving", "policy mine.py:Halving: the file mine.py does not exist"),
+    ],
+)
+def test_policies_of_files_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path("mine.py").write_text(text)
+    with pytest.raises(FnetError) as caught:
+        load_policy(f"mine.py:{name}")
+    assert message in str(caught.value)

@@ -12,7 +12,7 @@ from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan, depthwise, make_plan, regular, uniform
+from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Audit, Constraints, Role
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
@@ -102,9 +102,9 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
         "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 507,904",
         "candidate 1 (f2, 0.508 MMAC) starts",
         "candidate 1 (f2): epoch 1 of 4, validation accuracy 50.0 %; 1:10 left",
-        "candidate 1 (f2) fp32 97.50 %, quint8 92.51 % (validation), 1:05",
+        "candidate 1 (f2) fp32 97.50 %, quint8 92.51 % (validation); took 1:05",
         "candidate 2 (4-1-1, 0.586 MMAC) starts",
-        "candidate 2 (4-1-1) failed: no luck, 0:03",
+        "candidate 2 (4-1-1) failed: no luck; took 0:03",
         "drawing figures and the report ...",
     ]
 
@@ -159,15 +159,15 @@ def test_what_a_warm_search_says(time: list[float]) -> None:
     assert out.getvalue().splitlines()[1:] == [
         "reference 0 (regular, 0.811 MMAC) starts",
         "reference 0 (regular): epoch 2 of 4, validation accuracy 50.0 %; 2:00 left",
-        "reference 0 (regular) fp32 90.00 %, quint8 87.50 % (validation), 0:40",
+        "reference 0 (regular) fp32 90.00 %, quint8 87.50 % (validation); took 0:40",
         "candidate 1 (f2, 0.508 MMAC) starts, from candidate 0",
         "candidate 1 (f2): epoch 1 of 1, validation accuracy 50.0 %; 1:30 left",
-        "candidate 1 (f2) fp32 80.00 %, quint8 75.00 % (validation), 0:10",
+        "candidate 1 (f2) fp32 80.00 %, quint8 75.00 % (validation); took 0:10",
         "candidate 2 (f4, 0.397 MMAC) starts, from candidate 0",
-        "candidate 2 (f4) pruned: behind the others after epoch 1 of 8 (25.0 %), 0:10",
+        "candidate 2 (f4) pruned: behind the others after epoch 1 of 8 (25.0 %); took 0:10",
         "final training 3 (f2, 0.508 MMAC) starts, from candidate 1",
         "final training 3 (f2): epoch 1 of 8, validation accuracy 50.0 %; 1:00 left",
-        "final training 3 (f2) fp32 90.00 %, quint8 85.00 % (validation), 1:20",
+        "final training 3 (f2) fp32 90.00 %, quint8 85.00 % (validation); took 1:20",
     ]
 
 
@@ -230,7 +230,7 @@ def test_names_are_shown_as_they_are_and_lines_are_not_broken() -> None:
     shown.begin(RunFolder(Path(f"runs/{name}")), COLD, 1, 0)
     assert out.getvalue().splitlines() == [
         f"{name} ...",
-        f"study {Path(name).name} in runs/{name}: up to 1 candidates; {CPU}",
+        f"study {Path(name).name} in runs/{name}: up to 1 candidate; {CPU}",
     ]
 
 
@@ -249,7 +249,7 @@ def test_a_terminal_shows_a_live_table(time: list[float]) -> None:
     for words in (
         "reading digits ...",
         "candidate 1 (f2, 0.508 MMAC) starts",
-        "candidate 1 (f2) fp32 90.00 %, quint8 80.00 % (validation), 0:40",
+        "candidate 1 (f2) fp32 90.00 %, quint8 80.00 % (validation); took 0:40",
         "candidate 2 (f4)",
         "worker starting",
         "2 of 4 candidates trained",
@@ -276,18 +276,21 @@ def test_the_table_of_candidates() -> None:
     title, *lines = out.getvalue().splitlines()
     assert title.strip() == "candidates (accuracies on the validation split)"
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
+    plans = [REGULAR, F2, F4, None, depthwise(TINY), REGULAR, None, F2, F4]
+    for row, plan in zip(rows[1:], plans, strict=True):
+        params = row.pop(3)
+        assert plan is None or params == f"{plan_cost(TINY, plan).params:,}"
     assert rows == [
-        ["#", "plan", "conv MMAC", "params k", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit", "state"],
-        ["0", "regular", "0.811", "6", *[""] * 6, "refused: 811,008 conv MACs exceed the budget of 507,904"],
-        ["1", "f2", "0.508", "4", "90.00", "81.00", "10.00", "4.4000", "0.8500", "2 of 3,600", "complete"],
-        ["2", "f4", "0.397", "3", "80.00", "60.00", "25.00", "10.4000", "1.4500", "", "infeasible: min_quint8"],
-        ["3", "8-8-1", "0.455", "4", "0.00", "80.00", "", "0.4000", "0.4500", "", "complete"],
-        ["4", "dws", "0.324", "2", *[""] * 6, "failed: no [luck]"],
+        ["#", "plan", "conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit", "state"],
+        ["0", "regular", "0.811", *[""] * 6, "refused: 811,008 conv MACs exceed the budget of 507,904"],
+        ["1", "f2", "0.508", "90.00", "81.00", "10.00", "4.4000", "0.8500", "2 of 3,600", "complete"],
+        ["2", "f4", "0.397", "80.00", "60.00", "25.00", "10.4000", "1.4500", "", "infeasible: min_quint8"],
+        ["3", "8-8-1", "0.455", "0.00", "80.00", "", "0.4000", "0.4500", "", "complete"],
+        ["4", "dws", "0.324", *[""] * 6, "failed: no [luck]"],
         [
             "5",
             "regular",
             "0.811",
-            "6",
             "90.00",
             "87.50",
             "2.78",
@@ -296,13 +299,12 @@ def test_the_table_of_candidates() -> None:
             "",
             "reference: others start from it",
         ],
-        ["6", "2-1-1", "0.623", "6", *[""] * 6, "pruned: behind the others after epoch 1 of 8 (25.0 %)"],
-        ["7", "f2", "0.508", "4", "96.00", "84.00", "12.50", "5.4000", "0.9500", "", "candidate 1 trained on"],
+        ["6", "2-1-1", "0.623", *[""] * 6, "pruned: behind the others after epoch 1 of 8 (25.0 %)"],
+        ["7", "f2", "0.508", "96.00", "84.00", "12.50", "5.4000", "0.9500", "", "candidate 1 trained on"],
         [
             "8",
             "f4",
             "0.397",
-            "3",
             "80.00",
             "60.00",
             "25.00",

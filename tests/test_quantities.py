@@ -1,7 +1,16 @@
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_duration, parse_share, percent
+from fnet_search.quantities import (
+    counted,
+    millions,
+    mmac,
+    parse_budget,
+    parse_count,
+    parse_duration,
+    parse_share,
+    percent,
+)
 
 WHOLE = 266_010_624
 
@@ -70,7 +79,8 @@ def test_shares(text: str, share: float) -> None:
 def test_bad_shares(text: str) -> None:
     with pytest.raises(FnetError) as caught:
         parse_share(text, "--max-drop")
-    assert str(caught.value) == f"--max-drop {text!r} must be above 0 and at most 1; write 0.8 or 80%"
+    meant = "80%" if text == "80" else "1.01%" if text == "1.01" else "0.8 or 80%"
+    assert str(caught.value) == f"--max-drop {text!r} must be above 0 and at most 1; write {meant}"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +129,21 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text, "--time-limit") == seconds
 
 
-@pytest.mark.parametrize("text", ["", "25", "0m", "-5m", "m", "1.2.3h", "30m1h", "5 weeks", "infs", "nanm"])
+@pytest.mark.parametrize("text", ["", "0m", "-5m", "m", "1.2.3h", "30m1h", "5 weeks", "infs", "nanm"])
 def test_bad_durations(text: str) -> None:
     with pytest.raises(FnetError, match=r"^--time-limit '.*' must be a time above 0; write 25m, 90s or 1h30m$"):
         parse_duration(text, "--time-limit")
+
+
+@pytest.mark.parametrize("text", ["25", " 1.5"])
+def test_a_duration_without_a_unit(text: str) -> None:
+    with pytest.raises(FnetError, match=rf"needs a unit; write {text.strip()}m for minutes, or s or h$"):
+        parse_duration(text, "--time-limit")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 epochs"), (0.25, "0.25 epochs"), (1, "1 epoch"), (2, "2 epochs"), (1200, "1,200 epochs")],
+)
+def test_numbers_of_things(number: float, text: str) -> None:
+    assert counted(number, "epoch") == text

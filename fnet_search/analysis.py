@@ -9,7 +9,6 @@ import pandas as pd
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from fnet_search.data import DataSet
 from fnet_search.evaluate import CALIBRATION_SAMPLES, calibration
@@ -20,7 +19,7 @@ from fnet_search.macro import INPUT
 from fnet_search.network import Network
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation, LayerStats
-from fnet_search.profile import channel_precision
+from fnet_search.profile import channel_extremes, channel_precision
 from fnet_search.quantities import millions
 from fnet_search.quantize import QuantizedNetwork
 from fnet_search.ranges import TensorStats, calibrate
@@ -138,9 +137,9 @@ def _layer(
     tensor = stats[carrier]
     channels = {"activation": (tensor.channel_min.clamp(low, high), tensor.channel_max.clamp(low, high))}
     if part.layer in folded.weight:
-        channels["folded"] = _extremes(folded.weight[part.layer])
+        channels["folded"] = channel_extremes(folded.weight[part.layer])
     if isinstance(layer, Conv | Dense):
-        channels["weight"] = _extremes(trained.layer(part.layer).get_parameter("weight").detach())
+        channels["weight"] = channel_extremes(trained.layer(part.layer).get_parameter("weight").detach())
     if part.layer not in known:  # with weights: a BatchNorm of its own, folded into a depthwise convolution
         statistics = dict.fromkeys(field.name for field in fields(LayerStats))
         statistics |= {"layer": part.layer, "kind": layer.kind if layer else INPUT, "sparsity": tensor.sparsity}
@@ -151,11 +150,6 @@ def _layer(
             statistics |= {"dead_activation_channels": dead} if name == "activation" else {}
     ranges = {name: tuple((high - low).tolist()) for name, (low, high) in channels.items()}
     return LayerAnalysis(statistics, {name: ranges.get(name, ()) for name in TENSORS}, part)
-
-
-def _extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each output channel."""
-    return weight.flatten(1).amin(1), weight.flatten(1).amax(1)
 
 
 # The frame

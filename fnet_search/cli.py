@@ -23,6 +23,7 @@ from fnet_search.options import (
     scheme_options,
     space_options,
     until_time_is_up,
+    with_options,
 )
 from fnet_search.study_commands import study
 from fnet_search.terminal import console
@@ -94,9 +95,7 @@ def _shared(command: Any) -> Any:
             "journal:PATH. On the study of run others may work too: fnet-search worker.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return space_options(scheme_options(machine_options(command)))
+    return space_options(scheme_options(machine_options(with_options(command, options))))
 
 
 _artifacts = click.option(
@@ -118,7 +117,7 @@ _artifacts = click.option(
     "--policy",
     default="layer-guided",
     help="What proposes plans: layer-guided, greedy, fisher, progressive-doubling, reverse-pyramid, tpe, nsga2, "
-    "random, or an installed plug-in.",
+    "random, an installed plug-in, or a class of your own: FILE.py:NAME.",
 )
 @click.option(
     "--audit",

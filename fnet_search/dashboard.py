@@ -28,6 +28,7 @@ from fnet_search.plan import label
 from fnet_search.policy import Constraints, Evaluation, LayerStats, ranking
 from fnet_search.quantities import millions, mmac, percent
 from fnet_search.recorded import RecordedRun
+from fnet_search.report import STATES
 from fnet_search.sharing import elsewhere
 from fnet_search.storage import has_study
 from fnet_search.trials import recorded
@@ -143,7 +144,7 @@ def study_note(
     everything = list(evaluations)
     limits = [f"{name} {limit}" for name, limit in constraints.described()]
     states = [one.state for one in everything]
-    counts = [f"{states.count(state)} {word}" for state, word in _WORDS.items() if state in states]
+    counts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
     lines = [
         f"## {_safe(space.name)}, {_safe(about)}",
         _safe(space.description),
@@ -169,9 +170,6 @@ def study_note(
     return "\n\n".join(lines)
 
 
-_WORDS = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
-
-
 def trial_note(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
     """Markdown: the candidate in a line, and a row a layer."""
     parts = [f"`{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, {one.cost.params:,} parameters"]
@@ -180,7 +178,7 @@ def trial_note(space: Macroarchitecture, constraints: Constraints, one: Evaluati
         parts.append(f"relative drop {percent(one.relative_drop)} ({one.scheme})")
     feasible = "meets every constraint" if constraints.feasible(one) else "feasible: no"
     lines = [
-        f"**Candidate {one.number}** ({one.role}, {_WORDS[one.state]}): {parts[0]}; {feasible}.",
+        f"**Candidate {one.number}** ({one.role}, {STATES[one.state]}): {parts[0]}; {feasible}.",
         *(f"{part}." for part in parts[1:]),
         *([f"Why: {_safe(one.reason)}"] if one.reason else []),
         f"Rates: `{one.plan}`",

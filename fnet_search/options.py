@@ -3,7 +3,7 @@
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,6 +35,13 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def with_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
+    """A command with options, which its help lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def scheme_options(command: Any) -> Any:
     """The options that say how a network is quantized."""
     options = [
@@ -55,9 +62,7 @@ def scheme_options(command: Any) -> Any:
             "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
@@ -98,9 +103,7 @@ def space_options(command: Any) -> Any:
         ),
         click.option("--keep", metavar="PATTERN", multiple=True, help="Convolutions to leave as they are."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
@@ -166,9 +169,7 @@ def machine_options(command: Any) -> Any:
         ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return data_dir_option(command)
+    return data_dir_option(with_options(command, options))
 
 
 def machine_of(options: dict[str, Any]) -> "Machine":

@@ -52,8 +52,8 @@ def profile(
     for node in nodes:
         raw = trained.layer(node.name).get_parameter("weight").detach().cpu()
         weight, layer = folded.weight[node.name].cpu(), quantized.layers[node.name]
-        weight_precision, dead_weights = channel_precision(*_extremes(raw))
-        folded_precision, _ = channel_precision(*_extremes(weight))
+        weight_precision, dead_weights = channel_precision(*channel_extremes(raw))
+        folded_precision, _ = channel_precision(*channel_extremes(weight))
         tensor = stats[carrier[node.name]]
         clipped = (side.clamp(tensor.low, tensor.high) for side in (tensor.channel_min, tensor.channel_max))
         activation_precision, dead_activations = channel_precision(*clipped)
@@ -86,7 +86,8 @@ def profile(
     return tuple(found)
 
 
-def _extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+def channel_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each output channel."""
     return weight.flatten(1).amin(1), weight.flatten(1).amax(1)
 
 

@@ -139,7 +139,7 @@ class QuantizedNetwork:
     params: Mapping[str, QuantParams]
     layers: Mapping[str, QuantizedLayer]
 
-    @property
+    @cached_property
     def carrier(self) -> Mapping[str, str]:
         return carriers(self.network)
 

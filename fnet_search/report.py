@@ -148,6 +148,9 @@ def _line(columns: Mapping[str, Any], values: Mapping[str, object]) -> str:
 
 # The page
 
+STATES = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
+"""What a state is called."""
+
 CAPTIONS = {
     "accuracy_vs_macs": "High and far to the left is good. The line between a candidate's two markers is what quint8 "
     "costs it: look for long ones, and for quint8 markers that change the order of the fp32 ones.",
@@ -227,10 +230,9 @@ def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
 
 def _headline(outcome: Outcome) -> str:
     space, constraints, best, split = outcome.space, outcome.constraints, outcome.winner, outcome.split
-    words = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
     states = [str(one.state) for one in outcome.evaluations if one.role == "candidate"]
-    counts = [(state, states.count(state)) for state in words]
-    summary = ", ".join(f"{count} {words[state]}" for state, count in counts if count) or "none yet"
+    counts = [(state, states.count(state)) for state in STATES]
+    summary = ", ".join(f"{count} {STATES[state]}" for state, count in counts if count) or "none yet"
     images = sum(one.trained_images for one in outcome.evaluations)
     candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
     if best is None:
@@ -299,7 +301,7 @@ def _candidates(
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
         number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
-        state = _STATES.get(one.role, "trained") if one.state == "complete" else one.state
+        state = _ROLES.get(one.role, "trained") if one.state == "complete" else one.state
         rows.append(
             f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
@@ -320,7 +322,7 @@ def _candidates(
     return table(heads(("rank", "no.", "plan", "state", "training"), ("conv MMAC", "parameters", *names)), rows)
 
 
-_STATES = {"reference": "reference", "final": "trained on"}
+_ROLES = {"reference": "reference", "final": "trained on"}
 
 
 def _training(one: Evaluation) -> str:

@@ -86,17 +86,13 @@ class PartlyQuantized:
     quantized: QuantizedNetwork
 
     @cached_property
-    def carrier(self) -> Mapping[str, str]:
-        return self.quantized.carrier
-
-    @cached_property
     def coarse(self) -> FoldedNetwork:
         """The float network of the values that the codes of weights and biases stand for."""
         layers = self.quantized.layers
         bias = {}
         for node in self.folded.network.order:
             if node.name in layers:
-                scale = layers[node.name].bias_scale(self.quantized.params[self.carrier[node.inputs[0]]])
+                scale = layers[node.name].bias_scale(self.quantized.params[self.quantized.carrier[node.inputs[0]]])
                 bias[node.name] = (layers[node.name].bias.double() * scale.double()).float()
         return FoldedNetwork(self.folded.network, {name: layer.weight for name, layer in layers.items()}, bias)
 
@@ -105,7 +101,7 @@ class PartlyQuantized:
         """For each part, in network order, the node (or the input) that makes its tensor."""
         found: dict[str, str] = {}
         for name in (INPUT, *(node.name for node in self.folded.network.order)):
-            found.setdefault(self.carrier[name], name)
+            found.setdefault(self.quantized.carrier[name], name)
         return found
 
     def first(self, x: Tensor, parts: Set[str]) -> Tensor:
@@ -114,7 +110,7 @@ class PartlyQuantized:
 
     def apply(self, node: Node, inputs: list[Tensor], parts: Set[str]) -> Tensor:
         """One node on float tensors, with these parts quantized."""
-        carrier = self.carrier[node.name]
+        carrier = self.quantized.carrier[node.name]
         if carrier not in parts:
             return self.folded.apply_node(node, inputs)
         output = self.coarse.apply_node(node, inputs)

@@ -104,10 +104,19 @@ class Study:
     def parts(self) -> list[Part]:
         return [Part(variant, seed) for variant, seed in product(self.variants, self.seeds)]
 
-    def with_options(self, epochs: int | None, seeds: tuple[int, ...]) -> "Study":
-        """The same study with other epochs (learning-rate steps move in proportion), other seeds."""
+    def with_options(self, epochs: int | None, seeds: tuple[int, ...], ranges: tuple[str, ...] = ()) -> "Study":
+        """The same study with other epochs (learning-rate steps move in proportion), other seeds, and further ranges.
+
+        Raises FnetError for ranges that cannot be read, and for further ones of a search.
+        """
         variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
-        return replace(self, variants=variants, seeds=seeds or self.seeds)
+        schemes = tuple(dict.fromkeys([*self.schemes, *map(parse_scheme, ranges)]))
+        if self.search is not None and len(schemes) > 1:
+            raise FnetError(ONE_SCHEME)
+        return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=schemes)
+
+
+ONE_SCHEME = "a [search] is for one of ranges: what it finds depends on it; write a study for each"
 
 
 def load_study(name: str, dataset: str | None = None) -> Study:
@@ -176,7 +185,7 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
     search = build(SearchOptions, table["search"], "a search") if "search" in table else None
     if search is not None:
         if len(schemes) > 1:
-            raise FnetError("a [search] is for one of ranges: what it finds depends on it; write a study for each")
+            raise FnetError(ONE_SCHEME)
         load_policy(search.policy)
         for variant in variants:
             search.constraints(variant.space)

@@ -86,6 +86,11 @@ def described(study: "Study") -> list[str]:
     help="May be repeated.",
 )
 @click.option(
+    "--ranges",
+    multiple=True,
+    help="Further activation ranges, as of `quantize`, for the same trained networks. May be repeated.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), show_default="runs/study-<name>-<data set>", help="Folder of the study."
 )
 @machine_options
@@ -103,7 +108,9 @@ def run(**options: Any) -> None:
     from fnet_search.study_results import RESULTS, markdown, networks, remarks, rows, table
     from fnet_search.study_run import StudyFolder, run_parts
 
-    chosen = load_study(options["name"], options["dataset"]).with_options(options["epochs"], options["seeds"])
+    chosen = load_study(options["name"], options["dataset"]).with_options(
+        options["epochs"], options["seeds"], options["ranges"]
+    )
     chosen = replace(chosen, dataset=absolute(chosen.dataset))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
     folder = StudyFolder(folder_of(options["out"], default))

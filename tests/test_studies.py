@@ -103,7 +103,12 @@ def test_an_imported_network_is_as_large_as_the_images(tmp_path: Path) -> None:
 
 def test_options_of_the_command_line() -> None:
     study = load_study("paper")
-    assert study.with_options(None, ()) == study
+    assert study.with_options(None, (), ("percentile:1.0",)) == study
+    assert [str(one) for one in study.with_options(None, (), ("mse", "minmax")).schemes] == [
+        *("percentile:1", "mse", "minmax")
+    ]
+    with pytest.raises(FnetError, match="is for one of ranges"):
+        load_study("budget-120mmac").with_options(None, (), ("mse",))
     changed = load_study("paper", "digits").with_options(10, (3, 1))
     assert (changed.dataset, changed.seeds) == ("digits", (3, 1))
     assert changed.variants[0].recipe == replace(

@@ -250,7 +250,7 @@ def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluatio
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            reason = f"out of memory: {first_line(error)}"
+            reason = f"out of memory: {first_line(error)}" if str(error) else "out of memory"
             if setup.numerics.device.startswith("cuda"):
                 torch.cuda.empty_cache()
     (job.folder / CHECKPOINT).unlink(missing_ok=True)

@@ -197,7 +197,8 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
         head += ["published"] if known else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
-        line = [*([row.variant.name] if several else []), row.plan]
+        found = ", ".join(dict.fromkeys(one.label for one in row.networks))
+        line = [*([row.variant.name] if several else []), f"{WINNER}: {found}" if row.plan == WINNER else row.plan]
         macs = row.values(lambda one: one.cost.conv_macs)
         same = len(set(macs)) == 1
         line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]

@@ -423,8 +423,15 @@ def test_another_configuration_is_refused_and_named(
     for name in ("config.json", ".lock"):
         (tmp_path / "run" / name).write_bytes((finished[0] / name).read_bytes())
     assert named in refused("run", *SMALL, "--out", "run", option, value)
+
+
+def test_plans_are_not_evaluated_in_a_search(
+    refused: Callable[..., str], tmp_path: Path, finished: tuple[Path, Result]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     evaluated = refused("evaluate", "--space", "tiny", "--plan", "f2", "--epochs", "1", "--out", "run")
-    assert "policy: 'reverse-pyramid' recorded, 'fixed plans' wanted" in evaluated
+    assert evaluated == "run is a run of a search; choose another --out"
 
 
 def test_a_password_in_a_storage_url_is_not_kept(fnet: Callable, tmp_path: Path, finished: tuple[Path, Result]) -> None:
@@ -484,11 +491,10 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
 
 
 def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
-    """The host, by SIGKILL: within the training of the reference, of a child, and of the final one."""
+    """The host, by SIGKILL: within the training of a child, and of the final one."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "2")
     arguments += ("--warm-epochs", "2")
     for pattern in (
-        r"^reference 0 \(regular\): epoch 1 of 2, validation accuracy [\d.]+ %; [\d:]+ left$",
         r"^candidate 2 \(.*\): epoch 1 of 2, ",
         r"^final training 3 \(.*\): epoch 1 of 2, ",
     ):
@@ -550,18 +556,6 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     assert said[0][-1].startswith("winner: candidate ")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
-def test_fused_norms_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    run = process("run", *TINY, "--epochs", "1", "--dtype", "float32", "--fused", "--out", "run", cwd=tmp_path)
-    _, err = run.communicate()
-    assert run.returncode == 2
-    (line,) = err.splitlines()
-    assert line.startswith("fnet-search: the kernels of --fused cannot be compiled here: ")
-    assert not (tmp_path / "run").exists()
-
-
 @compiled
 @pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
 def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -574,11 +568,10 @@ def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monke
     before = (tmp_path / "run" / "candidates.csv").read_bytes()
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    again = process(*arguments, "--trials", "1", cwd=tmp_path)
+    again = process("report", "run", cwd=tmp_path)
     last, err = again.communicate()
     assert (again.returncode, err, last.splitlines()[-1]) == (0, "", out.splitlines()[-1])
-    like = ("run", *TINY, "--numerics-of", "run", "--out", "new")
-    for given in ((*arguments, "--trials", "2"), like):
+    for given in ((*arguments, "--trials", "2"), ("run", *TINY, "--dtype", "float32", "--fused", "--out", "new")):
         run = process(*given, cwd=tmp_path)
         _, err = run.communicate()
         assert run.returncode == 2

@@ -260,7 +260,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"seed": 4}, "seed: 3 recorded, 4 wanted"),
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
-        ({"constraints": Constraints(conv_macs=1)}, "--budget .conv MACs.: 600000 recorded, 1 wanted"),
+        ({"constraints": Constraints(conv_macs=1)}, "--budget (conv MACs): 600000 recorded, 1 wanted"),
         (
             {"recipe": replace(SEARCH.recipe, batch_size=32)},
             "recipe.batch_size: 64 recorded, 32 wanted",

@@ -199,7 +199,7 @@ def test_the_winners_of_a_search_are_one_row() -> None:
     cells = dict(zip(head, line, strict=True))
     macs = [104_267_776 / 1e6, 67_698_688 / 1e6]
     assert cells["conv MMAC"] == f"{fmean(macs):.1f} ± {stdev(macs):.1f}"
-    assert (cells["network"], cells["seeds"]) == ("winner", "2")
+    assert (cells["network"], cells["seeds"]) == ("winner: init2, init4", "2")
     assert row.conv_mmac == pytest.approx(fmean(macs))
     assert list(networks_frame(found)["label"]) == ["init2", "init4"]
     readable(figures(study, [row])["tradeoff.png"])

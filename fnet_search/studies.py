@@ -99,6 +99,8 @@ class Study:
     """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
     published: Mapping[str, Published] = field(default_factory=dict)
     """By plan, as it is written in `plans`."""
+    published_on: str = ""
+    """The data set of the published numbers, where another one was asked for."""
 
     @property
     def parts(self) -> list[Part]:
@@ -125,9 +127,11 @@ def load_study(name: str, dataset: str | None = None) -> Study:
     Raises FnetError for whatever is wrong with it.
     """
     path = resources.find("studies", "study", name)
-    table = {**read_table(path, "study"), **({"dataset": dataset} if dataset else {})}
+    table = read_table(path, "study")
+    own = table.get("dataset")
     try:
-        return _study(path.stem, table)
+        study = _study(path.stem, {**table, "dataset": dataset} if dataset else table)
+        return replace(study, published_on=own) if isinstance(own, str) and own != study.dataset else study
     except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
 

@@ -194,7 +194,7 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
     head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
     for measure, known in zip(MEASURES, published, strict=True):
         head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
-        head += ["published"] if known else []
+        head += [_published_name(study)] if known else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
         found = ", ".join(dict.fromkeys(one.label for one in row.networks))
@@ -212,6 +212,10 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
         counted = f"{sum(one.differing for one in audits):,} of {sum(one.codes for one in audits):,}"
         lines.append([*line, counted if audits else "-"])
     return lines
+
+
+def _published_name(study: Study) -> str:
+    return f"published, {study.published_on}" if study.published_on else "published"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -321,7 +325,7 @@ def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
         colour = GREY if len(sides) > 1 else own
         found.append(shape(marker, name, colour, colour))
     if study.published:
-        found.append(shape("o", "hollow: published", GREY, "none"))
+        found.append(shape("o", f"hollow: {_published_name(study)}", GREY, "none"))
     several = len({scheme for _, scheme in sides}) > 1
     for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
         name = " ".join(part for part in (variant.name, scheme if several else "") if part)

@@ -79,6 +79,8 @@ def test_the_table_has_published_numbers_beside_ours() -> None:
     f8 = lines[3]
     assert f8[place + 1] == "", "of f8 nothing is published"
     assert head.count("published") == 3, "none of QMSE, QCE and KL"
+    elsewhere = load_study("paper", "digits")
+    assert table(elsewhere, rows(elsewhere, measured(elsewhere)))[0].count("published, cifar10") == 3
 
 
 def test_rows_keep_the_order_of_the_study_and_leave_out_what_is_missing() -> None:

@@ -15,6 +15,7 @@ from fnet_search.errors import FnetError
 from fnet_search.options import (
     NOTHING_FEASIBLE,
     Commands,
+    add_options,
     machine_of,
     machine_options,
     parse_scheme_options,
@@ -23,7 +24,6 @@ from fnet_search.options import (
     scheme_options,
     space_options,
     until_time_is_up,
-    with_options,
 )
 from fnet_search.study_commands import study
 from fnet_search.terminal import console
@@ -95,7 +95,7 @@ def _shared(command: Any) -> Any:
             "journal:PATH. On the study of run others may work too: fnet-search worker.",
         ),
     ]
-    return space_options(scheme_options(machine_options(with_options(command, options))))
+    return space_options(scheme_options(machine_options(add_options(command, options))))
 
 
 _artifacts = click.option(

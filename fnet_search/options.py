@@ -35,7 +35,7 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
-def with_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
+def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
     """A command with options, which its help lists in this order."""
     for option in reversed(options):
         command = option(command)
@@ -62,7 +62,7 @@ def scheme_options(command: Any) -> Any:
             "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
         ),
     ]
-    return with_options(command, options)
+    return add_options(command, options)
 
 
 def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
@@ -103,7 +103,7 @@ def space_options(command: Any) -> Any:
         ),
         click.option("--keep", metavar="PATTERN", multiple=True, help="Convolutions to leave as they are."),
     ]
-    return with_options(command, options)
+    return add_options(command, options)
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
@@ -169,7 +169,7 @@ def machine_options(command: Any) -> Any:
         ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
     ]
-    return data_dir_option(with_options(command, options))
+    return data_dir_option(add_options(command, options))
 
 
 def machine_of(options: dict[str, Any]) -> "Machine":

@@ -132,7 +132,10 @@ def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
 
 def _states(run: RecordedRun) -> dict[str, str]:
     """Of each plan that was trained, by its text, why there is no quantized network."""
-    table = pd.read_csv(run.run.path / "candidates.csv", dtype=str, keep_default_na=False)
+    path = run.run.path / "candidates.csv"
+    if not path.is_file():  # killed as soon as it was begun
+        return {}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
     found = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
     for one in run.networks:
         gone = "not quantized: its weights are gone"

@@ -29,6 +29,10 @@ class StudyDisplay(Display, Protocol):
         ...
 
 
+PART = re.compile(r"(?:^|-)seed(\d+)$")
+"""How the folder of a part ends (`Part.name`)."""
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """Where a study is kept: a run folder for each part, and the results of all."""
@@ -39,15 +43,14 @@ class StudyFolder:
         return RunFolder(self.path / part.name)
 
     def check(self) -> None:
-        """Raises FnetError for a folder of something else."""
-        inside = [one for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
-        parts = [one for one in inside if (one / "config.json").is_file()]
-        if self.path.is_file() or (self.path / "config.json").exists() or (inside and not parts):
+        """Raises FnetError for a folder of something else; one whose first part was killed at once is a study's."""
+        inside = [one.name for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
+        if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
             raise FnetError(f"{self.path} exists and is not the folder of a study; choose another --out")
 
     def whole(self, study: Study) -> Study:
         """With the seeds too that were recorded here before."""
-        found = {int(match[1]) for path in self.path.glob("*seed*") if (match := re.search(r"seed(\d+)$", path.name))}
+        found = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
         seeds = (*study.seeds, *sorted(found - set(study.seeds)))
         return replace(study, seeds=tuple(seed for seed in seeds if seed in study.seeds or self._has(study, seed)))
 

@@ -260,6 +260,22 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     assert remarks(replace(study, seeds=(0, 1, 2)), runs)[2:] == ["seed2: not finished yet"]
 
 
+def test_a_part_that_was_killed_as_soon_as_it_was_begun(
+    done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path
+) -> None:
+    """Before its configuration was written, and before its table was."""
+    (tmp_path / "mine" / "glorot-seed3").mkdir(parents=True)
+    (tmp_path / "mine" / "glorot-seed3" / ".lock").touch()
+    StudyFolder(tmp_path / "mine").check()
+    folder = Path(shutil.copytree(done[0], tmp_path / "copy"))
+    for path in (folder / "glorot-seed3").iterdir():
+        if path.name != "config.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _, notes = go(replace(STUDY, seeds=(1,)), folder)
+    assert notes.started == 0
+    assert "- glorot-seed3: dws, minmax: not trained yet" in (folder / "results.md").read_text()
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     study = replace(STUDY, variants=STUDY.variants[:1], seeds=(3,))
     (tmp_path / "run").mkdir()

@@ -17,6 +17,7 @@ from fnet_search.figures import (
     heading,
     layer_panels,
     legend,
+    legend_columns,
     log_if_wide,
     new_figure,
     slot_of,
@@ -83,7 +84,7 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
     left.set_ylim(len(rows) - 0.4, -0.6)
     right.tick_params(labelleft=False)
     handles, names = left.get_legend_handles_labels()
-    columns = max(1, min(4, 120 // (max(map(len, names)) + 6)))
+    columns = legend_columns(names, 4)
     figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 

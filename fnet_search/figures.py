@@ -8,11 +8,13 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
@@ -68,8 +70,11 @@ def shorten(name: str) -> str:
 
 
 def legend_columns(names: Sequence[str], most: int) -> int:
-    """As many as fit."""
-    return max(1, min(most, 112 // (max(map(len, names)) + 9)))
+    """As many as fit, each as wide as its longest name."""
+    for count in range(min(most, len(names)), 1, -1):
+        if sum(max(map(len, column)) + 9 for column in np.array_split(names, count)) <= 112:
+            return count
+    return 1
 
 
 def legend(axes: Axes) -> None:
@@ -91,8 +96,11 @@ def _finite(value: float | None) -> float:
 def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic axis where a linear one would squeeze most values into a line."""
     known = [value for value in values if math.isfinite(value)]
-    if known and min(known) > 0 and max(known) > 50 * min(known):
+    if known and min(known) > 0 and (max(known) > 50 * min(known) or max(known) > 5 * median(known)):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 # Quality against MACs: Figure 4

@@ -75,10 +75,14 @@ class Row:
     published: Published
 
     @property
+    def network(self) -> str:
+        """What stands for the plan in a figure."""
+        return shorten(self.networks[0].label if "=" in self.plan else self.plan)
+
+    @property
     def name(self) -> str:
         """For a legend."""
-        plan = self.networks[0].label if "=" in self.plan else self.plan
-        return shorten(f"{self.variant.name} {plan}".strip())
+        return shorten(f"{self.variant.name} {self.network}".strip())
 
     @property
     def conv_mmac(self) -> float:
@@ -285,12 +289,13 @@ def _sides(listed: Sequence[Row]) -> list[Side]:
 def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
     standard deviation over seeds. A colour a variant and scheme, at most as many as there are COLOURS; published
-    numbers are hollow."""
+    numbers are hollow, and grey is what all schemes have in common."""
     figure = new_figure(7.4, 8.4)
     heading(figure, f"Accuracy and quantization error against MACs: {study.name}, test split")
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
     fp32, quint8, drop, qmse, qce, _ = MEASURES
     sides = _sides(listed)
+    shared = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
     shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
     for axes, measures in shown:
         style(axes)
@@ -299,7 +304,9 @@ def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
         for place, side in enumerate(sides):
             own = [row for row in listed if (row.variant, row.scheme) == side]
             for (shape, colour), measure in zip(shapes.items(), measures, strict=True):
-                drawn += _points(axes, own, measure, COLOURS[place] if len(sides) > 1 else colour, shape)
+                if len(sides) > 1:
+                    colour = GREY if measure in shared else COLOURS[place]
+                drawn += _points(axes, own, measure, colour, shape)
         for shape, measure in zip(shapes, measures, strict=True):
             drawn += _published(axes, listed, measure, shape)
         unit = f" ({measures[0].unit})" if measures[0].unit else ""
@@ -309,9 +316,8 @@ def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
     for axes in panels[2:]:
         axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
     _legend(figure, study, sides)
-    if len(sides) == 1:
-        for axes, measures in shown:  # last: it fixes where everything is
-            place_labels(axes, [_label(row, measures) for row in listed])
+    for axes, measures in shown:  # last: it fixes where everything is
+        place_labels(axes, _labels(listed, measures))
     return figure
 
 
@@ -362,9 +368,16 @@ def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str)
     return values
 
 
-def _label(row: Row, measures: Sequence[Measure]) -> Labelled:
-    means = [fmean(values) for one in measures if (values := row.values(one.value, one.scale))]
-    return Labelled((row.name,), row.conv_mmac, means, size=4.0)
+def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[Labelled]:
+    """One for all points of a network above each other, next to the last: sides are told by their colours."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in listed:
+        for one in measures:
+            if values := row.values(one.value, one.scale):
+                known = one.published(row.published)
+                points = [] if known is None else [one.scale * known]
+                found.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
+    return [Labelled((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
 
 
 def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:

@@ -18,6 +18,7 @@ from fnet_search.figures import (
     candidate_figure,
     figures,
     layer_axis,
+    legend_columns,
     macs_figure,
     plan_name,
     precisions_figure,
@@ -156,6 +157,42 @@ def test_a_wide_spread_has_a_logarithmic_axis() -> None:
     far = [replace(one, qmse=10.0**index) for index, one in enumerate(PAPER)]
     assert macs_figure(SPACE, BUDGET, far, "qmse").axes[0].get_yscale() == "log"
     assert macs_figure(SPACE, BUDGET, PAPER, "qmse").axes[0].get_yscale() == "linear"
+
+
+def test_one_value_above_all_others_does_not_squeeze_them() -> None:
+    """As the range of the logits, beside those of the layers before."""
+    *before, logits = PAPER[0].layers
+    wide = [
+        *(replace(layer, activation_min=0.0, activation_max=2.0) for layer in before),
+        replace(logits, activation_min=-10.0, activation_max=11.0),
+    ]
+    *weights, activations = ranges_figure(SPACE, BUDGET, [replace(PAPER[0], layers=tuple(wide))]).axes
+    assert [axes.get_yscale() for axes in weights] == ["linear", "linear"]
+    assert activations.get_yscale() == "log"
+    low, high = activations.get_ylim()
+    labels = activations.yaxis.get_major_formatter().format_ticks(activations.get_yticks())
+    assert [text for text, at in zip(labels, activations.get_yticks(), strict=True) if low < at < high] == [
+        "2",
+        "5",
+        "10",
+        "20",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "columns"),
+    [
+        ([7, 2, 2, 2, 17], 5, 5),
+        ([7, 2, 2, 2, 17], 4, 4),
+        ([38] * 4, 4, 2),
+        ([38, 2, 2, 2], 4, 4),
+        ([120, 3], 4, 1),
+        ([3], 4, 1),
+    ],
+)
+def test_a_legend_is_as_wide_as_fits(lengths: Sequence[int], most: int, columns: int) -> None:
+    """112 characters, 9 of them for the space and the marker of each column."""
+    assert legend_columns(["x" * length for length in lengths], most) == columns
 
 
 # Layer by layer

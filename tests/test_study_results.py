@@ -9,7 +9,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from pictures import outside, overlapping, texts
 
-from fnet_search.figures import COLOURS, MARKERS
+from fnet_search.figures import COLOURS, GREY, MARKERS
 from fnet_search.policy import Evaluation
 from fnet_search.scheme import parse_scheme
 from fnet_search.studies import Part, SearchOptions, Study, load_study
@@ -124,6 +124,22 @@ def test_figure_4_has_means_spreads_and_what_was_published() -> None:
         pytest.approx([3.13, 14.8, 4.21]),
     ]
     assert list(hollow[2].get_xdata()) == pytest.approx([266.010624, 46.465024, 33.415168])
+
+
+def test_networks_are_named_once_where_several_schemes_share_their_floats() -> None:
+    study = replace(STUDY, schemes=(*STUDY.schemes, MILD))
+    accuracy, *others = tradeoff_figure(study, rows(study, measured(study))).axes
+    for axes in (accuracy, *others):
+        named = [text.get_text() for text in axes.texts]
+        assert len(set(named)) == len(named)
+        assert set(named) <= set(STUDY.plans)
+    assert {"regular", "dws"} <= {text.get_text() for text in accuracy.texts}
+    drawn = [one for one in accuracy.containers if isinstance(one, ErrorbarContainer)]
+    assert [to_hex(one.lines[0].get_color()) for one in drawn] == [GREY, COLOURS[0], GREY, COLOURS[1]]
+    both = replace(study, variants=tuple(replace(STUDY.variants[0], name=name) for name in ("one", "two")))
+    accuracy, *_ = tradeoff_figure(both, rows(both, measured(both))).axes
+    drawn = [one for one in accuracy.containers if isinstance(one, ErrorbarContainer)]
+    assert {to_hex(one.lines[0].get_color()) for one in drawn} == set(COLOURS[:4]), "floats of variants differ"
 
 
 def readable(figure: Figure) -> None:

@@ -1,0 +1,73 @@
+"""Puts together what was measured in several folders of the paper's study, as on several machines.
+
+    python studies/paper/collect.py [FOLDER ...]
+
+takes over the rows of networks.csv and layers.csv of each folder into the files beside this script (a network that is
+measured again replaces the old rows), then draws the figures from them and prints the table of RESULTS.md.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from fnet_search.figures import save_png
+from fnet_search.plan import parse_plan
+from fnet_search.policy import Audit, Evaluation, LayerStats
+from fnet_search.scheme import parse_scheme
+from fnet_search.studies import Part, Study, load_study
+from fnet_search.study_results import Network, figures, markdown, rows, table
+
+HERE = Path(__file__).parent
+KEY = ["plan", "seed", "scheme"]
+
+
+def collect(name: str, study: Study, folders: list[Path]) -> pd.DataFrame:
+    """The rows of all folders, the later of those with the same key; in the order of the study. Written here."""
+    kept = pd.DataFrame()
+    for folder in [HERE, *folders]:
+        new = pd.read_csv(folder / f"{name}.csv", keep_default_na=False, dtype=str)
+        if len(kept):
+            again = pd.MultiIndex.from_frame(kept[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))
+            kept = kept[~again]
+        kept = pd.concat([kept, new])
+    schemes = list(dict.fromkeys([*map(str, study.schemes), *kept["scheme"]]))
+    order = {"plan": study.plans.index, "scheme": schemes.index, "seed": int}
+    kept = kept.sort_values(list(order), key=lambda column: column.map(order[str(column.name)]), kind="stable")
+    kept.to_csv(HERE / f"{name}.csv", index=False, lineterminator="\n")
+    return pd.read_csv(HERE / f"{name}.csv")
+
+
+def measured(study: Study, networks: pd.DataFrame, layers: pd.DataFrame) -> list[Network]:
+    """As the study itself has them."""
+    variant = study.variants[0]
+    found = []
+    for row in networks.itertuples():
+        own = layers[(layers[KEY] == [row.plan, row.seed, row.scheme]).all(axis=1)].drop(columns=["variant", *KEY])
+        stats = own.astype(object).where(own.notna(), None).to_dict("records")
+        evaluation = Evaluation.of(
+            variant.space,
+            parse_plan(variant.space, row.plan),
+            split="test",
+            scheme=row.scheme,
+            **{name: getattr(row, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
+            audit=Audit(codes=row.audited_codes, differing=row.differing_codes),
+            layers=tuple(LayerStats(**{str(key): value for key, value in layer.items()}) for layer in stats),
+        )
+        found.append(Network(Part(variant, row.seed), row.plan, evaluation))
+    return found
+
+
+def main(folders: list[Path]) -> None:
+    study = load_study("paper")
+    networks, layers = (collect(name, study, folders) for name in ("networks", "layers"))
+    schemes = tuple(map(parse_scheme, dict.fromkeys(networks["scheme"])))
+    study = study.with_options(None, (), tuple(map(str, schemes)))
+    listed = rows(study, measured(study, networks, layers))
+    for name, figure in figures(study, listed).items():
+        save_png(figure, HERE / name)
+    print(markdown(table(study, listed)))
+
+
+if __name__ == "__main__":
+    main(list(map(Path, sys.argv[1:])))

@@ -19,7 +19,10 @@ IMAGES = 10_000
 def table(frame: pd.DataFrame, digits: int = 2) -> str:
     """A frame as Markdown, its index first."""
     head = [frame.index.name or "", *map(str, frame.columns)]
-    rows = [[str(name), *(f"{value:.{digits}f}" for value in row)] for name, *row in frame.itertuples()]
+    rows = [
+        [str(name), *("-" if pd.isna(value) else f"{value:.{digits}f}" for value in row)]
+        for name, *row in frame.itertuples()
+    ]
     ruler = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *rows))
 
@@ -71,7 +74,7 @@ def main(folder: Path) -> None:
     fp32 = by_scheme(networks, "fp32_accuracy").iloc[:, 0]
     print(f"\nf2 less init2 in fp32: {fp32['f2'] - fp32['init2']:+.2f} points", end="")
     print(f" (95 % of the difference of two such accuracies: {2**0.5 * noise(fp32['f2']):.2f})")
-    for scheme, column in by_scheme(networks, "quint8_accuracy").items():
+    for scheme, column in by_scheme(networks, "quint8_accuracy").loc[["f2", "init2"]].dropna(axis=1).items():
         print(f"f2 less init2 in quint8, {scheme}: {column['f2'] - column['init2']:+.2f} points")
     print(f"\nlayers, {layers['scheme'].iloc[0]}\n\n{table(layer_facts(layers))}")
 

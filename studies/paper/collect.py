@@ -3,7 +3,8 @@
     python studies/paper/collect.py [FOLDER ...]
 
 takes over the rows of networks.csv and layers.csv of each folder into the files beside this script (a network that is
-measured again replaces the old rows), then draws the figures from them and prints the table of RESULTS.md.
+measured again replaces the old rows), then draws the figures from them and prints the table of RESULTS.md, both with
+the paper's ranges; `claims.py` sets the others beside them.
 """
 
 import sys
@@ -14,7 +15,6 @@ import pandas as pd
 from fnet_search.figures import save_png
 from fnet_search.plan import parse_plan
 from fnet_search.policy import Audit, Evaluation, LayerStats
-from fnet_search.scheme import parse_scheme
 from fnet_search.studies import Part, Study, load_study
 from fnet_search.study_results import Network, figures, markdown, rows, table
 
@@ -31,7 +31,7 @@ def collect(name: str, study: Study, folders: list[Path]) -> pd.DataFrame:
             again = pd.MultiIndex.from_frame(kept[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))
             kept = kept[~again]
         kept = pd.concat([kept, new])
-    schemes = list(dict.fromkeys([*map(str, study.schemes), *kept["scheme"]]))
+    schemes = list(map(str, load_study("clipping").schemes))
     order = {"plan": study.plans.index, "scheme": schemes.index, "seed": int}
     kept = kept.sort_values(list(order), key=lambda column: column.map(order[str(column.name)]), kind="stable")
     kept.to_csv(HERE / f"{name}.csv", index=False, lineterminator="\n")
@@ -61,8 +61,6 @@ def measured(study: Study, networks: pd.DataFrame, layers: pd.DataFrame) -> list
 def main(folders: list[Path]) -> None:
     study = load_study("paper")
     networks, layers = (collect(name, study, folders) for name in ("networks", "layers"))
-    schemes = tuple(map(parse_scheme, dict.fromkeys(networks["scheme"])))
-    study = study.with_options(None, (), tuple(map(str, schemes)))
     listed = rows(study, measured(study, networks, layers))
     for name, figure in figures(study, listed).items():
         save_png(figure, HERE / name)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from PIL import Image
 
 from fnet_search.figures import save_png
 from fnet_search.plan import parse_plan
@@ -64,6 +65,7 @@ def main(folders: list[Path]) -> None:
     listed = rows(study, measured(study, networks, layers))
     for name, figure in figures(study, listed).items():
         save_png(figure, HERE / name)
+        Image.open(HERE / name).convert("RGB").quantize(128).save(HERE / name, optimize=True)
     print(markdown(table(study, listed)))
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from fnet_search.study_results import markdown
+
 EARLY = ("conv_in", "conv_64")
 IMAGES = 10_000
 """Test images of CIFAR-10, for the sampling noise of an accuracy."""
@@ -18,13 +20,11 @@ IMAGES = 10_000
 
 def table(frame: pd.DataFrame, digits: int = 2) -> str:
     """A frame as Markdown, its index first."""
-    head = [frame.index.name or "", *map(str, frame.columns)]
-    rows = [
-        [str(name), *("-" if pd.isna(value) else f"{value:.{digits}f}" for value in row)]
-        for name, *row in frame.itertuples()
-    ]
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *rows))
+    head = ["network", *map(str, frame.columns)]
+    texts = (
+        [name, *("-" if pd.isna(one) else f"{one:.{digits}f}" for one in row)] for name, *row in frame.itertuples()
+    )
+    return markdown([head, *texts])
 
 
 def by_scheme(networks: pd.DataFrame, value: str) -> pd.DataFrame:

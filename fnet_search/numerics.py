@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -114,6 +115,7 @@ def check_kernels(numerics: Numerics) -> None:
         torch.set_num_threads(before)
 
 
+@cache
 def resolve(
     device: str,
     dtype: str = "auto",
@@ -126,7 +128,7 @@ def resolve(
     kernels must be compiled, up to 15 s more for the first time on a machine.
 
     A worker on the CPU gets `threads`, or one, or its share of the cores if that is faster. What is given is not
-    measured.
+    measured, and nothing is twice in a process.
     Raises FnetError for a device that is not there and for arithmetic or kernels that it cannot do.
     """
     device = check_device(device)

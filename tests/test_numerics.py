@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,11 @@ from networks import compiled
 
 from fnet_search.errors import FnetError
 from fnet_search.numerics import GROUPS, DType, Numerics, check_device, check_dtype, resolve
+
+
+@pytest.fixture(autouse=True)
+def measured_anew() -> None:
+    resolve.cache_clear()
 
 
 def fits(widths: tuple[int, ...]) -> bool:
@@ -46,6 +52,15 @@ def test_what_is_measured() -> None:
     assert found.threads in ((1,) if on_cuda else (1, 2))
     assert found.alone_threads == 2 * found.threads
     assert fits(found.group_widths)
+
+
+def test_nothing_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"dtype": "float32", "threads": 1, "fused": False}
+    found = resolve("cpu", **asked)
+    monkeypatch.setattr("fnet_search.numerics._timed", None)
+    assert resolve("cpu", **asked) is found
+    with pytest.raises(TypeError):
+        resolve("cpu", **asked | {"threads": 2})
 
 
 UNCOMPILED = """

@@ -99,7 +99,9 @@ def plain_choices() -> Iterator[None]:
     """Measured, they may differ from run to run: runs are the same for equal numerics."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(numerics, "_faster", lambda one, other: False)
+        numerics.resolve.cache_clear()
         yield
+    numerics.resolve.cache_clear()
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import starmap
 from math import prod
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build, pretrained
 from fnet_search.numerics import Numerics
+from fnet_search.paired import as_bits
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
-from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
+from fnet_search.policy import Audit, ClassResult, Evaluation, Role, SplitName, State
 from fnet_search.profile import profile
 from fnet_search.quantities import percent
 from fnet_search.quantize import QuantizedNetwork, quantize
@@ -152,10 +154,15 @@ def prepare(
 
 @dataclass(frozen=True)
 class Measures:
-    """Accuracies (fractions of 1) and distances between the float and the quantized logits; see `Evaluation`."""
+    """What `Evaluation` has of a float network and its quantized one on a split."""
 
     fp32_accuracy: float
     quint8_accuracy: float
+    fp32_loss: float
+    quint8_loss: float
+    images: int
+    right: str
+    classes: tuple[ClassResult, ...]
     qmse: float
     qce: float
     kl: float
@@ -176,22 +183,40 @@ def measure(
     `runtime` has the quantized network in ONNX Runtime, if it is to be audited; `seen` is told after each batch how
     many images were measured.
     """
-    sums, audit, count = torch.zeros(5, dtype=torch.float64), Audit(), 0
+    sums, audit, count, hits = torch.zeros(5, dtype=torch.float64), Audit(), 0, []
     for images, labels in split.batches(MEASURED):
         x = data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
         y, y8 = folded(x), quantized(x)
         if runtime is not None:
             audit += compare(y8, runtime(x))
         log_p, log_q = F.log_softmax(y.double(), 1), F.log_softmax(y8.double(), 1)
+        losses = (F.nll_loss(each, labels, reduction="sum") for each in (log_p, log_q))
         qce = -(log_p.exp() * log_q).sum()
         entropy = -(log_p.exp() * log_p).sum()
         squares = (y.double() - y8.double()).square().mean(1).sum()
-        hits = ((logits.argmax(1) == labels).sum().double() for logits in (y, y8))
-        sums += torch.stack([*hits, squares, qce, qce - entropy]).cpu()
+        hits.append(torch.stack([logits.argmax(1) == labels for logits in (y, y8)]).cpu())
+        sums += torch.stack([*losses, squares, qce, qce - entropy]).cpu()
         count += len(labels)
         seen(count)
-    measures = Measures(*(sums / len(split)).tolist())
-    return measures if runtime is None else replace(measures, audit=audit)
+    right, labels = torch.cat(hits, dim=1), split.labels.cpu()
+    counts = [
+        torch.bincount(part, minlength=len(data.classes)).tolist() for part in (labels, *(labels[r] for r in right))
+    ]
+    fp32_accuracy, quint8_accuracy = (right.sum(1).double() / count).tolist()
+    fp32_loss, quint8_loss, qmse, qce, kl = (sums / count).tolist()
+    return Measures(
+        fp32_accuracy,
+        quint8_accuracy,
+        fp32_loss,
+        quint8_loss,
+        count,
+        as_bits(right[1][labels.argsort(stable=True)].tolist()),
+        tuple(starmap(ClassResult, zip(*counts, strict=True))),
+        qmse,
+        qce,
+        kl,
+        None if runtime is None else audit,
+    )
 
 
 def transform_samples(space: Macroarchitecture) -> int:
@@ -343,8 +368,7 @@ def record(
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
     facts = {"plan": str(evaluation.plan), "scheme": str(scheme), "weights": _digest(trained)}
     write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
-    images = len(data.evaluation)
-    return replace(evaluation, scheme=str(scheme), images=images, **vars(measures), layers=layers)
+    return replace(evaluation, scheme=str(scheme), **vars(measures), layers=layers)
 
 
 class _Stages:

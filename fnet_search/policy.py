@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
-from math import prod
+from math import inf, prod
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -84,6 +84,15 @@ class Audit:
         return f"{codes} and {self.predictions:,} of {self.images:,} predictions differ"
 
 
+@dataclass(frozen=True, slots=True)
+class ClassResult:
+    """Of the images of one class: how many there are, and how many of them each network classifies right."""
+
+    images: int
+    fp32_right: int
+    quint8_right: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Everything measured on one candidate (paper, section 2). Accuracies and `relative_drop` are fractions of 1.
@@ -118,8 +127,16 @@ class Evaluation:
     training images where nothing is held out."""
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
+    fp32_loss: float | None = None
+    """Mean cross entropy with the labels, nats; as `quint8_loss`."""
+    quint8_loss: float | None = None
     images: int = 0
     """Of `split`, that the accuracies were measured on."""
+    right: str = ""
+    """Which of them the quint8 network classifies right: a bit an image, in order of their classes, the first one the
+    lowest, as a hexadecimal number (`paired`). Empty: not known."""
+    classes: tuple[ClassResult, ...] = ()
+    """In the order of the data set's; empty: not known."""
     qmse: float | None = None
     """Mean of (y_fp32 - y_quint8)^2 over samples and classes, on the logits."""
     qce: float | None = None
@@ -163,6 +180,7 @@ class Evaluation:
                 "cost": Cost(**data["cost"]),
                 "audit": Audit(**data["audit"]) if data.get("audit") else None,
                 "accuracies": tuple(data.get("accuracies", ())),
+                "classes": tuple(ClassResult(**one) for one in data.get("classes", ())),
                 "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
             }
         )
@@ -462,12 +480,14 @@ def probes_of(history: History, policy: object) -> Probes:
 
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
-    """The trained evaluations, best first: feasible ones by quint8 accuracy, then fewest conv MACs; then the others,
-    least summed violation first. The first is a search's winner, if it is feasible; else the nearest to it."""
+    """The trained evaluations, best first: feasible ones by quint8 accuracy, then the lower quint8 loss, then fewest
+    conv MACs; then the others, least summed violation first. The first is a search's winner, if it is feasible; else
+    the nearest to it."""
 
-    def key(evaluation: Evaluation) -> tuple[float, float, int, int]:
+    def key(evaluation: Evaluation) -> tuple[float, float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())
-        return excess, -(evaluation.quint8_accuracy or 0.0), evaluation.cost.conv_macs, evaluation.number
+        loss = inf if evaluation.quint8_loss is None else evaluation.quint8_loss
+        return excess, -(evaluation.quint8_accuracy or 0.0), loss, evaluation.cost.conv_macs, evaluation.number
 
     return sorted((one for one in evaluations if one.state == "complete" and one.role != "reference"), key=key)
 

@@ -38,7 +38,7 @@ from fnet_search.layers import Activation, Conv, Dense, Flatten
 from fnet_search.macro import load_space
 from fnet_search.network import build
 from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
-from fnet_search.policy import Audit, Evaluation, Role
+from fnet_search.policy import Audit, ClassResult, Evaluation, Role
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
 from fnet_search.recipe import Augmentation, Fidelity, Recipe
@@ -352,6 +352,8 @@ def test_metrics_by_hand() -> None:
     )
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum()) / 3, rel=1e-6)
     assert found.fp32_accuracy == pytest.approx(1 / 3)  # 0 < 0.5, but 0.39 > 0.38 and 1 > 0.2
+    assert found.fp32_loss == pytest.approx(-float(p[:, 1].log().mean()))
+    assert found.quint8_loss == pytest.approx(-float(q[:, 1].log().mean()))
     assert counts == [3]
 
 
@@ -370,6 +372,9 @@ def test_ties_go_to_the_lowest_class() -> None:
     assert found.kl == pytest.approx(0, abs=1e-12)
     assert found.qce == pytest.approx(np.log(10))
     assert counts == [*range(MEASURED, 600 + 1, MEASURED)]
+    assert found.quint8_loss == pytest.approx(np.log(10))
+    assert (found.images, found.right) == (600, f"{2**60 - 1:x}")  # bits in order of the classes: all of class 0
+    assert found.classes == (ClassResult(60, 60, 60), *[ClassResult(60, 0, 0)] * 9)
 
 
 def test_measuring_takes_an_uneven_number_of_images() -> None:

@@ -146,6 +146,8 @@ def test_ranking() -> None:
     constraints = Constraints(conv_macs=100)
     everything = (heavier, worse, over, best, equal, far_over, failed)
     assert ranking(everything, constraints) == [best, equal, heavier, worse, over, far_over]
+    surer, sure = replace(heavier, quint8_loss=0.5), replace(equal, quint8_loss=0.6)  # of equals, the lower loss
+    assert ranking((best, sure, surer, worse), constraints) == [surer, sure, best, worse]
     assert ranking((far_over, over), constraints) == [over, far_over]
     assert ranking((failed,), constraints) == []
 

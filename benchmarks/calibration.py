@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.evaluate import calibration
 from fnet_search.fold import fold
+from fnet_search.prepare import calibration
 from fnet_search.ranges import calibrate
 from fnet_search.recorded import open_run
 from fnet_search.scheme import parse_ranges

@@ -38,7 +38,7 @@ from fnet_search.numerics import Numerics
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.recipe import load_recipe
 from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.search import search
 from fnet_search.storage import open_artifacts, open_url
 from fnet_search.study import Sharing, StudyRecord
@@ -85,7 +85,7 @@ def work(url: str, folder: Path, plans: int, lease: float, seconds: float) -> No
     """A worker: searches until the study is done."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     run = RunFolder(folder / STUDY)
-    setup = Setup(SPACE, load_recipe("quick"), Scheme(), Numerics("cpu"), 0, "validation")
+    setup = Setup(SPACE, load_recipe("quick"), (PAPER,), Numerics("cpu"), 0, "validation")
     with run.locked():
         share = Sharing(run.worker, open_artifacts(str(folder.parent / "artifacts")), lease)
         record = StudyRecord(open_url(url), run, SPACE, Constraints(), 0, "validation", setup, sharing=share)

@@ -26,7 +26,7 @@ from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.recipe import load_recipe
 from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.storage import open_journal
 from fnet_search.study import StudyRecord
 from fnet_search.testing import made_up_layers
@@ -36,7 +36,7 @@ SPACE = load_space("factorizenet")
 
 def opened(folder: Path) -> StudyRecord:
     run = RunFolder(folder)
-    setup = Setup(SPACE, load_recipe("quick"), Scheme(), Numerics("cpu"), 0, "validation")
+    setup = Setup(SPACE, load_recipe("quick"), (PAPER,), Numerics("cpu"), 0, "validation")
     return StudyRecord(open_journal(run.journal), run, SPACE, Constraints(), 0, "validation", setup)
 
 

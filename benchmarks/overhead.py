@@ -158,7 +158,7 @@ def main(trials: int, policies: tuple[str, ...], space: str, budget: float, fast
     loaded = load_space(space)
     fidelity = Fidelity(warm_start=fast, prune=fast)
     recipe, scheme = load_recipe("quick"), Scheme()
-    setup = Setup(loaded, recipe, scheme, Numerics("cpu"), 0, "validation", fidelity=fidelity)
+    setup = Setup(loaded, recipe, (scheme,), Numerics("cpu"), 0, "validation", fidelity=fidelity)
     click.echo(machine("optuna"))
     click.echo(f"{space} under {budget:g} MMAC, one worker; in ms a trial: median (quartiles)")
     names = ("search", "of it the policy", "Optuna's ask", "ask and tell", "search - ask")

@@ -41,7 +41,7 @@ class Study:
     def setup(self, seed: int) -> Setup:
         recipe = replace(load_recipe("quick"), warm_rate=WARM_RATE)
         scheme, fidelity = parse_scheme("percentile:1"), Fidelity(True, WARM_EPOCHS)
-        return Setup(self.space, recipe, scheme, self.numerics, seed, "validation", fidelity=fidelity)
+        return Setup(self.space, recipe, (scheme,), self.numerics, seed, "validation", fidelity=fidelity)
 
     def start(self, parent: int) -> Start:
         """The reference of a seed."""
@@ -83,7 +83,7 @@ def measure(study: Study, seed: int, plan: FactorizationPlan, parent: int | None
     evaluation = evaluate(setup, data, job, lambda progress: None)
     hits = torch.zeros(0, dtype=torch.bool)
     if evaluation.state == "complete":
-        _, quantized = load_quantized(load_trained(study.space, plan, folder), setup.scheme, folder)
+        _, quantized = load_quantized(load_trained(study.space, plan, folder), setup.schemes[0], folder)
         runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
         parts = [runtime(data.normalise(x)).argmax(1) == labels for x, labels in data.test.batches(50)]
         hits = torch.cat(parts)

@@ -25,11 +25,16 @@ from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
 from fnet_search.data import DataSet, load_dataset
-from fnet_search.evaluate import measure, prepare
+from fnet_search.evaluate import (
+    measure,
+)
 from fnet_search.macro import load_space
 from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics, resolve
 from fnet_search.plan import factorize, parse_plan
+from fnet_search.prepare import (
+    prepare,
+)
 from fnet_search.recipe import Recipe, load_recipe
 from fnet_search.scheme import Scheme
 from fnet_search.train import settle, train

@@ -13,13 +13,13 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.correct import correct_biases
+from fnet_search.correct import channel_means, correct_biases
 from fnet_search.data import DataSet
 from fnet_search.equalize import equalize
-from fnet_search.evaluate import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration
 from fnet_search.export import quantized_model
 from fnet_search.fold import fold
 from fnet_search.plan import label
+from fnet_search.prepare import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
 from fnet_search.recorded import open_run
@@ -65,7 +65,8 @@ def main(
                     folded = equalize(fold(trained)) if equalized else fold(trained)
                     stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), parse_ranges(name))
                     plain = quantize(folded, stats, per_channel)
-                    corrected = correct_biases(folded, plain, calibration(data, seed, CORRECTION_SAMPLES))
+                    few = calibration(data, seed, CORRECTION_SAMPLES)
+                    corrected = correct_biases(plain, channel_means(folded, few), few)
                     found += [f"{100 * accuracy(one, data):8.2f}" for one in (plain, corrected)]
                 seconds = (time.monotonic() - start) / len(found)
                 fp32 = f"{100 * (network.evaluation.fp32_accuracy or 0):7.2f}"

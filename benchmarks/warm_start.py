@@ -60,10 +60,10 @@ def main() -> None:
     scheme = parse_scheme("percentile:1")
     for seed in options.seeds:
         setups = {
-            epochs: Setup(space, recipe, scheme, numerics, seed, "test", fidelity=Fidelity(True, epochs))
+            epochs: Setup(space, recipe, (scheme,), numerics, seed, "test", fidelity=Fidelity(True, epochs))
             for epochs in options.warm_epochs
         }
-        setup = Setup(space, recipe, scheme, numerics, seed, "test")
+        setup = Setup(space, recipe, (scheme,), numerics, seed, "test")
         place = options.out / f"seed{seed}"
         plans = {name: parse_plan(space, name) for name in ("regular", *options.plans)}
         scratch = {name: Job(index, plan, place / name) for index, (name, plan) in enumerate(plans.items())}
@@ -160,7 +160,7 @@ def _transform(setup: Setup, data: DataSet, start: Start, name: str) -> float:
 
 def _hits(setup: Setup, data: DataSet, one: Evaluation, folder: Path) -> torch.Tensor:
     """0 or 1 for each test image, as ONNX Runtime predicts it."""
-    _, quantized = load_quantized(load_trained(setup.space, one.plan, folder), setup.scheme, folder)
+    _, quantized = load_quantized(load_trained(setup.space, one.plan, folder), setup.schemes[0], folder)
     runtime = Runtime(quantized_model(quantized), cores())
     found = [runtime(data.normalise(images)).argmax(1) == labels for images, labels in data.test.batches(250)]
     return torch.cat(found).long()

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fnet_search.data import DataSet
-from fnet_search.evaluate import CALIBRATION_SAMPLES, calibration
 from fnet_search.figures import plan_name
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Conv, Dense
@@ -19,6 +18,7 @@ from fnet_search.macro import INPUT
 from fnet_search.network import Network
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation, LayerStats
+from fnet_search.prepare import CALIBRATION_SAMPLES, calibration
 from fnet_search.profile import channel_extremes, channel_precision
 from fnet_search.quantities import millions
 from fnet_search.quantize import QuantizedNetwork

@@ -26,7 +26,7 @@ from fnet_search.recipe import Fidelity, Recipe, load_recipe
 from fnet_search.request import Machine, Request
 from fnet_search.run import Display, run_study
 from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.scheme import AUTO, Scheme, parse_schemes
 from fnet_search.search import FixedPlans
 from fnet_search.terminal import console
 
@@ -53,7 +53,7 @@ def search(
     normalise: str | None = None,
     factorize: Iterable[str] = (),
     keep: Iterable[str] = (),
-    scheme: Scheme | str = "percentile:1",
+    scheme: Scheme | str = AUTO,
     audit_all: bool = False,
     seed: int = 0,
     out: Path | str | None = None,
@@ -71,7 +71,9 @@ def search(
     ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With `weights`
     (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the data set.
     `factorize` and `keep` are patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W).
-    `audit_all`: every candidate is run in ONNX Runtime, not only the winner. `machine` says where and how to compute,
+    `scheme` is how candidates are quantized: ``"auto"`` (of several schemes the one whose outputs diverge least from
+    the float network's), ``"paper"``, or a scheme. `audit_all`: every candidate is run in ONNX Runtime, not only the
+    winner. `machine` says where and how to compute,
     `display` shows progress otherwise than on the terminal. Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
     nothing else is.
@@ -133,7 +135,7 @@ def evaluate(
     normalise: str | None = None,
     factorize: Iterable[str] = (),
     keep: Iterable[str] = (),
-    scheme: Scheme | str = "percentile:1",
+    scheme: Scheme | str = AUTO,
     seed: int = 0,
     out: Path | str | None = None,
     storage: str | None = None,
@@ -205,7 +207,7 @@ def _request(
         space=space,
         dataset=absolute(dataset),
         recipe=(recipe if isinstance(recipe, Recipe) else load_recipe(recipe or default)).with_epochs(epochs),
-        scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
+        schemes=parse_schemes(scheme) if isinstance(scheme, str) else (scheme,),
         seed=seed,
         fidelity=Fidelity(finetune=finetune),
         storage=storage,

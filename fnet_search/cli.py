@@ -387,7 +387,7 @@ def _work(call: "Callable[..., Outcome]", options: dict[str, Any], **asked: Any)
 def _print_outcome(outcome: "Outcome") -> None:
     from fnet_search.progress import candidates_table
 
-    console().print(candidates_table(outcome.space, outcome.constraints, outcome.evaluations))
+    console().print(candidates_table(outcome))
     click.echo(f"report: {outcome.report}")
     click.echo(outcome.headline())
 

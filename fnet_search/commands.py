@@ -182,36 +182,52 @@ def _audit(
 @_run
 @click.option("--candidate", "candidates", metavar="ID", required=True, help="Candidate number.")
 @scheme_options
+@click.option(
+    "--promote",
+    "promoting",
+    is_flag=True,
+    help="Where it is better than the winner, by the rule of the run: make it the winner. It is measured on the test "
+    "split and becomes best/.",
+)
 @data_dir_option
 @_storage
-def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None, **options: Any) -> None:
+def quantize(
+    folder: Path, candidates: str, promoting: bool, data_dir: Path, storage: str | None, **options: Any
+) -> None:
     """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
 
     It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder.
     """
 
-    from fnet_search.recorded import scheme_folder
-    from fnet_search.requantize import HEADINGS, MEASURED, requantize, row, several
-    from fnet_search.run import open_study, report_again
+    from fnet_search.requantize import HEADINGS, MEASURED, promote, remarks, requantize, row, several
+    from fnet_search.run import measure_winner, open_study, report_again
+    from fnet_search.scheme import parse_schemes
 
-    scheme = parse_scheme_options(options)
+    schemes = parse_schemes(parse_scheme_options(options))
     opened = _opened(folder)
+    if promoting and not opened.searching:
+        raise FnetError(f"{folder} is a run of given plans: it has no winner; leave --promote out")
     (network,) = opened.find([candidates])
     if network.folder != network.candidate:
         raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
-    done = [one.id for one in opened.networks if one.candidate == network.candidate and one.scheme == scheme]
-    if done:
-        raise FnetError(f"candidate {network.id} is quantized with {scheme} already, as {done[0]}")
     with _display() as display, opened.run.locked():
         data = opened.data(data_dir, partial(display.advance, "reading images"))
         study = open_study(opened, storage)  # or fail before the work
-        found = requantize(opened, network, scheme, data, display.advance)
+        known = opened.quantized(network, schemes) if promoting else None
+        found = known or requantize(opened, network, schemes, data, display.advance)
+        if promoting and promote(opened, found):
+            measure_winner(study, found, data, display)
         display.status("drawing figures and the report")
         outcome = report_again(study)
     rows = [row(opened, one.evaluation, one.id) for one in several(opened) if one.candidate == network.candidate]
-    console().print(plain_table(f"candidate {found.number}, {found.split} split", HEADINGS, MEASURED, rows))
+    title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
+    console().print(plain_table(title, HEADINGS, MEASURED, rows))
+    if promoting:
+        click.echo(outcome.headline())
+    for remark in remarks(opened):
+        click.echo(remark)
     click.echo(f"report: {outcome.report}")
-    click.echo(f"files in {scheme_folder(network.candidate, scheme)}; its ID is {found.number}/{scheme}")
+    click.echo(f"files in {found.folder}; its ID is {found.id}")
 
 
 @click.command()

@@ -1,7 +1,7 @@
 """Bias correction (Nagel et al., Data-Free Quantization, 2019, section 4.2, on calibration samples)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,57 +10,63 @@ from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Conv, Dense
 from fnet_search.macro import INPUT, Node
-from fnet_search.network import run
+from fnet_search.network import run, walk
 from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, bounded
 from fnet_search.ranges import Batches
 
 
-class _Both(NamedTuple):
-    """A tensor of the float network and its codes in the quantized one, a batch each."""
-
-    floats: list[Tensor]
-    codes: list[Tensor]
+@torch.no_grad()
+def channel_means(folded: FoldedNetwork, batches: Batches) -> Mapping[str, Tensor]:
+    """Of each convolution and dense layer of the float network: the mean of each output channel over the samples,
+    before any ReLU, float64 [C]."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for batch in batches():
+        for node, output in walk(folded.network, batch, folded.apply_node):
+            if isinstance(node.layer, Conv | Dense):
+                total, count = _channel_sums(output)
+                sums[node.name] = sums.get(node.name, 0) + total
+                counts[node.name] = counts.get(node.name, 0) + count
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 @torch.no_grad()
-def correct_biases(folded: FoldedNetwork, quantized: QuantizedNetwork, batches: Batches) -> QuantizedNetwork:
+def correct_biases(quantized: QuantizedNetwork, means: Mapping[str, Tensor], batches: Batches) -> QuantizedNetwork:
     """Layer after layer, moves the int32 biases so that the mean of each output channel, before any ReLU, is that of
-    the float network over the samples, with all layers before quantized and corrected.
+    the float network over the samples (`channel_means`), with all layers before quantized and corrected.
 
-    What clipping and rounding shift is put right; the float network stays as it is. All samples pass one layer before
-    the next, so memory grows with them: give few. Raises FnetError where an accumulation could overflow.
+    What clipping and rounding shift is put right; the float network stays as it is. The codes of all samples pass one
+    layer before the next, so memory grows with them: give few. Raises FnetError where an accumulation could overflow.
     """
     layers = dict(quantized.layers)
     corrected = replace(quantized, layers=layers)
     step = Step(corrected)
 
-    def apply(node: Node, inputs: list[_Both]) -> _Both:
-        floats = [folded.apply_node(node, list(parts)) for parts in zip(*(one.floats for one in inputs), strict=True)]
-        if isinstance(node.layer, Conv | Dense):
-            try:
-                layers[node.name] = _corrected(corrected, node, floats, inputs[0].codes)
-            except FnetError as error:
-                raise FnetError(f"layer {node.name!r}: {error}") from None
-        codes = [step(node, list(parts)) for parts in zip(*(one.codes for one in inputs), strict=True)]
-        return _Both(floats, codes)
+    def apply(node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
+        if not isinstance(node.layer, Conv | Dense):
+            return [step(node, list(parts)) for parts in zip(*inputs, strict=True)]
+        layer, source = layers[node.name], corrected.params[corrected.carrier[node.inputs[0]]]
+        totals = [accumulate(node.layer, codes, source.zero, layer) for codes in inputs[0]]
+        try:
+            layers[node.name] = _corrected(layer, means[node.name] / layer.bias_scale(source).double(), totals)
+        except FnetError as error:
+            raise FnetError(f"layer {node.name!r}: {error}") from None
+        shift = layers[node.name].bias - layer.bias
+        return [step.output(node, total + shift.view(-1, *[1] * (total.ndim - 2))) for total in totals]
 
-    samples = list(batches())
-    run(folded.network, _Both(samples, [quantized.params[INPUT].quantize(batch) for batch in samples]), apply)
+    run(corrected.network, [corrected.params[INPUT].quantize(batch) for batch in batches()], apply)
     return corrected
 
 
-def _corrected(quantized: QuantizedNetwork, node: Node, floats: list[Tensor], codes: list[Tensor]) -> QuantizedLayer:
-    assert isinstance(node.layer, Conv | Dense)
-    layer, source = quantized.layers[node.name], quantized.params[quantized.carrier[node.inputs[0]]]
-    totals = [accumulate(node.layer, part, source.zero, layer) for part in codes]
-    wanted = _channel_means(floats).to(layer.bias.device) / layer.bias_scale(source).double()
-    shift = torch.round(wanted - _channel_means(totals).to(layer.bias.device))
-    bias = (layer.bias.double() + shift).clamp(-(2**31), 2**31 - 1)
+def _corrected(layer: QuantizedLayer, wanted: Tensor, totals: list[Tensor]) -> QuantizedLayer:
+    """`wanted`: the mean of each channel's int32 totals, float64 [C]."""
+    found = [_channel_sums(total) for total in totals]
+    mean = torch.stack([total for total, _ in found]).sum(0) / sum(count for _, count in found)
+    bias = (layer.bias.double() + torch.round(wanted - mean)).clamp(-(2**31), 2**31 - 1)
     return bounded(replace(layer, bias=bias.to(torch.int32)))
 
 
-def _channel_means(batches: list[Tensor]) -> Tensor:
-    """Of [N, C, ...] tensors: the mean of each channel over all else, float64 [C]."""
-    channels = [batch.transpose(0, 1).flatten(1) for batch in batches]
-    sums = torch.stack([part.sum(1, dtype=torch.float64) for part in channels]).sum(0)
-    return sums / sum(part.shape[1] for part in channels)
+def _channel_sums(output: Tensor) -> tuple[Tensor, int]:
+    """Of [N, C, ...]: the sum of each channel over all else, float64 [C], and how many elements a channel has."""
+    others = [axis for axis in range(output.ndim) if axis != 1]
+    return output.sum(others, dtype=torch.float64), output.numel() // output.shape[1]

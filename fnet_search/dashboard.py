@@ -63,7 +63,8 @@ class Dashboard:
             if (evaluation := recorded(trial)) is not None:
                 evaluations.append(evaluation)
                 _note(_Trial(study, study._storage, trial._trial_id), trial_note(space, constraints, evaluation))
-        ranked = ranking(tuple(evaluations), constraints) if self.opened.searching else []
+        competing = (*evaluations, *self.opened.run.promoted)
+        ranked = ranking(competing, constraints) if self.opened.searching else []
         about = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
         value = [f"quint8 accuracy ({self.opened.config['split']}, fraction of 1)"]
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):

@@ -1,6 +1,6 @@
-"""From a plan to its Evaluation: build, train, fold, calibrate, quantize, measure, audit, profile."""
+"""From a plan to its Evaluation: build, train, quantize, measure, audit, profile."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import starmap
@@ -9,36 +9,36 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from torch import Tensor
 
 from fnet_search.audit import compare
-from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
-from fnet_search.equalize import equalize
 from fnet_search.errors import FnetError, first_line
 from fnet_search.export import quantized_model
-from fnet_search.fold import FoldedNetwork, fold
+from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import Macroarchitecture
 from fnet_search.network import Network, build, pretrained
 from fnet_search.numerics import Numerics
 from fnet_search.paired import as_bits
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
 from fnet_search.policy import Audit, ClassResult, Evaluation, Role, SplitName, State
+from fnet_search.prepare import (
+    CALIBRATION_SAMPLES,
+    Quantized,
+    calibration,
+    folded_for,
+    least_divergent,
+    prepare_each,
+)
 from fnet_search.profile import profile
 from fnet_search.quantities import percent
-from fnet_search.quantize import QuantizedNetwork, quantize
-from fnet_search.ranges import Batches, TensorStats, calibrate, passes
+from fnet_search.quantize import QuantizedNetwork
 from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.runtime import Runtime
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER, Scheme, schemes_text
 from fnet_search.train import Report, TrainingFailed, TrainingProgress, accuracy, train
 from fnet_search.warmstart import warm_start
 from fnet_search.weights import digest, read_tensors, write_tensors
 
-CALIBRATION_SAMPLES = 1024
-"""Random training samples for the activation ranges (paper, section 3)."""
-CORRECTION_SAMPLES = 256
-"""Of these, for bias correction."""
 SQNR_SAMPLES = 128
 MEASURED = 50
 """Images at a time that are measured: few, so that what a layer gives stays in a cache."""
@@ -55,17 +55,19 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Setup:
-    """What all candidates of a study have in common. `split` is what they are measured on; with `audited`, each is
-    also run in ONNX Runtime on it."""
+    """What all candidates of a study have in common. Each is quantized with the one of `schemes` that diverges least;
+    `split` is what they are measured on; with `audited`, each is also run in ONNX Runtime on it."""
 
     space: Macroarchitecture
     recipe: Recipe
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
     numerics: Numerics
     seed: int
     split: SplitName
     audited: bool = False
     fidelity: Fidelity = field(default_factory=Fidelity)
+    referenced: bool = False
+    """Whether the regular network is trained first: then its scheme is that of the run's probes and of its history."""
 
     def recipe_of(self, job: "Job") -> Recipe:
         """How a candidate is trained."""
@@ -88,68 +90,27 @@ class Setup:
 
 @dataclass(frozen=True)
 class Start:
-    """The trained network that a candidate starts from, its files in `folder`; `epochs` in all led to it."""
+    """The trained network that a candidate starts from, its files in `folder`; `epochs` in all led to it, `scheme` is
+    what its codes were made with."""
 
     number: int
     plan: FactorizationPlan
     folder: Path
     epochs: int
+    scheme: Scheme = PAPER
 
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate to train, its files to go to `folder`; from scratch, or from `start`."""
+    """One candidate to train, its files to go to `folder`; from scratch, or from `start`. Policies see it as quantized
+    with `common`, the scheme of the whole run."""
 
     number: int
     plan: FactorizationPlan
     folder: Path
     role: Role = "candidate"
     start: Start | None = None
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A trained network made ready for 8 bits: folded (and equalized), its calibrated tensors, the integer network."""
-
-    folded: FoldedNetwork
-    stats: Mapping[str, TensorStats]
-    network: QuantizedNetwork
-
-
-def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
-    """The float network that a scheme quantizes: folded, and equalized where it says so."""
-    folded = fold(trained)
-    return equalize(folded) if scheme.equalize else folded
-
-
-def prepare(
-    trained: Network,
-    scheme: Scheme,
-    data: DataSet,
-    seed: int,
-    seen: Callable[[int, int], None] = lambda done, total: None,
-) -> Quantized:
-    """Folds and quantizes a trained network in evaluation mode, as `scheme` says, on training images of `data`.
-
-    `seen` is told how many of how many calibration images, over all passes, were taken. Raises FnetError for
-    activations that are not finite, and where an int32 accumulation could overflow.
-    """
-    folded = folded_for(scheme, trained)
-    batches, done = calibration(data, seed, CALIBRATION_SAMPLES), 0
-    total = passes(scheme.ranges) * min(CALIBRATION_SAMPLES, len(data.train))
-
-    def counted() -> Iterator[Tensor]:
-        nonlocal done
-        for batch in batches():
-            yield batch
-            done += len(batch)
-            seen(done, total)
-
-    stats = calibrate(folded, counted, scheme.ranges)
-    network = quantize(folded, stats, scheme.per_channel)
-    if scheme.bias_correct:
-        network = correct_biases(folded, network, calibration(data, seed, CORRECTION_SAMPLES))
-    return Quantized(folded, stats, network)
+    common: Scheme | None = None
 
 
 @dataclass(frozen=True)
@@ -224,19 +185,6 @@ def transform_samples(space: Macroarchitecture) -> int:
     return max(32, min(TRANSFORM_SAMPLES, FITTED // max(map(prod, space.shapes.values()))))
 
 
-def calibration(data: DataSet, seed: int, samples: int) -> Batches:
-    """The same random training samples, normalised, not augmented, in batches of 128, at each call."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(data.train), generator=generator)[:samples]
-
-    def batches() -> Iterator[Tensor]:
-        for start in range(0, len(chosen), 128):
-            images = data.train.images[chosen[start : start + 128].to(data.train.images.device)]
-            yield data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
-
-    return batches
-
-
 def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
     """The evaluation of a candidate that has nothing measured."""
     return Evaluation(
@@ -247,7 +195,7 @@ def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
         reason,
         role=job.role,
         split=setup.split,
-        scheme=str(setup.scheme),
+        scheme=schemes_text(setup.schemes),
         seed=setup.seed,
         parent=job.start.number if job.start else None,
         inherited_epochs=job.start.epochs if job.start else 0,
@@ -314,24 +262,18 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
         behind = f"behind the others after epoch {evaluation.epochs} of {recipe.epochs}"
         return replace(evaluation, state="pruned", reason=f"{behind} ({percent(found.accuracies[-1], 1)})")
     trained.eval().to(memory_format=torch.contiguous_format)
-    stages.after("calibrating", 0)
+    stages.after("quantizing", 0)
     try:
-        quantized = prepare(trained, setup.scheme, data, setup.seed)
+        tried = prepare_each(trained, setup.schemes, data, setup.seed)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
+    quantized = least_divergent(tried, data, setup.seed)
     write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
     runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
-    return record(
-        evaluation,
-        trained,
-        quantized,
-        setup.scheme,
-        data,
-        setup.seed,
-        folder,
-        runtime,
-        partial(stages.after, "measuring"),
-    )
+    seen = partial(stages.after, "measuring")
+    own = record(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
+    common = [one for one in tried if one.scheme == job.common != quantized.scheme]
+    return replace(own, common=measured(evaluation, trained, common[0], data, setup.seed)) if common else own
 
 
 def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> Network:
@@ -354,21 +296,34 @@ def record(
     evaluation: Evaluation,
     trained: Network,
     quantized: Quantized,
-    scheme: Scheme,
     data: DataSet,
     seed: int,
     folder: Path,
     runtime: Runtime | None = None,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Completes an evaluation of a trained network: what it measures with this quantization, whose codes are left in
-    `folder`. `runtime` and `seen` as in `measure`."""
+    """As `measured`; the codes are left in `folder`."""
+    found = measured(evaluation, trained, quantized, data, seed, runtime, seen)
+    facts = {"plan": str(found.plan), "scheme": found.scheme, "weights": _digest(trained)}
+    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
+    return found
+
+
+def measured(
+    evaluation: Evaluation,
+    trained: Network,
+    quantized: Quantized,
+    data: DataSet,
+    seed: int,
+    runtime: Runtime | None = None,
+    seen: Callable[[int], None] = lambda images: None,
+) -> Evaluation:
+    """Completes an evaluation of a trained network: what it measures with this quantization. `runtime` and `seen` as in
+    `measure`."""
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
-    facts = {"plan": str(evaluation.plan), "scheme": str(scheme), "weights": _digest(trained)}
-    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
-    return replace(evaluation, scheme=str(scheme), **vars(measures), layers=layers)
+    return replace(evaluation, scheme=str(quantized.scheme), **vars(measures), layers=layers)
 
 
 class _Stages:

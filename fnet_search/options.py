@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from fnet_search.deadline import Deadline
     from fnet_search.progress import TerminalDisplay
     from fnet_search.request import Machine
-    from fnet_search.scheme import Scheme
 
 T = TypeVar("T")
 
@@ -46,9 +45,15 @@ def scheme_options(command: Any) -> Any:
     """The options that say how a network is quantized."""
     options = [
         click.option(
+            "--scheme",
+            metavar="auto|paper|SCHEME",
+            show_default="auto",
+            help="How a network is quantized: auto, of several schemes the one whose outputs diverge least from the "
+            "float network's; paper, which is percentile:1; or one, as in mse+per-channel+bias-correct.",
+        ),
+        click.option(
             "--ranges",
-            default="percentile:1",
-            show_default=True,
+            show_default="percentile:1, where one of the following is given",
             help="Activation ranges: minmax, percentile:P (P % clipped at the top and at the bottom), or mse (least "
             "squared error).",
         ),
@@ -65,10 +70,18 @@ def scheme_options(command: Any) -> Any:
     return add_options(command, options)
 
 
-def parse_scheme_options(options: dict[str, Any]) -> "Scheme":
-    from fnet_search.scheme import Scheme, parse_ranges
+def parse_scheme_options(options: dict[str, Any]) -> str:
+    """The scheme that the options of `scheme_options` name, as text. Raises FnetError for two that contradict."""
+    from fnet_search.scheme import AUTO, PAPER, Scheme, parse_ranges
 
-    return Scheme(parse_ranges(options["ranges"]), options["per_channel"], options["equalize"], options["bias_correct"])
+    parts = ("ranges", "per_channel", "equalize", "bias_correct")
+    given = [f"--{name.replace('_', '-')}" for name in parts if options[name]]
+    if options["scheme"] is not None and given:
+        raise FnetError(f"--scheme says all of how to quantize; leave it or {', '.join(given)} out")
+    if not given:
+        return options["scheme"] or AUTO
+    ranges = PAPER.ranges if options["ranges"] is None else parse_ranges(options["ranges"])
+    return str(Scheme(ranges, options["per_channel"], options["equalize"], options["bias_correct"]))
 
 
 def space_options(command: Any) -> Any:

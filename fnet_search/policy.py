@@ -7,7 +7,7 @@ have, and any number of workers can share one policy.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import entry_points
 from math import inf, prod
 from typing import Any, Literal, Protocol
@@ -146,6 +146,9 @@ class Evaluation:
     audit: Audit | None = None
     """On the images of `split`; None: not audited."""
     layers: tuple[LayerStats, ...] = ()
+    common: "Evaluation | None" = None
+    """The same network quantized with the one scheme that the whole run has for its policy: what a history holds, so
+    that candidates stay comparable. None: this one."""
 
     @property
     def relative_drop(self) -> float | None:
@@ -167,7 +170,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; `from_json` gives an equal Evaluation back."""
-        return {**asdict(self), "plan": dict(self.plan.rates)}
+        common = None if self.common is None else self.common.to_json()
+        return {**asdict(replace(self, common=None)), "plan": dict(self.plan.rates), "common": common}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Evaluation":
@@ -182,6 +186,7 @@ class Evaluation:
                 "accuracies": tuple(data.get("accuracies", ())),
                 "classes": tuple(ClassResult(**one) for one in data.get("classes", ())),
                 "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
+                "common": Evaluation.from_json(data["common"]) if data.get("common") else None,
             }
         )
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from fnet_search.correct import correct_biases
+from fnet_search.correct import channel_means, correct_biases
 from fnet_search.data import DataSet, Split
-from fnet_search.evaluate import Setup, Start, calibration, folded_for, load_quantized, load_trained, transform_samples
+from fnet_search.evaluate import Setup, Start, load_quantized, load_trained, transform_samples
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Activation, BatchNorm
 from fnet_search.macro import INPUT, Macroarchitecture, Node
@@ -22,9 +22,11 @@ from fnet_search.network import Network, build, walk
 from fnet_search.params import QuantParams
 from fnet_search.plan import FactorizationPlan, convolutions, factorize, legal_rates, make_plan, plan_cost
 from fnet_search.policy import Probe, Probes
+from fnet_search.prepare import calibration, folded_for
 from fnet_search.profile import profile, sqnr_db
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
+from fnet_search.scheme import Scheme
 from fnet_search.sensitivity import sample
 from fnet_search.warmstart import Target, warm_start
 
@@ -88,7 +90,7 @@ def probe_layer(
     Raises FnetError, naming the file, where weights or codes of the network are missing or broken.
     """
     trained = load_trained(setup.space, task.start.plan, task.start.folder).to(setup.numerics.device)
-    folded, quantized = load_quantized(trained, setup.scheme, task.start.folder)
+    folded, quantized = load_quantized(trained, task.start.scheme, task.start.folder)
     at = cut(setup.space, task.layer)
     space = tail(setup.space, at)
     fed = _feed(setup, data, folded, quantized, _source(trained.network, folded.network, at))
@@ -104,7 +106,7 @@ def probe_layer(
         unchanged = plan == task.start.plan
         found.append(
             replace(
-                _measure(setup, child, fed, () if unchanged else convolutions(task.layer, rate)),
+                _measure(task.start.scheme, child, fed, () if unchanged else convolutions(task.layer, rate)),
                 layer="" if unchanged else task.layer,
                 rate=rate,
                 conv_macs=plan_cost(setup.space, plan).conv_macs,
@@ -167,7 +169,7 @@ class _Fed:
     labels: Tensor
 
     def training(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.samples, 128))  # as `evaluate.calibration`: a warm start draws places by batch
+        return iter(torch.split(self.samples, 128))  # as `prepare.calibration`: a warm start draws places by batch
 
     def few(self) -> Iterator[Tensor]:
         return iter(torch.split(self.samples[:CALIBRATED], BATCH))
@@ -214,15 +216,15 @@ def _faster(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _measure(setup: Setup, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
+def _measure(scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
     """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
-    folded = folded_for(setup.scheme, trained)
-    stats = dict(calibrate(folded, fed.few, setup.scheme.ranges))
+    folded = folded_for(scheme, trained)
+    stats = dict(calibrate(folded, fed.few, scheme.ranges))
     low, high = (fed.params.scale * (code - fed.params.zero) for code in (0, 255))  # those of the whole network
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
-    quantized = quantize(folded, stats, setup.scheme.per_channel)
-    if setup.scheme.bias_correct:
-        quantized = correct_biases(folded, quantized, fed.few)
+    quantized = quantize(folded, stats, scheme.per_channel)
+    if scheme.bias_correct:
+        quantized = correct_biases(quantized, channel_means(folded, fed.few), fed.few)
     sums = torch.zeros(6, dtype=torch.float64)
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)

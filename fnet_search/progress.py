@@ -11,9 +11,9 @@ from rich.text import Text
 
 from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup
-from fnet_search.macro import Macroarchitecture
+from fnet_search.outcome import Outcome, span
 from fnet_search.plan import FactorizationPlan, label, plan_cost
-from fnet_search.policy import Constraints, Evaluation
+from fnet_search.policy import Evaluation
 from fnet_search.quantities import counted, millions, mmac, percent
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import Dropped, Event, ProbesProgressed, Started
@@ -185,13 +185,16 @@ def _result(evaluation: Evaluation) -> str:
     )
 
 
-def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]) -> Table:
+def candidates_table(outcome: Outcome) -> Table:
     """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ."""
-    split = evaluations[0].split if evaluations else "validation"
-    table = Table(title=f"candidates (accuracies on the {split} split)", title_justify="left")
+    space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
+    alike = {one.number for one in outcome.undecided}
+    images = max((one.images for one in evaluations), default=0)
+    on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
+    table = Table(title=f"candidates ({on})", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit"):
+    for name in ("conv MMAC", "parameters", "fp32 %", "quint8 %", "95 % interval", "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for one in evaluations:
@@ -200,6 +203,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
             for value, form in (
                 (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
                 (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
+                (span(one).partition(",")[0] if one.images else None, ""),
                 (one.relative_drop and 100 * one.relative_drop, ".2f"),
                 (one.qmse, ".4f"),
                 (one.qce, ".4f"),
@@ -213,6 +217,8 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
         if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
             infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
             state = f"{state}, {infeasible}" if one.role == "final" else infeasible
+        if one.number in alike:
+            state += ", not distinguishable from the winner"
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
         table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))

@@ -237,10 +237,7 @@ class Step:
         source, target = sources[0], self.params[self.carrier[node.name]]
         match layer:
             case Conv() | Dense():
-                weights = self.layers[node.name]
-                total = accumulate(layer, codes, source.zero, weights)
-                scale = weights.bias_scale(source)
-                return requantize(total, scale / float32(target.scale, scale), target)
+                return self.output(node, accumulate(layer, codes, source.zero, self.layers[node.name]))
             case Activation() if self.carrier[node.inputs[0]] == node.name:
                 return codes  # fused: the layer before clipped at the zero point already
             case Activation(function):
@@ -268,6 +265,12 @@ class Step:
                 ]
                 return torch.cat(same, dim=1)
         raise TypeError(f"{layer.kind} is not part of a folded network")
+
+    def output(self, node: Node, total: Tensor) -> Tensor:
+        """The codes of a convolution or dense layer, of what it accumulated."""
+        source, target = (self.params[self.carrier[name]] for name in (node.inputs[0], node.name))
+        scale = self.layers[node.name].bias_scale(source)
+        return requantize(total, scale / float32(target.scale, scale), target)
 
 
 def _lookup(codes: Tensor, index: Tensor) -> Tensor:

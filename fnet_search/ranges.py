@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -65,27 +65,40 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> M
     pooled over all elements, exact, or the range of least squared error. Both take two passes over the samples and
     keep histograms, so memory does not grow with their number. Raises FnetError for activations that are not finite.
     """
+    return calibrate_each(folded, batches, (method,))[0]
+
+
+def calibrate_each(
+    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod]
+) -> list[Mapping[str, TensorStats]]:
+    """As `calibrate`, for several range methods in the same passes."""
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
-    observers = {name: OBSERVERS[method.kind if name not in ends else "minmax"](method) for name in carrier.values()}
+    observers = {
+        name: [OBSERVERS[method.kind if name not in ends else "minmax"](method) for method in methods]
+        for name in carrier.values()
+    }
     for name, tensor in _tensors(folded, batches, observers):
-        observers[name].first_pass(tensor)
-    unsettled = {name: observer for name, observer in observers.items() if not observer.settled}
-    if unsettled:
+        for observer in observers[name]:
+            observer.first_pass(tensor)
+    left = {name: [one for one in each if not one.settled] for name, each in observers.items()}
+    if unsettled := {name: each for name, each in left.items() if each}:
         for name, tensor in _tensors(folded, batches, unsettled):
-            observers[name].second_pass(tensor)
-    return {name: observer.stats(name) for name, observer in observers.items()}
+            for observer in unsettled[name]:
+                observer.second_pass(tensor)
+    return [{name: each[place].stats(name) for name, each in observers.items()} for place in range(len(methods))]
 
 
-def passes(method: RangeMethod) -> int:
+def passes(*methods: RangeMethod) -> int:
     """How often `calibrate` looks at the samples, at most."""
-    return 1 if method.kind == "minmax" else 2
+    return 1 if all(method.kind == "minmax" for method in methods) else 2
 
 
 @torch.no_grad()
 def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     for batch in batches():
-        yield INPUT, batch
+        if INPUT in wanted:
+            yield INPUT, batch
         for node, output in walk(folded.network, batch, folded.apply_node):
             if node.name in wanted:
                 yield node.name, output
@@ -230,7 +243,7 @@ class _LeastSquares(_Observer):
         return not (math.isfinite(self.high - self.low) and self.high > self.low)
 
     def second_pass(self, tensor: Tensor) -> None:
-        self.histogram += torch.bincount(self._bins(tensor).flatten(), minlength=self.BINS).cpu()
+        self.histogram += torch.bincount(_flat(self._bins(tensor)), minlength=self.BINS).cpu()
 
     def _bins(self, tensor: Tensor) -> Tensor:
         return ((tensor.double() - self.low) * (self.BINS / (self.high - self.low))).int().clamp_(0, self.BINS - 1)

@@ -17,7 +17,7 @@ from fnet_search.network import Network
 from fnet_search.plan import label
 from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, ranking
 from fnet_search.quantize import QuantizedNetwork
-from fnet_search.runfolder import KEPT, RunFolder, read_evaluation
+from fnet_search.runfolder import KEPT, PROMOTED, RunFolder, read_evaluation, scheme_folder
 from fnet_search.scheme import Scheme, parse_scheme
 
 
@@ -39,6 +39,11 @@ class RecordedNetwork:
         return number if self.folder == self.candidate else f"{number}/{self.scheme}"
 
     @property
+    def competes(self) -> bool:
+        """Whether it may win: quantized as the run did, or promoted since."""
+        return self.folder == self.candidate or (self.folder / PROMOTED).is_file()
+
+    @property
     def scheme(self) -> Scheme:
         return parse_scheme(self.evaluation.scheme)
 
@@ -53,11 +58,6 @@ class RecordedNetwork:
     def load(self, space: Macroarchitecture) -> tuple[FoldedNetwork, QuantizedNetwork]:
         """The float network and the integer one that were evaluated. Raises FnetError as `load_trained` does."""
         return load_quantized(self.load_trained(space), self.scheme, self.folder)
-
-
-def scheme_folder(candidate: Path, scheme: Scheme) -> Path:
-    """Where a candidate's network quantized otherwise is kept; no colon, which some file systems refuse."""
-    return candidate / str(scheme).replace(":", "-")
 
 
 @dataclass(frozen=True)
@@ -86,22 +86,34 @@ class RecordedRun:
             found.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
             for folder in self.run.requantized(int(path.parent.name)):
                 one = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
-                if folder == scheme_folder(path.parent, one.scheme):  # and not a copy that somebody made
+                if folder == scheme_folder(path.parent, one.evaluation.scheme):  # and not a copy that somebody made
                     found.append(one)
         return found
 
     @property
     def winner(self) -> RecordedNetwork | None:
         """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
-        own = {one.evaluation: one for one in self.networks if one.folder == one.candidate}
+        own = {one.evaluation: one for one in self.networks if one.competes}
         ranked = ranking(tuple(own), self.constraints)
         return own[ranked[0]] if ranked and self.searching else None
+
+    def quantized(self, network: RecordedNetwork, schemes: Sequence[Scheme]) -> RecordedNetwork | None:
+        """The network of the same weights that was quantized with the one scheme; None where there are several."""
+        same = [one for one in self.networks if one.candidate == network.candidate and (one.scheme,) == tuple(schemes)]
+        return same[0] if same else None
+
+    def better(self, network: RecordedNetwork) -> bool:
+        """Whether a network would win, if it were promoted."""
+        winner = self.winner
+        if winner is None or winner.id == network.id:
+            return False
+        return ranking((winner.evaluation, network.evaluation), self.constraints)[:1] == [network.evaluation]
 
     def test(self, network: RecordedNetwork) -> Evaluation | None:
         """What a network reached on the test split, where it was measured there."""
         if network.evaluation.split == "test":
             return network.evaluation
-        return self.run.read_test(network.evaluation) if network.folder == network.candidate else None
+        return self.run.read_test(network.evaluation)
 
     def find(self, names: Sequence[str]) -> list[RecordedNetwork]:
         """The networks of these ids; of none: the winner, or in a study of given plans every one that has weights.

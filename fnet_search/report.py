@@ -11,7 +11,7 @@ from typing import Any
 from fnet_search.draw import drawing
 from fnet_search.figures import plan_name
 from fnet_search.macro import Macroarchitecture
-from fnet_search.outcome import Outcome
+from fnet_search.outcome import Outcome, span
 from fnet_search.page import NONE, cells, heads, picture, png, table, write_page
 from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, Step, ranking
@@ -41,8 +41,13 @@ COLUMNS: dict[str, type] = {
     "conv_macs": int,
     "total_macs": int,
     "params": int,
+    "images": int,
     "fp32_accuracy": float,
     "quint8_accuracy": float,
+    "fp32_loss": float,
+    "quint8_loss": float,
+    "common_scheme": str,
+    "common_quint8_accuracy": float,
     "qmse": float,
     "qce": float,
     "kl": float,
@@ -53,8 +58,15 @@ COLUMNS: dict[str, type] = {
 
 
 def candidate_line(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
-    """A line of candidates.csv. Accuracies and drop are fractions of 1; what was not measured is empty."""
+    """A line of candidates.csv. Accuracies and drop are fractions of 1, losses in nats; what was not measured is empty.
+
+    What the policy learns from is quantized with the common scheme.
+    """
+    common = (one.common or one) if one.state == "complete" else None
     derived = {
+        "images": one.images or None,
+        "common_scheme": common and common.scheme,
+        "common_quint8_accuracy": common and common.quint8_accuracy,
         "label": label(space, one.plan),
         "feasible": constraints.feasible(one),
         "last_epoch_accuracy": one.accuracies[-1] if one.accuracies else None,
@@ -180,6 +192,10 @@ GLOSSARY = {
     "not. This is what a budget limits.",
     "fp32, quint8": "Accuracy of the float network, and of the same network with weights and activations in unsigned "
     "8-bit integers, batch norm folded in.",
+    "95 % interval": "Where the quint8 accuracy may be, seeing how many images it was measured on (Wilson's score "
+    "interval).",
+    "not distinguishable": "Feasible, and classifies no more of the same images wrong than chance explains (McNemar's "
+    "exact test, 5 %). The winner is the one with the highest accuracy all the same.",
     "QMSE": "Mean over images and classes of (fp32 logit - quint8 logit) squared.",
     "QCE": "Cross entropy, in nats, of the quint8 class probabilities under the fp32 ones.",
     "KL": "QCE less the entropy of the fp32 probabilities: 0 when both networks say the same.",
@@ -192,6 +208,9 @@ GLOSSARY = {
     "images. Noise: energy of the difference of its logits from those of the network without the change, as a share of "
     "the energy of these.",
     "dead channel": "A channel that never changes. It counts 0 in a precision.",
+    "quantized with": "The scheme: range method, a weight scale for each output channel (per-channel) or for each "
+    "tensor, and whether biases are corrected. With auto, of several the one whose outputs diverge least (KL) from the "
+    "float network's on training images.",
     "range method": "How activation ranges are found on the calibration images: percentile:1 clips the top and bottom "
     "1 %, minmax nothing, mse takes the range with the least squared error.",
     "audit": "Output codes of the exported ONNX file in ONNX Runtime that are not those of the simulator: 0 means that "
@@ -243,6 +262,7 @@ def _headline(outcome: Outcome) -> str:
     if outcome.feasible:
         verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
         verdict += " It meets every constraint." if constraints != Constraints() else ""
+        verdict += _alike(outcome)
     else:
         missed = "; ".join(_violations(constraints, best))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
@@ -254,6 +274,7 @@ def _headline(outcome: Outcome) -> str:
             f"{_part(best.cost.conv_macs, whole.conv_macs)}",
         ),
         ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
+        ("quantized with", best.scheme or NONE, "the scheme"),
     ]
     for one, where in ((best, split), (outcome.test, "test")):
         if one is not None and (one is best or split != "test"):
@@ -261,7 +282,7 @@ def _headline(outcome: Outcome) -> str:
                 (
                     f"quint8 accuracy, {where}",
                     percent(one.quint8_accuracy) or NONE,
-                    f"quantized with {one.scheme or NONE}",
+                    f"95 % interval {span(one)}" if one.images else "",
                 ),
                 (
                     f"fp32 accuracy, {where}",
@@ -275,6 +296,18 @@ def _headline(outcome: Outcome) -> str:
     )
     plan = f'<p class="plan">{_breakable(str(best.plan))}</p>'
     return f'<p class="verdict">{verdict}</p>{plan}<dl class="cards">{shown}</dl>{candidates}'
+
+
+def _alike(outcome: Outcome) -> str:
+    """Which candidates are as good, as far as the images tell."""
+    numbers = [one.number for one in outcome.undecided]
+    if not numbers:
+        return ""
+    assert outcome.winner is not None
+    fewer = 1 - outcome.undecided[0].cost.conv_macs / outcome.winner.cost.conv_macs
+    cheaper = f" Candidate {numbers[0]} has {100 * fewer:.0f} % fewer MACs." if fewer > 0 else ""
+    names = f"candidate{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
+    return f" On {counted(outcome.winner.images, 'image')} it cannot be told apart from {names}.{cheaper}"
 
 
 def _part(value: int, whole: int) -> str:
@@ -292,26 +325,29 @@ def _plan(space: Macroarchitecture, plan: FactorizationPlan) -> str:
     return f"{escape(label(space, plan))}{rates}"
 
 
-def _candidates(
-    space: Macroarchitecture, constraints: Constraints, ranked: Sequence[Evaluation], others: Sequence[Evaluation]
-) -> str:
+def _candidates(outcome: Outcome, ranked: Sequence[Evaluation], others: Sequence[Evaluation]) -> str:
     """Trained candidates by rank, then the others by number."""
-    names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
+    space, constraints, alike = outcome.space, outcome.constraints, {one.number for one in outcome.undecided}
+    names = ("fp32 %", "quint8 %", "95 % interval", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
+        reason = "not distinguishable from the winner" if one.number in alike else one.reason
         number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
         state = _ROLES.get(one.role, "trained") if one.state == "complete" else one.state
         rows.append(
             f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
             f"<td>{_plan(space, one.plan)}</td>"
-            f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td><td>{_training(one)}</td>'
+            f'<td>{escape(state)}<span class="reason">{escape(reason)}</span></td><td>{_training(one)}</td>'
+            f"<td>{escape(one.scheme if one.state == 'complete' else NONE)}</td>"
             f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
             + cells(
                 [
                     f"{one.cost.params:,}",
-                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)),
+                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy)),
+                    span(one).partition(",")[0] if one.images else NONE,
+                    _percent(one.relative_drop),
                     *map(_number, (one.qmse, one.qce, one.kl)),
                     f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
                     feasible,
@@ -319,7 +355,9 @@ def _candidates(
             )
             + "</tr>"
         )
-    return table(heads(("rank", "no.", "plan", "state", "training"), ("conv MMAC", "parameters", *names)), rows)
+    return table(
+        heads(("rank", "no.", "plan", "state", "training", "quantized with"), ("conv MMAC", "parameters", *names)), rows
+    )
 
 
 _ROLES = {"reference": "reference", "final": "trained on"}
@@ -429,13 +467,15 @@ def write_report(
     space, best = outcome.space, outcome.winner
     ranked = ranking(outcome.evaluations, outcome.constraints)
     others = sorted((one for one in outcome.evaluations if one not in ranked), key=lambda one: one.number)
+    if best is not None and all((one.number, one.scheme) != (best.number, best.scheme) for one in ranked):
+        ranked = [best, *ranked]  # it was promoted
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
     shown = [picture(one.read_bytes(), CAPTIONS[one.stem], one.stem.replace("_", " ")) for one in pictures]
     nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
         ("", _headline(outcome)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
-        ("Candidates", _candidates(space, outcome.constraints, ranked, others)),
+        ("Candidates", _candidates(outcome, ranked, others)),
         *_explained(outcome.explanation),
         *more,
         ("Figures", f'<div class="pair">{"".join(shown)}</div>' if shown else nothing),

@@ -9,47 +9,66 @@ import pandas as pd
 import torch
 
 from fnet_search.data import DataSet
-from fnet_search.evaluate import prepare, record
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import record
 from fnet_search.export import MODEL, quantized_model, write_model
 from fnet_search.files import write_text
 from fnet_search.page import NONE, plain_table
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation
-from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, scheme_folder
+from fnet_search.prepare import least_divergent, prepare_each
+from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata
+from fnet_search.runfolder import PROMOTED, scheme_folder
 from fnet_search.runtime import Runtime
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import Scheme, schemes_text
 
 
 def requantize(
     opened: RecordedRun,
     network: RecordedNetwork,
-    scheme: Scheme,
+    schemes: Sequence[Scheme],
     data: DataSet,
     advance: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Evaluation:
-    """Quantizes a candidate's trained network as `scheme` says, measures it on the run's split, audits it, and writes
-    evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
+) -> RecordedNetwork:
+    """Quantizes a candidate's trained network with the one of `schemes` that diverges least, measures it on the run's
+    split, audits it, and writes evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
 
     `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
-    quantized so.
+    quantized so, or is quantized with that scheme already.
     """
-    folder = scheme_folder(network.candidate, scheme)
+    _check_new(opened, network, schemes)  # before the work
     trained = network.load_trained(opened.space)
-    named, seed = f"candidate {network.id} with {scheme}", opened.config["seed"]
+    named, seed = f"candidate {network.id} with {schemes_text(schemes)}", opened.config["seed"]
 
     def measured(images: int) -> None:
         advance(f"measuring {named}, in ONNX Runtime too", images, len(data.evaluation))
 
-    quantized = prepare(trained, scheme, data, seed, partial(advance, f"calibrating {named}"))
+    tried = prepare_each(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
+    quantized = least_divergent(tried, data, seed, partial(advance, f"choosing a scheme for candidate {network.id}"))
+    _check_new(opened, network, (quantized.scheme,))
+    folder = scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
-    evaluation = replace(network.evaluation, layers=(), audit=None)
-    found = record(evaluation, trained, quantized, scheme, data, seed, folder, runtime, measured)
+    evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
+    found = record(evaluation, trained, quantized, data, seed, folder, runtime, measured)
     facts = metadata(opened.config, opened.space, found, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(found, folder)
     frame = requantized_frame(opened)
     write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
-    return found
+    return RecordedNetwork(found, network.candidate, folder)
+
+
+def _check_new(opened: RecordedRun, network: RecordedNetwork, schemes: Sequence[Scheme]) -> None:
+    if (known := opened.quantized(network, schemes)) is not None:
+        raise FnetError(f"candidate {network.id} is quantized with {known.scheme} already, as {known.id}")
+
+
+def promote(opened: RecordedRun, network: RecordedNetwork) -> bool:
+    """Lets a network that was quantized otherwise win, where it is better than the winner; returns whether it is."""
+    better = opened.better(network)
+    if better:
+        (network.folder / PROMOTED).touch()
+    return better
 
 
 def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
@@ -95,7 +114,17 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     if not networks:
         return ()
     rows = [row(opened, one.evaluation, one.id) for one in networks]
-    split = escape(opened.split)
+    about = "".join(
+        f'<p class="soft">{escape(text)}</p>' for text in (f"On the {opened.split} split.", *remarks(opened))
+    )
+    return [("Quantized otherwise", f"{about}{plain_table(HEADINGS, MEASURED, rows)}")]
+
+
+def remarks(opened: RecordedRun) -> list[str]:
+    """Which networks that were quantized otherwise are better than the winner, and what makes them win."""
+    found = [one for one in several(opened) if not one.competes and opened.better(one)]
     return [
-        ("Quantized otherwise", f'<p class="soft">On the {split} split.</p>{plain_table(HEADINGS, MEASURED, rows)}')
+        f"{one.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "
+        f"{one.evaluation.number} --scheme {one.scheme} --promote makes it best/."
+        for one in found
     ]

@@ -11,7 +11,7 @@ from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, parse_space, to_toml
 from fnet_search.policy import FIXED_PLANS, Constraints, SplitName
 from fnet_search.recipe import Augmentation, Fidelity, Recipe
-from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.scheme import Scheme, parse_schemes, schemes_text
 from fnet_search.storage import masked
 from fnet_search.weights import digest
 
@@ -39,7 +39,8 @@ class Request:
     space: Macroarchitecture
     dataset: str
     recipe: Recipe
-    scheme: Scheme
+    schemes: tuple[Scheme, ...]
+    """Each candidate is quantized with the one of them that diverges least."""
     seed: int
     policy_name: str = FIXED_PLANS
     constraints: Constraints = field(default_factory=Constraints)
@@ -63,7 +64,7 @@ class Request:
             "fidelity": self._fidelity(),
             "policy": self.policy_name,
             "constraints": asdict(self.constraints),
-            "scheme": str(self.scheme),
+            "scheme": schemes_text(self.schemes),
             "seed": self.seed,
             "split": self.split,
             "storage": self.storage and masked(self.storage),
@@ -90,7 +91,7 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
             fidelity=Fidelity(**fidelity),
             policy_name=config["policy"],
             constraints=Constraints(**config["constraints"]),
-            scheme=parse_scheme(config["scheme"]),
+            schemes=parse_schemes(config["scheme"]),
             seed=config["seed"],
             split=config["split"],
             **others,

@@ -58,6 +58,7 @@ OPTIONS = {
     "constraints.params": "--max-params",
     "constraints.min_quint8": "--min-quint8",
     "constraints.max_drop": "--max-drop",
+    "scheme": "--scheme",
 }
 """What people call parts of a configuration."""
 
@@ -99,7 +100,7 @@ def run_study(
     """
     if run.exists:
         compare(run, request.config())
-    prepared = _prepare(request, run, display)
+    prepared = _prepare(request, policy, run, display)
     if request.artifacts is not None:
         open_artifacts(request.artifacts)  # or fail before anything is written
     storage = _storage(request.storage, run)
@@ -144,7 +145,7 @@ def join_study(
     request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
     if run.exists:
         compare(run, {**request.config(), "study": name})
-    prepared = _prepare(request, run, display)
+    prepared = _prepare(request, policy, run, display)
     check_data(known, prepared.data)
     with run.locked():
         _configure(run, {**prepared.config, "study": name})
@@ -172,7 +173,7 @@ class _Prepared:
         return {**self.request.config(), "data": as_json(facts), "numerics": self.setup.numerics.to_json()}
 
 
-def _prepare(request: Request, run: RunFolder, display: Display) -> _Prepared:
+def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display) -> _Prepared:
     machine = request.machine
     check_dtype(check_device(machine.device), machine.dtype)
     display.status(f"reading {request.dataset}")
@@ -201,12 +202,13 @@ def _prepare(request: Request, run: RunFolder, display: Display) -> _Prepared:
     setup = Setup(
         space,
         request.recipe,
-        request.scheme,
+        request.schemes,
         numerics,
         request.seed,
         request.split,
         request.audit_all,
         request.fidelity,
+        request.fidelity.warm_start or bool(requirements(policy)),
     )
     return _Prepared(request, data, workers, setup)
 
@@ -248,7 +250,7 @@ def _search(
 ) -> int:
     """Returns how many trainings were finished here."""
     unfinished = trained(record.evaluations) < trials or record.to_finish() is not None
-    if unfinished and (pool.setup.fidelity.warm_start or requirements(policy)):
+    if unfinished and pool.setup.referenced:
         _restore(record, pool, display)
     finished = 0
     for event in search(policy, record, pool, trials, deadline):
@@ -363,17 +365,22 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     known = run.read_test(winner)
     if known and (run.best / MODEL).is_file():
         return known
-    folder = run.candidate(winner.number)
-    network = RecordedNetwork(winner, folder, folder)
+    network = RecordedNetwork(winner, run.candidate(winner.number), run.codes(winner))
     record.fetch(winner.number)
     try:
-        folded, quantized = network.load(record.space)
+        network.load(record.space)
     except FnetError as error:  # the same training gives the same network again
         display.status(f"training candidate {winner.number} once more ({error})")
         run.write_candidate(winner)
         _again(record, pool, winner)
         run.prune(record.evaluations, record.constraints)
-        folded, quantized = network.load(record.space)
+    return measure_winner(record, network, data, display)
+
+
+def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet, display: Display) -> Evaluation:
+    """Measures the winner of a run on the test split, audits it, and fills ``best/`` with it."""
+    run, winner = record.run, network.evaluation
+    folded, quantized = network.load(record.space)
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
     if winner.audit is None:
         found = Audit()

@@ -9,7 +9,7 @@ probes.csv         where the policy asked for them: one row a layer and rate
 choices.csv        where the policy can say why: the winner's layers, and the steps to the next rates
 front.csv          and the best plan at every budget, as the policy expects it
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
-candidates/007/mse+equalize/   the same network, quantized otherwise
+candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
 best/              the winner's files, its test.json, and model.onnx
 figures/, report.html
 """
@@ -39,6 +39,8 @@ from fnet_search.report import candidates_csv, choices_csv, front_csv, layers_cs
 
 KEPT = 3
 """So many of the best candidates keep their weights."""
+PROMOTED = "promoted"
+"""A file that marks a network quantized otherwise which may win as the candidates may."""
 
 _RECORDED = {
     **dict.fromkeys(("space", "dataset", "policy", "scheme", "split"), str),
@@ -174,6 +176,18 @@ class RunFolder:
         """Folders of a candidate's network quantized otherwise, each called after its scheme."""
         return sorted(path.parent for path in self.candidate(number).glob("*/evaluation.json"))
 
+    @property
+    def promoted(self) -> tuple[Evaluation, ...]:
+        """Of the networks that were quantized otherwise, those that may win. Raises FnetError as `read_evaluation`."""
+        marks = sorted(self.path.glob(f"candidates/[0-9]*/*/{PROMOTED}"))
+        return tuple(read_evaluation(mark.with_name("evaluation.json")) for mark in marks)
+
+    def codes(self, evaluation: Evaluation) -> Path:
+        """The folder with the codes of a candidate, or of one that was promoted."""
+        own = self.candidate(evaluation.number)
+        other = scheme_folder(own, evaluation.scheme)
+        return other if (other / PROMOTED).is_file() else own
+
     def audits(self) -> dict[int, Audit]:
         """Audits in the candidates' files, by number: those of winners came after their evaluations were recorded.
 
@@ -217,9 +231,10 @@ class RunFolder:
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-        for path in self.candidate(winner.number).iterdir():
-            if path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT:
-                shutil.copy2(path, fresh)
+        for folder in dict.fromkeys((self.candidate(winner.number), self.codes(winner))):
+            for path in folder.iterdir():
+                if path.is_file() and not path.name.startswith(".") and path.name not in (CHECKPOINT, PROMOTED):
+                    shutil.copy2(path, fresh)
         write_json(fresh / "test.json", test.to_json())
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
@@ -234,13 +249,13 @@ class RunFolder:
             test = read_evaluation(path)
         except FnetError:  # broken: it can be measured again
             return None
-        same = (test.number, test.plan, test.seed, test.epochs) == (
-            winner.number,
-            winner.plan,
-            winner.seed,
-            winner.epochs,
-        )
-        return test if same else None
+        facts = [(one.number, one.plan, one.seed, one.epochs, one.scheme) for one in (test, winner)]
+        return test if facts[0] == facts[1] else None
+
+
+def scheme_folder(candidate: Path, scheme: str) -> Path:
+    """Where a candidate's network quantized otherwise is kept; no colon, which some file systems refuse."""
+    return candidate / scheme.replace(":", "-")
 
 
 def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[int]:

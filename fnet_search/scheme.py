@@ -1,8 +1,10 @@
 """How a network is quantized: the range method, and what helps layers that quantize badly. No torch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
 from typing import Literal
 
 from fnet_search.errors import FnetError, unknown
@@ -66,3 +68,31 @@ def parse_scheme(text: str) -> Scheme:
         if word not in _HELPS:
             raise unknown("part of a quantization scheme", word, _HELPS)
     return Scheme(parse_ranges(ranges), **{_HELPS[word]: True for word in helps})
+
+
+PAPER = Scheme()
+"""The paper's: 1 % of the hidden activations clipped at the top and at the bottom, a scale a tensor."""
+CHOICE = tuple(
+    Scheme(ranges, per_channel, False, bias_correct)
+    for per_channel, bias_correct, ranges in product((True, False), (True, False), (MSE, MINMAX))
+)
+"""What ``auto`` chooses from; the first is what candidates are compared with where a run has no reference."""
+AUTO = "auto"
+
+
+def parse_schemes(text: str) -> tuple[Scheme, ...]:
+    """What a network is quantized with, the best of these: ``auto`` (CHOICE), ``paper``, or a scheme.
+
+    Raises FnetError for anything else.
+    """
+    if text in (AUTO, "paper"):
+        return CHOICE if text == AUTO else (PAPER,)
+    try:
+        return (parse_scheme(text),)
+    except FnetError as error:
+        raise FnetError(f"--scheme {text}: {error}; or auto, or paper") from None
+
+
+def schemes_text(schemes: Sequence[Scheme]) -> str:
+    """Inverse of `parse_schemes`."""
+    return AUTO if tuple(schemes) == CHOICE else str(schemes[0])

@@ -13,7 +13,7 @@ from fnet_search.plan import parse_plan
 from fnet_search.policy import Constraints, load_policy, parse_constraints
 from fnet_search.quantities import counted
 from fnet_search.recipe import Recipe, load_recipe
-from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.scheme import AUTO, parse_schemes, schemes_text
 from fnet_search.tables import build, read_table
 
 
@@ -94,7 +94,8 @@ class Study:
     plans: tuple[str, ...] = ()
     search: SearchOptions | None = None
     seeds: tuple[int, ...] = (0,)
-    schemes: tuple[Scheme, ...] = (Scheme(),)
+    schemes: tuple[str, ...] = (AUTO,)
+    """As `scheme.parse_schemes` reads them: ``auto`` may be the first."""
     compare: tuple[str, ...] = ()
     """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
     published: Mapping[str, Published] = field(default_factory=dict)
@@ -106,19 +107,40 @@ class Study:
     def parts(self) -> list[Part]:
         return [Part(variant, seed) for variant, seed in product(self.variants, self.seeds)]
 
-    def with_options(self, epochs: int | None, seeds: tuple[int, ...], ranges: tuple[str, ...] = ()) -> "Study":
-        """The same study with other epochs (learning-rate steps move in proportion), other seeds, and further ranges.
+    def with_options(
+        self,
+        epochs: int | None,
+        seeds: tuple[int, ...],
+        ranges: tuple[str, ...] = (),
+        schemes: tuple[str, ...] = (),
+    ) -> "Study":
+        """The same study with other epochs (learning-rate steps move in proportion), other seeds, with further ranges
+        or with other schemes.
 
-        Raises FnetError for ranges that cannot be read, and for further ones of a search.
+        Raises FnetError for schemes that cannot be read, and for several of a search.
         """
+        if ranges and schemes:
+            raise FnetError("--scheme says all of how to quantize; leave it or --ranges out")
         variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
-        schemes = tuple(dict.fromkeys([*self.schemes, *map(parse_scheme, ranges)]))
-        if self.search is not None and len(schemes) > 1:
-            raise FnetError(ONE_SCHEME)
-        return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=schemes)
+        further = (text for text in map(_normal, ranges) if text not in self.schemes)
+        wanted = _schemes(schemes or (*self.schemes, *dict.fromkeys(further)), self.search)
+        return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=wanted)
 
 
-ONE_SCHEME = "a [search] is for one of ranges: what it finds depends on it; write a study for each"
+def _normal(text: str) -> str:
+    return schemes_text(parse_schemes(text))
+
+
+def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str, ...]:
+    """How the networks of a study are quantized, each text as results have it. Raises FnetError for what cannot be."""
+    found = tuple(map(_normal, texts))
+    if len(set(found)) < len(found):
+        raise FnetError(f"ranges must differ, got {list(texts)!r}")
+    if AUTO in found[1:]:
+        raise FnetError(f"{AUTO} is how networks are quantized first; name it before {found[0]}")
+    if search is not None and len(found) > 1:
+        raise FnetError("a [search] is for one of ranges: what it finds depends on it; write a study for each")
+    return found
 
 
 def load_study(name: str, dataset: str | None = None) -> Study:
@@ -183,13 +205,9 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
         for plan in plans:
             if plan not in texts["plans"]:
                 raise FnetError(f"{key}: {plan!r} is not among the plans")
-    schemes = tuple(map(parse_scheme, texts["ranges"])) or (Scheme(),)
-    if len(set(schemes)) < len(schemes):
-        raise FnetError(f"ranges must differ, got {texts['ranges']!r}")
     search = build(SearchOptions, table["search"], "a search") if "search" in table else None
+    schemes = _schemes(texts["ranges"] or (AUTO,), search)
     if search is not None:
-        if len(schemes) > 1:
-            raise FnetError(ONE_SCHEME)
         load_policy(search.policy)
         for variant in variants:
             search.constraints(variant.space)

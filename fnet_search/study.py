@@ -41,6 +41,7 @@ from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.prune import EqualStart
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import RunFolder, kept
+from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.storage import has_study, together
 from fnet_search.train import TrainingProgress
 from fnet_search.trials import EPOCHS, ROLE, START, describe
@@ -188,8 +189,9 @@ class StudyRecord:
 
     @property
     def winner(self) -> Evaluation | None:
-        """The best evaluation so far, feasible or nearest to it; None in a study of fixed plans."""
-        ranked = ranking(self.evaluations, self.constraints)
+        """The best evaluation so far, feasible or nearest to it, also one that was promoted; None in a study of fixed
+        plans."""
+        ranked = ranking((*self.evaluations, *self.run.promoted), self.constraints)
         return ranked[0] if ranked and self.searching else None
 
     def history(self) -> History:
@@ -199,7 +201,7 @@ class StudyRecord:
         open_claims = {**self._ledger.left, **self._ledger.claims}
         running = tuple(open_claims[n].plan for n in sorted(open_claims) if open_claims[n].role is not None)
         roles = [one.role for one in self.evaluations] + [one.role for one in open_claims.values()]
-        past = tuple(one for one in self.evaluations if one.role != "final")
+        past = tuple(one.common or one for one in self.evaluations if one.role != "final")
         number = self._next() - roles.count("final")
         return History(self.space, self.constraints, past, running, number, self.seed, self.probes)
 
@@ -222,8 +224,7 @@ class StudyRecord:
         if one is None:
             reasons = [f"candidate {one.number}: {one.reason}" for one in history.evaluations if one.state == "failed"]
             raise FnetError(f"there is no trained network to probe ({'; '.join(reasons) or 'none was trained'})")
-        start = Start(one.number, one.plan, self.run.candidate(one.number), one.epochs + one.inherited_epochs)
-        tasks = [task for task in probe_tasks(self.space, start, fisher) if task.layer not in self._probed]
+        tasks = [task for task in probe_tasks(self.space, self._start(one), fisher) if task.layer not in self._probed]
         if self.sharing is None or not tasks:
             return tasks
         if not self.fetch(one.number):
@@ -281,11 +282,21 @@ class StudyRecord:
         return self._job(evaluation.number, evaluation.plan, evaluation.role, parent)
 
     def _job(self, number: int, plan: FactorizationPlan, role: Role, parent: Evaluation | None) -> Job:
-        if parent is None:
-            return Job(number, plan, self.run.candidate(number), role)
-        epochs = parent.epochs + parent.inherited_epochs
-        start = Start(parent.number, parent.plan, self.run.candidate(parent.number), epochs)
-        return Job(number, plan, self.run.candidate(number), role, start)
+        start = None if parent is None else self._start(parent)
+        return Job(number, plan, self.run.candidate(number), role, start, self._common(plan, role))
+
+    def _start(self, parent: Evaluation) -> Start:
+        epochs, scheme = parent.epochs + parent.inherited_epochs, parse_scheme(parent.scheme)
+        return Start(parent.number, parent.plan, self.run.candidate(parent.number), epochs, scheme)
+
+    def _common(self, plan: FactorizationPlan, role: Role) -> Scheme | None:
+        """The scheme that the history has a candidate quantized with; None where that is the candidate's own."""
+        first = regular(self.space)
+        if not self.searching or role != "candidate" or (self._setup.referenced and plan == first):
+            return None
+        known = (one.scheme for one in self.evaluations if one.plan == first and one.state == "complete")
+        found = next(known, None) if self._setup.referenced else None
+        return self._setup.schemes[0] if found is None else parse_scheme(found)
 
     def _parent(self, plan: FactorizationPlan, role: Role) -> Evaluation | None:
         """A function of what is recorded: of the networks whose weights are kept, the one to start from."""

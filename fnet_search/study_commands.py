@@ -64,7 +64,7 @@ def described(study: "Study") -> list[str]:
     lines = [f"{study.name}{about}", f"data set {study.dataset}; {seeds}; {what}"]
     lines += map(str, study.variants)
     total = sum(epochs(study, part) for part in study.parts)
-    lines.append(f"quantized with {', '.join(map(str, study.schemes))}; about {total:,.0f} epochs in all")
+    lines.append(f"quantized with {', '.join(study.schemes)}; about {total:,.0f} epochs in all")
     return lines
 
 
@@ -91,6 +91,14 @@ def described(study: "Study") -> list[str]:
     help="Further activation ranges, as of `quantize`, for the same trained networks. May be repeated.",
 )
 @click.option(
+    "--scheme",
+    "schemes",
+    metavar="auto|paper|SCHEME",
+    multiple=True,
+    show_default="the study's",
+    help="How the networks are quantized, as of `run`. May be repeated, for the same trained networks.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), show_default="runs/study-<name>-<data set>", help="Folder of the study."
 )
 @machine_options
@@ -109,7 +117,7 @@ def run(**options: Any) -> None:
     from fnet_search.study_run import StudyFolder, run_parts
 
     chosen = load_study(options["name"], options["dataset"]).with_options(
-        options["epochs"], options["seeds"], options["ranges"]
+        options["epochs"], options["seeds"], options["ranges"], options["schemes"]
     )
     chosen = replace(chosen, dataset=absolute(chosen.dataset))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])

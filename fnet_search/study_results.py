@@ -54,6 +54,8 @@ class Network:
     part: Part
     plan: str
     """As the study names it; WINNER of a search."""
+    scheme: str
+    """As the study names it: ``auto``, or that of the evaluation."""
     evaluation: Evaluation
     missed: tuple[str, ...] = ()
     """Of a search's winner, the constraints that it does not meet: it is only the nearest."""
@@ -101,14 +103,16 @@ def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
     for part, run in runs.items():
         if study.search is not None:
             if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
-                found.append(Network(part, WINNER, test, run.constraints.missed(winner.evaluation)))
+                found.append(Network(part, WINNER, study.schemes[0], test, run.constraints.missed(winner.evaluation)))
             continue
         plans = {plan: parse_plan(part.variant.space, plan) for plan in study.plans}  # some may be the same
         found += [
-            Network(part, name, one.evaluation)
+            Network(part, name, scheme, one.evaluation)
             for one in run.networks
             for name, plan in plans.items()
+            for scheme in study.schemes
             if one.evaluation.plan == plan
+            if scheme == one.evaluation.scheme or (scheme == study.schemes[0] and one.folder == one.candidate)
         ]
     return found
 
@@ -116,7 +120,7 @@ def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
 def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
     """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
     found = networks(study, runs)
-    known = {(one.part, one.plan, one.evaluation.scheme) for one in found}
+    known = {(one.part, one.plan, one.scheme) for one in found}
     lines = [
         f"{one.part.name}: no candidate met the constraints; the nearest, {one.label}, misses {', '.join(one.missed)}"
         for one in found
@@ -124,10 +128,10 @@ def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
     ]
     for part in study.parts:
         if study.search is not None:
-            lines += [] if (part, WINNER, str(study.schemes[0])) in known else [f"{part.name}: not finished yet"]
+            lines += [] if (part, WINNER, study.schemes[0]) in known else [f"{part.name}: not finished yet"]
             continue
         states = _states(runs[part]) if part in runs else {}
-        for plan, scheme in product(study.plans, map(str, study.schemes)):
+        for plan, scheme in product(study.plans, study.schemes):
             if (part, plan, scheme) not in known:
                 why = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
                 lines.append(f"{part.name}: {plan}, {scheme}: {why}")
@@ -152,11 +156,9 @@ def rows(study: Study, found: Sequence[Network]) -> list[Row]:
     listed = []
     for variant in study.variants:
         for plan in study.plans or (WINNER,):
-            for scheme in map(str, study.schemes):
+            for scheme in study.schemes:
                 same = tuple(
-                    one
-                    for one in found
-                    if (one.part.variant, one.plan, one.evaluation.scheme) == (variant, plan, scheme)
+                    one for one in found if (one.part.variant, one.plan, one.scheme) == (variant, plan, scheme)
                 )
                 if same:
                     listed.append(Row(variant, plan, scheme, same, study.published.get(plan, Published())))
@@ -388,7 +390,7 @@ def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:
     for name, chosen in _in_colours("tradeoff", sides):
         drawn[name] = tradeoff_figure(study, [row for row in listed if (row.variant, row.scheme) in chosen])
     for variant in study.variants if study.search is None else ():
-        own = [row for row in listed if row.variant == variant and row.scheme == str(study.schemes[0])]
+        own = [row for row in listed if row.variant == variant and row.scheme == study.schemes[0]]
         precision = "folded precision (%)"
         compared = [row for row in own if row.plan in study.compare]
         for kind, shown, title, values in (

@@ -16,6 +16,7 @@ from fnet_search.requantize import requantize
 from fnet_search.request import Machine, Request
 from fnet_search.run import Display, compare, open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
+from fnet_search.scheme import parse_scheme, parse_schemes
 from fnet_search.search import FixedPlans
 from fnet_search.studies import Part, Study
 from fnet_search.study_results import networks, write_results
@@ -125,7 +126,7 @@ def _run_part(
 def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
     """What a part asks of a run: the request, its policy, and how many trials."""
     space, recipe, search = part.variant.space, part.variant.recipe, study.search
-    request = Request(space, study.dataset, recipe, study.schemes[0], part.seed)
+    request = Request(space, study.dataset, recipe, parse_schemes(study.schemes[0]), part.seed)
     if search is None:
         plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in study.plans))
         return replace(request, split="test", audit_all=True), FixedPlans(plans), len(plans)
@@ -143,13 +144,14 @@ def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, 
     opened = open_run(run.path)
     known = {(one.candidate, one.scheme) for one in opened.networks}
     own = [one for one in opened.networks if one.folder == one.candidate and one.has_weights]
-    missing = [(one, scheme) for one in own for scheme in study.schemes if (one.candidate, scheme) not in known]
+    further = list(map(parse_scheme, study.schemes[1:]))
+    missing = [(one, scheme) for one in own for scheme in further if (one.candidate, scheme) not in known]
     if not missing:
         return
     with opened.run.locked():
         data = opened.data(machine.data_dir, partial(display.advance, "reading images"))
         for network, scheme in missing:
             deadline.check()
-            requantize(opened, network, scheme, data, display.advance)
+            requantize(opened, network, (scheme,), data, display.advance)
             deadline.worked = True
         report_again(open_study(opened, None))

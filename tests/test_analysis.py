@@ -28,13 +28,19 @@ from fnet_search.analysis import (
 from fnet_search.analysis_figures import STATISTICS, Statistic, badness, boxes_figure, costs_figure, heat_figure, slots
 from fnet_search.analysis_page import write_analysis
 from fnet_search.data import DataSet
-from fnet_search.evaluate import WEIGHTS, prepare, record
+from fnet_search.evaluate import (
+    WEIGHTS,
+    record,
+)
 from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
 from fnet_search.macro import Macroarchitecture, Node, load_space, to_toml
 from fnet_search.plan import FactorizationPlan, factorize, named_plans, plan_cost, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats
-from fnet_search.recorded import RecordedRun, scheme_folder
-from fnet_search.runfolder import RunFolder
+from fnet_search.prepare import (
+    prepare,
+)
+from fnet_search.recorded import RecordedRun
+from fnet_search.runfolder import RunFolder, scheme_folder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.sensitivity import PartSensitivity, Sensitivity
 from fnet_search.testing import made_up_layers as layer_stats
@@ -58,13 +64,13 @@ def recorded(
         again = plan in numbers
         number = numbers.setdefault(plan, len(numbers))
         candidate, scheme = run.candidate(number), parse_scheme(text)
-        target = scheme_folder(candidate, scheme) if again else candidate
+        target = scheme_folder(candidate, str(scheme)) if again else candidate
         target.mkdir(parents=True)
         trained = randomized(factorize(space, plan), number)
         write_tensors(candidate / WEIGHTS, trained.state_dict(), {})
         begun = Evaluation(number, plan, plan_cost(space, plan), split="test")
         quantized = prepare(trained, scheme, data, 3)
-        run.write_candidate(record(begun, trained, quantized, scheme, data, 3, target), target)
+        run.write_candidate(record(begun, trained, quantized, data, 3, target), target)
     return RecordedRun(run, config, space, Constraints()), data
 
 

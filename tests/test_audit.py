@@ -12,13 +12,15 @@ from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
 from fnet_search.audit import LayerAudit, audit, audit_layers, compare
-from fnet_search.evaluate import prepare
 from fnet_search.export import coded, codes_name, quantized_model
 from fnet_search.layers import Activation, Conv, Dense, Flatten, Layer
 from fnet_search.macro import INPUT, load_space
 from fnet_search.params import QuantParams, clip
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.policy import Audit
+from fnet_search.prepare import (
+    prepare,
+)
 from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, accumulate, bounded
 from fnet_search.runtime import Runtime, with_outputs
 from fnet_search.scheme import Scheme, parse_scheme

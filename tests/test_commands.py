@@ -246,6 +246,40 @@ def test_a_scheme_is_measured_once(fnet: Callable, refused: Callable[..., str], 
     assert refused(*beside) == "--candidate 0/minmax: give the candidate alone, 0"
 
 
+def test_a_network_quantized_otherwise_may_win(fnet: Callable, refused: Callable[..., str], run: Path) -> None:
+    """Of two that are alike but for the clipping, the winner is clipped hard; the other takes its place, for good."""
+    own = open_run(run)
+    assert own.winner is not None
+    number = str(own.winner.evaluation.number)
+    worse = ("quantize", "run", "--candidate", number, "--scheme", "percentile:40")
+    out = fnet(*worse, "--promote")[1]
+    assert f"winner: candidate {number} (" in out
+    assert "quantized with auto" not in out
+    assert open_run(run).winner.id == number, "it is no better"  # type: ignore[union-attr]
+    before = json.loads((run / "best" / "test.json").read_text())
+    for path in (run / "candidates").glob("*/evaluation.json"):  # as if the run had quantized badly
+        path.write_text(json.dumps({**json.loads(path.read_text()), "quint8_accuracy": 0.2, "quint8_loss": 9.0}))
+    out = fnet("quantize", "run", "--candidate", number, "--scheme", "minmax")[1]
+    remark = f"{number}/minmax is better than the winner: fnet-search quantize run --candidate {number} --scheme minmax"
+    assert f"{remark} --promote makes it best/." in out
+    assert "is better than the winner" in (run / "report.html").read_text()
+    assert refused("quantize", "run", "--candidate", number, "--scheme", "minmax").endswith(
+        f"already, as {number}/minmax"
+    )
+    code, out, err = fnet("quantize", "run", "--candidate", number, "--scheme", "minmax", "--promote")
+    assert (code, err) == (0, "")
+    assert "is better than the winner" not in out
+    winner = open_run(run).winner
+    assert winner is not None
+    assert winner.id == f"{number}/minmax"
+    test = json.loads((run / "best" / "test.json").read_text())
+    assert (test["number"], test["scheme"], test["split"]) == (int(number), "minmax", "test")
+    assert before["scheme"] != "minmax"
+    facts = read_model(run / "best" / "model.onnx")[1]
+    assert (facts["scheme"], float(facts["test_quint8_accuracy"])) == ("minmax", test["quint8_accuracy"])
+    assert fnet("audit", "run")[1].count("0 of 3,600 output codes") == 1
+
+
 def test_networks_without_their_files(refused: Callable[..., str], run: Path, winner: str) -> None:
     (run / "best" / "model.onnx").unlink()
     assert "cannot read run/best/model.onnx: No such file" in refused("audit", "run")

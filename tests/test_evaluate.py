@@ -8,27 +8,23 @@ import pytest
 import torch
 from networks import CPU, FAST, MIXED, batches_of, compiled, digits, noise, normal, randomized, sequence
 
-from fnet_search.correct import correct_biases
+from fnet_search.correct import channel_means, correct_biases
 from fnet_search.data import DataSet, Split, load_dataset
 from fnet_search.equalize import equalize
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import (
-    CALIBRATION_SAMPLES,
     CHECKPOINT,
-    CORRECTION_SAMPLES,
     MEASURED,
     QUANTIZED,
     WEIGHTS,
     Job,
     Setup,
     Start,
-    calibration,
     child,
     evaluate,
     load_quantized,
     load_trained,
     measure,
-    prepare,
     transform_samples,
     unfinished,
 )
@@ -39,11 +35,17 @@ from fnet_search.macro import load_space
 from fnet_search.network import build
 from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
 from fnet_search.policy import Audit, ClassResult, Evaluation, Role
+from fnet_search.prepare import (
+    CALIBRATION_SAMPLES,
+    CORRECTION_SAMPLES,
+    calibration,
+    prepare,
+)
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
 from fnet_search.recipe import Augmentation, Fidelity, Recipe
 from fnet_search.runtime import Runtime
-from fnet_search.scheme import RangeMethod, Scheme, parse_scheme
+from fnet_search.scheme import PAPER, RangeMethod, Scheme, parse_scheme
 from fnet_search.train import Report, TrainingFailed, TrainingProgress, accuracy, train
 from fnet_search.weights import read_tensors, write_tensors
 
@@ -51,7 +53,7 @@ TINY = load_space("tiny")
 PLAN = parse_plan(TINY, "f2")
 REGULAR = parse_plan(TINY, "regular")
 RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
-SETUP = Setup(TINY, RECIPE, Scheme(), CPU, 7, "validation")
+SETUP = Setup(TINY, RECIPE, (PAPER,), CPU, 7, "validation")
 
 
 def load_candidate(plan: FactorizationPlan, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:
@@ -152,7 +154,7 @@ def test_progress_runs_from_the_first_step_to_the_last_measurement(outcome: Outc
     assert [progress.epoch for progress in outcome.seen if progress.ended] == [1, 2, 3]
     assert {progress.split for progress in outcome.seen} == {"validation"}
     stages = [progress.stage for progress in outcome.seen]
-    assert list(dict.fromkeys(stages)) == ["", "calibrating", "measuring"]
+    assert list(dict.fromkeys(stages)) == ["", "quantizing", "measuring"]
 
 
 @pytest.mark.parametrize(("stage", "epoch"), [("", 1), ("", 2), ("calibrating", 3), ("measuring", 3)])
@@ -408,7 +410,8 @@ def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES), scheme.ranges)
     network = quantize(folded, stats, "per-channel" in text)
     if "bias-correct" in text:
-        network = correct_biases(folded, network, calibration(data, 3, CORRECTION_SAMPLES))
+        few = calibration(data, 3, CORRECTION_SAMPLES)
+        network = correct_biases(network, channel_means(folded, few), few)
     assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
     assert {name: (one.low, one.high) for name, one in found.stats.items()} == {
         name: (one.low, one.high) for name, one in stats.items()
@@ -429,7 +432,7 @@ def test_an_audited_candidate(outcome: Outcome, data: DataSet, tmp_path: Path) -
 
 def test_a_candidate_of_another_scheme_is_read_back(data: DataSet, tmp_path: Path) -> None:
     scheme = parse_scheme("minmax+per-channel+equalize+bias-correct")
-    setup = replace(SETUP, scheme=scheme, audited=True, recipe=RECIPE.with_epochs(1))
+    setup = replace(SETUP, schemes=(scheme,), audited=True, recipe=RECIPE.with_epochs(1))
     found = Outcome(data, tmp_path, setup).evaluation
     assert found.scheme == str(scheme)
     assert found.audit is not None

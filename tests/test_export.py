@@ -12,12 +12,14 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fnet_search import __version__
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import prepare
 from fnet_search.export import coded, codes_name, float_model, quantized_model, read_model, write_model
 from fnet_search.fold import fold
 from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Function, Layer, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, load_space
 from fnet_search.plan import factorize, parse_plan
+from fnet_search.prepare import (
+    prepare,
+)
 from fnet_search.quantize import QuantizedNetwork
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import parse_scheme

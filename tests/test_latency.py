@@ -13,7 +13,11 @@ from rich.table import Table
 from test_report import Page
 
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import QUANTIZED, WEIGHTS, prepare, record
+from fnet_search.evaluate import (
+    QUANTIZED,
+    WEIGHTS,
+    record,
+)
 from fnet_search.latency import (
     blocks,
     conditions,
@@ -32,8 +36,11 @@ from fnet_search.latency import (
 from fnet_search.layers import Conv, Dense
 from fnet_search.macro import Macroarchitecture, load_space, parse_space, to_toml
 from fnet_search.plan import factorize, named_plans
-from fnet_search.recorded import RecordedRun, open_run, scheme_folder
-from fnet_search.runfolder import RunFolder
+from fnet_search.prepare import (
+    prepare,
+)
+from fnet_search.recorded import RecordedRun, open_run
+from fnet_search.runfolder import RunFolder, scheme_folder
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.timing import OTHER, Latency, LayerLatency, measure
 from fnet_search.weights import write_tensors
@@ -59,9 +66,9 @@ def record_run(folder: Path, space: Macroarchitecture, plans: Sequence[str]) -> 
         write_tensors(candidate / WEIGHTS, network.state_dict(), {"plan": str(plan)})
         schemes = [Scheme(parse_scheme("minmax").ranges), *([parse_scheme("mse+equalize")] if number == 0 else [])]
         for scheme in schemes:
-            target = candidate if scheme == schemes[0] else scheme_folder(candidate, scheme)
+            target = candidate if scheme == schemes[0] else scheme_folder(candidate, str(scheme))
             evaluation = replace(trained(space, plan, number, 0.9, 0.8, layers=False), split="test")
-            found = record(evaluation, network, prepare(network, scheme, data, 0), scheme, data, 0, target)
+            found = record(evaluation, network, prepare(network, scheme, data, 0), data, 0, target)
             run.write_candidate(found, target)
     return open_run(folder)
 

@@ -26,7 +26,7 @@ from fnet_search.plan import FactorizationPlan, depthwise, make_plan, regular, u
 from fnet_search.policy import Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.storage import open_artifacts, open_url
 from fnet_search.study import Sharing, StudyRecord
 from fnet_search.testing import made_up_probes
@@ -36,7 +36,7 @@ from fnet_search.trials import EVALUATION
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
 LEASE_FOR_TESTS = 0.4
-SETUP = Setup(TINY, load_recipe("quick"), Scheme(), Numerics("cpu"), 0, "validation", fidelity=Fidelity(True))
+SETUP = Setup(TINY, load_recipe("quick"), (PAPER,), Numerics("cpu"), 0, "validation", fidelity=Fidelity(True))
 
 Joined = Callable[..., StudyRecord]
 

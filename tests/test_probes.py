@@ -17,18 +17,20 @@ from fnet_search.evaluate import (
     Job,
     Setup,
     Start,
-    calibration,
     evaluate,
-    folded_for,
     load_quantized,
     load_trained,
-    prepare,
 )
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
 from fnet_search.policy import Probe, Probes
+from fnet_search.prepare import (
+    calibration,
+    folded_for,
+    prepare,
+)
 from fnet_search.probes import (
     CALIBRATED,
     ProbeTask,
@@ -52,7 +54,7 @@ RECIPE = load_recipe("quick").with_epochs(1)
 
 
 def setup_of(space: Macroarchitecture = TINY, scheme: str = "percentile:1") -> Setup:
-    return Setup(space, RECIPE, parse_scheme(scheme), CPU, 3, "validation")
+    return Setup(space, RECIPE, (parse_scheme(scheme),), CPU, 3, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +153,13 @@ def long_way(setup: Setup, data: DataSet, start: Start, layer: str, rate: int) -
     child = Network(factorize(setup.space, plan)).eval()
     samples = calibration(data, setup.seed, TRANSFORM_SAMPLES)
     warm_start(parent, child, samples)
-    folded = folded_for(setup.scheme, child)
-    before = prepare(parent, setup.scheme, data, setup.seed)
+    folded = folded_for(setup.schemes[0], child)
+    before = prepare(parent, setup.schemes[0], data, setup.seed)
     names = [INPUT, *(node.name for node in setup.space.order)]
     unchanged = set(names[: names.index(layer)]) & before.stats.keys()
     few = calibration(data, setup.seed, CALIBRATED)
-    stats = {**calibrate(folded, few, setup.scheme.ranges), **{name: before.stats[name] for name in unchanged}}
-    network = quantize(folded, stats, setup.scheme.per_channel)
+    stats = {**calibrate(folded, few, setup.schemes[0].ranges), **{name: before.stats[name] for name in unchanged}}
+    network = quantize(folded, stats, setup.schemes[0].per_channel)
     part = probed_images(data)
     x = data.normalise(part.images)
     with torch.no_grad():
@@ -200,7 +202,7 @@ def test_a_tail_takes_the_codes_of_the_whole_network(
     monkeypatch.setattr(fnet_search.probes, "quantize", spying)
     probe_layer(setup_of(), data, ProbeTask("conv_16_2", (2,), start))
     parent = load_trained(TINY, start.plan, start.folder)
-    _, whole = load_quantized(parent, setup_of().scheme, start.folder)
+    _, whole = load_quantized(parent, setup_of().schemes[0], start.folder)
     assert [one.params[INPUT] for one in made] == [whole.params["conv_16_1.act"]]
 
 
@@ -210,7 +212,7 @@ def test_the_unchanged_network_is_measured_as_it_is(data: DataSet, start: Start,
     one = probes.unchanged
     assert (one.layer, one.rate, one.layers, one.logit_snr_db) == ("", 1, (), None)
     parent = load_trained(TINY, start.plan, start.folder)
-    folded, quantized = load_quantized(parent, setup_of().scheme, start.folder)
+    folded, quantized = load_quantized(parent, setup_of().schemes[0], start.folder)
     part = probed_images(data)
     x = data.normalise(part.images)
     with torch.no_grad():

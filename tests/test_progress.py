@@ -17,7 +17,7 @@ from fnet_search.policy import Audit, Constraints, Role
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.search import ProbesProgressed, Started
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
@@ -30,7 +30,7 @@ ENDED = TrainingProgress(1, 4, True, 0.25, 1.5, 0.5, "validation")
 
 
 def trained_with(fidelity: Fidelity) -> Setup:
-    return Setup(TINY, load_recipe("quick").with_epochs(4), Scheme(), CPU, 0, "validation", fidelity=fidelity)
+    return Setup(TINY, load_recipe("quick").with_epochs(4), (PAPER,), CPU, 0, "validation", fidelity=fidelity)
 
 
 COLD, WARM = trained_with(Fidelity()), trained_with(Fidelity(True, warm_epochs=1, prune=True, final_epochs=8))

@@ -34,7 +34,7 @@ from fnet_search.request import Machine, Request
 from fnet_search.run import open_study, report_again, run_study
 from fnet_search.runfolder import RunFolder
 from fnet_search.runtime import Runtime
-from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.scheme import PAPER, parse_scheme
 from fnet_search.search import Event, FixedPlans, ProbesProgressed, Started
 from fnet_search.trials import EVALUATION
 from fnet_search.weights import read_tensors
@@ -44,7 +44,7 @@ SEARCH = Request(
     space=TINY,
     dataset="digits",
     recipe=load_recipe("quick").with_epochs(1),
-    scheme=Scheme(),
+    schemes=(PAPER,),
     seed=3,
     policy_name="random",
     constraints=Constraints(conv_macs=600_000),
@@ -277,7 +277,10 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
             {"machine": replace(SEARCH.machine, threads=9)},
             "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
         ),
-        ({"scheme": parse_scheme("minmax+equalize")}, "scheme: 'percentile:1' recorded, 'minmax+equalize' wanted"),
+        (
+            {"schemes": (parse_scheme("minmax+equalize"),)},
+            "--scheme: 'percentile:1' recorded, 'minmax+equalize' wanted",
+        ),
         ({"space": load_space("factorizenet")}, "space"),
         (
             {"machine": replace(SEARCH.machine, dtype="bfloat16")},

@@ -3,9 +3,11 @@ import torch
 from networks import MIXED, noise, randomized
 
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import prepare
 from fnet_search.export import LOGITS, codes_name, float_model, quantized_model
 from fnet_search.fold import fold
+from fnet_search.prepare import (
+    prepare,
+)
 from fnet_search.runtime import Runtime, with_outputs
 from fnet_search.scheme import Scheme
 

@@ -4,7 +4,18 @@ from itertools import product
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.scheme import MINMAX, MSE, RangeMethod, Scheme, parse_ranges, parse_scheme
+from fnet_search.scheme import (
+    CHOICE,
+    MINMAX,
+    MSE,
+    PAPER,
+    RangeMethod,
+    Scheme,
+    parse_ranges,
+    parse_scheme,
+    parse_schemes,
+    schemes_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +87,21 @@ def test_bad_schemes(text: str, complaint: str) -> None:
     with pytest.raises(FnetError) as caught:
         parse_scheme(text)
     assert str(caught.value).startswith(complaint)
+
+
+def test_what_a_network_may_be_quantized_with() -> None:
+    assert parse_schemes("paper") == (PAPER,) == (parse_scheme("percentile:1"),)
+    assert parse_schemes("mse+per-channel") == (Scheme(MSE, per_channel=True),)
+    assert parse_schemes("auto") == CHOICE
+    assert {(one.ranges, one.per_channel, one.bias_correct) for one in CHOICE} == set(
+        product((MINMAX, MSE), (False, True), (False, True))
+    )
+    assert str(CHOICE[0]) == "mse+per-channel+bias-correct", "what a run without a reference has for its policy"
+    for text in ("auto", "percentile:1", "mse+equalize"):
+        assert schemes_text(parse_schemes(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "Auto", "best", "mse,per-channel", "mse+channel"])
+def test_unknown_schemes(text: str) -> None:
+    with pytest.raises(FnetError, match=r"--scheme .*: unknown .*; or auto, or paper$"):
+        parse_schemes(text)

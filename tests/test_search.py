@@ -17,7 +17,7 @@ from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost,
 from fnet_search.policy import Constraints, Evaluation, History, Policy, Probe, Role, choose_parent, ranking
 from fnet_search.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.recipe import Fidelity, load_recipe
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.search import FixedPlans, ProbesProgressed, Started, search
 from fnet_search.search import trained as count_trained
 from fnet_search.testing import made_up_probes as probes
@@ -126,7 +126,7 @@ class Clocked:
     @property
     def setup(self) -> Setup:
         recipe = load_recipe("quick")
-        return Setup(TINY, recipe, Scheme(), Numerics("cpu"), 0, "validation", fidelity=self.fidelity)
+        return Setup(TINY, recipe, (PAPER,), Numerics("cpu"), 0, "validation", fidelity=self.fidelity)
 
     @property
     def busy(self) -> int:

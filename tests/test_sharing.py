@@ -219,7 +219,7 @@ def request(**changes: object) -> Request:
         "fidelity": Fidelity(True, 0.5, True, 3),
         "policy_name": "random",
         "constraints": Constraints(conv_macs=500_000, min_quint8=0.5),
-        "scheme": Scheme(per_channel=True),
+        "schemes": (Scheme(per_channel=True),),
         "seed": 7,
         "split": "validation",
         "storage": "journal:study.log",

@@ -21,7 +21,7 @@ from fnet_search.plan import FactorizationPlan, depthwise, indices, legal_rates,
 from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.storage import has_study, open_journal, open_url
 from fnet_search.study import StudyRecord
 from fnet_search.testing import made_up_probes as probes
@@ -35,7 +35,7 @@ LIMITS = Constraints(conv_macs=500_000, min_quint8=0.6, max_drop=0.1)
 
 def trained_with(fidelity: Fidelity) -> Setup:
     recipe = load_recipe("quick").with_epochs(8)
-    return Setup(TINY, recipe, Scheme(), Numerics("cpu"), 3, "validation", fidelity=fidelity)
+    return Setup(TINY, recipe, (PAPER,), Numerics("cpu"), 3, "validation", fidelity=fidelity)
 
 
 PLAIN = trained_with(Fidelity())

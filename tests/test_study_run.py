@@ -16,14 +16,13 @@ from fnet_search.recipe import load_recipe
 from fnet_search.recorded import RecordedRun
 from fnet_search.request import Machine
 from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import parse_scheme
 from fnet_search.search import Event, Started
 from fnet_search.studies import Part, Published, SearchOptions, Study, Variant
 from fnet_search.study_results import networks, remarks, rows, write_results
 from fnet_search.study_run import StudyFolder, epochs, run_parts
 
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
-HALF, MINMAX = parse_scheme("percentile:0.5"), parse_scheme("minmax")
+HALF, MINMAX = "percentile:0.5", "minmax"
 STUDY = Study(
     "mine",
     "What is tried",

@@ -13,7 +13,6 @@ from torchvision import models
 
 from fnet_search.audit import audit
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import prepare
 from fnet_search.export import float_model, quantized_model
 from fnet_search.fold import fold
 from fnet_search.imported import load_imported
@@ -22,6 +21,9 @@ from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.network import pretrained
 from fnet_search.plan import factorize, legal_rates, make_plan, network_cost
 from fnet_search.policy import Audit
+from fnet_search.prepare import (
+    prepare,
+)
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import parse_scheme
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from fnet_search import warmstart
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
-from fnet_search.evaluate import calibration
 from fnet_search.fold import fold
 from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, apply_stateless, build, walk
 from fnet_search.plan import factorize, parse_plan
+from fnet_search.prepare import (
+    calibration,
+)
 from fnet_search.ranges import Batches
 from fnet_search.recipe import Augmentation, Recipe
 from fnet_search.train import train

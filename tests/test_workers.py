@@ -24,7 +24,7 @@ from fnet_search.policy import Evaluation
 from fnet_search.probes import probe_layer, probe_tasks
 from fnet_search.quantities import percent
 from fnet_search.recipe import Fidelity, Recipe
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import PAPER
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import (
     DEATHS_ALLOWED,
@@ -40,7 +40,7 @@ from fnet_search.workers import (
 
 TINY = load_space("tiny")
 REGULAR, F2, DWS = regular(TINY), uniform(TINY, 2), depthwise(TINY)
-SETUP = Setup(TINY, Recipe("test", 3, 50, 0.05), Scheme(), CPU, 7, "validation")
+SETUP = Setup(TINY, Recipe("test", 3, 50, 0.05), (PAPER,), CPU, 7, "validation")
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_memory_of_a_worker_as_measured(tmp_path: Path) -> None:
     """Of one that has trained and measured the regular network; its heap is kept."""
     space, recipe, data = load_space("factorizenet"), Recipe("r", 1, 64, 0.01), digits(128)
     data = replace(data, evaluation=data.evaluation.take(torch.arange(250)))
-    with WorkerPool(1, Setup(space, recipe, Scheme(), CPU, 0, "validation"), data, tmp_path) as pool:
+    with WorkerPool(1, Setup(space, recipe, (PAPER,), CPU, 0, "validation"), data, tmp_path) as pool:
         pool.submit(Job(0, regular(space), tmp_path / "0"))
         assert results(pool)[0].evaluation.state == "complete"
         (pid,) = pids()

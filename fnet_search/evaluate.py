@@ -1,6 +1,7 @@
 """From a plan to its Evaluation: build, train, quantize, measure, audit, profile."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import starmap
@@ -24,10 +25,10 @@ from fnet_search.policy import Audit, ClassResult, Evaluation, Role, SplitName, 
 from fnet_search.prepare import (
     CALIBRATION_SAMPLES,
     Quantized,
+    calibrated_for,
     calibration,
     folded_for,
     least_divergent,
-    prepare_each,
 )
 from fnet_search.profile import profile
 from fnet_search.quantities import percent
@@ -264,16 +265,20 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     trained.eval().to(memory_format=torch.contiguous_format)
     stages.after("quantizing", 0)
     try:
-        tried = prepare_each(trained, setup.schemes, data, setup.seed)
+        calibrated = calibrated_for(trained, setup.schemes, data, setup.seed)
+        quantized = least_divergent(calibrated, setup.schemes, data, setup.seed)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
-    quantized = least_divergent(tried, data, setup.seed)
     write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
     runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
     seen = partial(stages.after, "measuring")
     own = record(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
-    common = [one for one in tried if one.scheme == job.common != quantized.scheme]
-    return replace(own, common=measured(evaluation, trained, common[0], data, setup.seed)) if common else own
+    if job.common in (None, quantized.scheme):
+        return own
+    with suppress(FnetError):  # where only that scheme fails, the policy sees the candidate's own
+        common = calibrated.quantized(job.common)
+        return replace(own, common=measured(evaluation, trained, common, data, setup.seed))
+    return own
 
 
 def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> Network:

@@ -6,7 +6,8 @@ quantized outputs diverge from the float ones, on training images that the range
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -20,7 +21,7 @@ from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.network import Network
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import Batches, TensorStats, calibrate_each, passes
-from fnet_search.scheme import Scheme
+from fnet_search.scheme import RangeMethod, Scheme
 
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
@@ -28,8 +29,8 @@ CORRECTION_SAMPLES = 256
 """Of these, for bias correction."""
 CHOICE_SAMPLES = 1024
 """Other training samples, at most, that a scheme is chosen on."""
-ROUNDS = (64, 256)
-"""After so many of them the better half of the schemes goes on."""
+ROUNDS = (64, 192)
+"""So many of them decide which schemes go on, and the others which of the last two counts."""
 AT_ONCE = 32
 """Images that pass a network together: few, so that what a layer gives stays in a cache."""
 
@@ -46,6 +47,37 @@ class Quantized:
     folded: FoldedNetwork
     stats: Mapping[str, TensorStats]
     network: QuantizedNetwork
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A trained network, folded (and equalized), with the ranges of its tensors by some methods: to be quantized.
+
+    `few` are the samples for bias correction.
+    """
+
+    folded: FoldedNetwork
+    stats: Mapping[RangeMethod, Mapping[str, TensorStats]]
+    few: Batches
+    _known: dict[Scheme, Quantized] = field(default_factory=dict)
+
+    def quantized(self, scheme: Scheme) -> Quantized:
+        """With a scheme of these methods. Raises FnetError where an int32 accumulation could overflow."""
+        if scheme not in self._known:
+            stats = self.stats[scheme.ranges]
+            if scheme.bias_correct:
+                network = correct_biases(
+                    self.quantized(replace(scheme, bias_correct=False)).network, self.means, self.few
+                )
+            else:
+                network = quantize(self.folded, stats, scheme.per_channel)
+            self._known[scheme] = Quantized(scheme, self.folded, stats, network)
+        return self._known[scheme]
+
+    @cached_property
+    def means(self) -> Mapping[str, Tensor]:
+        """Of the float network's channels, for bias correction."""
+        return channel_means(self.folded, self.few)
 
 
 def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
@@ -76,52 +108,27 @@ def prepare(
     `seen` counts calibration images, over all passes. Raises FnetError for activations that are not finite, and where
     an int32 accumulation could overflow.
     """
-    return prepare_each(trained, (scheme,), data, seed, seen)[0]
+    return calibrated_for(trained, (scheme,), data, seed, seen).quantized(scheme)
 
 
-def prepare_each(
+def calibrated_for(
     trained: Network, schemes: Sequence[Scheme], data: DataSet, seed: int, seen: Seen = lambda done, total: None
-) -> list[Quantized]:
-    """As `prepare`, with each of `schemes`. Where these are several, on at most half of the training images: others are
-    left to choose on (`least_divergent`).
+) -> Calibrated:
+    """A trained network in evaluation mode, to be quantized with any of `schemes`, which equalize all or none.
 
-    Schemes that the network cannot be quantized with are left out; raises FnetError where no other is left.
+    Where these are several, half of the training images at most are taken: others are left to choose on
+    (`least_divergent`). `seen` as in `prepare`. Raises FnetError for activations that are not finite.
     """
     samples = min(CALIBRATION_SAMPLES, len(data.train)) if len(schemes) == 1 else _half(data)
-    tried = _each(trained, schemes, data, seed, samples, seen)
-    found = [one for one in tried if isinstance(one, Quantized)]
-    if not found:
-        raise next(one for one in tried if isinstance(one, FnetError))
-    return found
+    folded = folded_for(schemes[0], trained)
+    methods = list(dict.fromkeys(scheme.ranges for scheme in schemes))
+    batches = _counted(calibration(data, seed, samples, AT_ONCE), samples * passes(*methods), seen)
+    stats = dict(zip(methods, calibrate_each(folded, batches, methods), strict=True))
+    return Calibrated(folded, stats, calibration(data, seed, min(samples, CORRECTION_SAMPLES), AT_ONCE))
 
 
 def _half(data: DataSet) -> int:
     return max(1, min(CALIBRATION_SAMPLES, len(data.train) // 2))
-
-
-def _each(
-    trained: Network, schemes: Sequence[Scheme], data: DataSet, seed: int, samples: int, seen: Seen
-) -> list[Quantized | FnetError]:
-    found: dict[Scheme, Quantized | FnetError] = {}
-    for equalized in dict.fromkeys(scheme.equalize for scheme in schemes):
-        alike = [scheme for scheme in schemes if scheme.equalize == equalized]
-        folded = folded_for(alike[0], trained)
-        methods = list(dict.fromkeys(scheme.ranges for scheme in alike))
-        batches = _counted(calibration(data, seed, samples, AT_ONCE), samples * passes(*methods), seen)
-        stats = dict(zip(methods, calibrate_each(folded, batches, methods), strict=True))
-        few = calibration(data, seed, min(samples, CORRECTION_SAMPLES), AT_ONCE)
-        means = channel_means(folded, few) if any(scheme.bias_correct for scheme in alike) else {}
-        plain: dict[Scheme, QuantizedNetwork] = {}
-        for scheme in alike:
-            bare = replace(scheme, bias_correct=False)
-            try:
-                if bare not in plain:
-                    plain[bare] = quantize(folded, stats[scheme.ranges], scheme.per_channel)
-                network = correct_biases(plain[bare], means, few) if scheme.bias_correct else plain[bare]
-                found[scheme] = Quantized(scheme, folded, stats[scheme.ranges], network)
-            except FnetError as error:
-                found[scheme] = error
-    return [found[scheme] for scheme in schemes]
 
 
 def _counted(batches: Batches, total: int, seen: Seen) -> Batches:
@@ -139,29 +146,52 @@ def _counted(batches: Batches, total: int, seen: Seen) -> Batches:
 
 @torch.no_grad()
 def least_divergent(
-    quantized: Sequence[Quantized], data: DataSet, seed: int, seen: Seen = lambda done, total: None
+    calibrated: Calibrated,
+    schemes: Sequence[Scheme],
+    data: DataSet,
+    seed: int,
+    seen: Seen = lambda done, total: None,
 ) -> Quantized:
-    """Of several quantizations of one trained network (`prepare_each`), that whose probabilities diverge least from the
-    float network's: mean KL in float64 over up to CHOICE_SAMPLES training images that it was not calibrated on.
+    """The network quantized with that one of `schemes` (those of `calibrated_for`) whose probabilities diverge least
+    from the float network's: by the mean KL divergence, in float64, over up to CHOICE_SAMPLES training images that it
+    was not calibrated on. Of equal ones the first.
 
-    After each of ROUNDS the better half goes on, so that most of the images are spent on those that are close. Of equal
-    ones the first.
+    In three rounds, so that most images are spent on those that are close: ROUNDS[0] images leave the better half of
+    the schemes without bias correction, ROUNDS[1] two of these and the same with it, the others the best. Fewer images
+    than twice ROUNDS are all used in each. Raises FnetError where no scheme can quantize the network.
     """
-    if len(quantized) == 1:
-        return quantized[0]
+    if len(schemes) == 1:
+        return calibrated.quantized(schemes[0])
     skipped = _half(data)
-    samples = min(CHOICE_SAMPLES, max(1, len(data.train) - skipped))
-    skipped = min(skipped, len(data.train) - samples)  # of a single image there is no other
-    left, rounds, count = list(quantized), list(ROUNDS), 0
-    divergence = dict.fromkeys((one.scheme for one in left), 0.0)
-    for x in calibration(data, seed, samples, AT_ONCE, skipped)():
-        log_p = F.log_softmax(left[0].folded(x).double(), 1)
-        for one in left:
-            log_q = F.log_softmax(one.network(x).double(), 1)
-            divergence[one.scheme] += float((log_p.exp() * (log_p - log_q)).sum())
-        count += len(x)
-        seen(count, samples)
-        if rounds and count >= rounds[0]:
-            rounds.pop(0)
-            left = sorted(left, key=lambda one: divergence[one.scheme])[: math.ceil(len(left) / 2)]
-    return min(left, key=lambda one: divergence[one.scheme])
+    samples = max(1, min(CHOICE_SAMPLES, len(data.train) - skipped))
+    batches = list(calibration(data, seed, samples, AT_ONCE, min(skipped, len(data.train) - samples))())
+    few = samples < 2 * sum(ROUNDS)
+    ends = [0, ROUNDS[0] // AT_ONCE, sum(ROUNDS) // AT_ONCE, len(batches)]
+    first, second, last = (batches if few else batches[ends[place] : ends[place + 1]] for place in range(3))
+    plain = [scheme for scheme in schemes if not scheme.bias_correct]
+    left = _best(calibrated, plain, first, math.ceil(len(plain) / 2))
+    left = [one for one in schemes if replace(one, bias_correct=False) in left]
+    seen(ROUNDS[0], samples)
+    left = _best(calibrated, left, second, 2)
+    seen(sum(ROUNDS), samples)
+    (found,) = _best(calibrated, left, last, 1)
+    seen(samples, samples)
+    return calibrated.quantized(found)
+
+
+def _best(calibrated: Calibrated, schemes: Sequence[Scheme], batches: Sequence[Tensor], count: int) -> list[Scheme]:
+    """So many of the schemes that diverge least."""
+    divergence: dict[Scheme, float] = {}
+    floats = [F.log_softmax(calibrated.folded(x).double(), 1) for x in batches]
+    failure: FnetError | None = None
+    for scheme in schemes:
+        try:
+            network = calibrated.quantized(scheme).network
+        except FnetError as error:
+            failure = error
+            continue
+        quantized = (F.log_softmax(network(x).double(), 1) for x in batches)
+        divergence[scheme] = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(floats, quantized, strict=True))
+    if failure is not None and not divergence:
+        raise failure
+    return sorted(divergence, key=lambda scheme: divergence[scheme])[:count]

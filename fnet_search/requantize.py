@@ -16,7 +16,7 @@ from fnet_search.files import write_text
 from fnet_search.page import NONE, plain_table
 from fnet_search.plan import label
 from fnet_search.policy import Evaluation
-from fnet_search.prepare import least_divergent, prepare_each
+from fnet_search.prepare import calibrated_for, least_divergent
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata
 from fnet_search.runfolder import PROMOTED, scheme_folder
 from fnet_search.runtime import Runtime
@@ -43,8 +43,9 @@ def requantize(
     def measured(images: int) -> None:
         advance(f"measuring {named}, in ONNX Runtime too", images, len(data.evaluation))
 
-    tried = prepare_each(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
-    quantized = least_divergent(tried, data, seed, partial(advance, f"choosing a scheme for candidate {network.id}"))
+    calibrated = calibrated_for(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
+    choosing = partial(advance, f"choosing a scheme for candidate {network.id}")
+    quantized = least_divergent(calibrated, schemes, data, seed, choosing)
     _check_new(opened, network, (quantized.scheme,))
     folder = scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())

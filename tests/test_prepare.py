@@ -1,7 +1,6 @@
 """The scheme that a network is quantized with: on which images it is calibrated, and which of several counts."""
 
 from dataclasses import replace
-from itertools import product
 
 import pytest
 import torch
@@ -11,20 +10,23 @@ from torch import Tensor
 
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
-from fnet_search.fold import fold
+from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.prepare import (
     AT_ONCE,
     CALIBRATION_SAMPLES,
     CHOICE_SAMPLES,
     ROUNDS,
+    Calibrated,
     Quantized,
+    calibrated_for,
     calibration,
     least_divergent,
     prepare,
-    prepare_each,
 )
 from fnet_search.ranges import calibrate
-from fnet_search.scheme import CHOICE, MINMAX, MSE, PAPER, Scheme, parse_scheme
+from fnet_search.scheme import CHOICE, MINMAX, MSE, PAPER, Scheme
+
+Counts = list[tuple[int, int]]
 
 
 def training_images(data: DataSet) -> Tensor:
@@ -35,52 +37,58 @@ def training_images(data: DataSet) -> Tensor:
 @pytest.mark.parametrize(("images", "calibrated"), [(100, 50), (101, 50), (1, 1)])
 def test_several_schemes_leave_half_of_few_images_to_choose_on(images: int, calibrated: int) -> None:
     trained, data = randomized(MIXED), noise(MIXED, images)
-    told: list[tuple[int, int]] = []
-    found = prepare_each(trained, CHOICE, data, 3, lambda done, total: told.append((done, total)))
-    assert [one.scheme for one in found] == list(CHOICE)
+    told: Counts = []
+    found = calibrated_for(trained, CHOICE, data, 3, lambda done, total: told.append((done, total)))
     assert told[-1] == (2 * calibrated, 2 * calibrated), "two passes for all schemes together"
     first = training_images(data)[:calibrated]
-    for method in (MINMAX, MSE):
-        stats = calibrate(fold(trained), lambda: iter([first]), method)
-        ranges = {name: (one.low, one.high) for name, one in stats.items()}
-        same = [one for one in found if one.scheme.ranges == method]
-        assert len(same) == len(CHOICE) / 2
-        assert all({name: (s.low, s.high) for name, s in one.stats.items()} == ranges for one in same)
-    counts: list[tuple[int, int]] = []
-    least_divergent(found, data, 3, lambda done, total: counts.append((done, total)))
+    assert list(found.stats) == [MSE, MINMAX]
+    for method, stats in found.stats.items():
+        alone = calibrate(fold(trained), lambda: iter([first]), method)
+        assert {name: (one.low, one.high) for name, one in stats.items()} == {
+            name: (one.low, one.high) for name, one in alone.items()
+        }
+    least_divergent(found, CHOICE, data, 3, lambda done, total: told.append((done, total)))
     rest = max(1, images - calibrated)
-    assert counts[-1] == (rest, rest)
+    assert told[-1] == (rest, rest)
 
 
 def test_many_images_are_not_all_taken() -> None:
-    data = noise(MIXED, CALIBRATION_SAMPLES + CHOICE_SAMPLES + 100)
-    two = (Scheme(MINMAX), Scheme(MINMAX, per_channel=True))
-    counts: list[tuple[int, int]] = []
-    tried = prepare_each(randomized(MIXED), two, data, 3, lambda done, total: counts.append((done, total)))
-    assert counts[-1] == (CALIBRATION_SAMPLES, CALIBRATION_SAMPLES)
-    least_divergent(tried, data, 3, lambda done, total: counts.append((done, total)))
-    assert counts[-1] == (CHOICE_SAMPLES, CHOICE_SAMPLES)
+    data, two = noise(MIXED, CALIBRATION_SAMPLES + CHOICE_SAMPLES + 100), (Scheme(MINMAX), Scheme(MINMAX, True))
+    told: Counts = []
+    found = calibrated_for(randomized(MIXED), two, data, 3, lambda done, total: told.append((done, total)))
+    assert told[-1] == (CALIBRATION_SAMPLES, CALIBRATION_SAMPLES)
+    least_divergent(found, two, data, 3, lambda done, total: told.append((done, total)))
+    assert told[-1] == (CHOICE_SAMPLES, CHOICE_SAMPLES)
 
 
 def test_the_least_divergent_on_other_images_than_it_was_calibrated_on() -> None:
-    """In float64, by the mean KL divergence; fewer than the first of ROUNDS: all are compared on all."""
-    trained, data = randomized(MIXED), noise(MIXED, 2 * ROUNDS[0] - 2)
-    tried = prepare_each(trained, (*CHOICE, PAPER), data, 3)
-    others = training_images(data)[len(data.train) // 2 :]
-    log_p = F.log_softmax(tried[0].folded(others).double(), 1)
-    divergences = [
-        float((log_p.exp() * (log_p - F.log_softmax(one.network(others).double(), 1))).sum()) for one in tried
-    ]
-    assert len(set(divergences)) > 2
-    assert least_divergent(tried, data, 3) is tried[divergences.index(min(divergences))]
-    assert least_divergent(tried[3:4], data, 3) is tried[3]
+    """Of few images all are used in each round: the better half of the four without bias correction, and the same with
+    it, of which the best is found by hand."""
+    trained, data = randomized(MIXED), noise(MIXED, 120)
+    calibrated = calibrated_for(trained, CHOICE, data, 3)
+    others = training_images(data)[60:]
+    log_p = F.log_softmax(calibrated.folded(others).double(), 1)
+
+    def divergence(scheme: Scheme) -> float:
+        log_q = F.log_softmax(calibrated.quantized(scheme).network(others).double(), 1)
+        return float((log_p.exp() * (log_p - log_q)).sum())
+
+    plain = sorted((scheme for scheme in CHOICE if not scheme.bias_correct), key=divergence)[:2]
+    expected = min((scheme for scheme in CHOICE if replace(scheme, bias_correct=False) in plain), key=divergence)
+    assert len({divergence(scheme) for scheme in CHOICE}) == len(CHOICE)
+    found = least_divergent(calibrated, CHOICE, data, 3)
+    assert found.scheme == expected
+    again = prepare(trained, expected, noise(MIXED, 60), 3)  # other images
+    assert found.network.params.keys() == again.network.params.keys()
+    only = calibrated_for(trained, (PAPER,), data, 3)
+    assert least_divergent(only, (PAPER,), data, 3).network is only.quantized(PAPER).network
 
 
 class Off:
     """A network that is off by so much, and counts its images."""
 
-    def __init__(self, quantized: Quantized, error: float) -> None:
-        self.folded, self.error, self.images = quantized.folded, error, 0
+    def __init__(self, folded: FoldedNetwork, error: float) -> None:
+        self.folded, self.error, self.images = folded, error, 0
 
     def __call__(self, x: Tensor) -> Tensor:
         self.images += len(x)
@@ -88,20 +96,24 @@ class Off:
         return y + self.error * torch.arange(y.shape[1])
 
 
-def test_the_better_half_goes_on() -> None:
-    """Most images are spent on those that are close; of equal ones the first wins."""
-    images = 2 * CHOICE_SAMPLES
-    data = noise(MIXED, images)
-    one = prepare(randomized(MIXED), PAPER, noise(MIXED, 10), 3)
-    networks = [Off(one, error) for error in (0.5, 0.1, 0.3, 0.1, 0.2)]
-    schemes = [Scheme(*kind) for kind in product((MSE, MINMAX), (False, True), (False, True))]
-    tried = [
-        replace(one, scheme=scheme, network=network)  # type: ignore[arg-type]  # it is called, no more
-        for scheme, network in zip(schemes, networks, strict=False)
-    ]
-    assert least_divergent(tried, data, 3) is tried[1]
-    assert all(stage % AT_ONCE == 0 for stage in ROUNDS)
-    assert [network.images for network in networks] == [ROUNDS[0], CHOICE_SAMPLES, ROUNDS[0], CHOICE_SAMPLES, ROUNDS[1]]
+def test_most_images_are_spent_on_those_that_are_close() -> None:
+    """Of equal ones the first wins."""
+    folded, data = fold(randomized(MIXED)), noise(MIXED, 2 * CHOICE_SAMPLES)
+    plain = [scheme for scheme in CHOICE if not scheme.bias_correct]
+    errors = dict(zip(plain, (0.5, 0.3, 0.4, 0.6), strict=True))
+    errors |= {replace(scheme, bias_correct=True): error for scheme, error in zip(plain, (0, 0.2, 0.3, 0), strict=True)}
+    networks = {scheme: Off(folded, error) for scheme, error in errors.items()}
+    known = {
+        scheme: Quantized(scheme, folded, {}, network)  # type: ignore[arg-type]  # it is called, no more
+        for scheme, network in networks.items()
+    }
+    best = replace(plain[1], bias_correct=True)
+    assert least_divergent(Calibrated(folded, {}, lambda: iter(()), known), CHOICE, data, 3).scheme == best
+    assert all(size % AT_ONCE == 0 for size in ROUNDS)
+    first, second, last = *ROUNDS, CHOICE_SAMPLES - sum(ROUNDS)
+    seen = {scheme: network.images for scheme, network in networks.items()}
+    assert [seen[scheme] for scheme in plain] == [first, first + second + last, first + second, first]
+    assert [seen[replace(scheme, bias_correct=True)] for scheme in plain] == [0, second + last, second, 0]
 
 
 def test_a_network_that_no_scheme_can_quantize() -> None:
@@ -110,4 +122,4 @@ def test_a_network_that_no_scheme_can_quantize() -> None:
         next(tensor for name, tensor in trained.state_dict().items() if name.endswith("weight")).fill_(torch.inf)
     for schemes in (CHOICE, CHOICE[:1]):
         with pytest.raises(FnetError, match="not finite"):
-            prepare_each(trained, schemes, data, 3)
+            calibrated_for(trained, schemes, data, 3)

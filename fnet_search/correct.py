@@ -6,12 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Conv, Dense
 from fnet_search.macro import INPUT, Node
 from fnet_search.network import run
-from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, bounded
+from fnet_search.params import QuantParams
+from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, fits, quantize_layer
 from fnet_search.ranges import Batches
 
 
@@ -27,8 +27,9 @@ def correct_biases(folded: FoldedNetwork, quantized: QuantizedNetwork, batches: 
     """Layer after layer, moves the int32 biases so that the mean of each output channel, before any ReLU, is that of
     the float network over the samples, with all layers before quantized and corrected.
 
-    What clipping and rounding shift is put right; the float network stays as it is. All samples pass one layer before
-    the next, so memory grows with them: give few. Raises FnetError where an accumulation could overflow.
+    What clipping and rounding shift is put right; the float network stays as it is. A layer whose corrected biases
+    leave int32 no room for its sums is quantized again, with a wider weight scale. All samples pass one layer before
+    the next, so memory grows with them: give few.
     """
     layers = dict(quantized.layers)
     corrected = replace(quantized, layers=layers)
@@ -37,10 +38,9 @@ def correct_biases(folded: FoldedNetwork, quantized: QuantizedNetwork, batches: 
     def apply(node: Node, inputs: list[_Both]) -> _Both:
         floats = [folded.apply_node(node, list(parts)) for parts in zip(*(one.floats for one in inputs), strict=True)]
         if isinstance(node.layer, Conv | Dense):
-            try:
-                layers[node.name] = _corrected(corrected, node, floats, inputs[0].codes)
-            except FnetError as error:
-                raise FnetError(f"layer {node.name!r}: {error}") from None
+            layer, source = layers[node.name], quantized.params[quantized.carrier[node.inputs[0]]]
+            weight = folded.weight[node.name]
+            layers[node.name] = _corrected(node.layer, layer, source, weight, floats, inputs[0].codes)
         codes = [step(node, list(parts)) for parts in zip(*(one.codes for one in inputs), strict=True)]
         return _Both(floats, codes)
 
@@ -49,14 +49,22 @@ def correct_biases(folded: FoldedNetwork, quantized: QuantizedNetwork, batches: 
     return corrected
 
 
-def _corrected(quantized: QuantizedNetwork, node: Node, floats: list[Tensor], codes: list[Tensor]) -> QuantizedLayer:
-    assert isinstance(node.layer, Conv | Dense)
-    layer, source = quantized.layers[node.name], quantized.params[quantized.carrier[node.inputs[0]]]
-    totals = [accumulate(node.layer, part, source.zero, layer) for part in codes]
-    wanted = _channel_means(floats).to(layer.bias.device) / layer.bias_scale(source).double()
-    shift = torch.round(wanted - _channel_means(totals).to(layer.bias.device))
-    bias = (layer.bias.double() + shift).clamp(-(2**31), 2**31 - 1)
-    return bounded(replace(layer, bias=bias.to(torch.int32)))
+def _corrected(
+    node: Conv | Dense,
+    layer: QuantizedLayer,
+    source: QuantParams,
+    weight: Tensor,
+    floats: list[Tensor],
+    codes: list[Tensor],
+) -> QuantizedLayer:
+    scale = layer.bias_scale(source).double()
+    totals = [accumulate(node, part, source.zero, layer) for part in codes]
+    wanted, found = (_channel_means(parts).to(scale.device) for parts in (floats, totals))
+    bias = layer.bias.double() + torch.round(wanted / scale - found)
+    if fits(replace(layer, bias=bias)):
+        return replace(layer, bias=bias.to(torch.int32))
+    wider = quantize_layer(weight, bias * scale, source, len(layer.params) > 1)
+    return _corrected(node, wider, source, weight, floats, codes)  # its weights are rounded otherwise
 
 
 def _channel_means(batches: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.correct import channel_means, correct_biases
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet
 from fnet_search.equalize import equalize
 from fnet_search.export import quantized_model
@@ -66,7 +66,7 @@ def main(
                     stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), parse_ranges(name))
                     plain = quantize(folded, stats, per_channel)
                     few = calibration(data, seed, CORRECTION_SAMPLES)
-                    corrected = correct_biases(plain, channel_means(folded, few), few)
+                    corrected = correct_biases(folded, plain, few)
                     found += [f"{100 * accuracy(one, data):8.2f}" for one in (plain, corrected)]
                 seconds = (time.monotonic() - start) / len(found)
                 fp32 = f"{100 * (network.evaluation.fp32_accuracy or 0):7.2f}"

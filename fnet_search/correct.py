@@ -6,12 +6,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fnet_search.errors import FnetError
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Conv, Dense
 from fnet_search.macro import INPUT, Node
 from fnet_search.network import run, walk
-from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, bounded
+from fnet_search.params import QuantParams
+from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, Step, accumulate, fits, quantize_layer
 from fnet_search.ranges import Batches
 
 
@@ -19,25 +19,30 @@ from fnet_search.ranges import Batches
 def channel_means(folded: FoldedNetwork, batches: Batches) -> Mapping[str, Tensor]:
     """Of each convolution and dense layer of the float network: the mean of each output channel over the samples,
     before any ReLU, float64 [C]."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    sums: dict[str, list[tuple[Tensor, int]]] = {}
     for batch in batches():
         for node, output in walk(folded.network, batch, folded.apply_node):
             if isinstance(node.layer, Conv | Dense):
-                total, count = _channel_sums(output)
-                sums[node.name] = sums.get(node.name, 0) + total
-                counts[node.name] = counts.get(node.name, 0) + count
-    return {name: total / counts[name] for name, total in sums.items()}
+                sums.setdefault(node.name, []).append(_channel_sums(output))
+    return {name: _mean(parts) for name, parts in sums.items()}
 
 
 @torch.no_grad()
-def correct_biases(quantized: QuantizedNetwork, means: Mapping[str, Tensor], batches: Batches) -> QuantizedNetwork:
+def correct_biases(
+    folded: FoldedNetwork,
+    quantized: QuantizedNetwork,
+    batches: Batches,
+    means: Mapping[str, Tensor] | None = None,
+) -> QuantizedNetwork:
     """Layer after layer, moves the int32 biases so that the mean of each output channel, before any ReLU, is that of
-    the float network over the samples (`channel_means`), with all layers before quantized and corrected.
+    the float network over the samples (`means`, those of `channel_means`), with all layers before quantized and
+    corrected.
 
-    What clipping and rounding shift is put right; the float network stays as it is. The codes of all samples pass one
-    layer before the next, so memory grows with them: give few. Raises FnetError where an accumulation could overflow.
+    What clipping and rounding shift is put right; the float network stays as it is. A layer whose corrected biases
+    leave int32 no room for its sums is quantized again, with a wider weight scale. The codes of all samples pass one
+    layer before the next, so memory grows with them: give few.
     """
+    wanted = channel_means(folded, batches) if means is None else means
     layers = dict(quantized.layers)
     corrected = replace(quantized, layers=layers)
     step = Step(corrected)
@@ -46,11 +51,15 @@ def correct_biases(quantized: QuantizedNetwork, means: Mapping[str, Tensor], bat
         if not isinstance(node.layer, Conv | Dense):
             return [step(node, list(parts)) for parts in zip(*inputs, strict=True)]
         layer, source = layers[node.name], corrected.params[corrected.carrier[node.inputs[0]]]
-        totals = [accumulate(node.layer, codes, source.zero, layer) for codes in inputs[0]]
-        try:
-            layers[node.name] = _corrected(layer, means[node.name] / layer.bias_scale(source).double(), totals)
-        except FnetError as error:
-            raise FnetError(f"layer {node.name!r}: {error}") from None
+        weight, mean = folded.weight[node.name], wanted[node.name].to(layer.bias.device)
+        while True:
+            totals = [accumulate(node.layer, codes, source.zero, layer) for codes in inputs[0]]
+            bias = _bias(layer, source, mean, totals)
+            if fits(layer.with_bias(bias)):
+                break
+            scale = layer.bias_scale(source).double()
+            layer = quantize_layer(weight, bias * scale, source, len(layer.params) > 1)  # its weights round otherwise
+        layers[node.name] = layer.with_bias(bias.to(torch.int32))
         shift = layers[node.name].bias - layer.bias
         return [step.output(node, total + shift.view(-1, *[1] * (total.ndim - 2))) for total in totals]
 
@@ -58,15 +67,18 @@ def correct_biases(quantized: QuantizedNetwork, means: Mapping[str, Tensor], bat
     return corrected
 
 
-def _corrected(layer: QuantizedLayer, wanted: Tensor, totals: list[Tensor]) -> QuantizedLayer:
-    """`wanted`: the mean of each channel's int32 totals, float64 [C]."""
-    found = [_channel_sums(total) for total in totals]
-    mean = torch.stack([total for total, _ in found]).sum(0) / sum(count for _, count in found)
-    bias = (layer.bias.double() + torch.round(wanted - mean)).clamp(-(2**31), 2**31 - 1)
-    return bounded(replace(layer, bias=bias.to(torch.int32)))
+def _bias(layer: QuantizedLayer, source: QuantParams, wanted: Tensor, totals: list[Tensor]) -> Tensor:
+    """Bias codes, float64 [C], with which the mean of each channel's int32 totals is that of the float network."""
+    found = _mean([_channel_sums(total) for total in totals])
+    return layer.bias.double() + torch.round(wanted / layer.bias_scale(source).double() - found)
 
 
 def _channel_sums(output: Tensor) -> tuple[Tensor, int]:
     """Of [N, C, ...]: the sum of each channel over all else, float64 [C], and how many elements a channel has."""
     others = [axis for axis in range(output.ndim) if axis != 1]
     return output.sum(others, dtype=torch.float64), output.numel() // output.shape[1]
+
+
+def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
+    """Of `_channel_sums` of batches: float64 [C]."""
+    return torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)

@@ -25,11 +25,19 @@ class QuantParams:
 
 def quant_params(low: float, high: float) -> QuantParams:
     """Rule 2: the parameters of a range, widened to hold zero. A degenerate range gives scale 1, zero point 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / 255
-    if not scale > 0 or not np.float32(scale) > 0:
+    if degenerate(low, high):
         return QuantParams(1.0, 0)
+    low, scale = min(low, 0.0), _step(low, high)
     return QuantParams(float(np.float32(scale)), int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def degenerate(low: float, high: float) -> bool:
+    """Whether a range, widened to hold zero, has no step in float32: it holds nothing but zero."""
+    return not np.float32(_step(low, high)) > 0
+
+
+def _step(low: float, high: float) -> float:
+    return (max(high, 0.0) - min(low, 0.0)) / 255
 
 
 def float32(value: float, like: Tensor) -> Tensor:

@@ -66,11 +66,11 @@ class Calibrated:
         if scheme not in self._known:
             stats = self.stats[scheme.ranges]
             if scheme.bias_correct:
-                network = correct_biases(
-                    self.quantized(replace(scheme, bias_correct=False)).network, self.means, self.few
-                )
+                plain = self.quantized(replace(scheme, bias_correct=False))
+                network = correct_biases(self.folded, plain.network, self.few, self.means)
             else:
-                network = quantize(self.folded, stats, scheme.per_channel)
+                alike = (one.network for other, one in self._known.items() if other.per_channel == scheme.per_channel)
+                network = quantize(self.folded, stats, scheme.per_channel, next(alike, None))
             self._known[scheme] = Quantized(scheme, self.folded, stats, network)
         return self._known[scheme]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from fnet_search.correct import channel_means, correct_biases
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.evaluate import Setup, Start, load_quantized, load_trained, transform_samples
 from fnet_search.fold import FoldedNetwork
@@ -224,7 +224,7 @@ def _measure(scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
     quantized = quantize(folded, stats, scheme.per_channel)
     if scheme.bias_correct:
-        quantized = correct_biases(quantized, channel_means(folded, fed.few), fed.few)
+        quantized = correct_biases(folded, quantized, fed.few)
     sums = torch.zeros(6, dtype=torch.float64)
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)

@@ -4,7 +4,7 @@ Codes are uint8 tensors; every step below is an integer or a single float32 oper
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,12 +30,17 @@ from fnet_search.layers import (
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import FUNCTIONS, apply_stateless, moved, run, walk
-from fnet_search.params import QuantParams, clip, float32, quant_params
+from fnet_search.params import QuantParams, clip, degenerate, float32, quant_params
 from fnet_search.ranges import TensorStats, carriers
 
 EXACT_IN_FLOAT32 = 1 << 24
 SYMMETRIC_ZERO = 128
 """Zero point of weights with a scale a channel: ONNX ``QLinearConv`` wants the same one for all channels."""
+BIAS_ROOM = 1 << 30
+"""What bias codes stay below where weight scales are chosen for them. The rest of int32 is left to the weights, and to
+bias correction."""
+BOUNDS: Mapping[str, float] = {"relu6": 6.0, "hardsigmoid": 1.0, "sigmoid": 1.0}
+"""What functions from zero upwards do not exceed."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ class QuantizedLayer:
     def centred(self) -> Tensor:
         """q_w - z_w as float32."""
         return self.codes.float() - _by_output(self.zeros, self.codes).float()
+
+    @cached_property
+    def reach(self) -> Tensor:
+        """The most that the weights of a channel can add up to: sum |q_w - z_w| 255, float64 [C_out]."""
+        return self.centred.abs().flatten(1).sum(1, dtype=torch.float64) * 255
+
+    def with_bias(self, bias: Tensor) -> "QuantizedLayer":
+        """The same weights, and what is known of them, with other bias codes."""
+        other = replace(self, bias=bias)
+        other.__dict__.update({name: self.__dict__[name] for name in _OF_WEIGHTS if name in self.__dict__})
+        return other
 
     @property
     def weight(self) -> Tensor:
@@ -88,47 +104,100 @@ class QuantizedLayer:
         return found
 
 
+_OF_WEIGHTS = ("scales", "zeros", "centred", "reach", "slices")
+"""Cached properties that do not depend on the bias."""
+
+
 def _by_output(values: Tensor, weight: Tensor) -> Tensor:
     """[1] or [C_out] in a shape that goes with a weight."""
     return values.view(-1, *[1] * (weight.ndim - 1))
 
 
-def quantize_layer(weight: Tensor, bias: Tensor, source: QuantParams, per_channel: bool = False) -> QuantizedLayer:
+def quantize_layer(
+    weight: Tensor,
+    bias: Tensor,
+    source: QuantParams,
+    per_channel: bool = False,
+    like: QuantizedLayer | None = None,
+) -> QuantizedLayer:
     """Rules 3, 6 and 10: weights by min and max, per tensor or per output channel, bias with scale f32(s_x s_w).
 
-    Raises FnetError where int32 accumulation could overflow, which the runtime would let wrap around.
+    Where int32 has no room for the bias beside the sums of the weights, the weight scale is widened until it has.
+    Weights of zero have a scale that is made for the bias. Raises FnetError where the sums of the weights alone could
+    overflow, which the runtime would let wrap around.
+
+    `like`: the same weights quantized for another source, whose codes are taken where the parameters are the same.
     """
+
+    def common(scales: Tensor) -> Tensor:
+        return scales if per_channel else scales.amax(0, keepdim=True)
+
+    least = common(bias.double().abs() / (source.scale * BIAS_ROOM))
     if per_channel:
-        params = _channel_params(weight, bias, source)
+        scales, zero = _channel_scales(weight, least), SYMMETRIC_ZERO
     else:
-        params = (quant_params(float(weight.min()), float(weight.max())),)
-    draft = QuantizedLayer(weight, params, bias)  # for the parameters in the shapes of the weight
-    codes = clip(torch.round(weight / _by_output(draft.scales, weight)) + _by_output(draft.zeros, weight))
-    bias_codes = torch.round(bias.double() / draft.bias_scale(source).double())
-    bias_codes = bias_codes.nan_to_num(nan=-(2.0**31)).clamp(-(2**31), 2**31 - 1)  # 0 / 0: a scale below float32
-    return bounded(QuantizedLayer(codes, params, bias_codes.to(torch.int32)))
+        ends = float(weight.min()), float(weight.max())
+        params = quant_params(*ends)
+        scales, zero = torch.full_like(least, params.scale), params.zero
+        if degenerate(*ends):
+            scales = torch.where(least > 0, least, scales)
+    layer = _coded(weight, bias, source, scales, zero, like)
+    if not fits(layer):
+        bounded(layer.with_bias(torch.zeros_like(layer.bias)))
+        layer = _coded(weight, bias, source, torch.maximum(scales, common(_roomy(weight, bias, source))), zero)
+    return bounded(layer)
+
+
+def _coded(
+    weight: Tensor,
+    bias: Tensor,
+    source: QuantParams,
+    scales: Tensor,
+    zero: int,
+    like: QuantizedLayer | None = None,
+) -> QuantizedLayer:
+    """Rules 3 and 6, with these weight scales, float64 [1] or [C_out]; but where f32(s_x s_w) would not be a normal
+    number of float32, with the smallest ones for which it is."""
+    smallest = float(np.finfo(np.float32).tiny) / min(source.scale, 1.0)
+    params = tuple(QuantParams(scale, zero) for scale in scales.clamp_min(smallest).float().tolist())
+    if like is None or like.params != params:
+        draft = QuantizedLayer(weight, params, bias)  # for the parameters in the shapes of the weight
+        codes = clip(torch.round(weight / _by_output(draft.scales, weight)) + _by_output(draft.zeros, weight))
+        like = QuantizedLayer(codes, params, bias)
+    bias_codes = torch.round(bias.double() / like.bias_scale(source).double()).clamp(-(2**31), 2**31 - 1)
+    return like.with_bias(bias_codes.to(torch.int32))
+
+
+def _roomy(weight: Tensor, bias: Tensor, source: QuantParams) -> Tensor:
+    """Weight scales at which sum |q_w - z_w| 255 + |q_b| stays below BIAS_ROOM, float64 [C_out]: the sum is at most
+    (255 sum |w| + |b| / s_x) / s_w, and half a step for each weight that is rounded."""
+    sums = 255 * weight.double().abs().flatten(1).sum(1) + bias.double().abs() / source.scale
+    return sums / max(1, BIAS_ROOM - 128 * weight[0].numel())
+
+
+def fits(layer: QuantizedLayer) -> bool:
+    """Whether no int32 accumulation of a layer can overflow (rule 10)."""
+    return bool(_reach(layer) < 2**31)
 
 
 def bounded(layer: QuantizedLayer) -> QuantizedLayer:
     """The layer itself. Raises FnetError where its int32 accumulation can overflow (rule 10)."""
-    reach = layer.centred.double().abs().flatten(1).sum(1) * 255 + layer.bias.double().abs()
-    if not float(reach.max()) < 2**31:
-        raise FnetError(
-            f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {float(reach.max()):.3g}"
-        )
+    if not fits(layer):
+        raise FnetError(f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {_reach(layer):.3g}")
     return layer
 
 
-def _channel_params(weight: Tensor, bias: Tensor, source: QuantParams) -> tuple[QuantParams, ...]:
-    """For each output channel the smallest scale that holds its weights in codes 0..255 around 128, and leaves its
-    bias code below 2^30. A channel of zeros takes the scale of the widest one."""
+def _reach(layer: QuantizedLayer) -> float:
+    return float((layer.reach + layer.bias.double().abs()).max())
+
+
+def _channel_scales(weight: Tensor, least: Tensor) -> Tensor:
+    """For each output channel the smallest scale that holds its weights in codes 0..255 around 128, but no less than
+    `least`; float64 [C_out]. A channel of zeros takes the scale of the widest one."""
     rows = weight.flatten(1).double()
     scales = torch.maximum(rows.amax(1) / 127, -rows.amin(1) / 128)
-    widest = float(scales.max()) if float(scales.max()) > 0 else 1.0
-    scales = torch.where(scales > 0, scales, widest)
-    scales = torch.maximum(scales, bias.double().abs() / (source.scale * 2**30)).float()
-    smallest = float(np.finfo(np.float32).tiny)
-    return tuple(QuantParams(max(scale, smallest), SYMMETRIC_ZERO) for scale in scales.tolist())
+    scales = torch.maximum(torch.where(scales > 0, scales, scales.max()), least)
+    return torch.where(scales > 0, scales, 1.0)
 
 
 @dataclass(frozen=True)
@@ -201,21 +270,38 @@ def _unpack(name: str, tensors: Mapping[str, Tensor]) -> tuple[QuantParams, ...]
     return tuple(map(QuantParams, scales, zeros))
 
 
-def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats], per_channel: bool = False) -> QuantizedNetwork:
-    """The integer network of a folded one, with activation ranges from `ranges.calibrate`."""
+def quantize(
+    folded: FoldedNetwork,
+    stats: Mapping[str, TensorStats],
+    per_channel: bool = False,
+    like: QuantizedNetwork | None = None,
+) -> QuantizedNetwork:
+    """The integer network of a folded one, with activation ranges from `ranges.calibrate`.
+
+    `like`: one of the same folded network with other ranges; codes of weights that are the same are shared with it.
+    """
     carrier = carriers(folded.network)
-    params = {name: quant_params(tensor.low, tensor.high) for name, tensor in stats.items()}
+    params = {name: _activation_params(folded.network.by_name.get(name), tensor) for name, tensor in stats.items()}
     layers = {}
     for node in folded.network.order:
         if isinstance(node.layer, Conv | Dense):
             source = params[carrier[node.inputs[0]]]
+            weight, bias = folded.weight[node.name], folded.bias[node.name]
+            known = None if like is None else like.layers[node.name]
             try:
-                layers[node.name] = quantize_layer(
-                    folded.weight[node.name], folded.bias[node.name], source, per_channel
-                )
+                layers[node.name] = quantize_layer(weight, bias, source, per_channel, known)
             except FnetError as error:
                 raise FnetError(f"layer {node.name!r}: {error}") from None
     return QuantizedNetwork(folded.network, params, layers)
+
+
+def _activation_params(node: Node | None, stats: TensorStats) -> QuantParams:
+    """Rules 2 and 17: a range ends where the function that gives the tensor does. One that was zero over all samples
+    has the whole range of a bounded function: with the step 1 of rule 2 its codes would go beyond the bound."""
+    low, high = stats.low, stats.high
+    if node is not None and isinstance(node.layer, Activation) and (bound := BOUNDS.get(node.layer.function)):
+        high = bound if degenerate(low, high) else min(high, bound)
+    return quant_params(low, high)
 
 
 def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:

@@ -16,7 +16,7 @@ from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Activation, Moving, Pool
 from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.network import walk
-from fnet_search.params import quant_params
+from fnet_search.params import degenerate, quant_params
 from fnet_search.scheme import RangeMethod
 
 Batches = Callable[[], Iterator[Tensor]]
@@ -62,8 +62,9 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> M
     """Statistics of every quantized tensor, keyed by its carrier.
 
     The network's input and its logits get min and max, hidden tensors what `method` says: nearest-rank percentiles
-    pooled over all elements, exact, or the range of least squared error. Both take two passes over the samples and
-    keep histograms, so memory does not grow with their number. Raises FnetError for activations that are not finite.
+    pooled over all elements, exact, or the range of least squared error. Percentiles between which there is nothing but
+    zero (a sparse tensor) give way to min and max. Both take two passes over the samples and keep histograms, so memory
+    does not grow with their number. Raises FnetError for activations that are not finite.
     """
     return calibrate_each(folded, batches, (method,))[0]
 
@@ -186,7 +187,7 @@ class _Percentiles(_Observer):
 
     def range(self) -> tuple[float, float]:
         low, *_, high = [*map(self._value, self.ranks())] * (3 - len(self.ranks()))
-        return low, high
+        return (self.low, self.high) if degenerate(low, high) else (low, high)
 
     def _value(self, rank: int) -> float:
         if rank not in self.fine:

@@ -7,23 +7,27 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, noise, randomized, sequence
+from networks import GATED, MIXED, REUSED, batches_of, noise, normal, randomized, sequence
 from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
 from fnet_search.audit import LayerAudit, audit, audit_layers, compare
+from fnet_search.correct import correct_biases
 from fnet_search.export import coded, codes_name, quantized_model
-from fnet_search.layers import Activation, Conv, Dense, Flatten, Layer
-from fnet_search.macro import INPUT, load_space
+from fnet_search.fold import fold
+from fnet_search.layers import Activation, Conv, Dense, Flatten, Function, Layer
+from fnet_search.macro import INPUT, Node, load_space
+from fnet_search.network import walk
 from fnet_search.params import QuantParams, clip
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.policy import Audit
 from fnet_search.prepare import (
     prepare,
 )
-from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, accumulate, bounded
+from fnet_search.quantize import QuantizedLayer, QuantizedNetwork, accumulate, bounded, quantize
+from fnet_search.ranges import calibrate
 from fnet_search.runtime import Runtime, with_outputs
-from fnet_search.scheme import Scheme, parse_scheme
+from fnet_search.scheme import MINMAX, Scheme, parse_ranges, parse_scheme
 
 F32 = np.float32
 
@@ -137,6 +141,65 @@ def test_whole_networks(name: str, plan: str, scheme: str, images: int) -> None:
     assert again == whole
     sizes = {node.name: images * int(np.prod(quantized.network.shapes[node.name])) for node in quantized.network.order}
     assert layers == tuple(LayerAudit(node, sizes[node], 0, 0) for node in coded(quantized))
+
+
+def every_code(quantized: QuantizedNetwork, x: Tensor) -> int:
+    """How many codes of all tensors differ."""
+    return sum(layer.differing for layer in audited(quantized, x, quantized_model(quantized))[1].values())
+
+
+@pytest.mark.parametrize("ranges", ["percentile:1", "minmax", "mse"])
+@pytest.mark.parametrize("level", [0.0, -3.0, -9.0], ids=["dense", "sparse", "zero"])
+@pytest.mark.parametrize("function", ["relu", "relu6", "hardsigmoid", "hardswish"])
+def test_sparse_activations(function: Function, level: float, ranges: str) -> None:
+    """Down to none that is not zero in calibration; then images that are brighter than those."""
+    space = sequence((3, 9, 9), c=Conv(4, (1, 1), bias=True), a=Activation(function), d=Conv(5, (1, 1)), f=Flatten())
+    folded = fold(randomized(space))
+    folded.weight["c"].mul_(1.5 / folded.weight["c"].flatten(1).norm(dim=1).view(-1, 1, 1, 1))
+    folded.bias["c"].fill_(level if function in ("relu", "relu6") else level - 3)
+    x = normal(20, 3, 9, 9)
+    calibrated = quantize(folded, calibrate(folded, batches_of(x), parse_ranges(ranges)))
+    if function == "relu6":
+        codes = 6 / calibrated.params["a"].scale
+        assert round(codes) >= 255
+        assert level > -9 or codes == pytest.approx(255)
+    assert every_code(calibrated, 6 * x) == 0
+
+
+LAYERS = {
+    "conv": Conv(8, padding=(1, 1), bias=True),
+    "depthwise": Conv(6, padding=(1, 1), groups=6, bias=True),
+    "dense": Dense(8),
+}
+
+
+@pytest.mark.parametrize("per_channel", [False, True], ids=["a scale a tensor", "a scale a channel"])
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-9, 1e-6, 1e-4])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_layers_of_hardly_any_weights(layer: Conv | Dense, size: float, per_channel: bool) -> None:
+    """As networks have them whose norms were slimmed: outputs are right to a step of 255, also with corrected biases,
+    and where half of the channels have weights of any size."""
+    shape = (6, 5, 5)
+    between: dict[str, Layer] = {"f": Flatten(), "l": layer} if isinstance(layer, Dense) else {"l": layer}
+    space = sequence(shape, s=Conv(6, (1, 1)), r=Activation(), **between, e=Activation("silu"), o=Flatten())
+    x = normal(32, *shape)
+    for some in (False, True):
+        folded = fold(randomized(space, 5))
+        slim = folded.weight["l"][: len(folded.weight["l"]) // 2 if some else None]
+        slim.mul_(size)
+        folded.bias["l"].copy_(torch.linspace(-0.2, 0.9, len(folded.bias["l"])))
+        quantized = quantize(folded, calibrate(folded, batches_of(x), MINMAX), per_channel)
+        y = dict(nodes(walk(folded.network, x, folded.apply_node)))["l"]
+        for network in (quantized, correct_biases(folded, quantized, batches_of(x))):
+            params = network.params["l"]
+            found = params.dequantize(dict(nodes(network.codes(x)))["l"])
+            if not some and size <= 1e-4:
+                assert float((found - y).abs().max()) < 0.004 * float(y.max() - y.min().clamp_max(0))
+            assert every_code(network, x) == 0
+
+
+def nodes(walked: Iterator[tuple[Node, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return ((node.name, output) for node, output in walked)
 
 
 def in_float64(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor:

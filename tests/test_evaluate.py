@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import CPU, FAST, MIXED, batches_of, compiled, digits, noise, normal, randomized, sequence
 
-from fnet_search.correct import channel_means, correct_biases
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split, load_dataset
 from fnet_search.equalize import equalize
 from fnet_search.errors import FnetError
@@ -411,7 +411,7 @@ def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     network = quantize(folded, stats, "per-channel" in text)
     if "bias-correct" in text:
         few = calibration(data, 3, CORRECTION_SAMPLES)
-        network = correct_biases(network, channel_means(folded, few), few)
+        network = correct_biases(folded, network, few)
     assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
     assert {name: (one.low, one.high) for name, one in found.stats.items()} == {
         name: (one.low, one.high) for name, one in stats.items()

@@ -2,7 +2,9 @@
 where the runtime fuses two."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -560,11 +562,20 @@ def test_a_channel_too_small_for_a_scale_in_float32() -> None:
     assert layer.bias.tolist() == [0, 0]
 
 
-def test_a_layer_of_zeros_with_a_scale_a_channel() -> None:
-    layer = quantize_layer(torch.zeros(3, 2), torch.tensor([0.5, 0.0, -2.0]), QuantParams(0.25, 0), per_channel=True)
-    assert layer.params == (QuantParams(1.0, 128),) * 3
-    assert layer.codes.tolist() == [[128, 128]] * 3
-    assert layer.bias.tolist() == [2, 0, -8]
+@pytest.mark.parametrize(
+    ("per_channel", "steps", "zero", "codes"),
+    [
+        (False, [2 / (0.25 * 2**30)], 0, [2**28, 0, -(2**30)]),
+        (True, [0.5 / (0.25 * 2**30), 1.0, 2 / (0.25 * 2**30)], 128, [2**30, 0, -(2**30)]),
+    ],
+)
+def test_weights_of_zero_have_a_scale_for_the_bias(
+    per_channel: bool, steps: list[float], zero: int, codes: list[int]
+) -> None:
+    layer = quantize_layer(torch.zeros(3, 2), torch.tensor([0.5, 0.0, -2.0]), QuantParams(0.25, 0), per_channel)
+    assert layer.params == tuple(QuantParams(step, zero) for step in steps)
+    assert layer.codes.tolist() == [[zero, zero]] * 3
+    assert layer.bias.tolist() == codes
 
 
 def test_biases_are_rounded_in_float64() -> None:
@@ -579,34 +590,87 @@ def test_biases_are_rounded_in_float64() -> None:
     assert any(value != int(F32(value)) for value in exact)
 
 
-def test_sums_that_could_leave_int32_are_refused() -> None:
-    count = 2**31 // (255 * 255)
-    room = 2**31 - 1 - count * 255 * 255
-    weight = torch.full((1, count), 127.5)
-    for sign in (1, -1):
-        layer = quantize_layer(weight * sign, torch.tensor([sign * room * 0.5]), QuantParams(1.0, 0))
-        assert layer.params == (QuantParams(0.5, 0 if sign == 1 else 255),)
-        assert layer.bias.tolist() == [sign * room]
+COUNT = 2**31 // (255 * 255)
+"""So many weights of 255 steps an int32 sum can take."""
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_is_widened_only_where_int32_has_no_room_for_the_bias(sign: int) -> None:
+    room = 2**31 - 1 - COUNT * 255 * 255
+    weight, source = torch.full((1, COUNT), 127.5) * sign, QuantParams(1.0, 0)
+    layer = quantize_layer(weight, torch.tensor([sign * room * 0.5]), source)
+    assert layer.params == (QuantParams(0.5, 0 if sign == 1 else 255),)
+    assert layer.bias.tolist() == [sign * room]
+    wider = quantize_layer(weight, torch.tensor([sign * (room + 1) * 0.5]), source)
+    (params,) = wider.params
+    assert params.zero == layer.params[0].zero
+    assert 1 < params.scale < 1.01 * 1.0 / (1 - 128 * COUNT / 2**30)  # half of int32 is left to bias correction
+    assert (wider.weight - weight).abs().max() <= params.scale / 2
+    assert float(wider.bias) * params.scale == pytest.approx(sign * (room + 1) * 0.5, abs=params.scale / 2)
+
+
+def test_weights_whose_sums_could_leave_int32_are_refused() -> None:
+    weight = torch.ones(1, COUNT + 1)
+    for bias in (0.0, 1.0, -1e9):
         with pytest.raises(FnetError, match=r"int32 accumulation can overflow: .* reaches 2\.15e\+09"):
-            quantize_layer(weight * sign, torch.tensor([sign * (room + 1) * 0.5]), QuantParams(1.0, 0))
-    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
-        quantize_layer(torch.ones(1, count + 1), torch.zeros(1), QuantParams(1.0, 0))
-    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
-        quantize_layer(torch.ones(1, 1), torch.tensor([1e30]), QuantParams(1.0, 0))
+            quantize_layer(weight, torch.tensor([bias]), QuantParams(1.0, 0))
 
 
-def test_a_bias_scale_that_vanishes_is_refused() -> None:
-    with pytest.raises(FnetError, match="int32 accumulation can overflow"):
-        quantize_layer(torch.full((1, 1), 1e-30), torch.zeros(1), QuantParams(float(F32(1e-30)), 0))
+SHAPES = [(8, 5, 3, 3), (8, 1, 3, 3), (6, 40), (2, 30_000)]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-12, 1e-9, 1e-6, 1e-3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_biases_far_above_the_weights_come_out_right(shape: tuple[int, ...], size: float, per_channel: bool) -> None:
+    """Also where half of the channels are zero, and where the sources are coarse or fine."""
+    rng = np.random.default_rng(3)
+    bias = torch.from_numpy(rng.uniform(-1, 1, shape[0]).astype(F32))
+    for step, some in product((1e-4, 0.02, 3.0), (False, True)):
+        weight = torch.from_numpy((size * rng.normal(size=shape)).astype(F32))
+        if some:
+            weight[: shape[0] // 2] = 0
+        source = QuantParams(float(F32(step)), 7)
+        layer = quantize_layer(weight, bias, source, per_channel)
+        scale = layer.bias_scale(source).double()
+        held = layer.bias.double() * scale
+        assert bool((scale >= np.finfo(F32).tiny).all())
+        assert bool(((held - bias).abs() <= bias.abs() * 2**-20 + scale / 2).all())
+        # An output is wrong by half a step of each weight, and of the bias, at most.
+        reach = 255 * source.scale * (layer.weight.double() - weight.double()).abs().flatten(1).sum(1)
+        whole = 255 * source.scale * weight.double().abs().flatten(1).sum(1) + bias.abs()
+        if some and per_channel:
+            assert bool((reach[: shape[0] // 2] == 0).all())
+        if size <= 1e-6 and len(shape) > 2:
+            assert float((reach + scale / 2).max()) < 0.004 * float(whole.max())
+
+
+def test_a_bias_scale_is_a_normal_number() -> None:
+    """1e-30 times 1e-30 is none in float32; the runtime has no integers for it."""
+    source = QuantParams(float(F32(1e-30)), 0)
+    for per_channel in (False, True):
+        layer = quantize_layer(torch.full((1, 1), 1e-30), torch.zeros(1), source, per_channel)
+        assert float(layer.bias_scale(source)) == pytest.approx(2.0**-126, rel=1e-6)
+        assert layer.bias.tolist() == [0]
 
 
 def test_the_layer_that_cannot_be_quantized_is_named() -> None:
-    space = sequence((3, 4, 4), c=Conv(4), r=Activation(), d=Conv(4, (1, 1)), f=Flatten())
+    space = sequence((COUNT + 1, 1, 1), d=Conv(2, (1, 1)), f=Flatten())
     folded = fold(randomized(space))
-    stats = calibrate(folded, batches_of(normal(4, 3, 4, 4)), RangeMethod())
-    folded.bias["d"].fill_(1e30)
+    folded.weight["d"].fill_(1.0)
+    stats = calibrate(folded, batches_of(normal(4, COUNT + 1, 1, 1)), RangeMethod())
     with pytest.raises(FnetError, match="layer 'd': int32 accumulation can overflow"):
         quantize(folded, stats)
+
+
+@pytest.mark.parametrize(("function", "bound"), [("relu6", 6.0), ("hardsigmoid", 1.0), ("sigmoid", 1.0)])
+def test_the_range_of_a_bounded_function_ends_at_its_bound(function: Function, bound: float) -> None:
+    space = sequence((1, 1, 1), c=Conv(1, (1, 1)), r=Activation(function), f=Flatten())
+    folded = fold(randomized(space))
+    stats = calibrate(folded, batches_of(normal(4, 1, 1, 1)), RangeMethod())
+    for high, expected in ((0.0, bound), (1e-44, bound), (bound / 2, bound / 2), (bound, bound), (9.0, bound)):
+        given = {**stats, "r": replace(stats["r"], low=0.0, high=high)}
+        assert quantize(folded, given).params["r"] == QuantParams(float(F32(expected / 255)), 0)
 
 
 def test_ranges_become_parameters() -> None:

@@ -17,6 +17,8 @@ from fnet_search.params import quant_params
 from fnet_search.ranges import OBSERVERS, TensorStats, calibrate, carriers
 from fnet_search.scheme import MINMAX, MSE, RangeMethod, parse_ranges
 
+F32 = np.float32
+
 
 def test_which_tensor_carries_the_parameters() -> None:
     assert carriers(fold(randomized(MIXED)).network) == {
@@ -76,6 +78,13 @@ def nearest_rank(values: Tensor, percentile: Fraction) -> tuple[float, float]:
     return float(ordered[low - 1]), float(ordered[high - 1])
 
 
+def clipped_range(values: Tensor, percentile: Fraction) -> tuple[float, float]:
+    """Those; min and max where no float32 step lies between them."""
+    low, high = nearest_rank(values, percentile)
+    empty = np.float32((max(high, 0.0) - min(low, 0.0)) / 255) == 0
+    return (float(values.min()), float(values.max())) if empty else (low, high)
+
+
 PERCENTILES = [Fraction(text) for text in ("0.000001", "0.1", "1", "2.5", "12.34", "49", "49.999999")]
 
 
@@ -95,7 +104,7 @@ def test_percentiles_are_exact(percentile: Fraction) -> None:
     for name, tensors in seen.items():
         whole, stats = torch.cat(tensors), found[name]
         ends = (float(whole.min()), float(whole.max()))
-        expected = ends if name in (INPUT, "out") else nearest_rank(whole, percentile)
+        expected = ends if name in (INPUT, "out") else clipped_range(whole, percentile)
         assert (stats.low, stats.high) == expected, name
         assert torch.equal(stats.channel_min, whole.transpose(0, 1).flatten(1).amin(1))
         assert torch.equal(stats.channel_max, whole.transpose(0, 1).flatten(1).amax(1))
@@ -139,8 +148,27 @@ SPECIAL: dict[str, list[list[float]]] = {
 def test_percentiles_of_special_tensors(values: list[list[float]], percentile: str) -> None:
     stats = hidden(values, f"percentile:{percentile}")
     whole = torch.tensor([value for batch in values for value in batch])
-    assert (stats.low, stats.high) == nearest_rank(whole, Fraction(percentile))
+    assert (stats.low, stats.high) == clipped_range(whole, Fraction(percentile))
     assert stats.sparsity == float((whole == 0).sum()) / len(whole)
+
+
+SPARSE: dict[str, tuple[list[float], tuple[float, float]]] = {
+    "a few above zero": ([0.0] * 299 + [5.0], (0.0, 5.0)),
+    "a few below zero": ([0.0] * 299 + [-5.0], (-5.0, 0.0)),
+    "a few on both sides": ([0.0] * 398 + [-2.0, 7.0], (-2.0, 7.0)),
+    "nothing between that float32 can step through": ([1e-44] * 299 + [5.0], (float(F32(1e-44)), 5.0)),
+    "zero and nothing else": ([0.0] * 300, (0.0, 0.0)),
+    "one value but for a few": ([3.0] * 299 + [5.0], (3.0, 3.0)),  # with zero it has 255 steps
+    "one value below zero but for a few": ([-3.0] * 299 + [-5.0], (-3.0, -3.0)),
+}
+
+
+@pytest.mark.parametrize(("values", "expected"), SPARSE.values(), ids=SPARSE.keys())
+def test_percentiles_with_nothing_but_zero_between_give_way_to_min_and_max(
+    values: list[float], expected: tuple[float, float]
+) -> None:
+    stats = hidden([values[:7], values[7:]], "percentile:1")
+    assert (stats.low, stats.high) == expected
 
 
 def test_a_rank_is_not_interpolated_and_not_rounded() -> None:

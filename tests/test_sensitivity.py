@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import MIXED, REUSED, batches_of, noise, randomized, sequence
 from torch import Tensor
 
-from fnet_search.correct import channel_means, correct_biases
+from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Pool
@@ -39,7 +39,7 @@ def prepared(
             folded = replace(folded, bias={**folded.bias, last: folded.bias[last] - folded(x).mean(0)})
     quantized = quantize(folded, calibrate(folded, batches_of(x), method), per_channel)
     if corrected:
-        quantized = correct_biases(quantized, channel_means(folded, batches_of(x)), batches_of(x))
+        quantized = correct_biases(folded, quantized, batches_of(x))
     with torch.no_grad():
         split = Split(data.train.images, folded(x).argmax(1))
     return folded, quantized, replace(data, train=split, evaluation=split, test=split)

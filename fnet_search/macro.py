@@ -306,6 +306,10 @@ def load_space(
     except (OSError, UnicodeDecodeError) as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
     space = parse_space(text, str(path), path.stem)
+    try:
+        check_classifier(space)
+    except FnetError as error:
+        raise FnetError(f"space {path}: {error}") from None
     if input_shape is not None and input_shape != space.input_shape:
         raise FnetError(f"--input is of networks that are imported; space {path} says itself what it has")
     beside = tomllib.loads(text).get("weights")

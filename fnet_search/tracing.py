@@ -86,6 +86,8 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
             reason = first_line(error)
             small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
             advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
+            if any(type(one).__module__ == "torchvision.transforms.transforms" for one in model.modules()):
+                advice = "; torchvision.transforms.v2 has transforms that can be traced"
             said = f"{reason}{advice}"
             raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
 
@@ -165,6 +167,8 @@ class _Import:
         value = self.values.get(given[0])
         if not isinstance(value, _Value):
             raise FnetError("what it gives does not hang on the image")
+        if value.source == INPUT:
+            raise FnetError("it computes nothing")
         if prod(value.shape) == 1:
             raise FnetError(ONE_OUTPUT)
         if len(value.shape) != 1:
@@ -172,10 +176,7 @@ class _Import:
             raise FnetError(
                 f"it gives {size_text(value.shape)} an image, not logits; {'flatten it' if flat else ONLY_CLASSES}"
             )
-        found = self.whole(value)
-        if found == INPUT:
-            raise FnetError("it computes nothing")
-        return found
+        return self.whole(value)
 
     def check_owners(self, nodes: Sequence[Node]) -> None:
         """Raises FnetError for two layers that have weights, or statistics, in common."""
@@ -184,8 +185,8 @@ class _Import:
             for path in sorted(self.owned.get(node.name, ())):
                 if path in owners:
                     raise FnetError(
-                        f"{owners[path]!r} and {node.name!r} share {path!r}, as a module that is called twice; they "
-                        "would be counted and trained as two: give each weights of its own"
+                        f"{owners[path]!r} and {node.name!r} share {path!r} (a module that is called twice, or tied "
+                        "weights): they would be counted and trained as two; give each weights of its own"
                     )
                 owners[path] = node.name
 
@@ -213,7 +214,7 @@ class _Import:
         if target is operator.getitem:
             parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
             if isinstance(parts, _Value) and index:
-                raise FnetError(f"of its outputs the first is a layer's, this is number {index + 1}")
+                raise FnetError(f"only its first output is a layer's, not number {index + 1}")
             self.values[node] = parts if isinstance(parts, _Value) else parts[index]
             return
         given = node.meta.get("val")

@@ -142,12 +142,8 @@ class Affine(_Single):
         return max(len(self.scale), len(self.shift)) > 1
 
     def started(self) -> "Affine":
-        """As a training from scratch starts it: equal numbers as they are, others as 1 (`scale`) and 0 (`shift`)."""
-        found = {
-            name: values if len(set(values)) < 2 else (neutral,) * len(values)
-            for name, values, neutral in (("scale", self.scale, 1.0), ("shift", self.shift, 0.0))
-        }
-        return replace(self, scale=found["scale"], shift=found["shift"])
+        """One that changes nothing yet, with as many numbers: what a training from scratch of an import starts with."""
+        return replace(self, scale=(1.0,) * len(self.scale), shift=(0.0,) * len(self.shift))
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         channels = inputs[0][0]

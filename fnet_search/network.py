@@ -126,7 +126,7 @@ class ScaleShift(nn.Module):
     def __init__(self, layer: Affine) -> None:
         super().__init__()
         for name, values, neutral in (("scale", layer.scale, 1.0), ("shift", layer.shift, 0.0)):
-            tensor = torch.tensor(values or (neutral,))
+            tensor = torch.tensor(values or (neutral,), dtype=torch.float32)
             if layer.trained and values:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:

@@ -231,6 +231,7 @@ def test_constants_are_constants() -> None:
     found = pretrained(space)
     counted = sum(one.numel() for one in model.parameters())
     assert counted == sum(one.numel() for one in found.parameters()) == network_cost(space).params
+    assert list(legal_rates(space)) == ["body"], "the stem reads the image, however it is normalised"
     layers = {node.name: node.layer for node in space.nodes}
     assert layers["subtract"] == Affine(shift=tuple((-model.mean.double()).flatten().tolist()))
     assert layers["divide"] == Affine(tuple((1 / model.std.double()).flatten().tolist()))

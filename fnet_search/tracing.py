@@ -260,7 +260,10 @@ class _Import:
         """What hangs on no more of the image than its shape, as weights that are normalised, is a constant."""
 
         def known(one: fx.Node) -> Any:
-            return self.constants[one.name] if one.name in self.constants else torch.empty(one.meta["val"].shape)
+            if one.name in self.constants:
+                return self.constants[one.name]
+            given = one.meta["val"]  # of the trace, without values
+            return torch.empty(given.shape, dtype=given.dtype, device=given.device)
 
         arguments, options = fx.map_arg(node.args, known), fx.map_arg(node.kwargs, known)
         with torch.no_grad():

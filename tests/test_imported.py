@@ -160,9 +160,16 @@ def test_weights_from_a_file(folder: Path, file: str) -> None:
     assert torch.equal(pretrained(space).eval()(x), model(x))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "module._orig_mod.", "net.backbone."])
 @pytest.mark.parametrize(
-    "keys", [(), ("state_dict",), ("model",), ("model_state_dict",), ("ema",), ("model", "module")]
+    ("prefix", "keys"),
+    [
+        ("", ("model_state_dict",)),
+        ("module.", ("model",)),
+        ("model.", ("state_dict",)),
+        ("_orig_mod.", ()),
+        ("module._orig_mod.", ("ema",)),
+        ("net.backbone.", ("model", "module")),
+    ],
 )
 def test_weights_as_training_scripts_save_them(folder: Path, prefix: str, keys: tuple[str, ...]) -> None:
     """DataParallel, Lightning, torch.compile; beside what else they hold, such as a loss's weights."""

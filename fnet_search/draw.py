@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from fnet_search.figures import DPI, save_png
-from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Layer, Pool, Shape, Shuffle, Slice
+from fnet_search.layers import Activation, Affine, BatchNorm, Conv, Dense, Layer, Pool, Shape, Shuffle, Slice
 from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
 from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
@@ -25,6 +25,7 @@ COLOURS = {
     "convolution": "#a9d0f5",
     "grouped convolution": "#ffd08a",
     "batch norm": "#eeeeee",
+    "affine": "#f6f1e4",
     "activation": "#d5f0dc",
     "pool": "#e3d3f4",
     "dense": "#f7c6c6",
@@ -67,6 +68,9 @@ def describe(layer: Layer) -> str:
             return f"dense, {layer.out_features}"
         case BatchNorm():
             return "batch norm"
+        case Affine(scale, shift):
+            parts = [name for name, values in (("scale", scale), ("shift", shift)) if values]
+            return f"{'trained' if layer.trained else 'constant'} {' and '.join(parts)}"
         case Slice():
             return f"channels {layer.start} to {layer.stop - 1}"
         case Shuffle():

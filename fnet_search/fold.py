@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.layers import BatchNorm, Conv, Dense
+from fnet_search.layers import Conv, Dense, Foldable
 from fnet_search.macro import Macroarchitecture, Node
-from fnet_search.network import Network, apply_stateless, run
+from fnet_search.network import Network, ScaleShift, apply_stateless, run
 
 
 @dataclass(frozen=True)
 class FoldedNetwork:
-    """A network without BatchNorm: convolutions and dense layers, each with a float32 weight and bias.
+    """A network without BatchNorm and affine layers: its convolutions and dense layers have a float32 weight and bias.
 
     Weights have torch's shapes, [C_out, C_in / groups, K_h, K_w] and [out, in]; `weight` and `bias` are keyed by node.
     """
@@ -40,10 +40,11 @@ class FoldedNetwork:
 
 
 def fold(trained: Network) -> FoldedNetwork:
-    """Folds each BatchNorm into the convolution or dense layer before it, in float64, stored as float32.
+    """Folds each BatchNorm and affine layer into the convolution or dense layer before it, in float64, stored as
+    float32.
 
-    g = gamma / sqrt(var + eps), W' = W g, b' = (b - mean) g + beta. A BatchNorm with no such layer of its own before
-    it becomes a 1x1 depthwise convolution (on vectors: a dense layer with a diagonal weight).
+    g = gamma / sqrt(var + eps), W' = W g, b' = (b - mean) g + beta. One with no such layer of its own before it
+    becomes a 1x1 depthwise convolution (on vectors: a dense layer with a diagonal weight).
     """
     space = trained.network
     weight: dict[str, Tensor] = {}
@@ -61,11 +62,11 @@ def fold(trained: Network) -> FoldedNetwork:
                 module.weight.new_zeros(outputs).double() if module.bias is None else module.bias.detach().double()
             )
             nodes[node.name] = Node(node.name, replace(node.layer, bias=True), inputs)
-        elif isinstance(node.layer, BatchNorm):
+        elif isinstance(node.layer, Foldable):
             source = inputs[0]
-            gain, offset = _affine(trained.layer(node.name))
             shape = space.input_shapes(node)[0]
-            if source in weight and len(space.consumers(node.inputs[0])) == 1 and node.inputs[0] == source:
+            gain, offset = _affine(trained.layer(node.name), shape[0])
+            if source in weight and len(space.consumers(node.inputs[0])) == 1:
                 weight[source] = weight[source] * gain.view(-1, *[1] * (weight[source].ndim - 1))
                 bias[source] = bias[source] * gain + offset
                 alias[node.name] = source
@@ -85,10 +86,14 @@ def fold(trained: Network) -> FoldedNetwork:
     )
 
 
-def _affine(module: nn.Module) -> tuple[Tensor, Tensor]:
-    """Gain and offset of a BatchNorm in evaluation, float64."""
+def _affine(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
+    """Gain and offset of a BatchNorm in evaluation, or of an affine layer, float64 [C]."""
+    if isinstance(module, ScaleShift):
+        gain, offset = (values.detach().double().expand(channels) for values in (module.scale, module.shift))
+        return gain, offset
     assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
     assert module.running_var is not None
     assert module.running_mean is not None
-    gain = module.weight.detach().double() / torch.sqrt(module.running_var.double() + module.eps)
-    return gain, module.bias.detach().double() - module.running_mean.double() * gain
+    gamma, beta = (module.weight.detach(), module.bias.detach()) if module.affine else (torch.ones(()), torch.zeros(()))
+    gain = gamma.double() / torch.sqrt(module.running_var.double() + module.eps)
+    return gain, beta.double() - module.running_mean.double() * gain

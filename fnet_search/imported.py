@@ -3,13 +3,15 @@
 This runs the code that it is told to run; a saved space (TOML and safetensors) is data, and runs none.
 """
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
@@ -40,7 +42,7 @@ def load_imported(
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     if where == "torchvision":
-        named = None if weights is None or Path(weights).suffix else weights
+        named = None if weights is None or Path(weights).suffix or Path(weights).exists() else weights
         model, mean, std = _torchvision(what, named)
         title = what
     else:
@@ -112,18 +114,47 @@ def _channels(model: nn.Module) -> int:
 
 
 def _fill(model: nn.Module, path: str) -> None:
-    """Loads a state dict from a file."""
-    if not Path(path).is_file():
+    """Loads a state dict from a file, whatever wrapper or module around this one its names begin with."""
+    if not Path(path).exists():
         raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")
-    state, own = read_state(Path(path)), model.state_dict()
-    if all(name.startswith("module.") for name in state) and not any(name.startswith("module.") for name in own):
-        state = {name.removeprefix("module."): value for name, value in state.items()}  # of nn.DataParallel
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    own = model.state_dict()
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    state = _unwrapped(read_state(Path(path)), needed, path)
+    missing = [name for name in needed if name not in state]
     extra = [name for name in state if name not in own]
-    if missing or extra:
-        which = f"{missing[0]!r} is missing" if missing else f"{extra[0]!r} is not of this network"
-        raise FnetError(f"the weights in {path} do not fit: {which}")
+    problems = [f"{_some(missing)} missing"] if missing else []
+    problems += [f"{_some(extra)} not of this network"] if extra else []
+    for name in needed:
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point():
+            problems.append(f"{name!r} is {str(state[name].dtype).removeprefix('torch.')}, not float32")
+            break
+    if problems:
+        raise FnetError(f"the weights in {path} do not fit: {'; '.join(problems)}")
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise FnetError(f"the weights in {path} do not fit: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _unwrapped(state: Mapping[str, Tensor], needed: Sequence[str], path: str) -> dict[str, Tensor]:
+    """What of a state dict stands under the prefix that most of the needed names have there: ``module.`` of
+    DataParallel, ``_orig_mod.`` of torch.compile, the attribute of a Lightning module. Raises FnetError where the whole
+    network is there more than once."""
+    found, wanted = Counter[str](), set(needed)
+    for name in state:
+        ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        found.update(name[:end] for end in ends if name[end:] in wanted)
+    most = max(found.values(), default=0)
+    prefixes = [prefix for prefix, count in found.items() if count == most]
+    if "" in prefixes or not prefixes:
+        return dict(state)
+    if len(prefixes) > 1 and most == len(needed):
+        raise FnetError(f"{path} holds this network more than once, {_some(prefixes)} prefixes of it; save one alone")
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of the names, and the verb."""
+    more = [f"{len(names) - 3} more"] if len(names) > 3 else []
+    *others, last = [*map(repr, names[:3]), *more]
+    return f"{', '.join(others)} and {last} are" if others else f"{last} is"

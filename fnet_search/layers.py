@@ -4,8 +4,8 @@ Shapes leave the batch out: ``(C, H, W)`` for images and feature maps, ``(K,)`` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, replace
+from math import isfinite, prod
 from typing import ClassVar, Literal, get_args
 
 from fnet_search.errors import FnetError, unknown
@@ -98,9 +98,10 @@ class Conv(_Single):
 
 @dataclass(frozen=True)
 class BatchNorm(_Single):
-    """Batch normalisation over channels (ONNX ``BatchNormalization``)."""
+    """Batch normalisation over channels (ONNX ``BatchNormalization``); without ``affine`` it has no weight and bias."""
 
     eps: float = 1e-3
+    affine: bool = True
     kind: ClassVar[str] = "batch_norm"
 
     def __post_init__(self) -> None:
@@ -114,7 +115,48 @@ class BatchNorm(_Single):
         return 0
 
     def params(self, inputs: list[Shape]) -> int:
-        return 2 * inputs[0][0]
+        return 2 * inputs[0][0] * self.affine
+
+
+@dataclass(frozen=True)
+class Affine(_Single):
+    """scale x + shift, each one number or one a channel; empty: left out.
+
+    Constants, unless ``trained``: then what a training from scratch starts with. It is folded as a BatchNorm is.
+    """
+
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
+    trained: bool = False
+    kind: ClassVar[str] = "affine"
+
+    def __post_init__(self) -> None:
+        if not self.scale and not self.shift:
+            raise FnetError("needs a scale, a shift, or both")
+        if not all(map(isfinite, (*self.scale, *self.shift))):
+            raise FnetError("scale and shift must be finite")
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether it has a number for each channel."""
+        return max(len(self.scale), len(self.shift)) > 1
+
+    def started(self) -> "Affine":
+        """One that changes nothing yet, with as many numbers: what a training from scratch of an import starts with."""
+        return replace(self, scale=(1.0,) * len(self.scale), shift=(0.0,) * len(self.shift))
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        channels = inputs[0][0]
+        for name, values in (("scale", self.scale), ("shift", self.shift)):
+            if len(values) not in (0, 1, channels):
+                raise FnetError(f"{name} must be 1 or {channels} numbers, one a channel, got {len(values)}")
+        return inputs[0]
+
+    def macs(self, inputs: list[Shape]) -> int:
+        return 0
+
+    def params(self, inputs: list[Shape]) -> int:
+        return (len(self.scale) + len(self.shift)) * self.trained
 
 
 @dataclass(frozen=True)
@@ -319,5 +361,7 @@ class Concat(_Weightless):
 
 Moving = Flatten | Reshape | Slice | Shuffle | Resample
 """Layers that compute nothing."""
-Layer = Conv | BatchNorm | Activation | Pool | Dense | Moving | Add | Multiply | Concat
+Foldable = BatchNorm | Affine
+"""Layers that are an affine function a channel in evaluation, folded into a convolution or dense layer before them."""
+Layer = Conv | Foldable | Activation | Pool | Dense | Moving | Add | Multiply | Concat
 KINDS: Mapping[str, type[Layer]] = {layer.kind: layer for layer in get_args(Layer)}

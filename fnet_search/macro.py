@@ -19,7 +19,7 @@ import tomli_w
 from fnet_search import resources
 from fnet_search.errors import FnetError, nearest, unknown
 from fnet_search.files import write_text
-from fnet_search.layers import KINDS, Conv, Dense, Layer, Shape
+from fnet_search.layers import KINDS, Activation, Affine, Conv, Dense, Layer, Shape
 from fnet_search.tables import Pair, build, is_int
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Macroarchitecture:
         while not isinstance(node.layer, Conv | Dense):
             before = self.by_name.get(node.inputs[0])
             channels = self.shapes[node.inputs[0]][0]
-            keeps = len(node.inputs) == 1 and channels == self.classes and node.layer.kind in CLASSWISE
+            keeps = len(node.inputs) == 1 and channels == self.classes and _any_classes(node.layer)
             if before is None or not keeps or len(self.consumers(before.name)) > 1:
                 return None
             node = before
@@ -199,8 +199,28 @@ class Macroarchitecture:
         return replace(self, nodes=nodes)
 
 
-CLASSWISE = ("activation", "pool", "flatten", "batch_norm")
-"""Kinds of layers between the last weights and the logits that have a channel a class."""
+def _any_classes(layer: Layer) -> bool:
+    """Whether a layer between the last weights and the logits has a channel a class, however many."""
+    channelwise = isinstance(layer, Affine) and layer.channelwise
+    return layer.kind in ("activation", "pool", "flatten", "batch_norm", "affine") and not channelwise
+
+
+ONLY_CLASSES = "fnet-search is for classification with one class an image"
+ONE_OUTPUT = f"it gives one number an image, not a logit for each of two classes or more; {ONLY_CLASSES}"
+
+
+def check_classifier(space: Macroarchitecture) -> None:
+    """Raises FnetError for a network of another task: one output, or outputs that pass a sigmoid (multi-label)."""
+    if space.classes < 2:
+        raise FnetError(ONE_OUTPUT)
+    node: Node | None = space.order[-1]
+    while node is not None and not isinstance(node.layer, Conv | Dense) and len(node.inputs) == 1:
+        if isinstance(node.layer, Activation) and node.layer.function in ("sigmoid", "hardsigmoid"):
+            raise FnetError(
+                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels an image; {ONLY_CLASSES}: "
+                "give the logits, without it, if that is what it is for"
+            )
+        node = space.by_name.get(node.inputs[0])
 
 
 def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: Sequence[str] = ()) -> Macroarchitecture:
@@ -286,6 +306,10 @@ def load_space(
     except (OSError, UnicodeDecodeError) as error:
         raise FnetError(f"cannot read space {path}: {error}") from None
     space = parse_space(text, str(path), path.stem)
+    try:
+        check_classifier(space)
+    except FnetError as error:
+        raise FnetError(f"space {path}: {error}") from None
     if input_shape is not None and input_shape != space.input_shape:
         raise FnetError(f"--input is of networks that are imported; space {path} says itself what it has")
     beside = tomllib.loads(text).get("weights")

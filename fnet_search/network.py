@@ -14,6 +14,7 @@ from fnet_search.kernels import block_diagonal, merged, norm_relu
 from fnet_search.layers import (
     Activation,
     Add,
+    Affine,
     BatchNorm,
     Concat,
     Conv,
@@ -105,13 +106,36 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
     match layer:
         case Conv(out_channels, kernel, stride, padding, dilation, groups, bias):
             return nn.Conv2d(shape[0], out_channels, kernel, stride, padding, dilation, groups, bias)
-        case BatchNorm(eps):
+        case BatchNorm(eps, affine):
             # A quick average for the looks in between; `train` takes the statistics anew at the end.
             kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
-            return kind(shape[0], eps, momentum=0.3)
+            return kind(shape[0], eps, momentum=0.3, affine=affine)
+        case Affine():
+            return ScaleShift(layer)
         case Dense(out_features, bias):
             return nn.Linear(shape[0], out_features, bias)
     return None
+
+
+class ScaleShift(nn.Module):
+    """An affine layer. Its constants are no part of the state: the layer has them."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, layer: Affine) -> None:
+        super().__init__()
+        for name, values, neutral in (("scale", layer.scale, 1.0), ("shift", layer.shift, 0.0)):
+            tensor = torch.tensor(values or (neutral,), dtype=torch.float32)
+            if layer.trained and values:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] or [N, K] to the same shape and dtype."""
+        scale, shift = (values.view(-1, *[1] * (x.ndim - 2)) for values in (self.scale, self.shift))
+        return (x * scale + shift).to(x.dtype)
 
 
 class Network(nn.Module):
@@ -140,7 +164,8 @@ class Network(nn.Module):
         self._fused = frozenset(
             node.name
             for node in network.order
-            if fused and isinstance(node.layer, BatchNorm) and len(network.shapes[node.name]) == 3
+            if fused and isinstance(node.layer, BatchNorm) and node.layer.affine
+            if len(network.shapes[node.name]) == 3
             if [reader.layer for reader in network.consumers(node.name)] == [Activation("relu")]
         )
         self._merged = {

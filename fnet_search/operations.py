@@ -7,11 +7,13 @@ from math import lcm
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from fnet_search.errors import FnetError
 from fnet_search.layers import (
     Activation,
     Add,
+    Affine,
     BatchNorm,
     Concat,
     Conv,
@@ -33,27 +35,43 @@ aten = torch.ops.aten
 WEIGHTS = ("weight", "bias", "running_mean", "running_var")
 """Arguments that are no tensor of the image."""
 
+OPERANDS = ("input", "self", "other")
+"""Arguments that mostly are; of arithmetic one may be a constant."""
+
 MOVES = {
     aten.alias, aten.channel_shuffle, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten,
     aten.narrow, aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
-    aten.transpose, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
+    aten.transpose, aten.unbind, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
 }  # fmt: skip
 """Operators that only move values."""
 
 NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
 """Operators that give what they read, in evaluation and float32."""
 
-NEUTRAL = {aten.add: 0, aten.mul: 1}
-"""Numbers that change nothing: Python's ``sum`` begins with one."""
+SHAPED = {aten.full_like, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones_like, aten.zeros_like}
+"""Operators that give a constant, of what they read they take the shape."""
+
+NO_SOFTMAX = "it gives probabilities where logits are needed; leave it out: the loss of a training has it"
+NO_QUOTIENT = "a division by what hangs on the image is no layer"
+REASONS = {
+    aten.softmax: NO_SOFTMAX,
+    aten.log_softmax: NO_SOFTMAX,
+    aten.reciprocal: NO_QUOTIENT,
+    aten._native_batch_norm_legit: "it normalises with the statistics of what it reads, in evaluation too; "
+    "a BatchNorm with running statistics is a layer",
+}
+"""Why an operator is no layer, where there is more to say than that."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator's arguments by name, weights as tensors; the shapes of what it reads and gives, without the batch."""
+    """An operator's arguments by name, as tensors those that do not hang on the image; the shapes of what it reads and
+    gives, without the batch. `constant` names the tensors that hang on no parameter either: no training moves them."""
 
     given: Mapping[str, Any]
     shapes: Sequence[Shape]
     result: Shape
+    constant: frozenset[str] = frozenset()
 
     def pair(self, name: str) -> Pair:
         return pair(self.given[name])
@@ -81,8 +99,43 @@ def _require(good: bool, problem: str) -> None:
         raise FnetError(problem)
 
 
+def _by_channel(call: Call, value: Tensor, trained: bool) -> tuple[float, ...]:
+    """A tensor against what an operator gives: one number, or one a channel."""
+    shape = call.result
+    padded = (1,) * (len(shape) + 1 - value.ndim) + tuple(value.shape)
+    size = size_text(tuple(value.shape)) or "one"
+    _require(bool(value.isfinite().all()), "its constant is not finite")
+    if trained:
+        good = all(length == 1 for axis, length in enumerate(padded) if axis != 1)
+        _require(good, f"a parameter of {size} is no layer: one number a channel would be")
+        return tuple(value.double().flatten().tolist())
+    rows = torch.broadcast_to(value.double(), (padded[0], *shape)).transpose(0, 1).flatten(1)
+    _require(bool((rows == rows[:, :1]).all()), "a constant that differs from place to place is no layer")
+    values = tuple(rows[:, 0].tolist())
+    return values[:1] if len(set(values)) == 1 else values
+
+
+def _scaled(call: Call, value: Tensor, trained: bool = False) -> Layers:
+    values = _by_channel(call, value, trained)
+    return [Affine(scale=values, trained=trained)] if trained or values != (1,) else []
+
+
+def _shifted(call: Call, value: Tensor, trained: bool = False) -> Layers:
+    values = _by_channel(call, value, trained)
+    return [Affine(shift=values, trained=trained)] if trained or values != (0,) else []
+
+
+def _trained_bias(call: Call) -> tuple[bool, Layers]:
+    """Whether a layer has a bias that is trained, and what adds one that is a constant."""
+    bias = call.given["bias"]
+    if bias is None or "bias" not in call.constant:
+        return bias is not None, []
+    return False, _shifted(call, bias.view(-1, *[1] * (len(call.result) - 1)))
+
+
 def _conv(call: Call) -> Layers:
     weight, padding = call.given["weight"], call.given["padding"]
+    _require("weight" not in call.constant, CONSTANT_KERNEL)
     _require(weight.ndim == 4, "only 2-D convolutions are layers")
     kernel, dilation = pair(weight.shape[2:]), call.pair("dilation")
     if padding == "same":
@@ -90,16 +143,29 @@ def _conv(call: Call) -> Layers:
         _require(not any(size % 2 for size in both), "padding 'same' of an even kernel is not the same on both sides")
         padding = [size // 2 for size in both]
     pads = (0, 0) if padding == "valid" else pair(padding)
-    bias = call.given["bias"] is not None
-    return [Conv(len(weight), kernel, call.pair("stride"), pads, dilation, call.given["groups"], bias)]
+    bias, shift = _trained_bias(call)
+    return [Conv(len(weight), kernel, call.pair("stride"), pads, dilation, call.given["groups"], bias), *shift]
 
 
 def _dense(call: Call) -> Layers:
-    return [Dense(len(call.given["weight"]), call.given["bias"] is not None)]
+    _require("weight" not in call.constant, CONSTANT_KERNEL)
+    bias, shift = _trained_bias(call)
+    return [Dense(len(call.given["weight"]), bias), *shift]
+
+
+CONSTANT_KERNEL = "its kernel is a constant, and a layer's is trained; make it an nn.Parameter"
 
 
 def _batch_norm(call: Call) -> Layers:
-    return [BatchNorm(call.given["eps"])]
+    """With a weight or a bias alone, or with constants, these are layers of their own."""
+    parts = {name: call.given[name] for name in ("weight", "bias")}
+    if not any(value is None or name in call.constant for name, value in parts.items()):
+        return [BatchNorm(call.given["eps"])]
+    layers: list[Layer] = [BatchNorm(call.given["eps"], affine=False)]
+    for (name, value), apply in zip(parts.items(), (_scaled, _shifted), strict=True):
+        if value is not None:
+            layers += apply(call, value.view(-1, *[1] * (len(call.result) - 1)), name not in call.constant)
+    return layers
 
 
 def _activation(function: Function) -> Callable[[Call], Layers]:
@@ -188,9 +254,44 @@ def _mean(call: Call) -> Layers:
     return [Pool("global_average"), *([] if call.given["keepdim"] else [Flatten()])]
 
 
-def _add(call: Call) -> Layers:
-    _require(call.given["alpha"] == 1, "a sum with a factor is no layer")
-    return [Add()]
+def _operand(call: Call) -> str | None:
+    """Which of `self` and `other` does not hang on the image, if any."""
+    name = next((name for name in ("self", "other") if isinstance(call.given[name], Tensor)), None)
+    _require(name is None or call.result == call.shapes[0], "a constant that makes a tensor larger is no layer")
+    return name
+
+
+def _sum(own: int, other: int) -> Callable[[Call], Layers]:
+    """own self + other other, where the second in the operator's name is taken `alpha` times."""
+
+    def layers(call: Call) -> Layers:
+        alpha = call.given["alpha"]
+        factors = {"self": own, "other": other}
+        factors["self" if own < 0 else "other"] *= alpha
+        name = _operand(call)
+        if name is None:
+            _require(factors == {"self": 1, "other": 1}, "a difference, or a sum with a factor, of tensors is no layer")
+            return [Add()]
+        image = factors["other" if name == "self" else "self"]
+        shift = _shifted(call, call.given[name] * factors[name], name not in call.constant)
+        return [*_scaled(call, torch.tensor(image)), *shift]
+
+    return layers
+
+
+def _product(call: Call) -> Layers:
+    name = _operand(call)
+    return [Multiply()] if name is None else _scaled(call, call.given[name], name not in call.constant)
+
+
+def _quotient(call: Call) -> Layers:
+    _require(call.given.get("rounding_mode") is None, "a division that is rounded is no layer")
+    _require(_operand(call) == "other", NO_QUOTIENT)
+    return _scaled(call, 1 / call.given["other"].double(), "other" not in call.constant)
+
+
+def _negative(call: Call) -> Layers:
+    return [Affine(scale=(-1.0,))]
 
 
 def _concat(call: Call) -> Layers:
@@ -218,12 +319,17 @@ LAYERS: Mapping[Any, Callable[[Call], Layers]] = {
     aten.hardtanh: _clip("min_val", "max_val"),
     aten.clamp: _clip("min", "max"),
     aten.max_pool2d: _max_pool,
+    aten.max_pool2d_with_indices: _max_pool,
     aten.avg_pool2d: _average_pool,
     aten.adaptive_avg_pool2d: _adaptive("average"),
     aten.adaptive_max_pool2d: _adaptive("max"),
     aten.mean: _mean,
-    aten.add: _add,
-    aten.mul: lambda call: [Multiply()],
+    aten.add: _sum(1, 1),
+    aten.sub: _sum(1, -1),
+    aten.rsub: _sum(-1, 1),
+    aten.mul: _product,
+    aten.div: _quotient,
+    aten.neg: _negative,
     aten.cat: _concat,
     aten.upsample_nearest2d: _nearest,
 }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from os.path import isfile
 from pathlib import Path
@@ -222,7 +222,7 @@ def _replacement(space: Macroarchitecture, node: Node, rate: int) -> list[Node]:
         Node(
             f"{name}.grouped", Conv(channels, conv.kernel, conv.stride, conv.padding, conv.dilation, rate), node.inputs
         ),
-        Node(f"{name}.norm", norms[0] if norms else BatchNorm(), (f"{name}.grouped",)),
+        Node(f"{name}.norm", replace(norms[0], affine=True) if norms else BatchNorm(), (f"{name}.grouped",)),
         Node(f"{name}.relu", Activation("relu"), (f"{name}.norm",)),
         Node(f"{name}.pointwise", Conv(conv.out_channels, (1, 1), bias=conv.bias), (f"{name}.relu",)),
     ]

@@ -16,7 +16,7 @@ from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
 from fnet_search.evaluate import Setup, Start, load_quantized, load_trained, transform_samples
 from fnet_search.fold import FoldedNetwork
-from fnet_search.layers import Activation, BatchNorm
+from fnet_search.layers import Activation, Foldable
 from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network, build, walk
 from fnet_search.params import QuantParams
@@ -120,14 +120,14 @@ def probe_layer(
 def cut(space: Macroarchitecture, layer: str) -> str:
     """The node, or the input, that gives the last tensor [C, H, W] before a layer that all that follows depends on.
 
-    None that a BatchNorm or an activation reads: these stay with the layer that they belong to, so that a tail is
-    folded and quantized as it is within the whole network.
+    None that a BatchNorm, an affine layer or an activation reads: these stay with the layer that they belong to, so
+    that a tail is folded and quantized as it is within the whole network.
     """
     position = {name: index for index, name in enumerate((INPUT, *(node.name for node in space.order)))}
 
     def alone(name: str) -> bool:
         crossing = {a for a, b in space.graph.edges if position[a] <= position[name] < position[b]}
-        bound = any(isinstance(reader.layer, BatchNorm | Activation) for reader in space.consumers(name))
+        bound = any(isinstance(reader.layer, Foldable | Activation) for reader in space.consumers(name))
         return crossing == {name} and not bound and len(space.shapes[name]) == 3
 
     return next(name for name in reversed(list(position)[: position[layer]]) if name == INPUT or alone(name))
@@ -151,9 +151,11 @@ def _network(space: Macroarchitecture, plan: FactorizationPlan) -> Network:
 
 def _source(network: Macroarchitecture, folded: Macroarchitecture, at: str) -> str:
     """What gives the tensor at a cut in the folded network of a plan: the pointwise part of a factorized layer, the
-    layer that a BatchNorm was folded into."""
+    layer that a BatchNorm or affine layers were folded into."""
     name = at if at == INPUT or at in network.by_name else f"{at}.pointwise"
-    return name if name == INPUT or name in folded.by_name else network.by_name[name].inputs[0]
+    while name != INPUT and name not in folded.by_name:
+        name = network.by_name[name].inputs[0]
+    return name
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,6 @@ def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
 def _end(network: Macroarchitecture, name: str) -> str:
     """The norm or activation that ends a layer."""
     readers = network.consumers(name)
-    if len(readers) == 1 and isinstance(readers[0].layer, BatchNorm | Activation):
+    if len(readers) == 1 and isinstance(readers[0].layer, Foldable | Activation):
         return _end(network, readers[0].name)
     return name

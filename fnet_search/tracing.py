@@ -20,10 +20,31 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fnet_search.errors import FnetError, first_line
-from fnet_search.layers import BatchNorm, Flatten, Layer, Moving, Resample, Reshape, Shape, Shuffle, Slice
-from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
+from fnet_search.layers import (
+    Affine,
+    BatchNorm,
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Moving,
+    Resample,
+    Reshape,
+    Shape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.macro import (
+    INPUT,
+    ONE_OUTPUT,
+    ONLY_CLASSES,
+    Macroarchitecture,
+    Node,
+    beyond_the_first,
+    check_classifier,
+)
 from fnet_search.network import module_key
-from fnet_search.operations import LAYERS, MOVES, NEUTRAL, NOTHING, WEIGHTS, Call
+from fnet_search.operations import LAYERS, MOVES, NOTHING, OPERANDS, REASONS, SHAPED, WEIGHTS, Call
 from fnet_search.quantities import size_text
 
 BATCH = 2
@@ -65,6 +86,8 @@ def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
             reason = first_line(error)
             small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
             advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
+            if any(type(one).__module__ == "torchvision.transforms.transforms" for one in model.modules()):
+                advice = "; torchvision.transforms.v2 has transforms that can be traced"
             said = f"{reason}{advice}"
             raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
 
@@ -106,32 +129,66 @@ class _Import:
         self.values: dict[fx.Node, _Value | Sequence[_Value]] = {}
         signature = program.graph_signature
         self.outputs = set(signature.user_outputs)
-        self.parameters: dict[str, Any] = {}
+        self.constants: dict[str, Any] = {}  # and parameters: whatever does not hang on the image
+        self.origins: dict[str, frozenset[str]] = {}  # the parameters and buffers that these are computed from
+        self.owned: dict[str, frozenset[str]] = {}  # what a training moves of these, by layer
         known = {**program.constants, **program.state_dict}
-        for held in (signature.inputs_to_parameters, signature.inputs_to_buffers):
-            self.parameters |= {name: known[where] for name, where in held.items()}
+        held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        for name, where in {**held, **signature.inputs_to_lifted_tensor_constants}.items():
+            self.constants[name] = known[where]
+            self.origins[name] = frozenset({where} if name in held else ())
+        self.parameters = frozenset(signature.inputs_to_parameters.values())
 
     def macroarchitecture(self, name: str) -> Macroarchitecture:
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder" and node.name not in self.parameters:
-                self.values[node] = _Value(INPUT, self.shape)
-            elif node.op == "call_function":
-                try:
-                    self.operation(node)
-                except FnetError as error:
-                    where = self.name_of(node)
-                    raise FnetError(f"cannot import {name}: {where!r} ({_operation(node)}): {error}") from None
-            elif node.op == "output":
-                given = [one for one in node.args[0] if one is not None and one.name in self.outputs]
-                logits = self.values.get(given[0]) if len(given) == 1 else None
-                if not isinstance(logits, _Value):
-                    raise FnetError(f"cannot import {name}: one tensor of logits is needed, it gives {len(given)}")
-                last, shape = self.whole(logits), logits.shape
-        if last == INPUT:
-            raise FnetError(f"cannot import {name}: it computes nothing")
-        if len(shape) != 1:
-            raise FnetError(f"cannot import {name}: it gives {size_text(shape)}, not logits; flatten it")
-        return beyond_the_first(Macroarchitecture(name, self.shape, self.needed(last), weights=self.weights))
+        try:
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder" and node.name in self.program.graph_signature.user_inputs:
+                    self.values[node] = _Value(INPUT, self.shape)
+                elif node.op == "call_function":
+                    try:
+                        self.operation(node)
+                    except FnetError as error:
+                        raise FnetError(f"{self.name_of(node)!r} ({_operation(node)}): {error}") from None
+                elif node.op == "output":
+                    last = self.logits(node.args[0])
+            nodes = self.needed(last)
+            self.check_owners(nodes)
+            space = Macroarchitecture(name, self.shape, nodes, weights=self.weights)
+            check_classifier(space)
+        except FnetError as error:
+            raise FnetError(f"cannot import {name}: {error}") from None
+        return beyond_the_first(space)
+
+    def logits(self, outputs: Sequence[object]) -> str:
+        """The node that gives what the network gives. Raises FnetError where that is not one vector an image."""
+        given = [one for one in outputs if isinstance(one, fx.Node) and one.name in self.outputs]
+        if len(given) != 1:
+            raise FnetError(f"one tensor of logits is needed, it gives {len(given)}")
+        value = self.values.get(given[0])
+        if not isinstance(value, _Value):
+            raise FnetError("what it gives does not hang on the image")
+        if value.source == INPUT:
+            raise FnetError("it computes nothing")
+        if prod(value.shape) == 1:
+            raise FnetError(ONE_OUTPUT)
+        if len(value.shape) != 1:
+            flat = prod(value.shape) == value.shape[0]
+            raise FnetError(
+                f"it gives {size_text(value.shape)} an image, not logits; {'flatten it' if flat else ONLY_CLASSES}"
+            )
+        return self.whole(value)
+
+    def check_owners(self, nodes: Sequence[Node]) -> None:
+        """Raises FnetError for two layers that have weights, or statistics, in common."""
+        owners: dict[str, str] = {}
+        for node in nodes:
+            for path in sorted(self.owned.get(node.name, ())):
+                if path in owners:
+                    raise FnetError(
+                        f"{owners[path]!r} and {node.name!r} share {path!r} (a module that is called twice, or tied "
+                        "weights): they would be counted and trained as two; give each weights of its own"
+                    )
+                owners[path] = node.name
 
     def needed(self, last: str) -> tuple[Node, ...]:
         """The nodes that the logits hang on: with what else was computed the graph would have a second end."""
@@ -147,22 +204,25 @@ class _Import:
     def operation(self, node: fx.Node) -> None:
         """Gives a node of the trace its value; what it computes becomes a layer."""
         target = node.target
-        if all(source.name in self.parameters for source in node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-                raise FnetError("it is drawn at random")
+        packet = getattr(target, "overloadpacket", None)
+        passed = packet in NOTHING and not _arguments(node).get("train")
+        if not passed and torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise FnetError("it is drawn at random, in evaluation too")
+        if packet in SHAPED or all(source.name in self.constants for source in node.all_input_nodes):
             self.compute(node)
             return
         if target is operator.getitem:
             parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
-            self.values[node] = parts if isinstance(parts, _Value) else parts[index]  # the first of a norm or a pool
+            if isinstance(parts, _Value) and index:
+                raise FnetError(f"only its first output is a layer's, not number {index + 1}")
+            self.values[node] = parts if isinstance(parts, _Value) else parts[index]
             return
         given = node.meta.get("val")
         if isinstance(given, Tensor) and given.dtype != torch.float32:
             raise FnetError(f"it gives {str(given.dtype).removeprefix('torch.')}; only float32 can be imported")
-        packet = getattr(target, "overloadpacket", None)
         if packet in MOVES:
             self.values[node] = self.move(node)
-        elif packet in NOTHING:
+        elif passed:
             self.values[node] = self.value(node.args[0])
         else:
             self.values[node] = self.layers(node, packet)
@@ -170,49 +230,73 @@ class _Import:
     def layers(self, node: fx.Node, packet: Any) -> _Value:
         """Places the layers of an operator that computes; returns what the last one gives."""
         if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
-            raise FnetError("no layer computes this")
+            raise FnetError(REASONS.get(packet, "no layer computes this"))
         given = _arguments(node)
-        if given.get("other") == NEUTRAL.get(packet, ()):
-            return self.value(given["self"])
         weights = {name: self.parameter(given[name]) for name in WEIGHTS if name in given}
-        read = [value for name, value in given.items() if name in ("input", "self", "other")] or given["tensors"]
+        operands = {name: given[name] for name in OPERANDS if name in given}
+        fixed = {name: self.parameter(one) for name, one in operands.items() if not self.of_image(one)}
+        read = [one for name, one in operands.items() if name not in fixed] or given["tensors"]
         values = [self.value(one) for one in read]
         result = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
-        call = Call({**given, **weights}, [one.shape for one in values], tuple(result.shape[1:]))
+        known = {**weights, **fixed}
+        moved = {name: self.trained(given[name]) for name in known}
+        constant = frozenset(name for name, tensor in known.items() if tensor is not None and not moved[name])
+        call = Call({**given, **known}, [one.shape for one in values], tuple(result.shape[1:]), constant)
         found, name = LAYERS[packet](call), self.name_of(node)
         if not found:
             return values[0]
+        statistics = (self.origins.get(one.name, frozenset()) for name, one in given.items() if name in STATISTICS)
+        owned = frozenset().union(*moved.values(), *statistics)
         sources = [self.whole(one) for one in values]
         for layer in found:
             if isinstance(layer, Moving) and len(found) > 1:
                 sources = [self.rearranged(sources[0], layer, f"{name}.{layer.kind}")]
             else:
                 sources = [self.place(self.unused(name), layer, sources, weights)]
+                self.owned[sources[0]], owned = owned, frozenset()
         return _Value(sources[0], self.shapes[sources[0]])
 
     def compute(self, node: fx.Node) -> None:
-        """What does not hang on the image, as weights that are normalised, is a weight."""
-        arguments = fx.map_arg(node.args, lambda one: self.parameters[one.name])
-        options = fx.map_arg(node.kwargs, lambda one: self.parameters[one.name])
+        """What hangs on no more of the image than its shape, as weights that are normalised, is a constant."""
+
+        def known(one: fx.Node) -> Any:
+            if one.name in self.constants:
+                return self.constants[one.name]
+            given = one.meta["val"]  # of the trace, without values
+            return torch.empty(given.shape, dtype=given.dtype, device=given.device)
+
+        arguments, options = fx.map_arg(node.args, known), fx.map_arg(node.kwargs, known)
         with torch.no_grad():
-            self.parameters[node.name] = cast(Callable[..., Any], node.target)(*arguments, **options)
+            self.constants[node.name] = cast(Callable[..., Any], node.target)(*arguments, **options)
+        sources = (self.origins.get(source.name, frozenset()) for source in node.all_input_nodes)
+        self.origins[node.name] = frozenset().union(*sources)
+
+    def of_image(self, argument: object) -> bool:
+        return isinstance(argument, fx.Node) and argument.name not in self.constants
+
+    def trained(self, argument: object) -> frozenset[str]:
+        """The parameters that an argument is computed from."""
+        return self.origins[argument.name] & self.parameters if isinstance(argument, fx.Node) else frozenset()
 
     def value(self, argument: object) -> _Value:
         found = self.values.get(argument) if isinstance(argument, fx.Node) else None
         if found is None:
-            what = "a number" if isinstance(argument, int | float) else "a weight or constant"
-            raise FnetError(f"it reads {what} where a layer reads a tensor that was computed from the image")
+            raise FnetError(
+                "it reads a weight or constant where a layer reads a tensor that was computed from the image"
+            )
         assert isinstance(found, _Value)
         return found
 
     def parameter(self, argument: object) -> Tensor | None:
-        """A weight, or None for none. Raises FnetError for one that hangs on the image."""
+        """A weight or constant, or None for none. Raises FnetError for one that hangs on the image."""
         if argument is None:
             return None
+        if isinstance(argument, int | float):
+            return torch.tensor(argument, dtype=torch.float64)
         name = argument.name if isinstance(argument, fx.Node) else ""
-        if name not in self.parameters:
+        if name not in self.constants:
             raise FnetError("its weights are computed from the image")
-        found: Tensor = self.parameters[name]
+        found: Tensor = self.constants[name]
         return found.detach().float().clone()
 
     def place(
@@ -220,12 +304,15 @@ class _Import:
     ) -> str:
         """Adds a layer, with its weights; returns its name."""
         self.shapes[name] = layer.output_shape([self.shapes[source] for source in sources])
-        self.nodes.append(Node(name, layer, tuple(sources)))
-        held = {part: tensor for part, tensor in (weights or {}).items() if tensor is not None}
+        held = {
+            part: tensor for part, tensor in (weights or {}).items() if part in _state(layer) and tensor is not None
+        }
         if isinstance(layer, BatchNorm):
-            mean = held["running_mean"]
-            counted = {"num_batches_tracked": torch.tensor(0)}
-            held = {"weight": torch.ones_like(mean), "bias": torch.zeros_like(mean), **held, **counted}
+            held["num_batches_tracked"] = torch.tensor(0)
+        if isinstance(layer, Affine) and layer.trained:
+            held = {part: torch.tensor(values) for part in _state(layer) if (values := getattr(layer, part))}
+            layer = layer.started()
+        self.nodes.append(Node(name, layer, tuple(sources)))
         self.weights |= {f"layers.{module_key(name)}.{part}": tensor for part, tensor in held.items()}
         return name
 
@@ -332,11 +419,37 @@ class _Import:
         return found
 
 
+STATISTICS = ("running_mean", "running_var")
+
+
+def _state(layer: Layer) -> tuple[str, ...]:
+    """What of the weights of an operator is of a layer."""
+    match layer:
+        case Conv(bias=bias) | Dense(bias=bias):
+            return ("weight", "bias") if bias else ("weight",)
+        case BatchNorm(affine=affine):
+            return (*STATISTICS, "weight", "bias") if affine else STATISTICS
+        case Affine():
+            return "scale", "shift"
+    return ()
+
+
 def _operation(node: fx.Node) -> str:
     """What users know an operation as: ``add``, ``batch_norm``."""
+    if node.target is operator.getitem:
+        return _operation(cast(fx.Node, node.args[0]))
     packet = getattr(node.target, "overloadpacket", None)
     name = str(getattr(packet, "__name__", node.target))
-    return {"cat": "concat", "mul": "multiply", "_native_batch_norm_legit_no_training": "batch_norm"}.get(name, name)
+    if "batch_norm" in name:
+        return "batch_norm"
+    return {
+        "cat": "concat",
+        "mul": "multiply",
+        "div": "divide",
+        "sub": "subtract",
+        "rsub": "subtract",
+        "neg": "negative",
+    }.get(name, name)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
-from fnet_search.layers import BatchNorm, Conv, Dense
+from fnet_search.layers import BatchNorm, Conv
 from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.network import Network, apply_stateless, walk
+from fnet_search.network import Network, module_key, walk
 from fnet_search.ranges import Batches
 
 SHIFT = 2.5
@@ -70,7 +70,7 @@ def warm_start(
     changed = _changed(parent.network, child.network)
     parts = {f"{name}.{part}" for name in changed for part in PARTS}
     for node in child.network.order:
-        if isinstance(node.layer, Conv | Dense | BatchNorm) and node.name not in parts:
+        if module_key(node.name) in child.layers and node.name not in parts:
             child.layer(node.name).load_state_dict(parent.layer(node.name).state_dict())
     if not changed:
         return
@@ -101,9 +101,7 @@ def warm_start(
 
 def _outputs(network: Network, node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
     """One layer on each batch."""
-    if isinstance(node.layer, Conv | Dense | BatchNorm):
-        return [network.layer(node.name)(x) for x in inputs[0]]
-    return [apply_stateless(node, list(parts)) for parts in zip(*inputs, strict=True)]
+    return [network.apply_node(node, list(parts)) for parts in zip(*inputs, strict=True)]
 
 
 def _changed(parent: Macroarchitecture, child: Macroarchitecture) -> list[str]:
@@ -206,7 +204,8 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
 def _gain(norm: nn.Module) -> Tensor:
     """What a norm multiplies each channel by, but for the sign, float64."""
     assert isinstance(norm, nn.BatchNorm2d)
-    return (norm.weight.double() / torch.sqrt(_statistics(norm)[1].double() + norm.eps)).abs()
+    weight = norm.weight.double() if norm.affine else 1.0
+    return (weight / torch.sqrt(_statistics(norm)[1].double() + norm.eps)).abs()
 
 
 def _places(conv: Conv, inputs: list[Tensor], *outputs: list[Tensor]) -> list[Tensor]:

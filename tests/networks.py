@@ -11,6 +11,7 @@ from fnet_search.data import DataSet, Split, hold_out, load_dataset
 from fnet_search.layers import (
     Activation,
     Add,
+    Affine,
     BatchNorm,
     Concat,
     Conv,
@@ -164,6 +165,35 @@ RESIDUAL = Macroarchitecture(
     ),
 )
 """Norms before a ReLU: alone, of vectors, and where another layer reads them too; grouped convolutions."""
+
+
+STEPS = tuple(0.5 + 0.25 * channel for channel in range(8))
+
+SCALED = Macroarchitecture(
+    "scaled",
+    (3, 10, 9),
+    (
+        Node("centred", Affine(shift=(-0.4, -0.5, -0.6)), (INPUT,)),
+        Node("normed", Affine(scale=(4.0, 5.0, 2.5)), ("centred",)),
+        Node("stem", Conv(8, padding=(1, 1)), ("normed",)),
+        Node("stem.norm", BatchNorm(affine=False), ("stem",)),
+        Node("stem.scale", Affine(STEPS, trained=True), ("stem.norm",)),
+        Node("stem.act", Activation(), ("stem.scale",)),
+        Node("lifted", Affine((-2.0,), STEPS), ("stem.act",)),
+        Node("body", Conv(8, padding=(1, 1), factorize=True), ("lifted",)),
+        Node("body_norm", BatchNorm(affine=False), ("body",)),
+        Node("body_scale", Affine(shift=(0.5,), trained=True), ("body_norm",)),
+        Node("sum", Add(), ("body_scale", "lifted")),
+        Node("sum.scale", Affine((0.75,)), ("sum",)),
+        Node("gap", Pool("global_average"), ("sum.scale",)),
+        Node("flat", Flatten(), ("gap",)),
+        Node("flat.scale", Affine(STEPS, STEPS), ("flat",)),
+        Node("out", Dense(5), ("flat.scale",)),
+        Node("out.scale", Affine((3.0,)), ("out",)),
+    ),
+)
+"""Affine layers before a padded convolution, after norms without weights, a ReLU, a sum and on vectors; constants and
+trained ones."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

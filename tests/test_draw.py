@@ -7,7 +7,7 @@ from matplotlib.patches import FancyBboxPatch
 from pictures import outside, overlapping, png_size, texts
 
 from fnet_search.draw import COLOURS, describe, draw, drawing
-from fnet_search.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.layers import KINDS, Activation, Conv, Dense, Flatten, Pool
 from fnet_search.macro import Macroarchitecture, Node, load_space
 from fnet_search.plan import FactorizationPlan, make_plan, regular, reverse_pyramid, uniform
 
@@ -100,6 +100,7 @@ def test_kinds_have_colours_and_a_legend() -> None:
     kinds = {"input", "convolution", "batch norm", "activation", "pool", "dense", "flatten", "add", "concat"}
     assert set(named) == kinds
     assert len(set(COLOURS.values())) == len(COLOURS)
+    assert {kind.replace("_", " ") for kind in KINDS} <= {*COLOURS, "conv"}
 
 
 def test_names_are_not_read_as_formulas() -> None:

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, noise, normal, randomized, sequence
+from networks import GATED, MIXED, REUSED, SCALED, noise, normal, randomized, sequence
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fnet_search import __version__
@@ -25,7 +25,13 @@ from fnet_search.runtime import Runtime
 from fnet_search.scheme import parse_scheme
 
 TINY = load_space("tiny")
-SPACES = {"mixed": MIXED, "reused": REUSED, "gated": GATED, "tiny": factorize(TINY, parse_plan(TINY, "init2"))}
+SPACES = {
+    "mixed": MIXED,
+    "reused": REUSED,
+    "gated": GATED,
+    "scaled": SCALED,
+    "tiny": factorize(TINY, parse_plan(TINY, "init2")),
+}
 SCHEMES = ["percentile:1", "percentile:1+per-channel"]
 
 

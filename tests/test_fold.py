@@ -2,10 +2,10 @@ from math import sqrt
 
 import pytest
 import torch
-from networks import MIXED, normal, randomized, sequence
+from networks import MIXED, SCALED, normal, randomized, sequence
 
 from fnet_search.fold import fold
-from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Foldable, Layer, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network
 from fnet_search.plan import factorize, parse_plan
@@ -50,7 +50,11 @@ NETWORKS = {
     "norm after a conv that another layer reads": Macroarchitecture("n", (8, 9, 11), SHARED),
     "norm that two layers read": Macroarchitecture("n", (8, 9, 11), SPREAD),
     "mixed": MIXED,
+    "scaled": SCALED,
 }
+
+
+SCALES = ("centred", "stem", "stem.act", "lifted", "body", "sum", "sum.scale")
 
 
 @pytest.mark.parametrize("space", NETWORKS.values(), ids=NETWORKS.keys())
@@ -59,7 +63,7 @@ def test_a_folded_network_computes_the_same(space: Macroarchitecture) -> None:
         network = randomized(space, seed)
         x = normal(6, *space.input_shape, seed=seed)
         folded = fold(network)
-        assert not any(isinstance(node.layer, BatchNorm) for node in folded.network.nodes)
+        assert not any(isinstance(node.layer, Foldable) for node in folded.network.nodes)
         assert folded.weight.keys() == folded.bias.keys()
         with torch.no_grad():
             expected = network.double()(x.double())
@@ -73,7 +77,12 @@ def test_a_folded_network_computes_the_same(space: Macroarchitecture) -> None:
         ("conv and norm", ["c", "f"]),
         ("dense and norm", ["f", "d", "e"]),
         ("norm after a pool", ["c", "p", "n", "a", "f"]),
-        ("two norms", ["c", "m", "f"]),
+        ("two norms", ["c", "f"]),
+        ("three norms on a vector", ["f", "n"]),
+        (
+            "scaled",
+            ["centred", "stem", "stem.act", "lifted", "body", "sum", "sum.scale", "gap", "flat", "flat.scale", "out"],
+        ),
         ("norm after an add", ["a", "b", "s", "n", "f"]),
         ("norm after a conv that another layer reads", ["c", "n", "s", "f"]),
         ("norm that two layers read", ["c", "r", "s", "f"]),

@@ -3,14 +3,15 @@
 import json
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PLAIN, Result
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import load_trained
@@ -22,6 +23,7 @@ from fnet_search.runfolder import read_evaluation
 
 MODEL = '''
 """A user's own: a skip connection and a head."""
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -32,11 +34,13 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.norm = nn.BatchNorm2d(width)
         self.body = nn.Conv2d(width, width, 3, padding=1)
+        self.gamma = nn.Parameter(torch.full((width, 1, 1), 0.5))
         self.head = nn.Linear(width, 10)
+        self.middle = torch.tensor(0.5)
 
     def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        return self.head((x + self.body(x)).mean((2, 3)))
+        x = F.relu(self.norm(self.stem((x - self.middle) / 0.25)))
+        return self.head((x + self.gamma * self.body(x)).mean((2, 3)))
 
 
 make = Net
@@ -140,15 +144,52 @@ def stored(folder: Path, width: int = 8) -> nn.Module:
     state = model.state_dict()
     save_file(state, folder / "w.safetensors")
     torch.save(state, folder / "w.pth")
-    wrapped = {f"module.{name}": value for name, value in state.items()}
-    torch.save({"state_dict": wrapped, "epoch": 3}, folder / "w.ckpt")
+    torch.save({"state_dict": prefixed("module.", state), "epoch": 3}, folder / "w.ckpt")
     return model.eval()
+
+
+def prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
 
 
 @pytest.mark.parametrize("file", ["w.safetensors", "w.pth", "w.ckpt"])
 def test_weights_from_a_file(folder: Path, file: str) -> None:
     model = stored(folder)
     space = load_space("mine.py:make", (1, 6, 6), file)
+    x = torch.randn(2, 1, 6, 6)
+    assert torch.equal(pretrained(space).eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "keys"),
+    [
+        ("", ("model_state_dict",)),
+        ("module.", ("model",)),
+        ("model.", ("state_dict",)),
+        ("_orig_mod.", ()),
+        ("module._orig_mod.", ("ema",)),
+        ("net.backbone.", ("model", "module")),
+    ],
+)
+def test_weights_as_training_scripts_save_them(folder: Path, prefix: str, keys: tuple[str, ...]) -> None:
+    """DataParallel, Lightning, torch.compile; beside what else they hold, such as a loss's weights."""
+    model = stored(folder)
+    saved: dict[str, Any] = prefixed(prefix, model.state_dict())
+    if prefix:
+        saved["loss.weight"] = torch.ones(10)
+    for key in reversed(keys):
+        saved = {"epoch": 3, key: saved, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
+    torch.save(saved, folder / "saved.pth")
+    space = load_space("mine.py:make", (1, 6, 6), "saved.pth")
+    x = torch.randn(2, 1, 6, 6)
+    assert torch.equal(pretrained(space).eval()(x), model(x))
+
+
+def test_weights_themselves_come_before_their_average(folder: Path) -> None:
+    model = stored(folder)
+    average = {name: 0 * value for name, value in model.state_dict().items()}
+    torch.save({"ema": average, "model": model.state_dict()}, folder / "both.pth")
+    space = load_space("mine.py:make", (1, 6, 6), "both.pth")
     x = torch.randn(2, 1, 6, 6)
     assert torch.equal(pretrained(space).eval()(x), model(x))
 
@@ -197,10 +238,23 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
         ("none.pth", r"the weights file none.pth does not exist; name a file, or own"),
         ("empty.pth", r"cannot read weights empty.pth: "),
         ("cut.safetensors", r"cannot read weights cut.safetensors: "),
+        ("", r" is a folder; name the file of weights in it"),
+        ("hello.pth", r"cannot read weights hello.pth: it is neither safetensors nor what torch.save writes"),
         ("list.pth", r"list.pth does not hold a state dict"),
-        ("whole.pth", r"whole.pth does not hold a state dict alone; save one with torch.save\(model.state_dict"),
-        ("less.pth", r"the weights in less.pth do not fit: 'head.bias' is missing"),
-        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not of this network"),
+        (
+            "whole.pth",
+            r"whole.pth does not hold a state dict alone; save one with torch.save\(model.state_dict\(\), PATH\) "
+            r"\(it holds mine.Net, ",
+        ),
+        ("less.pth", r"the weights in less.pth do not fit: 'head.bias' is missing$"),
+        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not of this network$"),
+        (
+            "other.pth",
+            r"do not fit: 'gamma', 'norm.weight', 'norm.bias' and 3 more are missing; 'bn.weight', 'bn.bias', "
+            r"'bn.running_mean' and 2 more are not of this network$",
+        ),
+        ("codes.pth", r"the weights in codes.pth do not fit: 'body.weight' is int8, not float32"),
+        ("twice.pth", r"twice.pth holds this network more than once, .*'a.' and 'b.'"),
         ("wide.pth", r"the weights in wide.pth do not fit: size mismatch for "),
     ],
 )
@@ -210,6 +264,13 @@ def test_weights_that_do_not_fit(folder: Path, file: str, complaint: str) -> Non
     torch.save(stored(folder), folder / "whole.pth")
     torch.save({name: value for name, value in state.items() if name != "head.bias"}, folder / "less.pth")
     torch.save({**state, "extra": torch.zeros(1)}, folder / "more.pth")
+    renamed = {
+        name.replace("norm.", "bn."): value for name, value in state.items() if name not in ("gamma", "head.bias")
+    }
+    torch.save(prefixed("module.", renamed), folder / "other.pth")
+    torch.save({**state, "body.weight": state["body.weight"].to(torch.int8)}, folder / "codes.pth")
+    torch.save(prefixed("a.", state) | prefixed("b.", state), folder / "twice.pth")
+    (folder / "hello.pth").write_text("hello")
     torch.save({**state, "head.bias": torch.zeros(11)}, folder / "wide.pth")
     (folder / "empty.pth").write_bytes(b"")
     (folder / "cut.safetensors").write_bytes((folder / "w.safetensors").read_bytes()[:100])

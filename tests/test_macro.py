@@ -1,11 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from networks import SCALED
 
 from fnet_search.errors import FnetError
 from fnet_search.layers import (
     Activation,
     Add,
+    Affine,
     BatchNorm,
     Concat,
     Conv,
@@ -111,7 +114,10 @@ def test_macs_and_parameters_of_a_layer() -> None:
     assert Dense(10).params([(64,)]) == 10 * (64 + 1)
     assert Dense(10, bias=False).params([(64,)]) == 10 * 64
     assert BatchNorm().params([(64, 8, 8)]) == 2 * 64
-    for layer in (BatchNorm(), Activation(), Pool(), Flatten(), Add(), Concat()):
+    assert BatchNorm(affine=False).params([(64, 8, 8)]) == 0
+    assert Affine((2.0,), (1.0,) * 64).params([(64, 8, 8)]) == 0
+    assert Affine((2.0,), (1.0,) * 64, trained=True).params([(64, 8, 8)]) == 1 + 64
+    for layer in (BatchNorm(), Affine((2.0,)), Activation(), Pool(), Flatten(), Add(), Concat()):
         assert layer.macs([(64, 8, 8), (64, 8, 8)]) == 0
 
 
@@ -142,12 +148,13 @@ def test_shipped_spaces_survive_toml(name: str, tmp_path: Path) -> None:
     assert load_space(str(tmp_path / "again.toml")) == space
 
 
-def test_every_option_survives_toml(tmp_path: Path) -> None:
-    save_space(BRANCHED, tmp_path / "branched.toml")
-    again = load_space(str(tmp_path / "branched.toml"))
-    assert again == BRANCHED
-    assert again.shapes == BRANCHED.shapes
-    assert parse_space(to_toml(again)) == BRANCHED
+@pytest.mark.parametrize("space", [BRANCHED, SCALED], ids=lambda space: str(space.name))
+def test_every_option_survives_toml(space: Macroarchitecture, tmp_path: Path) -> None:
+    save_space(space, tmp_path / "kept.toml")
+    again = load_space(str(tmp_path / "kept.toml"))
+    assert again == space
+    assert again.shapes == space.shapes
+    assert parse_space(to_toml(again)) == space
 
 
 def test_a_space_takes_its_name_from_the_file(tmp_path: Path) -> None:
@@ -188,7 +195,7 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
     ("layer", "complaint"),
     [
         ('kind = "convv"\nout_channels = 8', "unknown layer kind 'convv'; did you mean 'conv'?"),
-        ("out_channels = 8", "needs a kind: conv, batch_norm, activation, pool, dense, flatten, "),
+        ("out_channels = 8", "needs a kind: conv, batch_norm, affine, activation, pool, dense, flatten, "),
         (
             'kind = "activation"\ninputs = ["stm"]',
             "takes its input from 'stm', which is not a layer; did you mean 'stem'?",
@@ -341,6 +348,36 @@ def test_other_classes_where_channels_are_mixed(last: tuple[Node, ...]) -> None:
         space.with_classes(5)
 
 
+def test_other_classes_where_the_logits_are_scaled() -> None:
+    """By one number it is the same layer; numbers for each class are of those classes."""
+    assert SCALED.with_classes(3).shapes["out.scale"] == (3,)
+    last = Node("out.scale", Affine((3.0,) * 5), ("out",))
+    with pytest.raises(FnetError, match="end the space with a dense layer"):
+        replace(SCALED, nodes=(*SCALED.nodes[:-1], last)).with_classes(3)
+
+
+@pytest.mark.parametrize(
+    ("last", "complaint"),
+    [
+        (
+            '{ name = "out", kind = "dense", out_features = 1 }',
+            "it gives one number an image, not a logit for each of",
+        ),
+        (
+            '{ name = "out", kind = "dense", out_features = 4 }, { name = "end", kind = "activation", '
+            'function = "sigmoid" }',
+            "it ends with a sigmoid, 'end', as for several labels an image; fnet-search is for classification with one",
+        ),
+    ],
+)
+def test_other_tasks_than_classification_are_refused(last: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text(f'name = "other"\ninput = [3, 2, 2]\nlayer = [{{ name = "flat", kind = "flatten" }}, {last}]')
+    with pytest.raises(FnetError) as error:
+        load_space(str(path))
+    assert str(error.value).startswith(f"space {path}: {complaint}")
+
+
 def test_other_classes_where_the_last_layer_is_read_twice() -> None:
     gate = Node("soft", Activation("sigmoid"), ("last",)), Node("last.act", Multiply(), ("soft", "last"))
     with pytest.raises(FnetError, match="end the space with a dense layer"):
@@ -356,6 +393,8 @@ def test_other_classes_where_the_last_layer_is_read_twice() -> None:
         (Resample((0, 8), (0,)), (4, 8, 8), "rows must be of the 8 that there are, counted from 0"),
         (Resample((0,), ()), (4, 8, 8), "columns must be of the 8 that there are"),
         (Reshape((4, 3, 1)), (16,), "they hold different numbers of values"),
+        (Affine((1.0, 2.0)), (4, 8, 8), "scale must be 1 or 4 numbers, one a channel, got 2"),
+        (Affine(shift=(1.0,) * 5), (4,), "shift must be 1 or 4 numbers"),
     ],
     ids=str,
 )

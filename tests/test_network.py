@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from networks import MIXED, RESIDUAL, compiled, normal, randomized, sequence
+from networks import MIXED, RESIDUAL, SCALED, STEPS, compiled, normal, randomized, sequence
 from torch import Tensor
 
 from fnet_search.errors import FnetError
@@ -185,6 +185,36 @@ def test_a_network_that_is_not_sped_up(fused: bool, widths: tuple[int, ...]) -> 
     plain, other = (randomized(RESIDUAL) for _ in range(2))
     other.speed_up(fused, widths)
     images = normal(16, *RESIDUAL.input_shape)
+    expected, found = step(plain, images), step(other, images)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_constants_are_not_trained() -> None:
+    """They are the layer's: no parameter, and nothing of the state; what is trained starts with the layer's numbers."""
+    network = build(SCALED)
+    assert {name for name, _ in network.named_parameters()} == {
+        *("layers.stem.weight", "layers.stem/scale.scale", "layers.body.weight", "layers.body_scale.shift"),
+        *("layers.out.weight", "layers.out.bias"),
+    }
+    assert sum(parameter.numel() for parameter in network.parameters()) == network_cost(SCALED).params
+    norms = {f"layers.{name}.{part}" for name in ("stem/norm", "body_norm") for part in STATISTICS}
+    assert network.state_dict().keys() == {name for name, _ in network.named_parameters()} | norms
+    assert network.layers["stem/scale"].state_dict()["scale"].tolist() == list(STEPS)
+    images = normal(4, *SCALED.input_shape)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.25, 0.2, 0.4]).view(3, 1, 1)
+    outputs = {node.name: output for node, output in walk(SCALED, images, network.eval().apply_node)}
+    torch.testing.assert_close(outputs["normed"], (images - mean) / std)
+    assert torch.equal(outputs["out.scale"], 3 * outputs["out"])
+
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def test_a_norm_without_weights_is_not_fused() -> None:
+    space = sequence((3, 6, 6), c=Conv(4), n=BatchNorm(affine=False), a=Activation(), f=Flatten())
+    plain, other = (randomized(space) for _ in range(2))
+    other.speed_up(True, ())
+    images = normal(8, *space.input_shape)
     expected, found = step(plain, images), step(other, images)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

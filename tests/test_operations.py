@@ -8,9 +8,9 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from fnet_search.errors import FnetError
-from fnet_search.layers import Conv, Flatten, Layer, Pool, Resample
+from fnet_search.layers import Affine, BatchNorm, Conv, Dense, Flatten, Layer, Pool, Resample
 from fnet_search.macro import Node
-from fnet_search.network import apply_stateless
+from fnet_search.network import ScaleShift, apply_stateless
 from fnet_search.operations import LAYERS, Call, aten, pair
 
 CONVOLUTION = {"bias": None, "stride": [1], "padding": "same", "dilation": [1], "groups": 1}
@@ -22,7 +22,7 @@ SIXES = tuple(at for at, times in ((0, 3), (1, 3), (1, 2), (2, 2), (3, 2), (3, 3
 
 def applied(layers: Any, x: Tensor) -> Tensor:
     for layer in layers:
-        x = apply_stateless(Node("n", layer, ("x",)), [x])
+        x = ScaleShift(layer)(x) if isinstance(layer, Affine) else apply_stateless(Node("n", layer, ("x",)), [x])
     return x
 
 
@@ -107,3 +107,98 @@ def test_other_means(dim: list[int] | None) -> None:
 def test_a_vector_where_a_map_is_read() -> None:
     with pytest.raises(FnetError, match="it reads 8 where a layer reads a feature map"):
         LAYERS[aten.mean](Call({"dim": [2, 3], "keepdim": False}, [(8,)], ()))
+
+
+CHANNELS = torch.tensor([0.5, -2.0, 3.0])
+CONSTANTS = {
+    "a number": torch.tensor(4.0, dtype=torch.float64),
+    "a channel": CHANNELS.view(3, 1, 1),
+    "a channel, whole numbers": torch.tensor([[[[1]], [[2]], [[3]]]]),
+    "the whole shape": CHANNELS.view(1, 3, 1, 1).expand(2, 3, 4, 5),
+}
+ARITHMETIC: dict[str, tuple[Any, Any, dict[str, float]]] = {
+    "add": (aten.add, torch.add, {"alpha": 1}),
+    "add with a factor": (aten.add, torch.add, {"alpha": -3}),
+    "sub": (aten.sub, torch.sub, {"alpha": 1}),
+    "sub with a factor": (aten.sub, torch.sub, {"alpha": 2}),
+    "rsub": (aten.rsub, torch.rsub, {"alpha": 1}),
+    "rsub with a factor": (aten.rsub, torch.rsub, {"alpha": 2}),
+    "mul": (aten.mul, torch.mul, {}),
+    "div": (aten.div, torch.div, {}),
+}
+
+
+@pytest.mark.parametrize("constant", CONSTANTS)
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_with_constants(name: str, constant: str) -> None:
+    """In both orders; layers and torch round alike, but for a division, which is a product with the inverse."""
+    packet, function, options = ARITHMETIC[name]
+    x, value = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)), CONSTANTS[constant]
+    for image, fixed in (("self", "other"), ("other", "self")):
+        given = {image: None, fixed: value, **options}
+        call = Call(given, [(3, 4, 5)], (3, 4, 5), frozenset({fixed}))
+        if (name, fixed) == ("div", "self"):
+            with pytest.raises(FnetError, match="a division by what hangs on the image is no layer"):
+                LAYERS[packet](call)
+            continue
+        layers = LAYERS[packet](call)
+        assert not any(layer.trained for layer in layers if isinstance(layer, Affine))
+        operands = (x, value.float()) if image == "self" else (value.float(), x)
+        torch.testing.assert_close(applied(layers, x), function(*operands, **options), rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("packet", "given", "layers"),
+    [
+        (aten.mul, {"other": torch.tensor(1.0)}, []),
+        (aten.add, {"other": torch.zeros(3, 1, 1), "alpha": 2}, []),
+        (aten.sub, {"other": torch.zeros(()), "alpha": 1}, []),
+        (aten.rsub, {"other": torch.zeros(()), "alpha": 1}, [Affine((-1.0,))]),
+        (aten.div, {"other": torch.full((3, 4, 5), 4.0)}, [Affine((0.25,))]),
+        (aten.mul, {"other": CHANNELS.view(3, 1, 1)}, [Affine((0.5, -2.0, 3.0))]),
+    ],
+)
+def test_what_changes_nothing_is_no_layer(packet: Any, given: dict[str, Any], layers: list[Layer]) -> None:
+    call = Call({"self": None, **given}, [(3, 4, 5)], (3, 4, 5), frozenset({"other"}))
+    assert list(LAYERS[packet](call)) == layers
+
+
+@pytest.mark.parametrize(
+    ("value", "scale"), [(torch.ones(()), (1.0,)), (torch.ones(1, 1, 1), (1.0,)), (torch.ones(3, 1, 1), (1.0,) * 3)]
+)
+def test_a_parameter_is_a_layer_whatever_its_numbers(value: Tensor, scale: tuple[float, ...]) -> None:
+    call = Call({"self": None, "other": value}, [(3, 3, 3)], (3, 3, 3))
+    assert list(LAYERS[aten.mul](call)) == [Affine(scale, trained=True)]
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 3, 3), (3, 1, 3)])
+def test_a_parameter_that_is_not_a_number_a_channel(shape: tuple[int, ...]) -> None:
+    """Though all its numbers are equal at first."""
+    call = Call({"self": None, "other": torch.ones(shape)}, [(3, 3, 3)], (3, 3, 3))
+    with pytest.raises(FnetError, match="is no layer: one number a channel would be"):
+        LAYERS[aten.mul](call)
+
+
+def test_a_bias_that_is_a_constant() -> None:
+    given = {**CONVOLUTION, "weight": torch.zeros(3, 3, 1, 1), "bias": CHANNELS}
+    call = Call(given, [(3, 4, 5)], (3, 4, 5), frozenset({"bias"}))
+    assert list(LAYERS[aten.conv2d](call)) == [Conv(3, (1, 1)), Affine(shift=(0.5, -2.0, 3.0))]
+    call = Call({"weight": torch.zeros(3, 7), "bias": CHANNELS}, [(7,)], (3,), frozenset({"bias"}))
+    assert list(LAYERS[aten.linear](call)) == [Dense(3, bias=False), Affine(shift=(0.5, -2.0, 3.0))]
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "constant", "after"),
+    [
+        (None, None, (), []),
+        (CHANNELS, None, (), [Affine((0.5, -2.0, 3.0), trained=True)]),
+        (None, CHANNELS, (), [Affine(shift=(0.5, -2.0, 3.0), trained=True)]),
+        (CHANNELS, CHANNELS, ("weight",), [Affine((0.5, -2.0, 3.0)), Affine(shift=(0.5, -2.0, 3.0), trained=True)]),
+    ],
+)
+def test_norms_of_which_not_all_is_trained(
+    weight: Tensor | None, bias: Tensor | None, constant: tuple[str, ...], after: list[Layer]
+) -> None:
+    call = Call({"weight": weight, "bias": bias, "eps": 0.1}, [(3, 4, 5)], (3, 4, 5), frozenset(constant))
+    layers = LAYERS[aten._native_batch_norm_legit_no_training](call)
+    assert list(layers) == [BatchNorm(0.1, affine=False), *after]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, batches_of, normal, randomized, sequence
+from networks import GATED, MIXED, REUSED, SCALED, batches_of, normal, randomized, sequence
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import fold
@@ -238,7 +238,7 @@ def integer(
 
 
 @pytest.mark.parametrize(("percentile", "per_channel"), [("0", False), ("1", False), ("20", False), ("1", True)])
-@pytest.mark.parametrize("space", [MIXED, REUSED, GATED], ids=["mixed", "reused", "gated"])
+@pytest.mark.parametrize("space", [MIXED, REUSED, GATED, SCALED], ids=lambda space: str(space.name))
 def test_whole_networks(space: Macroarchitecture, percentile: str, per_channel: bool) -> None:
     for seed in range(2):
         x = normal(4, *space.input_shape, seed=seed)

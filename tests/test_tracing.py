@@ -9,14 +9,15 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import noise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import models
+from torchvision import models, transforms
+from torchvision.ops import FrozenBatchNorm2d
 
 from fnet_search.audit import audit
 from fnet_search.errors import FnetError
 from fnet_search.export import float_model, quantized_model
 from fnet_search.fold import fold
 from fnet_search.imported import load_imported
-from fnet_search.layers import Conv, Pool, Resample, Reshape, Shuffle, Slice
+from fnet_search.layers import Affine, BatchNorm, Conv, Pool, Resample, Reshape, Shuffle, Slice
 from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.network import pretrained
 from fnet_search.plan import factorize, legal_rates, make_plan, network_cost
@@ -178,7 +179,8 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "norm without weights": (lambda x, parts: parts["n"](x), {"n": nn.BatchNorm2d(8, affine=False)}),
     "dilated": (lambda x, parts: parts["c"](x), {"c": nn.Conv2d(8, 8, 3, 2, 2, 2, 4)}),
     "padding same": (lambda x, parts: parts["c"](x), {"c": nn.Conv2d(8, 8, (3, 5), padding="same")}),
-    "twice the same": (lambda x, parts: parts["c"](parts["c"](x)), {"c": nn.Conv2d(8, 8, 1)}),
+    "with indices": (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], {}),
+    "twice an activation": (lambda x, parts: parts["a"](-parts["a"](x)), {"a": nn.Hardswish()}),
     "unused": (lambda x: (F.relu(x), x)[1], {}),
 }
 
@@ -195,6 +197,63 @@ def test_weights_that_are_computed_are_weights() -> None:
     model = nn.Sequential(Standardized(3, 4, 3), normed, nn.Flatten(), nn.Linear(6 * 11 * 9, 2))
     space = check(model, images(2, 3, 13, 11))
     assert [node.layer.kind for node in space.nodes] == ["conv", "conv", "flatten", "dense"]
+
+
+class Constant(nn.Module):
+    """Normalises its image, and has constants and parameters of every kind between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1), persistent=False)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.scale = torch.linspace(0.5, 2, 8).view(8, 1, 1)
+        self.body = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8, affine=False)
+        self.gamma = nn.Parameter(torch.linspace(0.1, 1, 8).view(8, 1, 1))
+        self.alpha = nn.Parameter(torch.tensor(0.7))
+        self.kernel = nn.Parameter(torch.linspace(-4, -1, 64).view(8, 8, 1, 1))
+        self.frozen = FrozenBatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem((x - self.mean) / self.std) * self.scale)
+        x = torch.add(self.scale, self.body(1 - x), alpha=-2)  # padded with zeros: not with what 1 - x would be
+        x = x + self.alpha * F.relu(self.norm(x) * self.gamma + torch.arange(8).view(8, 1, 1))
+        x = torch.rsub(F.relu6(self.frozen(x)), torch.ones_like(x), alpha=2) * x.new_tensor(0.5)
+        x = F.conv2d(x, self.kernel.exp(), -self.scale.flatten())
+        return -self.head(x.mean((2, 3))) * torch.full((), 3) + torch.tensor([1, 2, 3, 4, 5])
+
+
+def test_constants_are_constants() -> None:
+    """The numbers in the layers, the parameters of the module trained and counted, code for code in the runtime."""
+    torch.manual_seed(1)
+    model = Constant()
+    space = check(model, images(3, 3, 13, 11))
+    found = pretrained(space)
+    counted = sum(one.numel() for one in model.parameters())
+    assert counted == sum(one.numel() for one in found.parameters()) == network_cost(space).params
+    assert list(legal_rates(space)) == ["body"], "the stem reads the image, however it is normalised"
+    layers = {node.name: node.layer for node in space.nodes}
+    assert layers["subtract"] == Affine(shift=tuple((-model.mean.double()).flatten().tolist()))
+    assert layers["divide"] == Affine(tuple((1 / model.std.double()).flatten().tolist()))
+    assert layers["multiply"] == Affine(tuple(model.scale.flatten().tolist()))
+    assert layers["norm"] == BatchNorm(1e-5, affine=False)
+    assert layers["multiply_3"] == Affine((1.0,), trained=True)
+    data = noise(space, 40)
+    x = data.normalise(data.train.images)
+    quantized = prepare(found.eval(), parse_scheme("percentile:1"), data, 0).network
+    (differing,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
+    assert differing == Audit(40, 40 * 5)
+
+
+def test_the_numbers_of_a_parameter_are_weights() -> None:
+    """Not of the space, which is the same whatever they are."""
+    model = Of(lambda x, parts: parts["s"](x), s=Scale())
+    space = Macroarchitecture.from_module(model, images(1, 3, 13, 11))
+    assert space.by_name["parts.s"].layer == Affine((1.0,) * 8, trained=True)
+    assert space.weights is not None
+    assert torch.equal(space.weights["layers.parts/s.scale"], torch.full((8,), 0.1))
 
 
 def test_an_image_that_is_changed_in_place() -> None:
@@ -242,9 +301,33 @@ def test_an_adaptive_pool_of_equal_windows_is_one_layer() -> None:
     assert not any(isinstance(node.layer, Resample) for node in space.nodes)
 
 
-class Pair(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x
+class Gives(nn.Module):
+    """Whatever a function makes of its logits."""
+
+    def __init__(self, last: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.head, self.last = nn.Linear(3, 5), last
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.head(x.mean((2, 3))))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((8, 1, 1), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Tied(nn.Sequential):
+    """Two convolutions, one kernel."""
+
+    def __init__(self) -> None:
+        first, second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        first.weight = second.weight
+        super().__init__(first, second, nn.Flatten(), nn.Linear(3 * 13 * 11, 2))
 
 
 class Branching(nn.Module):
@@ -262,9 +345,92 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         Of(lambda x, parts: parts["n"](x), n=nn.LayerNorm(11)),
         r"cannot import of: 'parts\.n' \(layer_norm\): no layer computes this",
     ),
-    "softmax": (Of(lambda x: x.softmax(1)), r"'softmax' \(softmax\): no layer computes this"),
-    "by a number": (Of(lambda x: 0.5 * x), r"'multiply' \(multiply\): it reads a number where a layer reads a tensor"),
-    "and a number": (Of(lambda x: x + 1), r"'add' \(add\): it reads a number"),
+    "softmax": (
+        Of(lambda x: x.mean((2, 3)).softmax(1)),
+        r"'softmax' \(softmax\): it gives probabilities where logits are needed; leave it out: the loss",
+    ),
+    "log softmax": (
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.LogSoftmax(1)),
+        r"'2' \(log_softmax\): it gives probabilities where logits are needed",
+    ),
+    "sigmoid": (
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Sigmoid()),
+        "it ends with a sigmoid, '2', as for several labels an image; fnet-search is for classification",
+    ),
+    "sigmoid of a map": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "it ends with a hardsigmoid, '1'",
+    ),
+    "one output": (
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1)),
+        "cannot import sequential: it gives one number an image, not a logit for each of two classes or more; "
+        "fnet-search is for classification with one class an image",
+    ),
+    "one output, squeezed": (
+        nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1), nn.Flatten(0)),
+        "it gives one number an image",
+    ),
+    "over the image": (Of(lambda x: 2 / x), "a division by what hangs on the image is no layer"),
+    "a tensor over the image": (Of(lambda x: torch.ones(8, 1, 1) / x), "a division by what hangs on the image"),
+    "a rounded quotient": (
+        Of(lambda x: torch.div(x, 2, rounding_mode="floor")),
+        "a division that is rounded is no layer",
+    ),
+    "a difference": (Of(lambda x: x - F.relu(x)), "a difference, or a sum with a factor, of tensors is no layer"),
+    "from place to place": (
+        Of(lambda x: x * torch.linspace(0, 1, 11)),
+        r"'multiply' \(multiply\): a constant that differs from place to place is no layer",
+    ),
+    "from image to image": (Of(lambda x: x + torch.arange(2).view(2, 1, 1, 1)), "differs from place to place"),
+    "infinite": (Of(lambda x: x * float("inf")), "its constant is not finite"),
+    "by zero": (Of(lambda x: x / 0), "its constant is not finite"),
+    "larger": (
+        Of(lambda x: x.mean((2, 3), keepdim=True) + torch.zeros(1, 1, 3, 3)),
+        "a constant that makes a tensor larger is no layer",
+    ),
+    "positions": (
+        Of(lambda x, parts: x + parts["p"].weight.view(8, 13, 11), p=nn.Embedding(8, 143)),
+        "a parameter of 8x13x11 is no layer: one number a channel would be",
+    ),
+    "concat of a constant": (
+        Of(lambda x: torch.cat([x[:, 1:], torch.zeros(2, 1, 13, 11)], 1)),
+        r"'concat' \(concat\): it reads a weight or constant where a layer reads a tensor",
+    ),
+    "constant kernel": (
+        Of(lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3) / 9, groups=8)),
+        "its kernel is a constant, and a layer's is trained; make it an nn.Parameter",
+    ),
+    "constant matrix": (Of(lambda x: F.linear(x.mean((2, 3)), torch.eye(8))), "its kernel is a constant"),
+    "torchvision's old transform": (
+        nn.Sequential(transforms.Normalize([0.5] * 3, [0.5] * 3), nn.Flatten(), nn.Linear(3 * 13 * 11, 2)),
+        "; torchvision.transforms.v2 has transforms that can be traced",
+    ),
+    "indices": (
+        Of(lambda x: F.max_pool2d(x, 2, return_indices=True)[1] * 1.0),
+        r"'max_pool2d_with_indices' \(max_pool2d_with_indices\): only its first output is a layer's, not number 2",
+    ),
+    "indices of an adaptive pool": (
+        Of(lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[1] * 1.0),
+        r"\(adaptive_max_pool2d\): only its first output is a layer's, not number 2",
+    ),
+    "statistics of the batch": (
+        Of(lambda x, parts: parts["n"](x), n=nn.BatchNorm2d(8, track_running_stats=False)),
+        r"'parts.n' \(batch_norm\): it normalises with the statistics of what it reads, in evaluation too",
+    ),
+    "dropout in evaluation": (Of(lambda x: F.dropout(x, training=True)), "it is drawn at random, in evaluation too"),
+    "twice a convolution": (
+        Of(lambda x, parts: parts["c"](F.relu(parts["c"](x))), c=nn.Conv2d(8, 8, 1)),
+        "'parts.c' and 'parts.c_2' share 'parts.c.bias' .a module that is called twice, or tied weights.: they",
+    ),
+    "twice a norm": (
+        Of(lambda x, parts: parts["n"](F.relu(parts["n"](x))), n=nn.BatchNorm2d(8, affine=False)),
+        "'parts.n' and 'parts.n_2' share 'parts.n.running_mean'",
+    ),
+    "tied weights": (Tied(), "'0' and '1' share '1.weight' .a module that is called twice, or tied weights.: they"),
+    "twice a scale": (
+        Of(lambda x, parts: parts["s"](F.relu(parts["s"](x))), s=Scale()),
+        "'parts.s' and 'parts.s_2' share 'parts.s.gamma'",
+    ),
     "other clamp": (Of(lambda x: x.clamp(-1, 1)), "only 0 to 6, ReLU6, is a layer; this one is -1 to 1"),
     "mean of a side": (Of(lambda x: x.mean(3, keepdim=True)), "only that over height and width is a layer"),
     "transposed": (Of(lambda x: x.transpose(2, 3)), "no layer moves values like this, from 8x13x11 to 8x11x13"),
@@ -283,10 +449,17 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
         Of(lambda x: F.conv2d(x, F.adaptive_avg_pool2d(x, 1)[:1].expand(8, 8, 1, 1))),
         r"cannot import of: 'conv2d' \(conv2d\): its weights are computed from the image",
     ),
-    "two outputs": (Pair(), "one tensor of logits is needed, it gives 2"),
+    "two outputs": (Gives(lambda x: (x, x)), "one tensor of logits is needed, it gives 2"),
+    "outputs by name": (Gives(lambda x: {"boxes": x, "classes": -x}), "one tensor of logits is needed, it gives 2"),
+    "no output": (Gives(lambda x: 3), "one tensor of logits is needed, it gives 0"),
+    "a constant": (Gives(lambda x: torch.zeros(2, 5)), "what it gives does not hang on the image"),
     "nothing": (nn.Identity(), "cannot import identity: it computes nothing"),
     "a branch": (Branching(), "cannot trace branching for an input of 3x13x11"),
-    "a map at the end": (nn.Conv2d(3, 4, 3), "cannot import conv2d: it gives 4x11x9, not logits; flatten it"),
+    "a map at the end": (
+        nn.Conv2d(3, 4, 3),
+        "cannot import conv2d: it gives 4x11x9 an image, not logits; fnet-search is for classification with one class",
+    ),
+    "a pixel at the end": (nn.Conv2d(3, 4, (13, 11)), "it gives 4x1x1 an image, not logits; flatten it"),
 }
 
 

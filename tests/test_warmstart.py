@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import CPU, batches_of, digits, normal, randomized, sequence
+from networks import CPU, SCALED, batches_of, digits, normal, randomized, sequence
 from torch import Tensor, nn
 
 from fnet_search import warmstart
@@ -12,7 +12,7 @@ from fnet_search.errors import FnetError
 from fnet_search.fold import fold
 from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
-from fnet_search.network import Network, apply_stateless, build, walk
+from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.prepare import (
     calibration,
@@ -57,6 +57,7 @@ def residual(bias: bool) -> Macroarchitecture:
     )
 
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 IMAGES = normal(150, 8, 10, 9, seed=1)
 
 
@@ -88,15 +89,8 @@ def differing(one: Network, other: Network) -> set[str]:
 @torch.no_grad()
 def output_of(network: Network, name: str, x: Tensor = IMAGES) -> Tensor:
     """What the node of that name gives, or the last of a factorized layer."""
-
-    def apply(node: Node, inputs: list[Tensor]) -> Tensor:
-        if isinstance(node.layer, Conv | Dense | BatchNorm):
-            output: Tensor = network.layer(node.name)(inputs[0])
-            return output
-        return apply_stateless(node, inputs)
-
     wanted = {name, f"{name}.pointwise"}
-    return next(output for node, output in walk(network.network, x, apply) if node.name in wanted)
+    return next(output for node, output in walk(network.network, x, network.apply_node) if node.name in wanted)
 
 
 def lost(parent: Network, child: Network, name: str, x: Tensor = IMAGES) -> float:
@@ -222,6 +216,18 @@ def test_any_graph(bias: bool) -> None:
     changed = {name for name in differing(parent, child) if name.startswith("three.bn")}
     moved = {"three.bn.running_mean", "three.bn.running_var"}
     assert changed == (moved if bias else set()), "what the concat reads has no norm to move it"
+
+
+def test_affine_layers_are_copied() -> None:
+    """Constants and trained ones; the norm within a factorized layer has weights where those around it have none."""
+    images = normal(150, *SCALED.input_shape)
+    parent = randomized(of(SCALED, "regular"))
+    child = started(parent, SCALED, "body=2", images)
+    parts = {"grouped": ("weight",), "norm": ("weight", "bias", *STATISTICS), "pointwise": ("weight",)}
+    changed = {f"body.{part}.{name}" for part, names in parts.items() for name in names}
+    moved = {"body_norm.running_mean", "body_norm.running_var"}
+    assert differing(parent, child) == {"body.weight"} | changed | moved
+    assert lost(parent, child, "sum", images) < 0.5 * lost(parent, fresh(SCALED, "body=2"), "sum", images)
 
 
 def test_without_changes_before_them_layers_keep_their_bits() -> None:

@@ -159,6 +159,6 @@ class AskTell:
 
     @property
     def best(self) -> Evaluation | None:
-        """The feasible evaluation with the highest quint8 accuracy, then the fewest conv MACs; None if none is."""
+        """The first of `policy.ranking` that is feasible: with the highest quint8 accuracy; None if none is."""
         ranked = ranking(self.evaluations, self.constraints)
         return ranked[0] if ranked and self.constraints.feasible(ranked[0]) else None

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
-from fnet_search.evaluate import Setup, Start, calibration, folded_for, load_quantized, load_trained, transform_samples
+from fnet_search.evaluate import (
+    Setup,
+    Start,
+    calibration,
+    class_results,
+    folded_for,
+    load_quantized,
+    load_trained,
+    transform_samples,
+)
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Activation, BatchNorm
 from fnet_search.macro import INPUT, Macroarchitecture, Node
@@ -223,16 +232,19 @@ def _measure(setup: Setup, trained: Network, fed: _Fed, layers: tuple[str, ...])
     quantized = quantize(folded, stats, setup.scheme.per_channel)
     if setup.scheme.bias_correct:
         quantized = correct_biases(folded, quantized, fed.few)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums, predictions = torch.zeros(4, dtype=torch.float64), []
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)
         losses = [F.cross_entropy(y.double(), labels, reduction="sum") for y in both]
-        hits = [(y.argmax(1) == labels).sum().double() for y in both]
+        predictions.append(torch.stack([y.argmax(1) for y in both]))
         noises = [(y - logits).double().square().sum() for y in both]
-        sums += torch.stack([*losses, *hits, *noises]).cpu()
+        sums += torch.stack([*losses, *noises]).cpu()
     signal = float(fed.logits.double().square().sum())
     few = fed.samples[:PROFILED]
-    loss, quint8_loss, fp32_accuracy, quint8_accuracy = (sums[:4] / len(fed.labels)).tolist()
+    loss, quint8_loss = (sums[:2] / len(fed.labels)).tolist()
+    predicted = torch.cat(predictions, dim=1)
+    fp32_accuracy, quint8_accuracy = (predicted == fed.labels).double().mean(1).tolist()
+    names = [""] * logits.shape[1]
     return Probe(
         layer="",
         rate=1,
@@ -242,9 +254,10 @@ def _measure(setup: Setup, trained: Network, fed: _Fed, layers: tuple[str, ...])
         quint8_loss=quint8_loss,
         fp32_accuracy=fp32_accuracy,
         quint8_accuracy=quint8_accuracy,
-        logit_snr_db=sqnr_db(signal, float(sums[4])),
-        logit_sqnr_db=sqnr_db(signal, float(sums[5])),
+        logit_snr_db=sqnr_db(signal, float(sums[2])),
+        logit_sqnr_db=sqnr_db(signal, float(sums[3])),
         layers=profile(trained, folded, quantized, stats, [(few, few)], layers) if layers else (),
+        classes=() if setup.metric == "accuracy" else class_results(predicted, fed.labels, names),
     )
 
 

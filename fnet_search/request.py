@@ -10,7 +10,7 @@ from fnet_search.errors import FnetError
 from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, parse_space, to_toml
 from fnet_search.policy import FIXED_PLANS, Constraints, SplitName
-from fnet_search.recipe import Augmentation, Fidelity, Recipe
+from fnet_search.recipe import Fidelity, Recipe
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.storage import masked
 from fnet_search.weights import digest
@@ -81,12 +81,10 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
     """Inverse of `Request.config`, which leaves `others` and a part of the fidelity out; an imported network has no
     weights yet. Raises FnetError for a configuration of another version."""
     try:
-        recipe, changes = config["recipe"], config["recipe"]["augmentation"]
-        whole = {**recipe, "augmentation": Augmentation(**changes), "milestones": tuple(recipe["milestones"])}
         found = Request(
             space=parse_space(config["space"], "the space of the study"),
             dataset=config["dataset"],
-            recipe=Recipe(**whole),
+            recipe=Recipe.from_json(config["recipe"]),
             fidelity=Fidelity(**fidelity),
             policy_name=config["policy"],
             constraints=Constraints(**config["constraints"]),

@@ -176,7 +176,7 @@ class Measures:
     audit: Audit | None = None
 
     def complete(self, evaluation: Evaluation) -> Evaluation:
-        """The evaluation with what was measured, but for the confusion: a line a pair of classes is too much for all."""
+        """The evaluation with what was measured, but for the confusion, which is kept of winners only."""
         found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "confusion"}
         return replace(evaluation, **found)
 

@@ -24,7 +24,17 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.metric import MetricName
 from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Evaluation, Role
-from fnet_search.trials import NUMBER, ROLE, distributions, parameters, plan_of, recorded, state_of, suggested, value_and_state
+from fnet_search.trials import (
+    NUMBER,
+    ROLE,
+    distributions,
+    parameters,
+    plan_of,
+    recorded,
+    state_of,
+    suggested,
+    value_and_state,
+)
 
 LEASE = "fnet_search:lease"
 """System attribute of a running trial: its worker, and how often the lease was renewed."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import MetricName
 from fnet_search.plan import FactorizationPlan, label, parse_plan
 from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
 from fnet_search.quantities import counted, mmac, percent
@@ -58,13 +59,19 @@ class Outcome:
         one = self.winner
         trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""
         which = f"candidate {one.number} ({label(self.space, one.plan)}{trained_on})"
-        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
+        metric = self.constraints.metric
+        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one, metric)}"
         if self.test is not None:
-            found += f"; {_accuracies(self.test)}"
+            found += f"; {_accuracies(self.test, metric)}"
         missed = ", ".join(self.constraints.missed(one))
         verdict = "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {missed}:"
         return f"{verdict} {found}; files in {self.folder / 'best'}"
 
 
-def _accuracies(one: Evaluation) -> str:
-    return f"{one.split} fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"
+def _accuracies(one: Evaluation, metric: MetricName) -> str:
+    """Under the metric, beside it the accuracy; and whether it answers always the same."""
+    said = f"fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"
+    if metric != "accuracy":
+        fp32, quint8 = one.scores(metric)
+        said = f"balanced accuracy fp32 {percent(fp32)} quint8 {percent(quint8)} (accuracy {said})"
+    return f"{one.split} {said}" + (f" ({one.constant})" if one.constant else "")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.metadata import entry_points
 from math import inf, prod
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -334,11 +334,11 @@ def parse_constraints(
     max_params: str | int | None = None,
     min_quint8: str | float | None = None,
     max_drop: str | float | None = None,
-    metric: MetricName = "accuracy",
+    metric: str = "accuracy",
 ) -> Constraints:
     """Constraints as people write them: a budget of ``"120MMAC"`` or ``"45%"``, ``"2M"`` parameters, ``"80%"``.
 
-    Raises FnetError for what cannot be read, and for a budget below the smallest network of the space.
+    Raises FnetError for what cannot be read, an unknown metric, and a budget below the smallest network of the space.
     """
     if not legal_rates(space):
         raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
@@ -358,7 +358,7 @@ def parse_constraints(
         None if max_params is None else parse_count(str(max_params), "--max-params"),
         None if min_quint8 is None else parse_share(str(min_quint8), "--min-quint8"),
         None if max_drop is None else parse_share(str(max_drop), "--max-drop"),
-        metric,
+        cast(MetricName, metric),
     )
 
 
@@ -493,9 +493,9 @@ def probes_of(history: History, policy: object) -> Probes:
 
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
-    """The trained evaluations, best first: feasible ones by quint8 accuracy (or what the constraints' metric says), then
-    the lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's
-    winner, if it is feasible; else the nearest to it."""
+    """The trained evaluations, best first: feasible ones by quint8 accuracy (of the constraints' metric), then the
+    lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's winner,
+    if it is feasible; else the nearest to it."""
 
     def key(evaluation: Evaluation) -> tuple[float, float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())

@@ -12,6 +12,7 @@ from rich.text import Text
 from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import MetricName
 from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Constraints, Evaluation
 from fnet_search.quantities import counted, millions, mmac, percent
@@ -112,7 +113,8 @@ class TerminalDisplay:
             case Dropped(number):
                 self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
             case Finished(evaluation, seconds):
-                self.say(f"{self._ended(evaluation.number)} {_result(evaluation)}; took {clock(seconds)}")
+                found = _result(evaluation, self._setup.metric if self._setup else "accuracy")
+                self.say(f"{self._ended(evaluation.number)} {found}; took {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
 
@@ -139,7 +141,8 @@ class TerminalDisplay:
     def _describe(self, number: int, progress: TrainingProgress) -> str:
         job = self._jobs[number]
         seen = progress.accuracy is not None and not progress.stage
-        accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if seen else ""
+        what = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
+        accuracy = f", {progress.split} {what} {percent(progress.accuracy, 1)}" if seen else ""
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
         return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
 
@@ -177,21 +180,31 @@ class TerminalDisplay:
         return Group(grid, overall)
 
 
-def _result(evaluation: Evaluation) -> str:
+def _result(evaluation: Evaluation, metric: MetricName) -> str:
     if evaluation.state != "complete":
         return f"{evaluation.state}: {evaluation.reason}"
-    return (
-        f"fp32 {percent(evaluation.fp32_accuracy)}, quint8 {percent(evaluation.quint8_accuracy)} ({evaluation.split})"
-    )
+    fp32, quint8 = evaluation.scores(metric)
+    name = "" if metric == "accuracy" else f"{metric.replace('-', ' ')} "
+    said = f"{name}fp32 {percent(fp32)}, quint8 {percent(quint8)} ({evaluation.split})"
+    return f"{said}; {evaluation.constant}" if evaluation.constant else said
+
+
+def _uneven(one: Evaluation) -> bool:
+    """Whether the largest class has more than twice the images of the smallest one: then accuracy says less."""
+    images = [it.images for it in one.classes]
+    return bool(images) and max(images) > 2 * min(images)
 
 
 def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]) -> Table:
-    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ."""
+    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
+    accuracy is that in quint8, and shown where it counts or classes differ in size."""
     split = evaluations[0].split if evaluations else "validation"
     table = Table(title=f"candidates (accuracies on the {split} split)", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "audit"):
+    balanced = constraints.metric != "accuracy" or any(map(_uneven, evaluations))
+    shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
+    for name in ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for one in evaluations:
@@ -200,6 +213,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
             for value, form in (
                 (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
                 (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
+                *([(one.quint8_balanced_accuracy and 100 * one.quint8_balanced_accuracy, ".2f")] if balanced else []),
                 (one.relative_drop and 100 * one.relative_drop, ".2f"),
                 (one.qmse, ".4f"),
                 (one.qce, ".4f"),
@@ -213,6 +227,7 @@ def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluat
         if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
             infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
             state = f"{state}, {infeasible}" if one.role == "final" else infeasible
+        state = f"{state}; {one.constant}" if one.constant else state
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
         table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))

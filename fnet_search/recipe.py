@@ -134,12 +134,6 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Recipe":
-        """Inverse of `to_json`; what an earlier version did not know has its default."""
-        changes = {"augmentation": Augmentation(**data["augmentation"]), "milestones": tuple(data["milestones"])}
-        return Recipe(**{**data, **changes})
-
 
 @dataclass(frozen=True)
 class Fidelity:

@@ -43,6 +43,8 @@ COLUMNS: dict[str, type] = {
     "params": int,
     "fp32_accuracy": float,
     "quint8_accuracy": float,
+    "fp32_balanced_accuracy": float,
+    "quint8_balanced_accuracy": float,
     "qmse": float,
     "qce": float,
     "kl": float,
@@ -56,6 +58,7 @@ def candidate_line(space: Macroarchitecture, constraints: Constraints, one: Eval
     """A line of candidates.csv. Accuracies and drop are fractions of 1; what was not measured is empty."""
     derived = {
         "label": label(space, one.plan),
+        "reason": one.remark,
         "feasible": constraints.feasible(one),
         "last_epoch_accuracy": one.accuracies[-1] if one.accuracies else None,
         "audited_codes": one.audit and one.audit.codes,
@@ -180,6 +183,8 @@ GLOSSARY = {
     "not. This is what a budget limits.",
     "fp32, quint8": "Accuracy of the float network, and of the same network with weights and activations in unsigned "
     "8-bit integers, batch norm folded in.",
+    "balanced": "Balanced accuracy, of the quint8 network: the mean over the classes of the share of each one's images "
+    "that is classified right. Every class counts alike, however few images it has.",
     "QMSE": "Mean over images and classes of (fp32 logit - quint8 logit) squared.",
     "QCE": "Cross entropy, in nats, of the quint8 class probabilities under the fp32 ones.",
     "KL": "QCE less the entropy of the fp32 probabilities: 0 when both networks say the same.",
@@ -219,11 +224,12 @@ def _number(value: float | None) -> str:
 def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
     """What an evaluation misses, in words."""
     budget = f"{millions(constraints.conv_macs or 0)} MMAC"
+    scores, of = one.scores(constraints.metric), "" if constraints.metric == "accuracy" else f" {constraints.measured}"
     words = {
         "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
         "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
-        "min_quint8": f"{percent(one.quint8_accuracy)} in quint8 are below {percent(constraints.min_quint8)}",
-        "max_drop": f"a relative drop of {percent(one.relative_drop)} is above {percent(constraints.max_drop)}",
+        "min_quint8": f"{percent(scores.quint8)}{of} in quint8 are below {percent(constraints.min_quint8)}",
+        "max_drop": f"a relative drop of {percent(scores.relative_drop)} is above {percent(constraints.max_drop)}",
     }
     return [words[name] for name in constraints.missed(one)]
 
@@ -241,11 +247,16 @@ def _headline(outcome: Outcome) -> str:
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if outcome.feasible:
-        verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
-        verdict += " It meets every constraint." if constraints != Constraints() else ""
+        of = "" if constraints.metric == "accuracy" else f" {constraints.measured}"
+        score = percent(best.scores(constraints.metric).quint8)
+        verdict = f"{name} won: {score}{of} in quint8 at {millions(best.cost.conv_macs)} MMAC."
+        verdict += " It meets every constraint." if constraints.described() else ""
     else:
         missed = "; ".join(_violations(constraints, best))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
+    for one in (best, outcome.test):
+        if one is not None and one.constant:
+            verdict += f" <strong>On the {one.split} split {escape(one.constant)}.</strong>"
     whole = plan_cost(space, regular(space))
     cards = [
         (
@@ -269,6 +280,9 @@ def _headline(outcome: Outcome) -> str:
                     f"drop {percent(one.relative_drop)}",
                 ),
             ]
+            if one.classes:
+                fp32, quint8 = one.scores("balanced-accuracy")
+                cards.append((f"quint8 balanced accuracy, {where}", percent(quint8), f"fp32 {percent(fp32)}"))
     shown = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for term, value, note in cards
@@ -296,7 +310,7 @@ def _candidates(
     space: Macroarchitecture, constraints: Constraints, ranked: Sequence[Evaluation], others: Sequence[Evaluation]
 ) -> str:
     """Trained candidates by rank, then the others by number."""
-    names = ("fp32 %", "quint8 %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
+    names = ("fp32 %", "quint8 %", "balanced %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
@@ -306,12 +320,13 @@ def _candidates(
             f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
             f"<td>{_plan(space, one.plan)}</td>"
-            f'<td>{escape(state)}<span class="reason">{escape(one.reason)}</span></td><td>{_training(one)}</td>'
+            f'<td>{escape(state)}<span class="reason">{escape(one.remark)}</span></td><td>{_training(one)}</td>'
             f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
             + cells(
                 [
                     f"{one.cost.params:,}",
-                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)),
+                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy)),
+                    *map(_percent, (one.quint8_balanced_accuracy, one.relative_drop)),
                     *map(_number, (one.qmse, one.qce, one.kl)),
                     f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
                     feasible,

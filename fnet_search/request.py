@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from fnet_search.errors import FnetError
 from fnet_search.leases import LEASE_SECONDS
 from fnet_search.macro import Macroarchitecture, parse_space, to_toml
 from fnet_search.policy import FIXED_PLANS, Constraints, SplitName
-from fnet_search.recipe import Fidelity, Recipe
+from fnet_search.recipe import Augmentation, Fidelity, Recipe
 from fnet_search.scheme import Scheme, parse_scheme
 from fnet_search.storage import masked
 from fnet_search.weights import digest
@@ -81,10 +81,12 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
     """Inverse of `Request.config`, which leaves `others` and a part of the fidelity out; an imported network has no
     weights yet. Raises FnetError for a configuration of another version."""
     try:
+        recipe, changes = config["recipe"], config["recipe"]["augmentation"]
+        whole = {**recipe, "augmentation": Augmentation(**changes), "milestones": tuple(recipe["milestones"])}
         found = Request(
             space=parse_space(config["space"], "the space of the study"),
             dataset=config["dataset"],
-            recipe=Recipe.from_json(config["recipe"]),
+            recipe=Recipe(**whole),
             fidelity=Fidelity(**fidelity),
             policy_name=config["policy"],
             constraints=Constraints(**config["constraints"]),
@@ -96,6 +98,16 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
     except (KeyError, TypeError) as error:
         raise FnetError(f"the study's configuration is not one that this version writes ({error})") from None
     return found
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, with the defaults of options that the version which wrote it did not know."""
+    parts = {"recipe": Recipe, "constraints": Constraints}
+    return {**config, **{name: {**_defaults(kind), **config[name]} for name, kind in parts.items()}}
+
+
+def _defaults(kind: type) -> Any:
+    return as_json({one.name: one.default for one in fields(kind) if one.default is not MISSING})
 
 
 def as_json(facts: dict[str, Any]) -> Any:

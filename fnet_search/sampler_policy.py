@@ -23,8 +23,8 @@ class SamplerPolicy:
     """Any Optuna sampler as a policy: ``SamplerPolicy(optuna.samplers.NSGAIISampler)``.
 
     `sampler` is called with ``seed=...`` for each suggestion, as a class or ``functools.partial(TPESampler, ...)`` is.
-    It sees the candidates of the history as a study that maximises their quint8 score under constraints: the trained ones,
-    the pruned and the refused ones as pruned trials, the running plans as running ones.
+    It sees the candidates of the history as a study that maximises their quint8 score under constraints: the trained
+    ones, the pruned and the refused ones as pruned trials, the running plans as running ones.
 
     The first `startup` plans are uniform under the ceilings. Then the first of so many `proposals` of the sampler that
     is unseen and under the ceilings is suggested, or else what `otherwise` gives. None if there is none left.

@@ -141,8 +141,8 @@ def train(
 
 
 def class_weights(data: DataSet, recipe: Recipe) -> Tensor | None:
-    """[classes] float32: N / (K n) for the K classes that have training images, with n of the N; None: all count alike.
-    """
+    """[classes] float32: N / (K n) for each of the K classes that have any, n, of the N training images. None: all
+    images count alike."""
     if recipe.class_weights == "none":
         return None
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).float()

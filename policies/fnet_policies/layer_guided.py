@@ -169,8 +169,8 @@ def probe_features(history: History, probes: Probes) -> list[Feature]:
 
 
 def _scores(one: Evaluation | Probe, history: History) -> tuple[float, float]:
-    """Accuracies of the float network and the quantized one, under the metric of the search. Raises FnetError for probes
-    that were measured for another one."""
+    """Accuracies of the float network and the quantized one, by the search's metric. Raises FnetError for probes that
+    were measured for another one."""
     fp32, quint8 = one.scores(history.constraints.metric)
     if quint8 is None:
         raise FnetError(f"the probes have no {history.constraints.measured}; measure them with Setup(metric=...)")

@@ -73,7 +73,8 @@ def search(
     ``"80%"``. `metric`: ``"accuracy"`` or ``"balanced-accuracy"``, which networks are compared by and the limits on
     accuracy are of. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With
     `weights` (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the
-    data set. `class_weights` ``"none"`` or ``"balanced"`` instead of the recipe's. `factorize` and `keep` are patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W).
+    data set. `class_weights`: ``"none"`` or ``"balanced"``, instead of the recipe's. `factorize` and `keep` are
+    patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W).
     `audit_all`: every candidate is run in ONNX Runtime, not only the winner. `machine` says where and how to compute,
     `display` shows progress otherwise than on the terminal. Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;

@@ -165,9 +165,9 @@ def study_note(
         f"{constraints.measured} on the evaluation split (fraction of 1). All trials are in the table under *Smart "
         "Selection*, to be sorted by plan, label, `conv_macs`, `fp32_accuracy`, `quint8_accuracy`, "
         "`quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why one was refused, stopped or failed) "
-        "and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its artifacts the files. "
-        "The Pareto picture, and the figures and tables of the study, are under *History*. (The dashboard knows no "
-        "constraints: its *best trial* may be infeasible.)"
+        "and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its artifacts the "
+        "files. The Pareto picture, and the figures and tables of the study, are under *History*. (The dashboard knows "
+        "no constraints: its *best trial* may be infeasible.)"
     )
     return "\n\n".join(lines)
 

@@ -494,8 +494,8 @@ def probes_of(history: History, policy: object) -> Probes:
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
     """The trained evaluations, best first: feasible ones by quint8 accuracy (of the constraints' metric), then the
-    lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's winner,
-    if it is feasible; else the nearest to it."""
+    lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's
+    winner, if it is feasible; else the nearest to it."""
 
     def key(evaluation: Evaluation) -> tuple[float, float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())

@@ -138,10 +138,13 @@ class AskTell:
         """Records what a plan came to, and returns it under the number of its suggestion.
 
         A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
-        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, and for one
-        that was told before.
+        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, for one that
+        was told before, and for an evaluation without `classes` where balanced accuracy counts.
         """
         check_plan(self.space, evaluation.plan)
+        limits = self.constraints
+        if limits.metric != "accuracy" and evaluation.state == "complete" and not evaluation.classes:
+            raise FnetError(f"{limits.measured} is taken from results by class; give the evaluation its classes=(...)")
         number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
         if number is None and evaluation.state != "refused":
             for one in self.evaluations:

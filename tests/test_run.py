@@ -72,6 +72,9 @@ class Notes:
     def status(self, text: str) -> None:
         self.texts.append(text)
 
+    def say(self, text: str) -> None:
+        self.texts.append(text)
+
     def advance(self, what: str, done: int, total: int) -> None:
         self.texts.append(f"{what}: {done} of {total}")
 
@@ -164,7 +167,8 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
         **{"fused": False, "group_widths": [1, 2, 4, 8, 16], "alone_threads": 1},
     }
     assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False, "finetune": False}
-    assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
+    limits = {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
+    assert config["constraints"] == {**limits, "metric": "accuracy"}
     assert (config["seed"], config["split"], config["study"], config["storage"]) == (3, "validation", "whole", None)
     assert config["recipe"]["epochs"] == 1
     assert config["data"]["classes"] == list("0123456789")
@@ -707,6 +711,7 @@ def old(run: Path) -> Path:
     """The uninterrupted search as a version left it that knew of no warm start."""
     config = json.loads((run / "config.json").read_text())
     del config["fidelity"], config["recipe"]["warm_share"], config["recipe"]["warm_rate"]
+    del config["constraints"]["metric"], config["recipe"]["class_weights"], config["data"]["images"]
     del config["numerics"]["fused"], config["numerics"]["group_widths"]
     (run / "config.json").write_text(json.dumps(config))
     for path in [*run.glob("candidates/*/evaluation.json"), *run.glob("best/*.json")]:

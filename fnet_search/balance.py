@@ -35,8 +35,9 @@ def counts_line(classes: Sequence[str], counts: Counts) -> str:
 
 def warnings(classes: Sequence[str], counts: Counts) -> list[str]:
     """What is wrong with the balance of a data set, a line each."""
-    most, largest = max(zip(counts["training"], classes, strict=True))
-    few = [f"{name} ({n:,})" for n, name in zip(counts["training"], classes, strict=True) if 0 < n * FEW < most]
+    training = sorted(zip(counts["training"], classes, strict=True))
+    most, largest = training[-1]
+    few = [f"{name} ({images:,})" for images, name in training if 0 < images * FEW < most]
     found = []
     if few:
         found.append(
@@ -87,7 +88,8 @@ def section(
     results = measured.classes if measured is not None else ()
     if not counts and not results:
         return []
-    warned = "".join(f'<p class="warning">{escape(one)}.</p>' for one in (warnings(classes, counts) if counts else ()))
+    said = warnings(classes, counts) if counts else []
+    warned = "".join(f'<p class="warning">{escape(f"{one[0].upper()}{one[1:]}.")}</p>' for one in said)
     parts = [warned, _by_class(classes, counts, results, "" if measured is None else measured.split)]
     if confusion and measured is not None:
         parts.append(_matrix(classes, confusion, measured) if len(classes) <= SHOWN else _pairs(classes, confusion))
@@ -101,9 +103,7 @@ def _by_class(classes: Sequence[str], counts: Counts, results: Sequence[ClassRes
     if len(classes) > SHOWN:
         worst: Sequence[float] = [_recall(one.quint8_right, one) for one in results] or counts["training"]
         order = sorted(order, key=worst.__getitem__)[:SHOWN]
-        intro = (
-            f"The {SHOWN} of {len(classes)} classes with {'the lowest accuracy' if results else 'the fewest images'}. "
-        )
+        intro = f"The {SHOWN} of {len(classes):,} classes with {'the lowest accuracy' if results else 'the fewest images'}. "
     if results:
         heads += ["fp32 %", "quint8 %", "predicted"]
         intro += f"The winner on the {split} split: the share of each class that is classified right, and how many "

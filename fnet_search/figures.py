@@ -163,7 +163,8 @@ def macs_figure(
     measured = [[_finite(value(one, metric)) * chosen.scale for value in chosen.series.values()] for one in ranked]
     drawn = [(one, values) for one, values in zip(ranked, measured, strict=True) if not all(map(math.isnan, values))]
     splits = " and ".join(sorted({one.split for one, _ in drawn}))
-    heading(figure, f"{chosen.title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
+    title = chosen.title.replace("Accuracy", constraints.measured.capitalize())
+    heading(figure, f"{title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
     if not drawn:
         return nothing(figure)
     axes = figure.add_subplot()

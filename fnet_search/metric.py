@@ -84,6 +84,12 @@ class Scored:
         return len(sizes) ** 2 / (sum(1 / size for size in sizes) or inf)
 
     @property
+    def uneven(self) -> bool:
+        """Whether the largest class has more than twice the images of the smallest one: then accuracy says less."""
+        images = [one.images for one in self.classes]
+        return bool(images) and max(images) > 2 * min(images)
+
+    @property
     def constant(self) -> str:
         """Says which class a network predicts for every image, where it does: it tells nothing apart. Else empty."""
         found: dict[str, list[str]] = {}

@@ -189,20 +189,14 @@ def _result(evaluation: Evaluation, metric: MetricName) -> str:
     return f"{said}; {evaluation.constant}" if evaluation.constant else said
 
 
-def _uneven(one: Evaluation) -> bool:
-    """Whether the largest class has more than twice the images of the smallest one: then accuracy says less."""
-    images = [it.images for it in one.classes]
-    return bool(images) and max(images) > 2 * min(images)
-
-
 def candidates_table(space: Macroarchitecture, constraints: Constraints, evaluations: tuple[Evaluation, ...]) -> Table:
     """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
-    accuracy is that in quint8, and shown where it counts or classes differ in size."""
+    accuracy is that in quint8, and shown where it counts or classes are uneven."""
     split = evaluations[0].split if evaluations else "validation"
     table = Table(title=f"candidates (accuracies on the {split} split)", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    balanced = constraints.metric != "accuracy" or any(map(_uneven, evaluations))
+    balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
     shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
     for name in ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -221,10 +221,15 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
 
 
+def _of(constraints: Constraints) -> str:
+    """The metric, where it is not what everybody expects."""
+    return "" if constraints.metric == "accuracy" else f" {constraints.measured}"
+
+
 def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
     """What an evaluation misses, in words."""
     budget = f"{millions(constraints.conv_macs or 0)} MMAC"
-    scores, of = one.scores(constraints.metric), "" if constraints.metric == "accuracy" else f" {constraints.measured}"
+    scores, of = one.scores(constraints.metric), _of(constraints)
     words = {
         "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
         "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
@@ -247,9 +252,8 @@ def _headline(outcome: Outcome) -> str:
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if outcome.feasible:
-        of = "" if constraints.metric == "accuracy" else f" {constraints.measured}"
         score = percent(best.scores(constraints.metric).quint8)
-        verdict = f"{name} won: {score}{of} in quint8 at {millions(best.cost.conv_macs)} MMAC."
+        verdict = f"{name} won: {score}{_of(constraints)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
         verdict += " It meets every constraint." if constraints.described() else ""
     else:
         missed = "; ".join(_violations(constraints, best))
@@ -280,7 +284,7 @@ def _headline(outcome: Outcome) -> str:
                     f"drop {percent(one.relative_drop)}",
                 ),
             ]
-            if one.classes:
+            if one.uneven or constraints.metric != "accuracy":
                 fp32, quint8 = one.scores("balanced-accuracy")
                 cards.append((f"quint8 balanced accuracy, {where}", percent(quint8), f"fp32 {percent(fp32)}"))
     shown = "".join(
@@ -309,8 +313,11 @@ def _plan(space: Macroarchitecture, plan: FactorizationPlan) -> str:
 def _candidates(
     space: Macroarchitecture, constraints: Constraints, ranked: Sequence[Evaluation], others: Sequence[Evaluation]
 ) -> str:
-    """Trained candidates by rank, then the others by number."""
-    names = ("fp32 %", "quint8 %", "balanced %", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
+    """Trained candidates by rank, then the others by number; balanced accuracy where it counts or classes are
+    uneven."""
+    balanced = constraints.metric != "accuracy" or any(one.uneven for one in ranked)
+    shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
+    names = ("fp32 %", *shown, "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
@@ -326,7 +333,8 @@ def _candidates(
                 [
                     f"{one.cost.params:,}",
                     *map(_percent, (one.fp32_accuracy, one.quint8_accuracy)),
-                    *map(_percent, (one.quint8_balanced_accuracy, one.relative_drop)),
+                    *([_percent(one.quint8_balanced_accuracy)] if balanced else []),
+                    _percent(one.relative_drop),
                     *map(_number, (one.qmse, one.qce, one.kl)),
                     f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
                     feasible,
@@ -351,14 +359,14 @@ def _training(one: Evaluation) -> str:
     return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
 
 
-def _explained(explanation: Explanation | None) -> list[tuple[str, str]]:
+def _explained(explanation: Explanation | None, constraints: Constraints) -> list[tuple[str, str]]:
     """Heading and HTML of why the winner is what it is; nothing where the policy does not say."""
     if explanation is None:
         return []
     expected = f"{percent(explanation.expected)} ± {100 * explanation.spread:.2f} points"
     drop = f"a relative drop of {percent(explanation.expected_drop)}"
-    intro = f"<p>Of this plan the policy expects {expected} in quint8, and {drop}, by all that it has seen. "
-    intro += "Steps of one layer, all others unchanged:</p>"
+    intro = f"<p>Of this plan the policy expects {expected}{_of(constraints)} in quint8, and {drop}, by all that it "
+    intro += "has seen. Steps of one layer, all others unchanged:</p>"
     head = (
         "<tr><th>layer</th>" + "".join(f'<th class="number">{name}</th>' for name in _CHOICE_HEAD) + "<th>why</th></tr>"
     )
@@ -451,7 +459,7 @@ def write_report(
         ("", _headline(outcome)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
         ("Candidates", _candidates(space, outcome.constraints, ranked, others)),
-        *_explained(outcome.explanation),
+        *_explained(outcome.explanation, outcome.constraints),
         *more,
         ("Figures", f'<div class="pair">{"".join(shown)}</div>' if shown else nothing),
     ]

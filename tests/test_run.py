@@ -25,6 +25,7 @@ from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.outcome import Outcome
 from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
@@ -366,6 +367,13 @@ def test_headlines(tmp_path: Path) -> None:
         f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}; files in x/best"
     )
     assert replace(outcome, winner=None, evaluations=()).headline() == "no candidate was trained; see x"
+    always = (ClassResult(90, 81, 90, 85, 100, "cat"), ClassResult(10, 9, 0, 15, 0, "dog"))
+    one = replace(near, classes=always, quint8_accuracy=0.9)
+    balanced = replace(outcome, constraints=Constraints(metric="balanced-accuracy"), winner=one, test=None)
+    assert balanced.headline() == (
+        "winner: candidate 4 (init2), 0.434 MMAC, validation balanced accuracy fp32 90.00 % quint8 50.00 % "
+        "(accuracy fp32 90.00 % quint8 90.00 %) (quint8 predicts class 'cat' for every image); files in x/best"
+    )
 
 
 def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def _by_class(classes: Sequence[str], counts: Counts, results: Sequence[ClassRes
     if len(classes) > SHOWN:
         worst: Sequence[float] = [_recall(one.quint8_right, one) for one in results] or counts["training"]
         order = sorted(order, key=worst.__getitem__)[:SHOWN]
-        intro = f"The {SHOWN} of {len(classes):,} classes with {'the lowest accuracy' if results else 'the fewest images'}. "
+        what = "lowest accuracy" if results else "fewest images"
+        intro = f"The {SHOWN} of {len(classes):,} classes with the {what}. "
     if results:
         heads += ["fp32 %", "quint8 %", "predicted"]
         intro += f"The winner on the {split} split: the share of each class that is classified right, and how many "

@@ -151,7 +151,7 @@ def test_options_of_the_command_line() -> None:
             "a [search] is for one of ranges: what it finds depends on it",
         ),
         (f"{SEARCH}{OPTIONS}trials = 0", "trials must be at least 1, got 0"),
-        (f'{SEARCH}{OPTIONS}metric = "balanced"', "unknown metric 'balanced'; known: accuracy, balanced-accuracy"),
+        (f'{SEARCH}{OPTIONS}metric = "balanced"', "unknown metric 'balanced'; did you mean 'balanced-accuracy'?"),
         (f"{SEARCH}{OPTIONS}".replace("50%", "0.1%"), "budget 0.1% is below the smallest network of space"),
         (f"{SEARCH}{OPTIONS}".replace("tpe", "tpu"), "unknown policy 'tpu'; did you mean 'tpe'?"),
         (f'{LEAST}ranges = ["max"]', "unknown range method 'max'; write minmax, mse or percentile:P"),

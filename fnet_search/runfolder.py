@@ -228,7 +228,9 @@ class RunFolder:
             if path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT:
                 shutil.copy2(path, fresh)
         write_json(fresh / "test.json", test.to_json())
-        write_text(fresh / self.confusion.name, balance.confusion_csv([one.name for one in test.classes], confusion))
+        if confusion:
+            names = [one.name for one in test.classes]
+            write_text(fresh / self.confusion.name, balance.confusion_csv(names, confusion))
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)

@@ -2,7 +2,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from fnet_policies import LayerGuided, Random
 from fnet_search import numerics
 from fnet_search.audit import compare
+from fnet_search.balance import read_confusion
 from fnet_search.data import hold_out, load_dataset
 from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
@@ -138,9 +139,10 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert (winner.split, test.split, test.number, test.layers) == ("validation", "test", winner.number, ())
     data = hold_out(load_dataset("digits", TINY.input_shape))
     networks = RecordedNetwork(winner, folder / "best", folder / "best").load(outcome.space)
-    measures = asdict(measure(*networks, data, data.evaluation))
-    assert measures == {name: getattr(winner, name) for name in measures}
-    assert test.quint8_accuracy == measure(*networks, data, data.test).quint8_accuracy
+    assert measure(*networks, data, data.evaluation).complete(winner) == winner
+    tested = measure(*networks, data, data.test)
+    assert (tested.quint8_accuracy, tested.classes) == (test.quint8_accuracy, test.classes)
+    assert read_confusion(folder / "best" / "confusion.csv", data.classes) == list(tested.confusion)
     assert Evaluation.from_json(json.loads((folder / "best" / "test.json").read_text())) == test
     model, facts = read_model(folder / "best" / "model.onnx")
     assert test.audit == Audit(len(data.test), 10 * len(data.test), 0, 0)

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _API = {
     "AskTell": "asktell",
+    "ClassResult": "metric",
     "Constraints": "policy",
     "Evaluation": "policy",
     "FactorizationPlan": "plan",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fnet_search.deadline import TimeUp
     from fnet_search.errors import FnetError
     from fnet_search.macro import Macroarchitecture, load_space
+    from fnet_search.metric import ClassResult
     from fnet_search.outcome import Outcome
     from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
     from fnet_search.policy import Constraints, Evaluation, History, parse_constraints
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AskTell",
+    "ClassResult",
     "Constraints",
     "Evaluation",
     "FactorizationPlan",

@@ -39,10 +39,12 @@ def search(
     min_quint8: str | float | None = None,
     max_drop: str | float | None = None,
     max_params: str | int | None = None,
+    metric: str = "accuracy",
     policy: Policy | str = "layer-guided",
     trials: int = 6,
     recipe: Recipe | str | None = None,
     epochs: int | None = None,
+    class_weights: str | None = None,
     warm_start: bool = True,
     warm_epochs: float | None = None,
     prune: bool = True,
@@ -68,12 +70,14 @@ def search(
 
     `space` by name, path, as an object, or ``"torchvision:resnet18"``, ``"mymodel.py:make"``. `budget` in conv MACs, as
     a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as fractions of 1 or
-    ``"80%"``. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With `weights`
-    (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the data set.
-    `factorize` and `keep` are patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W).
-    `scheme` is how candidates are quantized: ``"auto"`` (of several schemes the one whose outputs diverge least from
-    the float network's), ``"paper"``, or a scheme. `audit_all`: every candidate is run in ONNX Runtime, not only the
-    winner. `machine` says where and how to compute,
+    ``"80%"``. `metric`: ``"accuracy"`` or ``"balanced-accuracy"``, which networks are compared by and the limits on
+    accuracy are of. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With
+    `weights` (`imported.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the
+    data set. `class_weights`: ``"none"`` or ``"balanced"``, instead of the recipe's. `factorize` and `keep` are
+    patterns of layers' names (`macro.factorizing`); `input_shape` is (C, H, W). `scheme` is how candidates are
+    quantized: ``"auto"`` (of several schemes the one whose outputs diverge least from the float network's),
+    ``"paper"``, or a scheme. `audit_all`: every candidate is run in ONNX Runtime, not only the winner. `machine` says
+    where and how to compute,
     `display` shows progress otherwise than on the terminal. Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
     nothing else is.
@@ -89,10 +93,10 @@ def search(
             f"there is nothing to factorize in {loaded.name}: name convolutions with --factorize (in a TOML file, set "
             "factorize = true), or quantize it as it is: fnet-search evaluate --plan regular"
         )
-    limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop)
+    limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop, metric)
     chosen = load_policy(policy) if isinstance(policy, str) else check_policy(policy, type(policy).__name__)
     named = policy if isinstance(policy, str) else type(policy).__name__
-    request = _request(loaded, dataset, recipe, epochs, finetune, scheme, seed, storage, machine)
+    request = _request(loaded, dataset, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine)
     if warm_epochs and not warm_start:
         raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
     if warm_epochs is not None and (warm_epochs <= 0 or (warm_epochs > 1 and warm_epochs % 1)):
@@ -129,6 +133,7 @@ def evaluate(
     split: SplitName = "test",
     recipe: Recipe | str | None = None,
     epochs: int | None = None,
+    class_weights: str | None = None,
     finetune: bool = False,
     input_shape: tuple[int, int, int] | None = None,
     weights: str | None = None,
@@ -161,7 +166,7 @@ def evaluate(
         raise FnetError("no plan is given; name one, as in init2")
     for plan in chosen:
         check_plan(loaded, plan)
-    request = _request(loaded, dataset, recipe, epochs, finetune, scheme, seed, storage, machine)
+    request = _request(loaded, dataset, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine)
     request = replace(request, split=split, audit_all=True)
     name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
     return _run(request, FixedPlans(chosen), folder_of(out, name), len(chosen), display, deadline)
@@ -189,6 +194,7 @@ def _request(
     dataset: str,
     recipe: Recipe | str | None,
     epochs: int | None,
+    class_weights: str | None,
     finetune: bool,
     scheme: Scheme | str,
     seed: int,
@@ -203,10 +209,13 @@ def _request(
     default = "finetune" if finetune else "quick"
     if not 0 <= seed < 2**32:
         raise FnetError(f"seed must be from 0 to {2**32 - 1}, not {seed}")
+    chosen = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe or default)).with_epochs(epochs)
+    if class_weights is not None:
+        chosen = chosen.changed({"class_weights": class_weights})
     return Request(
         space=space,
         dataset=absolute(dataset),
-        recipe=(recipe if isinstance(recipe, Recipe) else load_recipe(recipe or default)).with_epochs(epochs),
+        recipe=chosen,
         schemes=parse_schemes(scheme) if isinstance(scheme, str) else (scheme,),
         seed=seed,
         fidelity=Fidelity(finetune=finetune),

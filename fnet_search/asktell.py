@@ -138,10 +138,13 @@ class AskTell:
         """Records what a plan came to, and returns it under the number of its suggestion.
 
         A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
-        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, and for one
-        that was told before.
+        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, for one that
+        was told before, and for an evaluation without `classes` where balanced accuracy counts.
         """
         check_plan(self.space, evaluation.plan)
+        limits = self.constraints
+        if limits.metric != "accuracy" and evaluation.state == "complete" and not evaluation.classes:
+            raise FnetError(f"{limits.measured} is taken from results by class; give the evaluation its classes=(...)")
         number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
         if number is None and evaluation.state != "refused":
             for one in self.evaluations:
@@ -159,6 +162,6 @@ class AskTell:
 
     @property
     def best(self) -> Evaluation | None:
-        """The feasible evaluation with the highest quint8 accuracy, then the fewest conv MACs; None if none is."""
+        """The first of `policy.ranking` that is feasible: with the highest quint8 accuracy; None if none is."""
         ranked = ranking(self.evaluations, self.constraints)
         return ranked[0] if ranked and self.constraints.feasible(ranked[0]) else None

@@ -76,6 +76,12 @@ def _shared(command: Any) -> Any:
         ),
         click.option("--epochs", type=click.IntRange(1), show_default="the recipe's", help="Epochs of each training."),
         click.option(
+            "--class-weights",
+            type=click.Choice(["none", "balanced"]),
+            show_default="the recipe's",
+            help="What an image counts in the training: all alike, or so that all classes count alike.",
+        ),
+        click.option(
             "--finetune",
             is_flag=True,
             help="Train a network with --weights on the data set first, gently; its last layer anew for other classes.",
@@ -113,6 +119,13 @@ _artifacts = click.option(
 @click.option("--min-quint8", help="Least quint8 accuracy on the validation split, as in 0.8 or 80%.")
 @click.option("--max-drop", help="Largest relative drop from fp32 to quint8 accuracy, as in 5%.")
 @click.option("--max-params", help="Most parameters, as in 2M.")
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "balanced-accuracy"]),
+    default="accuracy",
+    help="What candidates are compared by, and --min-quint8 and --max-drop are of. Balanced accuracy is the mean over "
+    "classes: all count alike, however few images they have.",
+)
 @click.option(
     "--policy",
     default="layer-guided",
@@ -165,7 +178,19 @@ def run(**options: Any) -> None:
     from fnet_search.api import search
 
     given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
-    more = ("epochs", "warm_start", "warm_epochs", "prune", "final_epochs", "finetune", "seed", "out", "storage")
+    more = (
+        "metric",
+        "epochs",
+        "class_weights",
+        "warm_start",
+        "warm_epochs",
+        "prune",
+        "final_epochs",
+        "finetune",
+        "seed",
+        "out",
+        "storage",
+    )
     shared = ("artifacts", "lease")
     asked = {name: options[name] for name in (*given, *more, *shared)}
     outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
@@ -190,7 +215,7 @@ def evaluate(**options: Any) -> None:
     """
     from fnet_search.api import evaluate as evaluate_plans
 
-    given = ("plans", "space", "dataset", "recipe", "epochs", "finetune", "seed", "out", "storage")
+    given = ("plans", "space", "dataset", "recipe", "epochs", "class_weights", "finetune", "seed", "out", "storage")
     _work(evaluate_plans, options, **{name: options[name] for name in given})
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -66,7 +67,7 @@ class Dashboard:
         competing = (*evaluations, *self.opened.run.promoted)
         ranked = ranking(competing, constraints) if self.opened.searching else []
         about = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
-        value = [f"quint8 accuracy ({self.opened.config['split']}, fraction of 1)"]
+        value = [f"quint8 {constraints.measured} ({self.opened.config['split']}, fraction of 1)"]
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             if study.metric_names != value:
                 study.set_metric_names(value)
@@ -153,20 +154,21 @@ def study_note(
         f"**Trials:** {', '.join(counts) or 'none yet'}.",
     ]
     for one in winner:
+        fp32, quint8 = one.scores(constraints.metric)
         met = "**Winner**" if constraints.feasible(one) else "**None is feasible; nearest**"
         lines.append(
             f"{met}: candidate {one.number}, `{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, "
-            f"{one.split} accuracy {percent(one.fp32_accuracy)} fp32, {percent(one.quint8_accuracy)} quint8 "
-            f"({one.scheme})."
+            f"{one.split} {constraints.measured} {percent(fp32)} fp32, {percent(quint8)} quint8 ({one.scheme})."
         )
         lines.append(f"Its rates: `{one.plan}`")
     lines.append(
-        "A trial is a candidate: its parameters are the indices of the rates, its value is the quint8 accuracy on the "
-        "evaluation split (fraction of 1). All trials are in the table under *Smart Selection*, to be sorted by plan, "
-        "label, `conv_macs`, `fp32_accuracy`, `quint8_accuracy`, `relative_drop`, `feasible`, `reason` (why one was "
-        "refused, stopped or failed) and `violation_...` (above 0: missed). Under *Trials*, each one's note has its "
-        "layers, its artifacts the files. The Pareto picture, and the figures and tables of the study, are under "
-        "*History*. (The dashboard knows no constraints: its *best trial* may be infeasible.)"
+        "A trial is a candidate: its parameters are the indices of the rates, its value is the quint8 "
+        f"{constraints.measured} on the evaluation split (fraction of 1). All trials are in the table under *Smart "
+        "Selection*, to be sorted by plan, label, `conv_macs`, `fp32_accuracy`, `quint8_accuracy`, "
+        "`quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why one was refused, stopped or failed) "
+        "and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its artifacts the "
+        "files. The Pareto picture, and the figures and tables of the study, are under *History*. (The dashboard knows "
+        "no constraints: its *best trial* may be infeasible.)"
     )
     return "\n\n".join(lines)
 
@@ -176,12 +178,16 @@ def trial_note(space: Macroarchitecture, constraints: Constraints, one: Evaluati
     parts = [f"`{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, {one.cost.params:,} parameters"]
     if one.state == "complete":
         parts.append(f"{one.split} fp32 {percent(one.fp32_accuracy)}, quint8 {percent(one.quint8_accuracy)}")
+        if one.classes:
+            fp32, quint8 = one.scores("balanced-accuracy")
+            parts.append(f"balanced accuracy fp32 {percent(fp32)}, quint8 {percent(quint8)}")
         parts.append(f"relative drop {percent(one.relative_drop)} ({one.scheme})")
     feasible = "meets every constraint" if constraints.feasible(one) else "feasible: no"
     lines = [
         f"**Candidate {one.number}** ({one.role}, {STATES[one.state]}): {parts[0]}; {feasible}.",
         *(f"{part}." for part in parts[1:]),
         *([f"Why: {_safe(one.reason)}"] if one.reason else []),
+        *([f"Note: {_safe(one.constant)}."] if one.constant else []),
         f"Rates: `{one.plan}`",
     ]
     if one.layers:
@@ -219,42 +225,46 @@ def _row(one: LayerStats) -> str:
 def pareto_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Iterable[Evaluation], winner: Iterable[Evaluation]
 ) -> go.Figure:
-    """quint8 accuracy against conv MACs: feasible candidates with their front, the others, reference, and winner."""
-    trained = [one for one in evaluations if one.state == "complete" and one.quint8_accuracy is not None]
+    """The quint8 score against conv MACs: feasible candidates with their front, the others, reference, and winner."""
+    trained = [one for one in evaluations if one.state == "complete" and _quint8(constraints, one) is not None]
     candidates = [one for one in trained if one.role != "reference"]
     feasible = sorted(filter(constraints.feasible, candidates), key=lambda one: one.cost.conv_macs)
     front, best = list[Evaluation](), -1.0
     for one in feasible:
-        if (one.quint8_accuracy or 0.0) > best:
+        if (reached := _quint8(constraints, one) or 0.0) > best:
             front.append(one)
-            best = one.quint8_accuracy or 0.0
+            best = reached
     groups = [
         ("feasible", feasible, COLOURS[0], "circle", 9),
         ("infeasible", [one for one in candidates if not constraints.feasible(one)], COLOURS[7], "x", 9),
         ("reference", [one for one in trained if one.role == "reference"], COLOURS[5], "square", 9),
         ("winner", [one for one in winner if constraints.feasible(one)], COLOURS[1], "star", 16),
     ]
-    figure = go.Figure()
+    figure, points = go.Figure(), partial(_points, space, constraints)
     line = {"color": COLOURS[0], "width": 1, "shape": "hv"}
-    figure.add_scatter(**_points(space, front), mode="lines", line=line, name="front")
+    figure.add_scatter(**points(front), mode="lines", line=line, name="front")
     for name, some, colour, symbol, size in groups:
         if some:
             marker = {"color": colour, "symbol": symbol, "size": size}
-            figure.add_scatter(**_points(space, some), mode="markers", marker=marker, name=name)
+            figure.add_scatter(**points(some), mode="markers", marker=marker, name=name)
     if constraints.conv_macs is not None:
         figure.add_vline(x=constraints.conv_macs / 1e6, line={"dash": "dash", "color": COLOURS[7]})
     figure.update_layout(
-        title="Accuracy against MACs",
+        title=f"{constraints.measured.capitalize()} against MACs",
         xaxis_title="MACs in convolutions (MMAC)",
-        yaxis_title="quint8 accuracy (%)",
+        yaxis_title=f"quint8 {constraints.measured} (%)",
         template="plotly_white",
     )
     return figure
 
 
-def _points(space: Macroarchitecture, some: list[Evaluation]) -> dict[str, list[object]]:
+def _quint8(constraints: Constraints, one: Evaluation) -> float | None:
+    return one.scores(constraints.metric).quint8
+
+
+def _points(space: Macroarchitecture, constraints: Constraints, some: list[Evaluation]) -> dict[str, list[object]]:
     return {
         "x": [one.cost.conv_macs / 1e6 for one in some],
-        "y": [100 * (one.quint8_accuracy or 0.0) for one in some],
+        "y": [100 * (_quint8(constraints, one) or 0.0) for one in some],
         "text": [f"candidate {one.number}: {label(space, one.plan)}" for one in some],
     }

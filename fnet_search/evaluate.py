@@ -1,8 +1,8 @@
 """From a plan to its Evaluation: build, train, quantize, measure, audit, profile."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from itertools import starmap
 from math import prod
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
 
 from fnet_search.audit import compare
 from fnet_search.data import DataSet, Split
@@ -17,11 +18,12 @@ from fnet_search.errors import FnetError, first_line
 from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import ClassResult, MetricName
 from fnet_search.network import Network, build, pretrained
 from fnet_search.numerics import Numerics
 from fnet_search.paired import as_bits
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
-from fnet_search.policy import Audit, ClassResult, Evaluation, Role, SplitName, State
+from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
 from fnet_search.prepare import (
     CALIBRATION_SAMPLES,
     Quantized,
@@ -57,7 +59,8 @@ CHECKPOINT = "checkpoint.safetensors"
 @dataclass(frozen=True)
 class Setup:
     """What all candidates of a study have in common. Each is quantized with the one of `schemes` that diverges least;
-    `split` is what they are measured on; with `audited`, each is also run in ONNX Runtime on it."""
+    `split` is what they are measured on; with `audited`, each is also run in ONNX Runtime on it. `metric`: what is
+    watched after each epoch."""
 
     space: Macroarchitecture
     recipe: Recipe
@@ -67,6 +70,7 @@ class Setup:
     split: SplitName
     audited: bool = False
     fidelity: Fidelity = field(default_factory=Fidelity)
+    metric: MetricName = "accuracy"
     referenced: bool = False
     """Whether the regular network is trained first: then its scheme is that of the run's probes and of its history."""
 
@@ -114,6 +118,10 @@ class Job:
     common: Scheme | None = None
 
 
+Confusion = tuple[tuple[int, int, int], ...]
+"""Class, the class that the quint8 network predicts, and how many images: those pairs that have any, in order."""
+
+
 @dataclass(frozen=True)
 class Measures:
     """What `Evaluation` has of a float network and its quantized one on a split."""
@@ -128,7 +136,13 @@ class Measures:
     qmse: float
     qce: float
     kl: float
+    confusion: Confusion
     audit: Audit | None = None
+
+    def complete(self, evaluation: Evaluation) -> Evaluation:
+        """The evaluation with what was measured, but for the confusion, which is kept of winners only."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "confusion"}
+        return replace(evaluation, **found)
 
 
 @torch.no_grad()
@@ -145,7 +159,7 @@ def measure(
     `runtime` has the quantized network in ONNX Runtime, if it is to be audited; `seen` is told after each batch how
     many images were measured.
     """
-    sums, audit, count, hits = torch.zeros(5, dtype=torch.float64), Audit(), 0, []
+    sums, audit, count, predictions = torch.zeros(5, dtype=torch.float64), Audit(), 0, []
     for images, labels in split.batches(MEASURED):
         x = data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
         y, y8 = folded(x), quantized(x)
@@ -156,14 +170,13 @@ def measure(
         qce = -(log_p.exp() * log_q).sum()
         entropy = -(log_p.exp() * log_p).sum()
         squares = (y.double() - y8.double()).square().mean(1).sum()
-        hits.append(torch.stack([logits.argmax(1) == labels for logits in (y, y8)]).cpu())
+        predictions.append(torch.stack([logits.argmax(1) for logits in (y, y8)]).cpu())
         sums += torch.stack([*losses, squares, qce, qce - entropy]).cpu()
         count += len(labels)
         seen(count)
-    right, labels = torch.cat(hits, dim=1), split.labels.cpu()
-    counts = [
-        torch.bincount(part, minlength=len(data.classes)).tolist() for part in (labels, *(labels[r] for r in right))
-    ]
+    predicted, labels, classes = torch.cat(predictions, dim=1), split.labels.cpu(), len(data.classes)
+    right = predicted == labels
+    pairs, images = torch.unique(labels * classes + predicted[1], return_counts=True)
     fp32_accuracy, quint8_accuracy = (right.sum(1).double() / count).tolist()
     fp32_loss, quint8_loss, qmse, qce, kl = (sums / count).tolist()
     return Measures(
@@ -173,12 +186,20 @@ def measure(
         quint8_loss,
         count,
         as_bits(right[1][labels.argsort(stable=True)].tolist()),
-        tuple(starmap(ClassResult, zip(*counts, strict=True))),
+        class_results(predicted, labels, data.classes),
         qmse,
         qce,
         kl,
+        tuple((*divmod(pair, classes), found) for pair, found in zip(pairs.tolist(), images.tolist(), strict=True)),
         None if runtime is None else audit,
     )
+
+
+def class_results(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> tuple[ClassResult, ...]:
+    """Of what the float and the quantized network predict, [2, N], for images of these labels [N]."""
+    parts = (labels, *(labels[one == labels] for one in predicted), *predicted)
+    counts = [torch.bincount(part, minlength=len(classes)).tolist() for part in parts]
+    return tuple(starmap(ClassResult, zip(*counts, classes, strict=True)))
 
 
 def transform_samples(space: Macroarchitecture) -> int:
@@ -252,10 +273,11 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
             trained = child(setup, data, job.start, trained)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not export it
             raise TrainingFailed(f"cannot start from {parent}: {error}") from None
-        zero_shot = accuracy(trained, data, data.evaluation, setup.numerics)
+        zero_shot = accuracy(trained, data, data.evaluation, setup.numerics, setup.metric)
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
         key += f" parent={job.start.number if job.start else 'imported'}"
-    found = train(trained, data, recipe, setup.numerics, seed, stages.training, folder / CHECKPOINT, key, watch)
+    checkpoint, metric = folder / CHECKPOINT, setup.metric
+    found = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, key, watch, metric)
     evaluation = replace(
         evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
     )
@@ -328,7 +350,7 @@ def measured(
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
-    return replace(evaluation, scheme=str(quantized.scheme), **vars(measures), layers=layers)
+    return replace(measures.complete(evaluation), scheme=str(quantized.scheme), layers=layers)
 
 
 class _Stages:

@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from fnet_search.files import replacing
 from fnet_search.labels import Labelled, place_labels
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import MetricName
 from fnet_search.outcome import Outcome
 from fnet_search.plan import FactorizationPlan, label, legal_rates
 from fnet_search.policy import Constraints, Evaluation, Explanation, LayerStats, Probes, ranking
@@ -108,11 +109,12 @@ def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
 
 @dataclass(frozen=True)
 class Metric:
-    """A panel of Figure 4: what is drawn, in which series, and in which unit."""
+    """A panel of Figure 4: what is drawn, in which series, and in which unit. Accuracies are those that the search
+    compares."""
 
     title: str
     unit: str
-    series: Mapping[str, Callable[[Evaluation], float | None]]
+    series: Mapping[str, Callable[[Evaluation, MetricName], float | None]]
     scale: float = 1.0
     limit: Callable[[Constraints], float | None] = lambda constraints: None
     limit_name: str = ""
@@ -122,17 +124,17 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(
         "Accuracy",
         "accuracy (%)",
-        {"fp32": lambda one: one.fp32_accuracy, "quint8": lambda one: one.quint8_accuracy},
+        {"fp32": lambda one, of: one.scores(of).fp32, "quint8": lambda one, of: one.scores(of).quint8},
         100,
         lambda constraints: constraints.min_quint8,
         "quint8 at least",
     ),
-    "qmse": Metric("QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda one: one.qmse}),
-    "qce": Metric("QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda one: one.qce}),
+    "qmse": Metric("QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda one, of: one.qmse}),
+    "qce": Metric("QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda one, of: one.qce}),
     "drop": Metric(
         "Relative drop",
         "accuracy lost to quint8, relative to fp32 (%)",
-        {"relative drop": lambda one: one.relative_drop},
+        {"relative drop": lambda one, of: one.scores(of).relative_drop},
         100,
         lambda constraints: constraints.max_drop,
         "at most",
@@ -157,16 +159,18 @@ def macs_figure(
     chosen = METRICS[metric]
     figure = new_figure(4.2)
     ranked = ranking(tuple(evaluations), constraints)
-    measured = [[_finite(value(one)) * chosen.scale for value in chosen.series.values()] for one in ranked]
+    metric = constraints.metric
+    measured = [[_finite(value(one, metric)) * chosen.scale for value in chosen.series.values()] for one in ranked]
     drawn = [(one, values) for one, values in zip(ranked, measured, strict=True) if not all(map(math.isnan, values))]
     splits = " and ".join(sorted({one.split for one, _ in drawn}))
-    heading(figure, f"{chosen.title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
+    title = chosen.title.replace("Accuracy", constraints.measured.capitalize())
+    heading(figure, f"{title} against MACs: {space.name}" + (f", {splits} split" if splits else ""))
     if not drawn:
         return nothing(figure)
     axes = figure.add_subplot()
     style(axes)
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
-    axes.set_ylabel(chosen.unit, fontsize=9)
+    axes.set_ylabel(chosen.unit.replace("accuracy", constraints.measured), fontsize=9)
     macs = [one.cost.conv_macs / 1e6 for one, _ in drawn]
     known = [[value for value in values if math.isfinite(value)] for _, values in drawn]
     axes.vlines(macs, list(map(min, known)), list(map(max, known)), color="#bbbbbb", linewidth=1)
@@ -229,7 +233,7 @@ def selection(constraints: Constraints, evaluations: Sequence[Evaluation], limit
     if not ranked:
         return []
     by_macs = sorted(ranked, key=lambda one: one.cost.conv_macs)
-    worst = max(ranked, key=lambda one: one.relative_drop or 0.0)
+    worst = max(ranked, key=lambda one: one.scores(constraints.metric).relative_drop or 0.0)
     chosen = list(dict.fromkeys([ranked[0], by_macs[-1], by_macs[0], worst, *ranked]))[:limit]
     return sorted(chosen, key=lambda one: (-one.cost.conv_macs, one.number))
 
@@ -439,11 +443,11 @@ def front_figure(
     axes = figure.add_subplot()
     style(axes)
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
-    axes.set_ylabel("quint8 accuracy (%)", fontsize=9)
+    axes.set_ylabel(f"quint8 {constraints.measured} (%)", fontsize=9)
     macs = [conv_macs / 1e6 for _, conv_macs, _ in explanation.front]
     axes.plot(macs, [100 * one for *_, one in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected")
-    measured = [one for one in evaluations if one.role == "candidate" and one.quint8_accuracy is not None]
-    points = [(one.cost.conv_macs / 1e6, 100 * (one.quint8_accuracy or 0.0)) for one in measured]
+    measured = [(one, one.scores(constraints.metric).quint8) for one in evaluations if one.role == "candidate"]
+    points = [(one.cost.conv_macs / 1e6, 100 * quint8) for one, quint8 in measured if quint8 is not None]
     axes.plot(*zip(*points, strict=True), MARKERS[0], color=COLOURS[1], markersize=5, label="measured candidates")
     if constraints.conv_macs is not None:
         budget = f"budget {millions(constraints.conv_macs)} MMAC"
@@ -460,11 +464,11 @@ def figures(outcome: Outcome) -> dict[str, Figure]:
     ``layer_ranges``, ``layer_precisions``, ``best_layers``, ``probes`` and ``front``; those that would show nothing are
     left out."""
     space, constraints = outcome.space, outcome.constraints
-    trained = ranking(outcome.evaluations, constraints)
+    trained, compared = ranking(outcome.evaluations, constraints), constraints.metric
     drawn = {
         f"{name}_vs_macs": macs_figure(space, constraints, trained, name)
         for name, metric in METRICS.items()
-        if any(math.isfinite(_finite(value(one))) for value in metric.series.values() for one in trained)
+        if any(math.isfinite(_finite(value(one, compared))) for value in metric.series.values() for one in trained)
     }
     profiled = [one for one in trained if one.layers]
     if profiled:

@@ -21,9 +21,20 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import MetricName
 from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Evaluation, Role
-from fnet_search.trials import NUMBER, ROLE, distributions, outcome, parameters, plan_of, recorded, suggested
+from fnet_search.trials import (
+    NUMBER,
+    ROLE,
+    distributions,
+    parameters,
+    plan_of,
+    recorded,
+    state_of,
+    suggested,
+    value_and_state,
+)
 
 LEASE = "fnet_search:lease"
 """System attribute of a running trial: its worker, and how often the lease was renewed."""
@@ -69,6 +80,8 @@ class Ledger:
     space: Macroarchitecture
     taken: Callable[[Evaluation, FrozenTrial], None]
     """Told of each evaluation, of this process or another."""
+    metric: MetricName = "accuracy"
+    """Of the evaluations, what is the value of their trials."""
     worker: str | None = None
     seconds: float = LEASE_SECONDS
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
@@ -191,7 +204,7 @@ class Ledger:
     def _tell(self, number: int, evaluation: Evaluation) -> FrozenTrial:
         """As Optuna numbers trials. One that was ended before stays as it is."""
         try:
-            return self.study.tell(number, *outcome(evaluation), skip_if_finished=True)
+            return self.study.tell(number, *value_and_state(evaluation, self.metric), skip_if_finished=True)
         except UpdateFinishedTrialError:  # between two steps, or the answer was lost
             return next(one for one in self.study.get_trials(deepcopy=False) if one.number == number)
 
@@ -227,7 +240,7 @@ def _leave(storage: BaseStorage, trial_id: int, why: Left) -> None:
 
 def _counts(trial: FrozenTrial, evaluation: Evaluation) -> bool:
     """Whether its worker ended the trial: one that was ended by others, meanwhile, has failed."""
-    state = outcome(evaluation)[1]
+    state = state_of(evaluation)
     return trial.state is state and (state is not TrialState.FAIL or LEFT not in trial.system_attrs)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
-from fnet_search.paired import interval, undecided
+from fnet_search.metric import MetricName
+from fnet_search.paired import score_interval, undecided
 from fnet_search.plan import FactorizationPlan, label, parse_plan
 from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
 from fnet_search.quantities import counted, mmac, percent
@@ -66,9 +67,10 @@ class Outcome:
         one = self.winner
         trained_on = f", candidate {one.parent} trained on" if one.role == "final" else ""
         which = f"candidate {one.number} ({label(self.space, one.plan)}{trained_on})"
-        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
+        metric = self.constraints.metric
+        found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one, metric)}"
         if self.test is not None:
-            found += f"; {_accuracies(self.test)}"
+            found += f"; {_accuracies(self.test, metric)}"
         found += f"; quantized with {one.scheme}"
         if self.undecided and (fewer := 1 - self.undecided[0].cost.conv_macs / one.cost.conv_macs) > 0:
             found += f"; candidate {self.undecided[0].number}: not distinguishable, {100 * fewer:.0f} % fewer MACs"
@@ -77,12 +79,19 @@ class Outcome:
         return f"{verdict} {found}; files in {self.folder / 'best'}"
 
 
-def _accuracies(one: Evaluation) -> str:
-    sure = f" ({span(one)})" if one.images else ""
-    return f"{one.split} fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}{sure}"
+def _accuracies(one: Evaluation, metric: MetricName) -> str:
+    """Under the metric, beside it the accuracy; how sure it is; and whether it answers always the same."""
+    said = f"fp32 {percent(one.fp32_accuracy)} quint8 {percent(one.quint8_accuracy)}"
+    sure = f" ({span(one, metric)})" if one.images else ""
+    if metric != "accuracy":
+        fp32, quint8 = one.scores(metric)
+        said = f"balanced accuracy fp32 {percent(fp32)} quint8 {percent(quint8)}{sure} (accuracy {said})"
+    else:
+        said += sure
+    return f"{one.split} {said}" + (f" ({one.constant})" if one.constant else "")
 
 
-def span(one: Evaluation) -> str:
+def span(one: Evaluation, metric: MetricName) -> str:
     """How sure a quint8 accuracy is, for people: ``92.0 to 97.1, 287 images``."""
-    low, high = interval(round((one.quint8_accuracy or 0.0) * one.images), one.images)
+    low, high = score_interval(one, metric)
     return f"{100 * low:.1f} to {100 * high:.1f}, {counted(one.images, 'image')}"

@@ -44,6 +44,11 @@ td.number { white-space: nowrap; }
 .layers table { font-size: .76rem; }
 .layers :is(th, td) { padding: .25rem .3rem; }
 tr.best { background: var(--mark); }
+.warning { border-left: .25rem solid #d55e00; background: var(--mark); padding: .4rem .8rem; }
+.confusion td { min-width: 2.4rem; }
+.confusion th.turned { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; }
+.confusion td.right { background: color-mix(in srgb, #0072b2 calc(.6 * var(--share)), transparent); }
+.confusion td.wrong { background: color-mix(in srgb, #d55e00 calc(.6 * var(--share)), transparent); }
 .plan { display: block; font: .72rem/1.4 ui-monospace, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .reason { display: block; font-size: .78rem; max-width: 12rem; }
 td:has(.plan) { min-width: 13rem; }

@@ -7,16 +7,17 @@ have, and any number of workers can share one policy.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from importlib.metadata import entry_points
 from math import inf, prod
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import ClassResult, MetricName, Scored, Scores
 from fnet_search.plan import Cost, FactorizationPlan, check_plan, legal_rates, plan_cost, regular, smallest_conv_macs
 from fnet_search.plugins import importable, load_object
 from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
@@ -84,17 +85,8 @@ class Audit:
         return f"{codes} and {self.predictions:,} of {self.images:,} predictions differ"
 
 
-@dataclass(frozen=True, slots=True)
-class ClassResult:
-    """Of the images of one class: how many there are, and how many of them each network classifies right."""
-
-    images: int
-    fp32_right: int
-    quint8_right: int
-
-
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Scored):
     """Everything measured on one candidate (paper, section 2). Accuracies and `relative_drop` are fractions of 1.
 
     A refused plan (constraint, repeat) was never trained; a failed one could not be; of a pruned one the training was
@@ -124,7 +116,7 @@ class Evaluation:
     """As `accuracies`, of a network that starts from a parent, before it is trained."""
     accuracies: tuple[float, ...] = ()
     """After each of its own epochs: of the float network as trained, on at most 2,000 images of the split; on the
-    training images where nothing is held out."""
+    training images where nothing is held out. In a search for balanced accuracy, that."""
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
     fp32_loss: float | None = None
@@ -153,9 +145,12 @@ class Evaluation:
     @property
     def relative_drop(self) -> float | None:
         """(fp32 - quint8) / fp32 accuracy."""
-        if not self.fp32_accuracy or self.quint8_accuracy is None:
-            return None
-        return (self.fp32_accuracy - self.quint8_accuracy) / self.fp32_accuracy
+        return Scores(self.fp32_accuracy, self.quint8_accuracy).relative_drop
+
+    @property
+    def remark(self) -> str:
+        """What is to be said of it: the reason why it was not measured, or that a network answers always the same."""
+        return self.reason or self.constant
 
     @staticmethod
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
@@ -171,7 +166,8 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; `from_json` gives an equal Evaluation back."""
         common = None if self.common is None else self.common.to_json()
-        return {**asdict(replace(self, common=None)), "plan": dict(self.plan.rates), "common": common}
+        facts = {**asdict(replace(self, common=None)), "classes": [*map(astuple, self.classes)]}
+        return {**facts, "plan": dict(self.plan.rates), "common": common}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Evaluation":
@@ -184,7 +180,7 @@ class Evaluation:
                 "cost": Cost(**data["cost"]),
                 "audit": Audit(**data["audit"]) if data.get("audit") else None,
                 "accuracies": tuple(data.get("accuracies", ())),
-                "classes": tuple(ClassResult(**one) for one in data.get("classes", ())),
+                "classes": _class_results(data),
                 "layers": tuple(LayerStats(**layer) for layer in data["layers"]),
                 "common": Evaluation.from_json(data["common"]) if data.get("common") else None,
             }
@@ -192,7 +188,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Probe:
+class Probe(Scored):
     """What one change does: a trained network in which one layer has another rate, made by warm start and not trained.
 
     Measured on `images` held-out training images. Losses are mean cross entropies in nats, accuracies fractions of 1.
@@ -216,6 +212,8 @@ class Probe:
     """Of the changed layer's convolutions; of all that can be factorized where nothing is changed."""
     fisher: float | None = None
     """Fisher score of the whole network at initialisation, for policies that ask for it (`Policy`)."""
+    classes: tuple[ClassResult, ...] = ()
+    """As of `Evaluation`; empty in a search for accuracy."""
 
     @property
     def logit_noise(self) -> float:
@@ -228,11 +226,16 @@ class Probe:
         return 0.0 if self.logit_sqnr_db is None else 10 ** (-self.logit_sqnr_db / 10)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "classes": [*map(astuple, self.classes)]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Probe":
-        return Probe(**{**data, "layers": tuple(LayerStats(**layer) for layer in data["layers"])})
+        layers = tuple(LayerStats(**layer) for layer in data["layers"])
+        return Probe(**{**data, "layers": layers, "classes": _class_results(data)})
+
+
+def _class_results(data: Mapping[str, Any]) -> tuple[ClassResult, ...]:
+    return tuple(ClassResult(*one) for one in data.get("classes", ()))
 
 
 @dataclass(frozen=True)
@@ -263,15 +266,18 @@ class Constraints:
 
     `conv_macs` (multiply-accumulates of one image in convolutions, as the paper counts them) and `params` are ceilings
     known before training; `min_quint8` (accuracy) and `max_drop` (relative, from fp32 to quint8) are fractions of 1,
-    known after.
+    known after. `metric` says which accuracy is meant, also where networks are compared (`Evaluation.scores`).
     """
 
     conv_macs: int | None = None
     params: int | None = None
     min_quint8: float | None = None
     max_drop: float | None = None
+    metric: MetricName = "accuracy"
 
     def __post_init__(self) -> None:
+        if self.metric not in get_args(MetricName):
+            raise unknown("metric", self.metric, get_args(MetricName))
         for name in ("conv_macs", "params", "min_quint8"):
             if (limit := getattr(self, name)) is not None and not limit > 0:
                 raise FnetError(f"{name} must be above 0, got {limit}")
@@ -285,11 +291,11 @@ class Constraints:
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
         """All violations of an evaluation, those after training only where it was trained."""
-        violations = self.of_cost(evaluation.cost)
-        if self.min_quint8 is not None and evaluation.quint8_accuracy is not None:
-            violations["min_quint8"] = (self.min_quint8 - evaluation.quint8_accuracy) / self.min_quint8
+        violations, scores = self.of_cost(evaluation.cost), evaluation.scores(self.metric)
+        if self.min_quint8 is not None and scores.quint8 is not None:
+            violations["min_quint8"] = (self.min_quint8 - scores.quint8) / self.min_quint8
         if self.max_drop is not None and evaluation.state == "complete":
-            drop = 1.0 if evaluation.relative_drop is None else evaluation.relative_drop
+            drop = 1.0 if scores.relative_drop is None else scores.relative_drop
             violations["max_drop"] = (drop - self.max_drop) / (self.max_drop or 1.0)
         return violations
 
@@ -302,15 +308,21 @@ class Constraints:
             reasons.append(f"{cost.params:,} parameters exceed the limit of {self.params:,}")
         return "; ".join(reasons)
 
+    @property
+    def measured(self) -> str:
+        """The metric's name, for people."""
+        return self.metric.replace("-", " ")
+
     def described(self) -> list[tuple[str, str]]:
         """What is limited, and to what, for people."""
         limits = [("conv MACs", f"at most {mmac(self.conv_macs)}")] if self.conv_macs is not None else []
         if self.params is not None:
             limits.append(("parameters", f"at most {self.params:,}"))
         if self.min_quint8 is not None:
-            limits.append(("quint8 accuracy", f"at least {percent(self.min_quint8)}"))
+            limits.append((f"quint8 {self.measured}", f"at least {percent(self.min_quint8)}"))
         if self.max_drop is not None:
-            limits.append(("relative drop", f"at most {percent(self.max_drop)}"))
+            of = "" if self.metric == "accuracy" else f" of {self.measured}"
+            limits.append((f"relative drop{of}", f"at most {percent(self.max_drop)}"))
         return limits
 
     def missed(self, evaluation: Evaluation) -> tuple[str, ...]:
@@ -328,10 +340,11 @@ def parse_constraints(
     max_params: str | int | None = None,
     min_quint8: str | float | None = None,
     max_drop: str | float | None = None,
+    metric: str = "accuracy",
 ) -> Constraints:
     """Constraints as people write them: a budget of ``"120MMAC"`` or ``"45%"``, ``"2M"`` parameters, ``"80%"``.
 
-    Raises FnetError for what cannot be read, and for a budget below the smallest network of the space.
+    Raises FnetError for what cannot be read, an unknown metric, and a budget below the smallest network of the space.
     """
     if not legal_rates(space):
         raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
@@ -351,6 +364,7 @@ def parse_constraints(
         None if max_params is None else parse_count(str(max_params), "--max-params"),
         None if min_quint8 is None else parse_share(str(min_quint8), "--min-quint8"),
         None if max_drop is None else parse_share(str(max_drop), "--max-drop"),
+        cast(MetricName, metric),
     )
 
 
@@ -393,8 +407,8 @@ class History:
 
 @dataclass(frozen=True)
 class Step:
-    """To another rate of one layer: the conv MACs and the quint8 accuracy (fraction of 1) that are expected to be more
-    then, or less (negative)."""
+    """To another rate of one layer: the conv MACs and the quint8 accuracy (fraction of 1; of the constraints' metric)
+    that are expected to be more then, or less (negative)."""
 
     rate: int
     conv_macs: int
@@ -485,29 +499,32 @@ def probes_of(history: History, policy: object) -> Probes:
 
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
-    """The trained evaluations, best first: feasible ones by quint8 accuracy, then the lower quint8 loss, then fewest
-    conv MACs; then the others, least summed violation first. The first is a search's winner, if it is feasible; else
-    the nearest to it."""
+    """The trained evaluations, best first: feasible ones by quint8 accuracy (of the constraints' metric), then the
+    lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's
+    winner, if it is feasible; else the nearest to it."""
 
     def key(evaluation: Evaluation) -> tuple[float, float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())
         loss = inf if evaluation.quint8_loss is None else evaluation.quint8_loss
-        return excess, -(evaluation.quint8_accuracy or 0.0), loss, evaluation.cost.conv_macs, evaluation.number
+        score = evaluation.scores(constraints.metric).quint8 or 0.0
+        return excess, -score, loss, evaluation.cost.conv_macs, evaluation.number
 
     return sorted((one for one in evaluations if one.state == "complete" and one.role != "reference"), key=key)
 
 
-def choose_parent(evaluations: Iterable[Evaluation], plan: FactorizationPlan) -> Evaluation | None:
+def choose_parent(
+    evaluations: Iterable[Evaluation], plan: FactorizationPlan, metric: MetricName = "accuracy"
+) -> Evaluation | None:
     """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the least
-    factorized one (smallest product of rates: of it a child loses least), then the highest fp32 accuracy, then the
-    lowest number. None if there is none.
+    factorized one (smallest product of rates: of it a child loses least), then the highest fp32 score, then the lowest
+    number. None if there is none.
 
     So all children of a search start from its reference, if it was trained: they had equal training, and which ended
     before does not matter.
     """
 
     def key(one: Evaluation) -> tuple[int, float, int]:
-        return prod(one.plan.by_layer.values()), -(one.fp32_accuracy or 0.0), one.number
+        return prod(one.plan.by_layer.values()), -(one.scores(metric).fp32 or 0.0), one.number
 
     trained = (one for one in evaluations if one.state == "complete")
     fitting = (one for one in trained if all(plan[layer] % rate == 0 for layer, rate in one.plan.rates))

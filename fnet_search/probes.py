@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fnet_search.correct import correct_biases
 from fnet_search.data import DataSet, Split
-from fnet_search.evaluate import Setup, Start, load_quantized, load_trained, transform_samples
+from fnet_search.evaluate import Setup, Start, class_results, load_quantized, load_trained, transform_samples
 from fnet_search.fold import FoldedNetwork
 from fnet_search.layers import Activation, Foldable
 from fnet_search.macro import INPUT, Macroarchitecture, Node
@@ -106,7 +106,7 @@ def probe_layer(
         unchanged = plan == task.start.plan
         found.append(
             replace(
-                _measure(task.start.scheme, child, fed, () if unchanged else convolutions(task.layer, rate)),
+                _measure(setup, task.start.scheme, child, fed, () if unchanged else convolutions(task.layer, rate)),
                 layer="" if unchanged else task.layer,
                 rate=rate,
                 conv_macs=plan_cost(setup.space, plan).conv_macs,
@@ -218,7 +218,7 @@ def _faster(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _measure(scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
+def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
     """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
     folded = folded_for(scheme, trained)
     stats = dict(calibrate(folded, fed.few, scheme.ranges))
@@ -227,16 +227,19 @@ def _measure(scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...
     quantized = quantize(folded, stats, scheme.per_channel)
     if scheme.bias_correct:
         quantized = correct_biases(folded, quantized, fed.few)
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums, predictions = torch.zeros(4, dtype=torch.float64), []
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)
         losses = [F.cross_entropy(y.double(), labels, reduction="sum") for y in both]
-        hits = [(y.argmax(1) == labels).sum().double() for y in both]
+        predictions.append(torch.stack([y.argmax(1) for y in both]))
         noises = [(y - logits).double().square().sum() for y in both]
-        sums += torch.stack([*losses, *hits, *noises]).cpu()
+        sums += torch.stack([*losses, *noises]).cpu()
     signal = float(fed.logits.double().square().sum())
     few = fed.samples[:PROFILED]
-    loss, quint8_loss, fp32_accuracy, quint8_accuracy = (sums[:4] / len(fed.labels)).tolist()
+    loss, quint8_loss = (sums[:2] / len(fed.labels)).tolist()
+    predicted = torch.cat(predictions, dim=1)
+    fp32_accuracy, quint8_accuracy = (predicted == fed.labels).double().mean(1).tolist()
+    names = [""] * logits.shape[1]
     return Probe(
         layer="",
         rate=1,
@@ -246,9 +249,10 @@ def _measure(scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...
         quint8_loss=quint8_loss,
         fp32_accuracy=fp32_accuracy,
         quint8_accuracy=quint8_accuracy,
-        logit_snr_db=sqnr_db(signal, float(sums[4])),
-        logit_sqnr_db=sqnr_db(signal, float(sums[5])),
+        logit_snr_db=sqnr_db(signal, float(sums[2])),
+        logit_sqnr_db=sqnr_db(signal, float(sums[3])),
         layers=profile(trained, folded, quantized, stats, [(few, few)], layers) if layers else (),
+        classes=() if setup.metric == "accuracy" else class_results(predicted, fed.labels, names),
     )
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup
+from fnet_search.metric import MetricName
 from fnet_search.outcome import Outcome, span
 from fnet_search.plan import FactorizationPlan, label, plan_cost
 from fnet_search.policy import Evaluation
@@ -112,7 +113,8 @@ class TerminalDisplay:
             case Dropped(number):
                 self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
             case Finished(evaluation, seconds):
-                self.say(f"{self._ended(evaluation.number)} {_result(evaluation)}; took {clock(seconds)}")
+                found = _result(evaluation, self._setup.metric if self._setup else "accuracy")
+                self.say(f"{self._ended(evaluation.number)} {found}; took {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
 
@@ -139,7 +141,8 @@ class TerminalDisplay:
     def _describe(self, number: int, progress: TrainingProgress) -> str:
         job = self._jobs[number]
         seen = progress.accuracy is not None and not progress.stage
-        accuracy = f", {progress.split} accuracy {percent(progress.accuracy, 1)}" if seen else ""
+        what = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
+        accuracy = f", {progress.split} {what} {percent(progress.accuracy, 1)}" if seen else ""
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
         return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
 
@@ -177,16 +180,18 @@ class TerminalDisplay:
         return Group(grid, overall)
 
 
-def _result(evaluation: Evaluation) -> str:
+def _result(evaluation: Evaluation, metric: MetricName) -> str:
     if evaluation.state != "complete":
         return f"{evaluation.state}: {evaluation.reason}"
-    return (
-        f"fp32 {percent(evaluation.fp32_accuracy)}, quint8 {percent(evaluation.quint8_accuracy)} ({evaluation.split})"
-    )
+    fp32, quint8 = evaluation.scores(metric)
+    name = "" if metric == "accuracy" else f"{metric.replace('-', ' ')} "
+    said = f"{name}fp32 {percent(fp32)}, quint8 {percent(quint8)} ({evaluation.split})"
+    return f"{said}; {evaluation.constant}" if evaluation.constant else said
 
 
 def candidates_table(outcome: Outcome) -> Table:
-    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ."""
+    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
+    accuracy is that in quint8, and shown where it counts or classes are uneven; the interval is that of the metric."""
     space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
     alike = {one.number for one in outcome.undecided}
     images = max((one.images for one in evaluations), default=0)
@@ -194,7 +199,9 @@ def candidates_table(outcome: Outcome) -> Table:
     table = Table(title=f"candidates ({on})", title_justify="left")
     for name in ("#", "plan"):
         table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-    for name in ("conv MMAC", "parameters", "fp32 %", "quint8 %", "95 % interval", "drop %", "QMSE", "QCE", "audit"):
+    balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
+    shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
+    for name in ("conv MMAC", "parameters", "fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "audit"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("state", overflow="fold")
     for one in evaluations:
@@ -203,7 +210,8 @@ def candidates_table(outcome: Outcome) -> Table:
             for value, form in (
                 (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
                 (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
-                (span(one).partition(",")[0] if one.images else None, ""),
+                *([(one.quint8_balanced_accuracy and 100 * one.quint8_balanced_accuracy, ".2f")] if balanced else []),
+                (span(one, constraints.metric).partition(",")[0] if one.images else None, ""),
                 (one.relative_drop and 100 * one.relative_drop, ".2f"),
                 (one.qmse, ".4f"),
                 (one.qce, ".4f"),
@@ -217,6 +225,7 @@ def candidates_table(outcome: Outcome) -> Table:
         if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
             infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
             state = f"{state}, {infeasible}" if one.role == "final" else infeasible
+        state = f"{state}; {one.constant}" if one.constant else state
         if one.number in alike:
             state += ", not distinguishable from the winner"
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"

@@ -11,6 +11,7 @@ from fnet_search.tables import build, read_table
 
 Schedule = Literal["steps", "one-cycle", "cosine"]
 Initializer = Literal["glorot_uniform", "he_normal", "orthogonal"]
+ClassWeights = Literal["none", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Recipe:
     weight_decay: float = 0.0
     """On weights; biases and norms are not decayed."""
     label_smoothing: float = 0.0
+    class_weights: ClassWeights = "none"
+    """What an image counts in the loss: all alike, or (`balanced`) in inverse proportion to the training images of its
+    class, so that all classes count alike; the mean over the training images is 1."""
     initializer: Initializer = "glorot_uniform"
     schedule: Schedule = "one-cycle"
     milestones: tuple[float, ...] = ()
@@ -78,6 +82,7 @@ class Recipe:
         for name, value, known in (
             ("schedule", self.schedule, get_args(Schedule)),
             ("initializer", self.initializer, get_args(Initializer)),
+            ("class_weights", self.class_weights, get_args(ClassWeights)),
         ):
             if value not in known:
                 raise unknown(name, value, known)

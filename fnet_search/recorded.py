@@ -204,5 +204,7 @@ def metadata(
             found |= {
                 f"{one.split}_fp32_accuracy": one.fp32_accuracy,
                 f"{one.split}_quint8_accuracy": one.quint8_accuracy,
+                f"{one.split}_fp32_balanced_accuracy": one.fp32_balanced_accuracy,
+                f"{one.split}_quint8_balanced_accuracy": one.quint8_balanced_accuracy,
             }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

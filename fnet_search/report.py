@@ -44,6 +44,8 @@ COLUMNS: dict[str, type] = {
     "images": int,
     "fp32_accuracy": float,
     "quint8_accuracy": float,
+    "fp32_balanced_accuracy": float,
+    "quint8_balanced_accuracy": float,
     "fp32_loss": float,
     "quint8_loss": float,
     "common_scheme": str,
@@ -68,6 +70,7 @@ def candidate_line(space: Macroarchitecture, constraints: Constraints, one: Eval
         "common_scheme": common and common.scheme,
         "common_quint8_accuracy": common and common.quint8_accuracy,
         "label": label(space, one.plan),
+        "reason": one.remark,
         "feasible": constraints.feasible(one),
         "last_epoch_accuracy": one.accuracies[-1] if one.accuracies else None,
         "audited_codes": one.audit and one.audit.codes,
@@ -192,8 +195,10 @@ GLOSSARY = {
     "not. This is what a budget limits.",
     "fp32, quint8": "Accuracy of the float network, and of the same network with weights and activations in unsigned "
     "8-bit integers, batch norm folded in.",
+    "balanced": "Balanced accuracy, of the quint8 network: the mean over the classes of the share of each one's images "
+    "that is classified right. Every class counts alike, however few images it has.",
     "95 % interval": "Where the quint8 accuracy may be, seeing how many images it was measured on (Wilson's score "
-    "interval).",
+    "interval; of balanced accuracy, put together from those of the classes).",
     "not distinguishable": "Feasible, and classifies no more of the same images wrong than chance explains (McNemar's "
     "exact test, 5 %). The winner is the one with the highest accuracy all the same.",
     "QMSE": "Mean over images and classes of (fp32 logit - quint8 logit) squared.",
@@ -235,14 +240,20 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
 
 
+def _of(constraints: Constraints) -> str:
+    """The metric, where it is not what everybody expects."""
+    return "" if constraints.metric == "accuracy" else f" {constraints.measured}"
+
+
 def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
     """What an evaluation misses, in words."""
     budget = f"{millions(constraints.conv_macs or 0)} MMAC"
+    scores, of = one.scores(constraints.metric), _of(constraints)
     words = {
         "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
         "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
-        "min_quint8": f"{percent(one.quint8_accuracy)} in quint8 are below {percent(constraints.min_quint8)}",
-        "max_drop": f"a relative drop of {percent(one.relative_drop)} is above {percent(constraints.max_drop)}",
+        "min_quint8": f"{percent(scores.quint8)}{of} in quint8 are below {percent(constraints.min_quint8)}",
+        "max_drop": f"a relative drop of {percent(scores.relative_drop)} is above {percent(constraints.max_drop)}",
     }
     return [words[name] for name in constraints.missed(one)]
 
@@ -260,12 +271,16 @@ def _headline(outcome: Outcome) -> str:
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if outcome.feasible:
-        verdict = f"{name} won: {percent(best.quint8_accuracy)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
-        verdict += " It meets every constraint." if constraints != Constraints() else ""
+        score = percent(best.scores(constraints.metric).quint8)
+        verdict = f"{name} won: {score}{_of(constraints)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
+        verdict += " It meets every constraint." if constraints.described() else ""
         verdict += _alike(outcome)
     else:
         missed = "; ".join(_violations(constraints, best))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
+    for one in (best, outcome.test):
+        if one is not None and one.constant:
+            verdict += f" <strong>On the {one.split} split {escape(one.constant)}.</strong>"
     whole = plan_cost(space, regular(space))
     cards = [
         (
@@ -282,7 +297,7 @@ def _headline(outcome: Outcome) -> str:
                 (
                     f"quint8 accuracy, {where}",
                     percent(one.quint8_accuracy) or NONE,
-                    f"95 % interval {span(one)}" if one.images else "",
+                    f"95 % interval {span(one, constraints.metric)}" if one.images else "",
                 ),
                 (
                     f"fp32 accuracy, {where}",
@@ -290,6 +305,9 @@ def _headline(outcome: Outcome) -> str:
                     f"drop {percent(one.relative_drop)}",
                 ),
             ]
+            if one.uneven or constraints.metric != "accuracy":
+                fp32, quint8 = one.scores("balanced-accuracy")
+                cards.append((f"quint8 balanced accuracy, {where}", percent(quint8), f"fp32 {percent(fp32)}"))
     shown = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for term, value, note in cards
@@ -326,13 +344,16 @@ def _plan(space: Macroarchitecture, plan: FactorizationPlan) -> str:
 
 
 def _candidates(outcome: Outcome, ranked: Sequence[Evaluation], others: Sequence[Evaluation]) -> str:
-    """Trained candidates by rank, then the others by number."""
+    """Trained candidates by rank, then the others by number; balanced accuracy where it counts or classes are
+    uneven."""
     space, constraints, alike = outcome.space, outcome.constraints, {one.number for one in outcome.undecided}
-    names = ("fp32 %", "quint8 %", "95 % interval", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
+    balanced = constraints.metric != "accuracy" or any(one.uneven for one in ranked)
+    shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
+    names = ("fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     rows = []
     for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
         feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
-        reason = "not distinguishable from the winner" if one.number in alike else one.reason
+        reason = "; ".join(filter(None, (one.remark, "not distinguishable from the winner" * (one.number in alike))))
         number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
         state = _ROLES.get(one.role, "trained") if one.state == "complete" else one.state
         rows.append(
@@ -346,7 +367,8 @@ def _candidates(outcome: Outcome, ranked: Sequence[Evaluation], others: Sequence
                 [
                     f"{one.cost.params:,}",
                     *map(_percent, (one.fp32_accuracy, one.quint8_accuracy)),
-                    span(one).partition(",")[0] if one.images else NONE,
+                    *([_percent(one.quint8_balanced_accuracy)] if balanced else []),
+                    span(one, constraints.metric).partition(",")[0] if one.images else NONE,
                     _percent(one.relative_drop),
                     *map(_number, (one.qmse, one.qce, one.kl)),
                     f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
@@ -374,14 +396,14 @@ def _training(one: Evaluation) -> str:
     return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
 
 
-def _explained(explanation: Explanation | None) -> list[tuple[str, str]]:
+def _explained(explanation: Explanation | None, constraints: Constraints) -> list[tuple[str, str]]:
     """Heading and HTML of why the winner is what it is; nothing where the policy does not say."""
     if explanation is None:
         return []
     expected = f"{percent(explanation.expected)} ± {100 * explanation.spread:.2f} points"
     drop = f"a relative drop of {percent(explanation.expected_drop)}"
-    intro = f"<p>Of this plan the policy expects {expected} in quint8, and {drop}, by all that it has seen. "
-    intro += "Steps of one layer, all others unchanged:</p>"
+    intro = f"<p>Of this plan the policy expects {expected}{_of(constraints)} in quint8, and {drop}, by all that it "
+    intro += "has seen. Steps of one layer, all others unchanged:</p>"
     head = (
         "<tr><th>layer</th>" + "".join(f'<th class="number">{name}</th>' for name in _CHOICE_HEAD) + "<th>why</th></tr>"
     )
@@ -476,7 +498,7 @@ def write_report(
         ("", _headline(outcome)),
         ("How it was searched", f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'),
         ("Candidates", _candidates(outcome, ranked, others)),
-        *_explained(outcome.explanation),
+        *_explained(outcome.explanation, outcome.constraints),
         *more,
         ("Figures", f'<div class="pair">{"".join(shown)}</div>' if shown else nothing),
     ]

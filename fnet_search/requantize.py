@@ -81,6 +81,7 @@ def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
             "scheme": one.evaluation.scheme,
             "split": one.evaluation.split,
             **{name: getattr(one.evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "relative_drop")},
+            **{name: getattr(one.evaluation, name) for name in ("fp32_balanced_accuracy", "quint8_balanced_accuracy")},
             **{name: getattr(one.evaluation, name) for name in ("qmse", "qce", "kl")},
             "audited_codes": one.evaluation.audit.codes if one.evaluation.audit else None,
             "differing_codes": one.evaluation.audit.differing if one.evaluation.audit else None,

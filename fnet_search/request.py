@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,16 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
     except (KeyError, TypeError) as error:
         raise FnetError(f"the study's configuration is not one that this version writes ({error})") from None
     return found
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded configuration, with the defaults of options that the version which wrote it did not know."""
+    parts = {"recipe": Recipe, "constraints": Constraints}
+    return {**config, **{name: {**_defaults(kind), **config[name]} for name, kind in parts.items()}}
+
+
+def _defaults(kind: type) -> Any:
+    return as_json({one.name: one.default for one in fields(kind) if one.default is not MISSING})
 
 
 def as_json(facts: dict[str, Any]) -> Any:

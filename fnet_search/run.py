@@ -10,7 +10,7 @@ import optuna
 import torch
 from optuna.storages import BaseStorage
 
-from fnet_search import latency, requantize
+from fnet_search import balance, latency, requantize
 from fnet_search.audit import audit
 from fnet_search.data import DataSet, hold_out, load_dataset
 from fnet_search.deadline import Deadline
@@ -35,7 +35,7 @@ from fnet_search.policy import (
 from fnet_search.quantities import counted
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
-from fnet_search.request import Machine, Request, as_json
+from fnet_search.request import Machine, Request, as_json, completed
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.search import Event, FixedPlans, search, trained
@@ -59,6 +59,8 @@ OPTIONS = {
     "constraints.min_quint8": "--min-quint8",
     "constraints.max_drop": "--max-drop",
     "scheme": "--scheme",
+    "constraints.metric": "--metric",
+    "recipe.class_weights": "--class-weights",
 }
 """What people call parts of a configuration."""
 
@@ -68,6 +70,10 @@ class Display(Protocol):
 
     def status(self, text: str) -> None:
         """What is being done now."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
         ...
 
     def advance(self, what: str, done: int, total: int) -> None:
@@ -169,8 +175,19 @@ class _Prepared:
     @property
     def config(self) -> dict[str, Any]:
         data = self.data
-        facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "mean": data.mean, "std": data.std}
-        return {**self.request.config(), "data": as_json(facts), "numerics": self.setup.numerics.to_json()}
+        facts = {"fingerprint": data.fingerprint(), "classes": data.classes, "mean": data.mean, "std": data.std}
+        return {
+            **self.request.config(),
+            "data": as_json({**facts, "images": self.counts}),
+            "numerics": self.setup.numerics.to_json(),
+        }
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """By split, the images of each class."""
+        splits = {"training": self.data.train, self.setup.split: self.data.evaluation, "test": self.data.test}
+        classes = len(self.data.classes)
+        return {name: torch.bincount(split.labels, minlength=classes).tolist() for name, split in splits.items()}
 
 
 def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display) -> _Prepared:
@@ -208,9 +225,14 @@ def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display)
         request.split,
         request.audit_all,
         request.fidelity,
+        request.constraints.metric,
         request.fidelity.warm_start or bool(requirements(policy)),
     )
-    return _Prepared(request, data, workers, setup)
+    prepared = _Prepared(request, data, workers, setup)
+    display.say(balance.counts_line(data.classes, prepared.counts))
+    for text in balance.warnings(data.classes, prepared.counts):
+        display.say(f"warning: {text}")
+    return prepared
 
 
 def _configure(run: RunFolder, config: dict[str, Any]) -> None:
@@ -287,6 +309,8 @@ def compare(run: RunFolder, config: dict[str, Any]) -> None:
     recorded = run.config()
     if "fidelity" not in recorded:
         raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")
+    recorded = completed(recorded)
+    recorded["data"] = {**config.get("data", {}), **recorded["data"]}  # told by the fingerprint, whatever else is known
     if (recorded["policy"] == FIXED_PLANS) != (config["policy"] == FIXED_PLANS):
         kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
         raise FnetError(f"{run.path} is a run of {kind}; choose another --out")
@@ -337,9 +361,16 @@ def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None
         tables += run.write_explanation(explanation)
     record.attach([*pictures, *tables])
     opened = open_run(run.path)
-    more = [*requantize.section(opened), *latency.section(opened)]
+    more = [*_classes(run, test), *requantize.section(opened), *latency.section(opened)]
     write_report(outcome, run.name, dict(_settings(run.config(), outcome)), pictures, more)
     return outcome
+
+
+def _classes(run: RunFolder, test: Evaluation | None) -> list[tuple[str, str]]:
+    """The report's section on the classes of the data, and of the winner where it was tested."""
+    data = run.config()["data"]
+    confusion = [] if test is None else balance.read_confusion(run.confusion, data["classes"])
+    return balance.section(data["classes"], data.get("images", {}), test, confusion)
 
 
 def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | None:
@@ -390,9 +421,9 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
         winner = record.audit(winner, found)
     measuring = partial(display.advance, "measuring the winner on test images", total=len(data.test))
     measures = measure(folded, quantized, data, data.test, measuring, runtime)
-    test = replace(winner, split="test", layers=(), **vars(measures))
+    test = measures.complete(replace(winner, split="test", layers=()))
     facts = metadata(run.config(), record.space, winner, test, "quint8")
-    run.write_best(winner, test, quantized_model(quantized, facts))
+    run.write_best(winner, test, quantized_model(quantized, facts), measures.confusion)
     return test
 
 
@@ -428,9 +459,12 @@ def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, s
         f"{config['dataset']} (fingerprint {config['data']['fingerprint']}), {len(config['data']['classes'])} classes",
     )
     yield "policy", config["policy"]
+    if outcome.constraints.metric != "accuracy":
+        yield "metric", outcome.constraints.measured
     yield from ((f"limit on {name}", text) for name, text in outcome.constraints.described())
     training = f"{counted(recipe['epochs'], 'epoch')}, batch {recipe['batch_size']}, {recipe['schedule']}"
-    yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}"
+    weights = ", classes weighted alike" if recipe.get("class_weights") == "balanced" else ""
+    yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}{weights}"
     fidelity = config.get("fidelity", {})
     if fidelity.get("warm_start"):
         epochs = fidelity["warm_epochs"]

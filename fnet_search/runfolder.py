@@ -10,7 +10,7 @@ choices.csv        where the policy can say why: the winner's layers, and the st
 front.csv          and the best plan at every budget, as the policy expects it
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
-best/              the winner's files, its test.json, and model.onnx
+best/              the winner's files, its test.json and confusion.csv, and model.onnx
 figures/, report.html
 """
 
@@ -27,7 +27,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 from onnx import ModelProto
 
-from fnet_search import __version__
+from fnet_search import __version__, balance
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.export import MODEL, write_model
@@ -76,6 +76,11 @@ class RunFolder:
     @property
     def best(self) -> Path:
         return self.path / "best"
+
+    @property
+    def confusion(self) -> Path:
+        """What the winner takes for what, on the images that `read_test` is of."""
+        return self.best / "confusion.csv"
 
     @property
     def config_path(self) -> Path:
@@ -226,7 +231,9 @@ class RunFolder:
                 (folder / QUANTIZED).unlink(missing_ok=True)
         return needed
 
-    def write_best(self, winner: Evaluation, test: Evaluation, model: ModelProto) -> None:
+    def write_best(
+        self, winner: Evaluation, test: Evaluation, model: ModelProto, confusion: balance.Confusion = ()
+    ) -> None:
         """Copies the winner's files to ``best/``, with what it reached on the test split, and its ONNX file."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
@@ -236,6 +243,9 @@ class RunFolder:
                 if path.is_file() and not path.name.startswith(".") and path.name not in (CHECKPOINT, PROMOTED):
                     shutil.copy2(path, fresh)
         write_json(fresh / "test.json", test.to_json())
+        if confusion:
+            names = [one.name for one in test.classes]
+            write_text(fresh / self.confusion.name, balance.confusion_csv(names, confusion))
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)

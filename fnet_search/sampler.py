@@ -37,10 +37,10 @@ from fnet_search.trials import (
     fixed_indices,
     limit,
     limits_of,
-    outcome,
     parameters,
     plan_of,
     suggested,
+    value_and_state,
 )
 
 _POLL, _TOLD = 0.2, 60.0
@@ -267,8 +267,8 @@ def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraint
 
 
 def report_evaluation(trial: Trial, evaluation: Evaluation, constraints: Constraints | None = None) -> float:
-    """Hands a whole evaluation back to the study, and returns the objective's value: its quint8 accuracy, a fraction
-    of 1, or one less it where the study minimises.
+    """Hands a whole evaluation back to the study, and returns the objective's value: its quint8 accuracy (or what
+    the constraints' metric says), a fraction of 1, or one less it where the study minimises.
 
     Everything is written to the trial's attributes, layer statistics included, and constraint violations with
     ``Trial.set_constraint``. `constraints` as for `suggest_plan`. Raises ``optuna.TrialPruned`` for an evaluation that
@@ -278,12 +278,14 @@ def report_evaluation(trial: Trial, evaluation: Evaluation, constraints: Constra
     if (text := now.user_attrs.get(PLAN)) != str(evaluation.plan):
         raise FnetError(f"trial {trial.number} has plan {text}, the evaluation {evaluation.plan}")
     numbered = replace(evaluation, number=now.user_attrs[NUMBER])
-    describe(trial, _limits(now, constraints), numbered)
-    value, state = outcome(numbered)
+    limits = _limits(now, constraints)
+    describe(trial, limits, numbered)
+    value, state = value_and_state(numbered, limits.metric)
     if state is TrialState.PRUNED:
         raise optuna.TrialPruned(evaluation.reason)
     if state is TrialState.FAIL or value is None:
-        raise FnetError(f"plan {evaluation.plan} failed: {evaluation.reason or 'it has no quint8 accuracy'}")
+        reason = evaluation.reason or f"it has no quint8 {limits.measured}"
+        raise FnetError(f"plan {evaluation.plan} failed: {reason}")
     return accuracy_of(trial.study, value)
 
 

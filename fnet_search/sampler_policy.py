@@ -15,7 +15,7 @@ from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, plan_cost
 from fnet_search.policy import Constraints, Evaluation, History
-from fnet_search.trials import distributions, outcome, parameters, plan_of
+from fnet_search.trials import distributions, parameters, plan_of, value_and_state
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class SamplerPolicy:
     """Any Optuna sampler as a policy: ``SamplerPolicy(optuna.samplers.NSGAIISampler)``.
 
     `sampler` is called with ``seed=...`` for each suggestion, as a class or ``functools.partial(TPESampler, ...)`` is.
-    It sees the candidates of the history as a study that maximises quint8 accuracy under constraints: the trained ones,
-    the pruned and the refused ones as pruned trials, the running plans as running ones.
+    It sees the candidates of the history as a study that maximises their quint8 score under constraints: the trained
+    ones, the pruned and the refused ones as pruned trials, the running plans as running ones.
 
     The first `startup` plans are uniform under the ceilings. Then the first of so many `proposals` of the sampler that
     is unseen and under the ceilings is suggested, or else what `otherwise` gives. None if there is none left.
@@ -110,7 +110,7 @@ class _Past:
     def take(self, one: Evaluation, sampler: BaseSampler | None) -> None:
         """One more; as if `sampler` had proposed it, where one is given."""
         self.evaluations += (one,)
-        value, state = outcome(one)
+        value, state = value_and_state(one, self.constraints.metric)
         violations = {name: max(0.0, value) for name, value in self.constraints.of(one).items()}
         if sampler is None:
             trial = create_trial(
@@ -143,7 +143,8 @@ def _candidates(history: History) -> tuple[Evaluation, ...]:
     """What a sampler is told of: not of the reference, which is above the ceilings, nor of what has no value."""
 
     def told(one: Evaluation) -> bool:
-        known = one.quint8_accuracy is not None if one.state == "complete" else one.state != "failed"
+        value, state = value_and_state(one, history.constraints.metric)
+        known = value is not None if state is TrialState.COMPLETE else state is not TrialState.FAIL
         return one.role == "candidate" and known
 
     return tuple(filter(told, history.evaluations))

@@ -16,7 +16,7 @@ from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.recorded import RecordedRun
-from fnet_search.request import Machine, Request, as_json, request_from
+from fnet_search.request import Machine, Request, as_json, completed, request_from
 from fnet_search.runfolder import RunFolder, differences
 from fnet_search.storage import has_study, masked, open_artifacts, open_url
 from fnet_search.study import Sharing
@@ -54,7 +54,7 @@ class Published:
         others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
         found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
         again = {**_config(found), "weights": self.config["weights"]}
-        if odd := differences(self.config, again):
+        if odd := differences(completed(self.config), again):
             raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
         return found if dataset is None else replace(found, dataset=dataset)
 
@@ -94,7 +94,7 @@ def publish(study: Study, request: Request, data: DataSet, trials: int, artifact
         request.lease,
     )
     known = study._storage.get_study_system_attrs(study._study_id).get(PUBLISHED)
-    if known is not None and (odd := differences(known["config"], new.config)):
+    if known is not None and (odd := differences(completed(known["config"]), new.config)):
         raise FnetError(f"the study in the storage was begun with another configuration ({'; '.join(odd)})")
     study._storage.set_study_system_attr(study._study_id, PUBLISHED, as_json(asdict(new)))
 

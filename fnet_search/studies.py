@@ -43,7 +43,8 @@ class Variant:
         one = self.recipe
         name = f"variant {self.name}: " if self.name else ""
         training = f"{counted(one.epochs, 'epoch')}, batch {one.batch_size}, {one.schedule}, {one.initializer}"
-        return f"{name}space {self.space.name}; recipe {one.name}, {training}"
+        weights = ", classes weighted alike" if one.class_weights == "balanced" else ""
+        return f"{name}space {self.space.name}; recipe {one.name}, {training}{weights}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class SearchOptions:
     min_quint8: str | None = None
     max_drop: str | None = None
     max_params: str | None = None
+    metric: str = "accuracy"
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -63,7 +65,7 @@ class SearchOptions:
 
     def constraints(self, space: Macroarchitecture) -> Constraints:
         """Raises FnetError for limits that cannot be read, or that no network of the space meets."""
-        return parse_constraints(space, self.budget, self.max_params, self.min_quint8, self.max_drop)
+        return parse_constraints(space, self.budget, self.max_params, self.min_quint8, self.max_drop, self.metric)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class StudyRecord:
         shared = self.sharing
         self.artifacts = FileSystemArtifactStore(self.run.artifacts) if shared is None else shared.artifacts
         how = () if shared is None else (shared.worker, shared.lease)
-        self._ledger = Ledger(self.study, self.space, self._take, *how)
+        self._ledger = Ledger(self.study, self.space, self._take, self.constraints.metric, *how)
         self._ledger.refresh()
         self._read_probes()
         self._write()
@@ -220,7 +220,7 @@ class StudyRecord:
 
     def to_probe(self, fisher: bool) -> list[ProbeTask]:
         history = self.history()
-        one = choose_parent(history.evaluations, depthwise(self.space))
+        one = choose_parent(history.evaluations, depthwise(self.space), self.constraints.metric)
         if one is None:
             reasons = [f"candidate {one.number}: {one.reason}" for one in history.evaluations if one.state == "failed"]
             raise FnetError(f"there is no trained network to probe ({'; '.join(reasons) or 'none was trained'})")
@@ -305,7 +305,8 @@ class StudyRecord:
         if role == "reference" or not self._setup.fidelity.warm_start:
             return None
         having = kept(self.evaluations, self.constraints)
-        return choose_parent((one for one in self.evaluations if one.number in having and one.role != "final"), plan)
+        past = (one for one in self.evaluations if one.number in having and one.role != "final")
+        return choose_parent(past, plan, self.constraints.metric)
 
     @property
     def _setup(self) -> Setup:

@@ -256,6 +256,8 @@ _MEASURED = (
     "trained_images",
     "fp32_accuracy",
     "quint8_accuracy",
+    "fp32_balanced_accuracy",
+    "quint8_balanced_accuracy",
     "relative_drop",
     "qmse",
     "qce",

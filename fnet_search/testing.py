@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from fnet_search.asktell import AskTell
 from fnet_search.layers import Conv, Dense
 from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import (
     FactorizationPlan,
     check_plan,
@@ -145,6 +146,15 @@ class PolicyConformance:
             loop.tell(bad[number % len(bad)])
             assert type(self).policy().suggest(loop.history()) == loop.policy.suggest(loop.history())
 
+    def test_it_searches_by_the_metric(self) -> None:
+        """Balanced accuracy as it would an accuracy that is the same: `Evaluation.scores` has what counts."""
+        for history, _ in self._steps():
+            by_class = _with(history, _by_class)
+            limits = replace(history.constraints, metric="balanced-accuracy")
+            balanced = replace(_with(by_class, _misleading), constraints=limits)
+            asked = type(self).policy()
+            assert asked.suggest(balanced) == asked.suggest(by_class), f"suggestion {history.number}"
+
     def _loop(
         self, space: Macroarchitecture | None = None, constraints: Constraints | None = None, seed: int = 0
     ) -> AskTell:
@@ -187,6 +197,28 @@ class PolicyConformance:
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
+
+
+Measured = TypeVar("Measured", Evaluation, Probe)
+
+
+def _with(history: History, changed: Callable[[Any], Any]) -> History:
+    """A history whose every measurement is changed."""
+    assert history.probes is not None
+    changes = tuple(map(changed, history.probes.changes))
+    probes = replace(history.probes, unchanged=changed(history.probes.unchanged), changes=changes)
+    return replace(history, evaluations=tuple(map(changed, history.evaluations)), probes=probes)
+
+
+def _by_class(one: Measured) -> Measured:
+    """With two equally large classes, of each of which the same share is right."""
+    fp32, quint8 = (round(1000 * (accuracy or 0.0)) for accuracy in (one.fp32_accuracy, one.quint8_accuracy))
+    classes = (ClassResult(1000, fp32, quint8),) * 2
+    return replace(one, images=2000, fp32_accuracy=fp32 / 1000, quint8_accuracy=quint8 / 1000, classes=classes)
+
+
+def _misleading(one: Measured) -> Measured:
+    return replace(one, fp32_accuracy=0.0, quint8_accuracy=1 - (one.quint8_accuracy or 0.0))
 
 
 def _asked(loop: AskTell, trials: int) -> Iterable[FactorizationPlan]:

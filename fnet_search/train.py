@@ -14,6 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from fnet_search.data import DataSet, Split, affine_maps, augment
 from fnet_search.errors import FnetError
+from fnet_search.metric import MetricName, score
 from fnet_search.network import Network
 from fnet_search.numerics import Numerics
 from fnet_search.recipe import Recipe
@@ -38,7 +39,7 @@ class TrainingProgress:
     loss: float | None
     """Mean of this epoch so far; None where to read it would hold up a CUDA device."""
     accuracy: float | None
-    """Of the last epoch that ended, a fraction of 1; None before."""
+    """Of the last epoch that ended, a fraction of 1, by the search's metric; None before."""
     split: str
     """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
     stage: str = ""
@@ -76,19 +77,20 @@ def train(
     checkpoint: Path,
     key: str,
     watch: Split | None,
+    metric: MetricName = "accuracy",
 ) -> Trained:
     """Trains in place.
 
     `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`; what it had
-    reached is reported again. `watch` is the split whose accuracy is reported after each epoch; None reports the
-    training accuracy. Raises TrainingFailed when the loss is not finite.
+    reached is reported again. `watch` is the split whose accuracy, or what the metric says, is reported after each
+    epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     network.speed_up(numerics.fused, numerics.group_widths)
     optimizer = _optimizer(network, recipe)
     count = recipe.images(len(data.train))
     steps = min(math.ceil(count / recipe.batch_size), count // 2)  # no batch of one: BatchNorm
-    accuracies = _resume(network, optimizer, checkpoint, key)
+    accuracies, weights = _resume(network, optimizer, checkpoint, key), class_weights(data, recipe)
     split = "training" if watch is None else "validation"
 
     def ended(epoch: int, loss: float | None) -> bool:
@@ -114,7 +116,7 @@ def train(
             images = augment(data.normalise(batch.images), theta).to(memory_format=numerics.memory_format)
             with numerics.arithmetic():
                 logits = network(images)
-                loss = F.cross_entropy(logits.float(), batch.labels, label_smoothing=recipe.label_smoothing)
+                loss = _loss(logits.float(), batch.labels, recipe.label_smoothing, weights)
             optimizer.zero_grad(set_to_none=True)
             with numerics.arithmetic(autocast=False):
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -131,11 +133,27 @@ def train(
         if epoch + 1 == recipe.epochs:
             settle(network, data, numerics, seed)
         seen = float(correct) / count
-        accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics))
+        accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics, metric))
         _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
         if ended(epoch, float(loss_sum) / steps):
             return Trained((epoch + 1) * count, tuple(accuracies), stopped=True)
     return Trained(recipe.epochs * count, tuple(accuracies))
+
+
+def class_weights(data: DataSet, recipe: Recipe) -> Tensor | None:
+    """[classes] float32: N / (K n) for each of the K classes that have any, n, of the N training images. None: all
+    images count alike."""
+    if recipe.class_weights == "none":
+        return None
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).float()
+    return (len(data.train) / (counts * (counts > 0).sum())).nan_to_num(posinf=0.0)
+
+
+def _loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    """Mean cross entropy of a batch; each image's times the weight of its class."""
+    if weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return (weights[labels] * F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")).mean()
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
@@ -163,16 +181,25 @@ def settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> No
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: DataSet, split: Split, numerics: Numerics, batch: int = 500) -> float:
-    """Accuracy as trained (numerics of the training) on an evenly spread part of a split; for watching only."""
+def accuracy(
+    network: nn.Module,
+    data: DataSet,
+    split: Split,
+    numerics: Numerics,
+    metric: MetricName = "accuracy",
+    batch: int = 500,
+) -> float:
+    """Accuracy, or what the metric says, as trained (numerics of the training) on an evenly spread part of a split; for
+    watching only."""
     network.eval()
     part = split.take(torch.arange(0, len(split), math.ceil(len(split) / WATCHED), device=numerics.device))
-    correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
+    images_of = torch.bincount(part.labels, minlength=len(data.classes))
+    right_of = torch.zeros_like(images_of)
     for images, labels in part.batches(batch):
         with numerics.arithmetic():
             logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
-        correct += (logits.argmax(1) == labels).sum()
-    return int(correct) / len(part)
+        right_of += torch.bincount(labels[logits.argmax(1) == labels], minlength=len(data.classes))
+    return score(metric, zip(right_of.tolist(), images_of.tolist(), strict=True)) or 0.0
 
 
 def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: dict[str, str]) -> None:

@@ -37,7 +37,8 @@ class TrialHistory:
     def of(self, study: Study, trials: Iterable[FrozenTrial]) -> History:
         """Running are the plans of running trials, and last those of enqueued ones, which have no number yet.
 
-        Raises ValueError for a trial with several values whose evaluation was not reported.
+        Raises ValueError for a trial whose evaluation was not reported, and that has several values, or whose value
+        cannot be taken for what the constraints' metric compares.
         """
         if self._study != (study._storage, study._study_id):
             self._study, self._ended = (study._storage, study._study_id), {}
@@ -105,6 +106,11 @@ class TrialHistory:
             known["state"], known["reason"] = ("refused", reason) if reason else ("pruned", "stopped by a pruner")
             steps = sorted(trial.intermediate_values.items())
             known["accuracies"] = tuple(accuracy_of(study, value) for _, value in steps)
+        elif self.constraints.metric != "accuracy":
+            raise ValueError(
+                f"trial {trial.number} has no results by class, which {self.constraints.measured} is taken from: end "
+                "the objective with report_evaluation(trial, evaluation)"
+            )
         elif len(trial.values) == 1:
             known["quint8_accuracy"] = accuracy_of(study, trial.values[0])
         else:

@@ -11,6 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fnet_search.macro import Macroarchitecture
+from fnet_search.metric import MetricName
 from fnet_search.plan import FactorizationPlan, from_indices, indices, label, legal_rates
 from fnet_search.policy import Constraints, Evaluation
 
@@ -26,7 +27,7 @@ PLAN = "plan"
 ROLE, START, EPOCHS = "role", "start", "planned_epochs"
 """User attributes: what a plan is trained for, from ``scratch`` or ``warm``, and for how many epochs at most."""
 REASON = "reason"
-"""User attribute that says why a plan was refused, stopped, or failed."""
+"""User attribute that says why a plan was refused, stopped, or failed; or what is wrong with a trained network."""
 
 
 def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
@@ -82,9 +83,10 @@ def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> 
         "conv_macs": cost.conv_macs,
         "total_macs": cost.total_macs,
         "params": cost.params,
-        REASON: evaluation.reason or None,
+        REASON: evaluation.remark or None,
         "feasible": int(constraints.feasible(evaluation)),  # a number: the dashboard sorts no others
         **{name: getattr(evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "qmse", "qce", "kl")},
+        **{name: getattr(evaluation, name) for name in ("fp32_balanced_accuracy", "quint8_balanced_accuracy")},
         "relative_drop": evaluation.relative_drop,
         "zero_shot_accuracy": evaluation.zero_shot_accuracy,
         "epochs": evaluation.epochs or None,
@@ -109,9 +111,14 @@ def recorded(trial: FrozenTrial) -> Evaluation | None:
     return Evaluation.from_json(json.loads(data) if isinstance(data, str) else data) if data else None
 
 
-def outcome(evaluation: Evaluation) -> tuple[float | None, TrialState]:
-    """Value and state of an evaluation's trial; samplers ignore failed ones. Optuna gives a pruned trial the last
-    accuracy that was reported."""
+def value_and_state(evaluation: Evaluation, metric: MetricName) -> tuple[float | None, TrialState]:
+    """Of an evaluation's trial, the value its quint8 score. Optuna gives a pruned trial the last score that was
+    reported."""
+    return evaluation.scores(metric).quint8, state_of(evaluation)
+
+
+def state_of(evaluation: Evaluation) -> TrialState:
+    """Of an evaluation's trial; samplers ignore failed ones."""
     pruned = dict.fromkeys(("refused", "pruned"), TrialState.PRUNED)
     states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, **pruned}
-    return evaluation.quint8_accuracy, states[evaluation.state]
+    return states[evaluation.state]

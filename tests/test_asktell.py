@@ -6,6 +6,7 @@ from fnet_policies import LayerGuided, ProgressiveDoubling, Random, ReversePyram
 from fnet_search.asktell import REFUSALS_IN_A_ROW, AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import FactorizationPlan, plan_cost, regular, reverse_pyramid, uniform
 from fnet_search.policy import Constraints, Evaluation, History
 from fnet_search.testing import made_up_evaluation, made_up_probes
@@ -107,6 +108,19 @@ def test_an_evaluation_of_ones_own_counts_the_costs() -> None:
     assert one == Evaluation(0, plan, plan_cost(TINY, plan), quint8_accuracy=0.5, seed=3)
     with pytest.raises(FnetError, match=r"cannot be factorized|unknown layer"):
         AskTell(Random(), TINY).tell(Evaluation.of(SPACE, regular(SPACE)))
+
+
+def test_balanced_accuracy_wants_results_by_class() -> None:
+    loop = AskTell(Random(), TINY, Constraints(metric="balanced-accuracy"))
+    plan = loop.ask()
+    assert plan is not None
+    with pytest.raises(FnetError, match=r"^balanced accuracy is taken from results by class; give the evaluation its"):
+        loop.tell(Evaluation.of(TINY, plan, quint8_accuracy=0.5))
+    loop.tell(Evaluation.of(TINY, plan, state="failed", reason="no luck"))
+    other = loop.ask()
+    assert other is not None
+    told = loop.tell(Evaluation.of(TINY, other, classes=(ClassResult(9, 8, 6), ClassResult(4, 3, 1))))
+    assert loop.best == told
 
 
 def test_probes_reach_the_policy_or_are_asked_for() -> None:

@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from playwright import sync_api as sync
 from fnet_search.dashboard import open_dashboard, pareto_figure, study_note, trial_note
 from fnet_search.figures import figures, save_figures
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import label, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints
 from fnet_search.quantities import mmac
@@ -181,6 +183,18 @@ def test_notes_say_what_became_of_a_candidate() -> None:
     assert "|" not in bad
     nearest = study_note(TINY, limits, [one], [one], "digits, policy random")
     assert "**None is feasible; nearest**: candidate 3" in nearest
+
+
+def test_balanced_accuracy_is_noted_and_drawn() -> None:
+    limits = Constraints(metric="balanced-accuracy")
+    classes = (ClassResult(90, 81, 90, 85, 100, "cat"), ClassResult(10, 5, 0, 15, 0, "dog"))
+    one = replace(trained(TINY, uniform(TINY, 2), 3, 0.86, 0.9), classes=classes)
+    note = trial_note(TINY, limits, one)
+    assert "balanced accuracy fp32 70.00 %, quint8 50.00 %." in note
+    assert "Note: quint8 predicts class 'cat' for every image." in note
+    assert "validation balanced accuracy 70.00 % fp32, 50.00 % quint8" in study_note(TINY, limits, [one], [one], "x")
+    figure = pareto_figure(TINY, limits, [one], [one])
+    assert [list(trace.y) for trace in figure.data if trace.name == "winner"] == [[50.0]]
 
 
 def test_the_pareto_picture_has_the_front() -> None:

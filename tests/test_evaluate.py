@@ -32,9 +32,10 @@ from fnet_search.export import quantized_model
 from fnet_search.fold import FoldedNetwork, fold
 from fnet_search.layers import Activation, Conv, Dense, Flatten
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.network import build
 from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
-from fnet_search.policy import Audit, ClassResult, Evaluation, Role
+from fnet_search.policy import Audit, Evaluation, Role
 from fnet_search.prepare import (
     CALIBRATION_SAMPLES,
     CORRECTION_SAMPLES,
@@ -357,6 +358,10 @@ def test_metrics_by_hand() -> None:
     assert found.fp32_loss == pytest.approx(-float(p[:, 1].log().mean()))
     assert found.quint8_loss == pytest.approx(-float(q[:, 1].log().mean()))
     assert counts == [3]
+    assert found.confusion == ((1, 0, 2), (1, 1, 1))
+    assert found.classes == (ClassResult(0, 0, 0, 2, 2, "a"), ClassResult(3, 1, 1, 1, 1, "b"))
+    kept = found.complete(Evaluation.of(TINY, REGULAR))
+    assert (kept.classes, kept.fp32_balanced_accuracy, kept.constant) == (found.classes, 1 / 3, "")
 
 
 def test_ties_go_to_the_lowest_class() -> None:
@@ -376,7 +381,12 @@ def test_ties_go_to_the_lowest_class() -> None:
     assert counts == [*range(MEASURED, 600 + 1, MEASURED)]
     assert found.quint8_loss == pytest.approx(np.log(10))
     assert (found.images, found.right) == (600, f"{2**60 - 1:x}")  # bits in order of the classes: all of class 0
-    assert found.classes == (ClassResult(60, 60, 60), *[ClassResult(60, 0, 0)] * 9)
+    assert found.classes == (
+        ClassResult(60, 60, 60, 600, 600, "0"),
+        *[ClassResult(60, 0, 0, name=name) for name in "123456789"],
+    )
+    assert found.confusion == tuple((label, 0, 60) for label in range(10))
+    assert found.complete(Evaluation.of(TINY, REGULAR)).constant == "fp32 and quint8 predict class '0' for every image"
 
 
 def test_measuring_takes_an_uneven_number_of_images() -> None:

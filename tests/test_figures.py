@@ -28,6 +28,7 @@ from fnet_search.figures import (
     selection,
 )
 from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import depthwise, from_indices, legal_rates, make_plan, named_plans, regular
 from fnet_search.policy import Constraints, Evaluation, LayerStats
 from fnet_search.quantities import millions
@@ -115,6 +116,17 @@ def test_figure_4_shows_the_winner_the_constraints_and_the_split() -> None:
     }  # fmt: skip
     tested = [replace(one, split="test") for one in PAPER]
     assert "test split" in [text.get_text() for text in texts(macs_figure(SPACE, BUDGET, tested, "qce"))][-1]
+
+
+def test_figure_4_shows_the_accuracy_that_the_search_compares() -> None:
+    classes = (ClassResult(90, 81, 72), ClassResult(10, 5, 4))
+    one = replace(PAPER[0], classes=classes)
+    limits = Constraints(min_quint8=0.5, metric="balanced-accuracy")
+    (axes,) = macs_figure(SPACE, limits, [one], "accuracy").axes
+    assert axes.get_ylabel() == "balanced accuracy (%)"
+    assert points(axes, "quint8") == [(one.cost.conv_macs / 1e6, 100 * (0.8 + 0.4) / 2)]
+    (axes,) = macs_figure(SPACE, limits, [one], "drop").axes
+    assert ys(line(axes, "relative drop")) == pytest.approx([100 * (0.7 - 0.6) / 0.7])
 
 
 def test_without_a_feasible_candidate_the_nearest_is_marked() -> None:

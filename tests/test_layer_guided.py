@@ -9,7 +9,9 @@ from scipy.stats import spearmanr
 
 from fnet_policies import LayerGuided
 from fnet_policies.layer_guided import KEPT, STATISTICS, Model
+from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import FactorizationPlan, from_indices, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Constraints, Evaluation, History, Probes
 from fnet_search.testing import made_up_layers as layer_stats
@@ -225,6 +227,21 @@ def test_it_stops_where_no_plan_is_expected_to_be_better_by_the_noise() -> None:
     noise_of_200 = math.sqrt(0.75 * 0.25 / 200)
     history = history_of(*[child(n, plan, 0.7, images=200) for n, plan in enumerate(best, 1)])
     assert Model.of(LayerGuided(), history).noise == noise_of_200
+
+
+def test_the_noise_of_balanced_accuracy_is_that_of_its_small_classes() -> None:
+    """The standard error of the mean of two recalls, both as the balanced accuracy of the probed network."""
+    classes = (ClassResult(180, 150, 140), ClassResult(20, 15, 12))
+    changed = replace(probes(TINY).unchanged, classes=classes)
+    measured = replace(probes(TINY), unchanged=changed)
+    told = (replace(child(1, UNDER[0], 0.7, images=200), classes=classes),)
+    limits = replace(CEILING, metric="balanced-accuracy")
+    model = Model.of(LayerGuided(), History(TINY, limits, told, probes=measured))
+    base = (140 / 180 + 12 / 20) / 2
+    assert model.base == (base, (150 / 180 + 15 / 20) / 2)
+    assert model.noise == pytest.approx(math.sqrt(base * (1 - base) * (1 / 180 + 1 / 20)) / 2)
+    with pytest.raises(FnetError, match=r"^the probes have no balanced accuracy; measure them with Setup\(metric"):
+        Model.of(LayerGuided(), History(TINY, limits, told, probes=probes(TINY)))
 
 
 def test_constraints_after_training_are_looked_ahead_at() -> None:

@@ -12,6 +12,7 @@ import pytest
 from fnet_search.asktell import AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import Cost, FactorizationPlan, depthwise, doublings, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import (
     FISHER,
@@ -25,6 +26,7 @@ from fnet_search.policy import (
     Step,
     choose_parent,
     load_policy,
+    parse_constraints,
     policy_names,
     ranking,
     requirements,
@@ -150,6 +152,51 @@ def test_ranking() -> None:
     assert ranking((best, sure, surer, worse), constraints) == [surer, sure, best, worse]
     assert ranking((far_over, over), constraints) == [over, far_over]
     assert ranking((failed,), constraints) == []
+
+
+def by_class(number: int, large: int, small: int, **changes: Any) -> Evaluation:
+    """Right of 90 images of one class in fp32 and in quint8, and of 10 of another."""
+    right = (large + small) / 100
+    classes = (ClassResult(90, large, large), ClassResult(10, small, small))
+    known = {"fp32_accuracy": right, "quint8_accuracy": right, "images": 100, "classes": classes, **changes}
+    return replace(REGULAR, number=number, **known)
+
+
+def test_balanced_accuracy_decides_where_it_is_the_metric() -> None:
+    common, rare = by_class(0, 90, 2), by_class(1, 72, 9)
+    balanced = Constraints(metric="balanced-accuracy")
+    assert ranking((common, rare), Constraints()) == [common, rare]
+    assert ranking((common, rare), balanced) == [rare, common]
+    assert (common.quint8_balanced_accuracy, rare.quint8_balanced_accuracy) == ((1 + 0.2) / 2, (0.8 + 0.9) / 2)
+    floor = replace(balanced, min_quint8=0.8)
+    assert floor.of(common) == {"min_quint8": pytest.approx((0.8 - 0.6) / 0.8)}
+    assert (floor.feasible(common), floor.feasible(rare)) == (False, True)
+    assert Constraints(min_quint8=0.8).missed(rare) == Constraints(min_quint8=0.8).missed(common) == ()
+    unknown = replace(rare, number=2, classes=())
+    assert ranking((unknown, common), balanced) == [common, unknown]
+    assert [choose_parent((common, rare), REGULAR.plan, metric) for metric in ("accuracy", "balanced-accuracy")] == [
+        common,
+        rare,
+    ]
+
+
+def test_the_drop_is_of_the_metric() -> None:
+    """fp32 90 and 8 of 10 images, quint8 90 and 4: accuracies 0.98 and 0.94, balanced 0.9 and 0.7."""
+    one = by_class(0, 90, 4, fp32_accuracy=0.98, classes=(ClassResult(90, 90, 90), ClassResult(10, 8, 4)))
+    assert Constraints(max_drop=0.1).of(one) == {"max_drop": pytest.approx(((0.98 - 0.94) / 0.98 - 0.1) / 0.1)}
+    limit = Constraints(max_drop=0.1, metric="balanced-accuracy")
+    assert limit.of(one) == {"max_drop": pytest.approx(((0.9 - 0.7) / 0.9 - 0.1) / 0.1)}
+    assert limit.of(replace(one, classes=())) == {"max_drop": pytest.approx((1 - 0.1) / 0.1)}, "unknown: not met"
+
+
+def test_limits_name_the_metric() -> None:
+    limits = Constraints(min_quint8=0.8, max_drop=0.05, metric="balanced-accuracy")
+    assert limits.described() == [
+        ("quint8 balanced accuracy", "at least 80.00 %"),
+        ("relative drop of balanced accuracy", "at most 5.00 %"),
+    ]
+    with pytest.raises(FnetError, match=r"unknown metric 'balanced'.*balanced-accuracy"):
+        parse_constraints(TINY, "50%", metric="balanced")
 
 
 def test_a_reference_is_not_ranked_and_what_was_trained_on_is() -> None:

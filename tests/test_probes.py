@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from math import log10
 from pathlib import Path
@@ -242,6 +243,18 @@ def test_increases_are_over_the_unchanged_network(probes: Probes) -> None:
 
 def test_probes_survive_json(probes: Probes) -> None:
     assert [Probe.from_json(one.to_json()) for one in probes.changes] == list(probes.changes)
+
+
+def test_for_balanced_accuracy_probes_have_results_by_class(data: DataSet, start: Start, probes: Probes) -> None:
+    setup = replace(setup_of(), metric="balanced-accuracy")
+    found = probe_layer(setup, data, ProbeTask("conv_16_2", (2,), start))[0]
+    (same,) = [one for one in probes.changes if (one.layer, one.rate) == ("conv_16_2", 2)]
+    assert replace(found, classes=(), fisher=same.fisher) == same
+    labels = probed_images(data).labels
+    assert [one.images for one in found.classes] == torch.bincount(labels, minlength=10).tolist()
+    assert sum(one.fp32_right for one in found.classes) == round(found.fp32_accuracy * len(labels))
+    assert sum(one.quint8_right for one in found.classes) == round(found.quint8_accuracy * len(labels))
+    assert Probe.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_a_factorized_network_can_be_probed(data: DataSet, tmp_path: Path) -> None:

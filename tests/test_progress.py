@@ -11,9 +11,10 @@ from fnet_search import progress as module
 from fnet_search.asktell import Refused
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
-from fnet_search.policy import Audit, Constraints, Role
+from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import RunFolder
@@ -314,6 +315,57 @@ def test_the_table_of_candidates() -> None:
             "candidate 2 trained on, infeasible: min_quint8",
         ],
     ]
+
+
+def by_class(one: Evaluation, *classes: tuple[int, int, int, int, int]) -> Evaluation:
+    return replace(one, classes=tuple(ClassResult(*numbers, str(name)) for name, numbers in enumerate(classes)))
+
+
+UNEVEN = by_class(trained(TINY, F2, 1, 0.9, 0.82), (90, 88, 81, 90, 99), (10, 2, 1, 10, 1))
+"""Balanced accuracies of (88 / 90 + 2 / 10) / 2 and (0.9 + 0.1) / 2."""
+EVEN = by_class(trained(TINY, F2, 1, 0.9, 0.82), (50, 45, 41, 50, 50), (50, 45, 41, 50, 50))
+BALANCED = Constraints(metric="balanced-accuracy")
+
+
+@pytest.mark.parametrize(
+    ("one", "limits", "shown"),
+    [(UNEVEN, Constraints(), "50.00"), (EVEN, Constraints(), None), (EVEN, BALANCED, "82.00")],
+    ids=["uneven classes", "even classes", "even classes, but it counts"],
+)
+def test_balanced_accuracy_is_in_the_table_where_it_says_more(
+    one: Evaluation, limits: Constraints, shown: str | None
+) -> None:
+    out = io.StringIO()
+    Console(file=out, width=180).print(candidates_table(TINY, limits, (one,)))
+    lines = [line for line in out.getvalue().splitlines() if line[0] in "│┃"]
+    head, row = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines)
+    assert ("balanced %" in head) == (shown is not None)
+    if shown is not None:
+        assert row[head.index("quint8 %") :][:2] == ["82.00", shown]
+
+
+def test_a_network_that_answers_always_the_same_is_said_to() -> None:
+    said = "fp32 and quint8 predict class '0' for every image"
+    one = by_class(trained(TINY, F2, 1, 0.9, 0.9), (90, 90, 90, 100, 100), (10, 0, 0, 0, 0))
+    final = replace(by_class(trained(TINY, F2, 3, 0.9, 0.9), (90, 80, 90, 80, 100), (10, 0, 0, 20, 0)), role="final")
+    out = io.StringIO()
+    Console(file=out, width=200).print(candidates_table(TINY, Constraints(), (one, replace(final, parent=1))))
+    assert f"complete; {said}" in out.getvalue()
+    assert "candidate 1 trained on; quint8 predicts class '0' for every image" in out.getvalue()
+    shown, lines = begun(trials=2)
+    shown.show(started(1, F2))
+    shown.show(Finished(one, 40))
+    assert last(lines) == f"candidate 1 (f2) fp32 90.00 %, quint8 90.00 % (validation); {said}; took 0:40"
+
+
+def test_a_search_for_balanced_accuracy_shows_that() -> None:
+    shown, out = begun(setup=replace(COLD, metric="balanced-accuracy"))
+    shown.show(started(1, F2))
+    shown.show(Progressed(1, ENDED))
+    assert "epoch 1 of 4, validation balanced accuracy 50.0 %; " in last(out)
+    shown.show(Finished(UNEVEN, 40))
+    fp32 = f"{100 * (88 / 90 + 2 / 10) / 2:.2f}"
+    assert last(out) == f"candidate 1 (f2) balanced accuracy fp32 {fp32} %, quint8 50.00 % (validation); took 0:40"
 
 
 def test_the_table_of_nothing() -> None:

@@ -88,6 +88,15 @@ def test_a_warm_training_is_a_share_of_the_whole_one(epochs: int, share: float, 
     assert recipe.warm(3).epochs == 3
 
 
+def test_class_weights(tmp_path: Path) -> None:
+    assert load_recipe("quick").class_weights == load_recipe("paper").class_weights == "none"
+    own = load_recipe(written(tmp_path, LEAST + 'class_weights = "balanced"\n'))
+    assert own.class_weights == own.warm().class_weights == own.with_epochs(9).class_weights == "balanced"
+    assert own.changed({"class_weights": "none"}) == replace(own, class_weights="none")
+    with pytest.raises(FnetError, match=r"unknown class_weights 'balance'.*balanced"):
+        replace(own, class_weights="balance")  # type: ignore[arg-type]
+
+
 def test_a_warm_training_may_be_a_part_of_an_epoch() -> None:
     recipe = Recipe("r", 20, 16, 0.4, milestones=(10,), schedule="steps")
     quarter = recipe.warm(0.25)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from fnet_search.figures import figures, save_figures
 from fnet_search.macro import Macroarchitecture, load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import make_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, LayerStats, ranking
 from fnet_search.report import COLUMNS as TYPES
@@ -28,7 +29,9 @@ ODD = (
 )
 COLUMNS = (
     "number,plan,label,role,state,reason,feasible,split,scheme,epochs,trained_images,parent,inherited_epochs,"
-    "zero_shot_accuracy,last_epoch_accuracy,conv_macs,total_macs,params,fp32_accuracy,quint8_accuracy,qmse,qce,kl,relative_drop,audited_codes,differing_codes"
+    "zero_shot_accuracy,last_epoch_accuracy,conv_macs,total_macs,params,fp32_accuracy,"
+    "quint8_accuracy,fp32_balanced_accuracy,quint8_balanced_accuracy,qmse,qce,kl,relative_drop,audited_codes,"
+    "differing_codes"
 )
 
 
@@ -270,6 +273,26 @@ def test_a_residual_space_and_a_second_report(tmp_path: Path) -> None:
     assert report(tmp_path, evaluations, Constraints(), space)[0] == first
 
 
+UNEVEN = (ClassResult(90, 80, 72, 95, 100, "<cat>"), ClassResult(10, 4, 1, 5, 0, "dog"))
+"""Balanced accuracies of (80 / 90 + 0.4) / 2 and (0.8 + 0.1) / 2; all images are taken for cats in quint8."""
+
+
+def test_a_search_for_balanced_accuracy_names_it(tmp_path: Path) -> None:
+    one = replace(INIT2, classes=UNEVEN)
+    balanced = replace(BUDGET, metric="balanced-accuracy")
+    page = report(tmp_path, [one], balanced, test=replace(one, split="test"))[1].text
+    assert "init2 won: 45.00 % balanced accuracy in quint8 at 104.3 MMAC. It meets every constraint." in page
+    for split in ("validation", "test"):
+        assert f"On the {split} split quint8 predicts class '<cat>' for every image." in page
+        assert f"quint8 balanced accuracy, {split}45.00 %fp32 {100 * (80 / 90 + 0.4) / 2:.2f} %" in page
+    strict = replace(balanced, min_quint8=0.5, max_drop=0.1)
+    drop = 1 - 0.45 / ((80 / 90 + 0.4) / 2)
+    missed = (
+        f"45.00 % balanced accuracy in quint8 are below 50.00 %; a relative drop of {100 * drop:.2f} % is above 10.00 %"
+    )
+    assert f"nearest is init2: {missed}." in report(tmp_path, [one], strict)[1].text
+
+
 # The tables
 
 
@@ -301,6 +324,16 @@ def test_candidates_csv_has_a_line_an_evaluation_in_order() -> None:
     assert list(frame["qmse"][:8]) == [one.qmse for one in PAPER]  # every bit of a float is written
 
 
+def test_results_by_class_are_in_the_table() -> None:
+    one = replace(PAPER[0], number=0, classes=UNEVEN)
+    first, second, *_ = read(csv((one, *PAPER[1:]))).to_dict("records")
+    assert first["fp32_balanced_accuracy"] == one.fp32_balanced_accuracy
+    assert first["quint8_balanced_accuracy"] == one.quint8_balanced_accuracy
+    assert first["reason"] == "quint8 predicts class '<cat>' for every image"
+    assert pd.isna(second["quint8_balanced_accuracy"])
+    assert second["reason"] == ""
+
+
 def test_lines_are_those_that_pandas_writes() -> None:
     """For awkward texts and numbers too, whole numbers among the floats."""
     odd = [
@@ -314,7 +347,7 @@ def test_lines_are_those_that_pandas_writes() -> None:
     assert frame.to_csv(index=False, lineterminator="\n") == text
     assert list(frame["reason"][-2:]) == [one.reason for one in odd[1:]]
     assert text.splitlines()[7].startswith(f'6,"{PAPER[6].plan}",init4,')
-    assert "1.0,0.8031,1e-07,1e+16,0.30000000000000004" in text
+    assert "1.0,0.8031,,,1e-07,1e+16,0.30000000000000004" in text
 
 
 def test_a_column_without_numbers_changes_nothing() -> None:

@@ -2,7 +2,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from PIL import Image
 from fnet_policies import LayerGuided, Random
 from fnet_search import numerics
 from fnet_search.audit import compare
+from fnet_search.balance import read_confusion
 from fnet_search.data import hold_out, load_dataset
 from fnet_search.deadline import Deadline, TimeUp
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Setup, measure
 from fnet_search.export import read_model
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.outcome import Outcome
 from fnet_search.plan import legal_rates, parse_plan, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
@@ -70,6 +72,9 @@ class Notes:
         self.events: list[Event] = []
 
     def status(self, text: str) -> None:
+        self.texts.append(text)
+
+    def say(self, text: str) -> None:
         self.texts.append(text)
 
     def advance(self, what: str, done: int, total: int) -> None:
@@ -134,9 +139,10 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert (winner.split, test.split, test.number, test.layers) == ("validation", "test", winner.number, ())
     data = hold_out(load_dataset("digits", TINY.input_shape))
     networks = RecordedNetwork(winner, folder / "best", folder / "best").load(outcome.space)
-    measures = asdict(measure(*networks, data, data.evaluation))
-    assert measures == {name: getattr(winner, name) for name in measures}
-    assert test.quint8_accuracy == measure(*networks, data, data.test).quint8_accuracy
+    assert measure(*networks, data, data.evaluation).complete(winner) == winner
+    tested = measure(*networks, data, data.test)
+    assert (tested.quint8_accuracy, tested.classes) == (test.quint8_accuracy, test.classes)
+    assert read_confusion(folder / "best" / "confusion.csv", data.classes) == list(tested.confusion)
     assert Evaluation.from_json(json.loads((folder / "best" / "test.json").read_text())) == test
     model, facts = read_model(folder / "best" / "model.onnx")
     assert test.audit == Audit(len(data.test), 10 * len(data.test), 0, 0)
@@ -164,7 +170,8 @@ def test_the_configuration_is_recorded_whole(whole: tuple[Path, Outcome]) -> Non
         **{"fused": False, "group_widths": [1, 2, 4, 8, 16], "alone_threads": 1},
     }
     assert config["fidelity"] == {"warm_start": False, "warm_epochs": 1, "prune": False, "finetune": False}
-    assert config["constraints"] == {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
+    limits = {"conv_macs": 600_000, "params": None, "min_quint8": None, "max_drop": None}
+    assert config["constraints"] == {**limits, "metric": "accuracy"}
     assert (config["seed"], config["split"], config["study"], config["storage"]) == (3, "validation", "whole", None)
     assert config["recipe"]["epochs"] == 1
     assert config["data"]["classes"] == list("0123456789")
@@ -365,6 +372,13 @@ def test_headlines(tmp_path: Path) -> None:
         f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}; files in x/best"
     )
     assert replace(outcome, winner=None, evaluations=()).headline() == "no candidate was trained; see x"
+    always = (ClassResult(90, 81, 90, 85, 100, "cat"), ClassResult(10, 9, 0, 15, 0, "dog"))
+    one = replace(near, classes=always, quint8_accuracy=0.9)
+    balanced = replace(outcome, constraints=Constraints(metric="balanced-accuracy"), winner=one, test=None)
+    assert balanced.headline() == (
+        "winner: candidate 4 (init2), 0.434 MMAC, validation balanced accuracy fp32 90.00 % quint8 50.00 % "
+        "(accuracy fp32 90.00 % quint8 90.00 %) (quint8 predicts class 'cat' for every image); files in x/best"
+    )
 
 
 def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
@@ -710,6 +724,7 @@ def old(run: Path) -> Path:
     """The uninterrupted search as a version left it that knew of no warm start."""
     config = json.loads((run / "config.json").read_text())
     del config["fidelity"], config["recipe"]["warm_share"], config["recipe"]["warm_rate"]
+    del config["constraints"]["metric"], config["recipe"]["class_weights"], config["data"]["images"]
     del config["numerics"]["fused"], config["numerics"]["group_widths"]
     (run / "config.json").write_text(json.dumps(config))
     for path in [*run.glob("candidates/*/evaluation.json"), *run.glob("best/*.json")]:

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fnet_policies import NSGA2, TPE, LayerGuided, ProgressiveDoubling, Random, 
 from fnet_search.asktell import AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.plan import FactorizationPlan, indices, label, make_plan, plan_cost, regular, reverse_pyramid, uniform
 from fnet_search.policy import Constraints, Evaluation, History, Policy
 from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
@@ -429,6 +431,26 @@ def test_several_objectives_need_the_evaluation() -> None:
     without = optuna.create_study(directions=["maximize", "minimize"], sampler=PolicySampler(ReversePyramid(), SPACE))
     with pytest.raises(ValueError, match=r"trial 0 has 2 values; .* report_evaluation\(trial, evaluation\)"):
         without.optimize(unreported, n_trials=2)
+
+
+def test_balanced_accuracy_needs_the_evaluation() -> None:
+    """Whose value is then the quint8 balanced accuracy, whatever the accuracy is."""
+    limits = Constraints(metric="balanced-accuracy")
+
+    def reported(trial: Trial) -> float:
+        one = evaluated(suggest_plan(trial, SPACE))
+        return report_evaluation(trial, replace(one, classes=(ClassResult(9, 9, 8), ClassResult(4, 3, 1))))
+
+    sampler = PolicySampler(ReversePyramid(), SPACE, constraints=limits)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.optimize(reported, n_trials=2)
+    assert study.best_value == (8 / 9 + 1 / 4) / 2
+    without = optuna.create_study(direction="maximize", sampler=sampler)
+    with pytest.raises(FnetError, match=r"failed: it has no quint8 balanced accuracy$"):
+        without.optimize(lambda trial: report_evaluation(trial, evaluated(suggest_plan(trial, SPACE))), n_trials=1)
+    plain = optuna.create_study(direction="maximize", sampler=sampler)
+    with pytest.raises(ValueError, match=r"trial 0 has no results by class, .* report_evaluation\(trial, evaluation\)"):
+        plain.optimize(objective, n_trials=2)
 
 
 def test_any_sampler_can_choose_plans() -> None:

@@ -87,6 +87,15 @@ def test_one_of_your_own(tmp_path: Path) -> None:
     assert study.variants[1].recipe == PAPER
 
 
+def test_a_study_may_weight_classes_and_search_for_balanced_accuracy(tmp_path: Path) -> None:
+    variants = '[variants.plain]\n[variants.weighted]\nrecipe.class_weights = "balanced"\n'
+    study = written(tmp_path, f'{SEARCH}{OPTIONS}metric = "balanced-accuracy"\n{variants}')
+    assert [one.recipe.class_weights for one in study.variants] == ["none", "balanced"]
+    assert str(study.variants[1]).endswith(", classes weighted alike")
+    assert study.search is not None
+    assert study.search.constraints(study.variants[0].space).metric == "balanced-accuracy"
+
+
 def test_steps_of_the_rate_move_with_the_epochs_of_a_variant(tmp_path: Path) -> None:
     text = LEAST.replace("quick", "paper") + "[variants.a]\nrecipe.epochs = 20\n[variants.b.recipe]\nepochs = 20\n"
     short, stepped = written(tmp_path, f"{text}milestones = [3]\n").variants
@@ -140,6 +149,7 @@ def test_options_of_the_command_line() -> None:
             "a [search] is for one of ranges: what it finds depends on it",
         ),
         (f"{SEARCH}{OPTIONS}trials = 0", "trials must be at least 1, got 0"),
+        (f'{SEARCH}{OPTIONS}metric = "balanced"', "unknown metric 'balanced'; did you mean 'balanced-accuracy'?"),
         (f"{SEARCH}{OPTIONS}".replace("50%", "0.1%"), "budget 0.1% is below the smallest network of space"),
         (f"{SEARCH}{OPTIONS}".replace("tpe", "tpu"), "unknown policy 'tpu'; did you mean 'tpe'?"),
         (f'{LEAST}ranges = ["max"]', "unknown range method 'max'; write minmax, mse or percentile:P"),

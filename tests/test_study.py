@@ -16,6 +16,7 @@ from fnet_policies import Random
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
+from fnet_search.metric import ClassResult
 from fnet_search.numerics import Numerics
 from fnet_search.plan import FactorizationPlan, depthwise, indices, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Audit, Constraints, Evaluation, Role
@@ -168,6 +169,23 @@ def test_what_a_person_sorts_by_is_an_attribute_of_the_trial(opened: Opened) -> 
     assert first.user_attrs["reason"] == "too much"
     assert first.user_attrs["feasible"] == 0
     assert first.constraints == {"conv_macs": pytest.approx(811_008 / 500_000 - 1)}
+
+
+def test_the_value_of_a_trial_is_what_the_search_compares(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "study")
+    run.path.mkdir()
+    limits = Constraints(min_quint8=0.6, metric="balanced-accuracy")
+    record = StudyRecord(open_journal(run.journal), run, TINY, limits, 3, "validation", PLAIN)
+    job = start(record, F4)
+    classes = (ClassResult(90, 90, 90, 95, 100, "cat"), ClassResult(10, 5, 0, 5, 0, "dog"))
+    end(record, job, replace(trained(TINY, F4, job.number, 0.95, 0.9), classes=classes))
+    (trial,) = trials(record)
+    assert trial.value == trial.user_attrs["quint8_balanced_accuracy"] == (1 + 0) / 2
+    assert trial.user_attrs["fp32_balanced_accuracy"] == (1 + 0.5) / 2
+    assert trial.constraints == {"min_quint8": pytest.approx((0.6 - 0.5) / 0.6)}
+    assert trial.user_attrs["reason"] == "quint8 predicts class 'cat' for every image"
+    again = StudyRecord(open_journal(run.journal), run, TINY, limits, 3, "validation", PLAIN)
+    assert again.evaluations[0].classes == classes
 
 
 def test_running_candidates_are_part_of_the_history(opened: Opened) -> None:

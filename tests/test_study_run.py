@@ -52,6 +52,8 @@ class Notes:
         if what not in self.said:
             self.said.append(what)
 
+    def say(self, text: str) -> None: ...
+
     def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None: ...
 
     def show(self, event: Event) -> None:

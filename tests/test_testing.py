@@ -94,6 +94,15 @@ class Wasteful:
         return regular(history.space)
 
 
+class Misled:
+    """Looks at accuracies, whatever the search compares."""
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        left = [plan for plan in plans(history) if not history.refusal(plan)]
+        good = all((one.quint8_accuracy or 0.0) > 0.5 for one in history.evaluations)
+        return left[0 if good else -1] if left else None
+
+
 class Foreign:
     """Plans of another space."""
 
@@ -130,6 +139,7 @@ class Endless:
         (Foreign, "test_every_suggestion_is_a_plan_of_the_space", FnetError),
         (Trusting, "test_it_can_do_with_what_went_wrong", TypeError),
         (Endless, "test_it_ends", FnetError),
+        (Misled, "test_it_searches_by_the_metric", AssertionError),
     ],
 )
 def test_what_is_wrong_is_found(made: Callable[[], Policy], test: str, error: type[Exception]) -> None:

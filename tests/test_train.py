@@ -15,7 +15,7 @@ from fnet_search.network import Network, build
 from fnet_search.numerics import Numerics
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.recipe import Augmentation, Recipe
-from fnet_search.train import Report, Trained, TrainingFailed, TrainingProgress, accuracy, train
+from fnet_search.train import Report, Trained, TrainingFailed, TrainingProgress, accuracy, class_weights, train
 
 TINY = load_space("tiny")
 NUMERICS = [CPU, Numerics("cpu", "bfloat16", channels_last=True), pytest.param(FAST, marks=compiled)]
@@ -355,3 +355,41 @@ def test_an_even_part_of_a_split_is_watched(images: int, step: int) -> None:
     looked_at = len(range(0, images, step))
     assert looked_at <= 2000
     assert accuracy(network, data, split, CPU) == (looked_at - 1) / looked_at
+    balanced = 0.5 if looked_at > 1 else 0.0  # all of class 3, none of class 4, which the first image is of
+    assert accuracy(network, data, split, CPU, "balanced-accuracy") == balanced
+
+
+def uneven() -> DataSet:
+    """40 images of class 0, 8 of class 1, none of class 2."""
+    images = torch.randint(0, 256, (48, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    split = Split(images, torch.tensor([0] * 40 + [1] * 8))
+    return DataSet("d", ("a", "b", "c"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
+
+
+def test_class_weights_make_classes_count_alike_and_images_once_on_average() -> None:
+    data, recipe = uneven(), Recipe("r", 1, 16, 0.05, class_weights="balanced")
+    weights = class_weights(data, recipe)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([48 / (2 * 40), 48 / (2 * 8), 0])
+    assert float(weights[data.train.labels].mean()) == pytest.approx(1)
+    assert class_weights(data, replace(recipe, class_weights="none")) is None
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_over_images_each_times_the_weight_of_its_class(tmp_path: Path, smoothing: float) -> None:
+    """One step over all images at once: the gradient is that of the loss as it is written here."""
+    data = uneven()
+    recipe = Recipe("r", 1, 48, 1.0, momentum=0.0, schedule="steps", label_smoothing=smoothing)
+    space = sequence((3, 8, 8), f=Flatten(), d=Dense(3))
+    for weighting, of_class in (("none", (1, 1)), ("balanced", (48 / 80, 48 / 16))):
+        before, after = (build(space, "he_normal", 0) for _ in range(2))
+        chosen = replace(recipe, class_weights=weighting)
+        train(after, data, chosen, CPU, 0, silent, tmp_path / weighting, "k", None)
+        log_p = before(data.normalise(data.train.images)).log_softmax(1)
+        wanted = torch.full((48, 3), smoothing / 3)
+        wanted[torch.arange(48), data.train.labels] += 1 - smoothing
+        each = torch.tensor([of_class[label] for label in data.train.labels.tolist()])
+        (-(log_p * wanted).sum(1) * each).mean().backward()
+        for (_, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+            assert old.grad is not None
+            torch.testing.assert_close(new.data, old.data - old.grad, rtol=1e-4, atol=1e-5)

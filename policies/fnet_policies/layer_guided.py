@@ -4,6 +4,7 @@ The quint8 accuracy of a plan is taken to be linear in features that are sums ov
 adds to the logits, by probes, and noise in its weights and activations, by layer statistics. So the plan with the best
 prediction under the ceilings is found exactly among all of a space (`choose.best_plan`). The weights of the features
 start from the probes, and are corrected, with what is left uncertain, by a Gaussian process over the evaluations.
+Accuracies are those of the constraints' metric.
 """
 
 import math
@@ -18,6 +19,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel
 
 from fnet_search.choose import best_plan, pareto_front, sample_plan
+from fnet_search.errors import FnetError
 from fnet_search.plan import FactorizationPlan, convolutions, cost_table, indices, legal_rates
 from fnet_search.policy import (
     PROBES,
@@ -153,8 +155,8 @@ def probe_features(history: History, probes: Probes) -> list[Feature]:
     along, on_loss = _slope(noise, quint8_noise), max(0.0, _slope(noise, loss))
     of_noise, of_rest = nnls(np.stack([noise, quint8_noise - along * noise], axis=1), quint8_loss)[0]
     classes = math.prod(history.space.shapes[history.space.output])
-    fp32_per_nat = _per_nat(base.fp32_accuracy, base.loss, classes)
-    per_nat = _per_nat(base.quint8_accuracy, base.quint8_loss, classes)
+    fp32, quint8_accuracy = _scores(base, history)
+    fp32_per_nat, per_nat = _per_nat(fp32, base.loss, classes), _per_nat(quint8_accuracy, base.quint8_loss, classes)
     table = probes.increase(history.space, lambda one: one.logit_noise)
     quint8 = probes.increase(history.space, lambda one: one.quint8_logit_noise)
     rest = {layer: quint8[layer] - along * table[layer] for layer in table}
@@ -164,6 +166,15 @@ def probe_features(history: History, probes: Probes) -> list[Feature]:
         ),
         _scaled("further noise of the quint8 logits", rest, (KEPT**2 * per_nat * of_rest, 0.0)),
     ]
+
+
+def _scores(one: Evaluation | Probe, history: History) -> tuple[float, float]:
+    """Accuracies of the float network and the quantized one, by the search's metric. Raises FnetError for probes that
+    were measured for another one."""
+    fp32, quint8 = one.scores(history.constraints.metric)
+    if quint8 is None:
+        raise FnetError(f"the probes have no {history.constraints.measured}; measure them with Setup(metric=...)")
+    return fp32 or 0.0, quint8
 
 
 def _per_nat(accuracy: float, loss: float, classes: int) -> float:
@@ -245,7 +256,7 @@ class Model:
     """Accuracies of the probed network."""
     evaluations: tuple[Evaluation, ...]
     noise: float
-    """Binomial standard error of an accuracy on the validation split; 0 where its size is not known."""
+    """Binomial standard error of a score on the validation split; 0 where its size is not known."""
     process: GaussianProcessRegressor
 
     @staticmethod
@@ -255,13 +266,13 @@ class Model:
         features = probe_features(history, probes) if policy.by_probes else rate_features(history)
         if policy.statistics and policy.by_probes:
             features += statistics_features(history, probes)
-        measured = [one for one in history.evaluations if one.quint8_accuracy is not None]
+        metric = history.constraints.metric
+        measured = [one for one in history.evaluations if one.scores(metric).quint8 is not None]
         # A host may have probed a network that is not in its history, where another has the number.
         probed = next((one for one in measured if (one.number, one.plan) == (probes.number, probes.plan)), None)
         trained = tuple(one for one in measured if one is not probed)
-        quint8 = probes.unchanged.quint8_accuracy if probed is None else probed.quint8_accuracy or 0.0
-        fp32 = probes.unchanged.fp32_accuracy if probed is None else probed.fp32_accuracy or 0.0
-        images = max((one.images for one in trained), default=0)
+        fp32, quint8 = _scores(probed or probes.unchanged, history)
+        images = max((one.effective_images(metric) for one in trained), default=0)
         noise = math.sqrt(quint8 * (1 - quint8) / images) if images else 0.0
         doubt = max(LEAST_DOUBT, DOUBT * sum(abs(one.prior[0]) for one in features))
         kernel: Kernel = ConstantKernel(doubt**2, "fixed") * DotProduct(OFFSET / doubt, "fixed")
@@ -273,8 +284,8 @@ class Model:
         """Fitted to the evaluations; then to the running plans too, as if they gave what is predicted."""
         plans, running = [one.plan for one in self.evaluations], list(self.history.running)
         drop = self.base[1] - self.base[0]  # of the probed network: for hosts that know quint8 accuracies only
-        reached = [(one.quint8_accuracy or 0.0, one.fp32_accuracy) for one in self.evaluations]
-        found = [(quint8, quint8 + drop if fp32 is None else fp32) for quint8, fp32 in reached]
+        reached = [one.scores(self.history.constraints.metric) for one in self.evaluations]
+        found = [(quint8 or 0.0, (quint8 or 0.0) + drop if fp32 is None else fp32) for fp32, quint8 in reached]
         known = np.array(found, dtype=np.float64).reshape(-1, 2)
         if plans:
             self.process.fit(self.inputs(plans), known - self.prior(plans))

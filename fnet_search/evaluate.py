@@ -64,6 +64,8 @@ class Setup:
     split: SplitName
     audited: bool = False
     fidelity: Fidelity = field(default_factory=Fidelity)
+    validation: str = ""
+    """What the validation split is (`Evaluation.validation`)."""
 
     def recipe_of(self, job: "Job") -> Recipe:
         """How a candidate is trained."""
@@ -222,6 +224,7 @@ def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
         reason,
         role=job.role,
         split=setup.split,
+        validation=setup.validation,
         scheme=str(setup.scheme),
         seed=setup.seed,
         parent=job.start.number if job.start else None,

@@ -6,8 +6,24 @@ from pathlib import Path
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, label, parse_plan
-from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
+from fnet_search.policy import MAYBE_KNOWN, Constraints, Evaluation, Explanation, Probes, SplitName
 from fnet_search.quantities import counted, mmac, percent
+
+
+def cautions(validation: str, has_test: bool) -> list[str]:
+    """What to know before accuracies are believed, by what the validation split is (`Evaluation.validation`)."""
+    found = []
+    if validation == MAYBE_KNOWN:
+        found.append(
+            "the validation images are a part of the training images, which the weights may have been trained on: "
+            "accuracies and constraints on them may be too good; put validation images into val/ of the image folder, "
+            "or name a folder of them with --validation"
+        )
+    if not has_test:
+        found.append(
+            "the data set has no test images (test/): what the winner reaches on images that chose nothing is not known"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,23 @@ class Outcome:
     probes: Probes | None = None
     explanation: Explanation | None = None
     """Why the winner, where the policy says so."""
+    has_test: bool = True
+    """Whether the data set has test images; else `test` is None."""
+
+    @property
+    def validation(self) -> str:
+        """What the validation split is (`Evaluation.validation`)."""
+        return next((one.validation for one in self.evaluations if one.validation), "")
+
+    @property
+    def measured_on(self) -> str:
+        """The images that candidates were compared on, as in ``the validation images (val)``."""
+        return f"the {self.split} images" + (f" ({self.validation})" if self.validation else "")
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to know before the accuracies are believed."""
+        return cautions(self.validation, self.has_test or self.winner is None)
 
     @property
     def feasible(self) -> bool:
@@ -61,6 +94,10 @@ class Outcome:
         found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one)}"
         if self.test is not None:
             found += f"; {_accuracies(self.test)}"
+        elif not self.has_test:
+            found += "; no test images"
+        if self.constraints.measured:
+            found += f"; constraints checked on {self.measured_on}"
         missed = ", ".join(self.constraints.missed(one))
         verdict = "winner:" if self.feasible else f"no candidate met the constraints; nearest, missing {missed}:"
         return f"{verdict} {found}; files in {self.folder / 'best'}"

@@ -10,7 +10,7 @@ choices.csv        where the policy can say why: the winner's layers, and the st
 front.csv          and the best plan at every budget, as the policy expects it
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise
-best/              the winner's files, its test.json, and model.onnx
+best/              the winner's files, model.onnx, and test.json where there are test images
 figures/, report.html
 """
 
@@ -34,7 +34,7 @@ from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
-from fnet_search.policy import Audit, Constraints, Evaluation, Explanation, Probes, ranking
+from fnet_search.policy import HELD_OUT, Audit, Constraints, Evaluation, Explanation, Probes, ranking
 from fnet_search.report import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
 
 KEPT = 3
@@ -95,7 +95,7 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def config(self) -> dict[str, Any]:
-        """The recorded configuration. Raises FnetError where there is none."""
+        """The recorded configuration, with what earlier versions left out. Raises FnetError where there is none."""
         if not self.config_path.is_file():
             raise FnetError(f"{self.path} is not a run folder: it has no config.json")
         config = read_json(self.config_path)
@@ -112,7 +112,8 @@ class RunFolder:
         for key, is_proper in proper.items():
             if not is_proper:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
-        return config
+        earlier = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
+        return {**config, "data": {**earlier, **config["data"]}}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -212,35 +213,39 @@ class RunFolder:
                 (folder / QUANTIZED).unlink(missing_ok=True)
         return needed
 
-    def write_best(self, winner: Evaluation, test: Evaluation, model: ModelProto) -> None:
-        """Copies the winner's files to ``best/``, with what it reached on the test split, and its ONNX file."""
+    def write_best(self, winner: Evaluation, test: Evaluation | None, model: ModelProto) -> None:
+        """Copies the winner's files to ``best/``, with what it reached on the test split, if there is one, and its ONNX
+        file."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         for path in self.candidate(winner.number).iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT:
                 shutil.copy2(path, fresh)
-        write_json(fresh / "test.json", test.to_json())
+        if test is not None:
+            write_json(fresh / "test.json", test.to_json())
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)
 
+    def has_best(self, winner: Evaluation) -> bool:
+        """Whether ``best/`` has the files of this very network."""
+        return self._best(winner, "evaluation.json") is not None and (self.best / MODEL).is_file()
+
     def read_test(self, winner: Evaluation) -> Evaluation | None:
         """The winner's test result, if this very network was measured before."""
-        path = self.best / "test.json"
+        return self._best(winner, "test.json")
+
+    def _best(self, winner: Evaluation, name: str) -> Evaluation | None:
+        path = self.best / name
         if not path.is_file():
             return None
         try:
-            test = read_evaluation(path)
+            found = read_evaluation(path)
         except FnetError:  # broken: it can be measured again
             return None
-        same = (test.number, test.plan, test.seed, test.epochs) == (
-            winner.number,
-            winner.plan,
-            winner.seed,
-            winner.epochs,
-        )
-        return test if same else None
+        one, other = ((each.number, each.plan, each.seed, each.epochs) for each in (found, winner))
+        return found if one == other else None
 
 
 def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[int]:

@@ -163,14 +163,15 @@ def load_dataset(
     takes from the training images.
 
     Raises FnetError for an unknown name, files that are missing (and `download` not set), unreadable images (naming
-    them) unless they are to be left out, no test images for that split, or a space that takes neither 1 nor 3 channels.
+    them) unless they are to be left out, neither test nor own validation images, or a space that takes neither 1 nor 3
+    channels.
     """
     if input_shape[0] not in (1, 3):
         raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
     root, splits, files = _root(name), dict[str, Split](), dict[str, Samples]()
     own = validation_folder(root, validation) if split == "validation" else None
     if root is not None:
-        classes, files = list_folder(root, needs_test=split == "test")
+        classes, files = list_folder(root, needs_test=own is None)
     elif name == "digits":
         classes, splits["train"], splits["test"] = _digits(input_shape)
     elif name in NAMES:

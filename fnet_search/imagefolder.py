@@ -65,14 +65,15 @@ def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str
     """The classes of a data set in folders, and the samples of ``train`` and, where it is there, of ``test``.
 
     A class folder in test/ may be missing. Raises FnetError for fewer than two classes, one without a training image,
-    one that only test/ has, and, if `needs_test`, a missing test/.
+    one that only test/ has, and, if it is needed, a missing test/.
     """
     whose, train, test = f"imagefolder {root}", root / "train", root / "test"
     wanted = "class folders must lie in train/ and test/"
     if not train.is_dir():
         raise FnetError(f"{whose}: {train} does not exist; {wanted}")
     if needs_test and not test.is_dir():
-        raise FnetError(f"{whose}: {test} does not exist; {wanted}, or measure with --split validation")
+        without = "or, for a search and --split validation, in train/ and val/"
+        raise FnetError(f"{whose}: {test} does not exist; {wanted}, {without}")
     folders = class_folders(train)
     if len(folders) < 2:
         raise FnetError(f"{whose}: train/ holds {len(folders)} class folders; at least 2 are needed")
@@ -148,8 +149,8 @@ def first_size(root: Path) -> tuple[int, int] | None:
     """Width and height of the first training image that can be read, upright; None: there is none."""
     for folder in class_folders(root / "train").values() if (root / "train").is_dir() else ():
         for path in _images(folder):
-            with suppress(Exception), Image.open(path) as opened:
-                return _upright(opened).size
+            with suppress(Exception):
+                return _upright(path)[0].size
     return None
 
 
@@ -203,7 +204,7 @@ def _tried(sample: tuple[Path, int], shape: tuple[int, int, int]) -> Pixels | st
 
 
 READING = (
-    "Pillow: the first image of the file; ImageOps.exif_transpose",
+    "Pillow: Image.open of an open file, its first image; ImageOps.exif_transpose",
     "grey of 16 bits: value // 257; grey of TIFF files of 32 bits: rint(255 * value / top), top the first of "
     f"{', '.join(map(str, RANGES))} (floats: of 1 and these) that no value of the image exceeds",
     "palettes: convert('RGBA')",
@@ -215,25 +216,29 @@ READING = (
 
 def decode(path: Path, shape: tuple[int, int, int]) -> Pixels:
     """One image of any mode and size as [C, H, W]. Raises whatever Pillow raises."""
-    with Image.open(path) as opened:
-        image = _eight_bits(_upright(opened), opened.format)
-        if image.mode == "P":
-            image = image.convert("RGBA")  # else a palette with transparency gives a warning
-        image = image.convert("RGB" if shape[0] == 3 else "L")
-        if image.size != (shape[2], shape[1]):
-            image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.uint8)
+    image = _eight_bits(*_upright(path))
+    if image.mode == "P":
+        image = image.convert("RGBA")  # else a palette with transparency gives a warning
+    image = image.convert("RGB" if shape[0] == 3 else "L")
+    if image.size != (shape[2], shape[1]):
+        image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, dtype=np.uint8)
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
-def _upright(opened: Image.Image) -> Image.Image:
-    """As the camera was held, by EXIF; as it is where that is broken, since the pixels may be whole."""
-    opened.load()
-    try:
-        opened.getexif()
-    except Exception:  # anything, as in `_tried`
-        return opened
-    return ImageOps.exif_transpose(opened)
+def _upright(path: Path) -> tuple[Image.Image, str | None]:
+    """An image as the camera was held, by EXIF, and its format; as it is where EXIF is broken: its pixels may be whole.
+
+    Not opened by name: Pillow would map an uncompressed file into memory, and mix up the pixels of a TIFF file that is
+    to be turned.
+    """
+    with path.open("rb") as file, Image.open(file) as opened:
+        opened.load()
+        try:
+            opened.getexif()
+        except Exception:  # anything, as in `_tried`
+            return opened, opened.format
+        return ImageOps.exif_transpose(opened), opened.format
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:

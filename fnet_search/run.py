@@ -208,7 +208,7 @@ def _prepare(request: Request, run: RunFolder, display: Display) -> _Prepared:
         machine.skip_unreadable,
     )
     if data.unreadable:
-        display.say(f"{len(data.unreadable):,} unreadable images are left out: {listing(data.unreadable)}")
+        display.say(f"left out, {counted(len(data.unreadable), 'unreadable image')}: {listing(data.unreadable)}")
     space = request.space.with_classes(len(data.classes))
     if space.weights is not None and space != request.space and not request.fidelity.finetune:
         raise FnetError(

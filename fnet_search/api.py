@@ -35,6 +35,7 @@ def search(
     space: Macroarchitecture | Path | str = "factorizenet",
     dataset: str = "digits",
     *,
+    validation: Path | str | None = None,
     budget: str | int,
     min_quint8: str | float | None = None,
     max_drop: str | float | None = None,
@@ -80,7 +81,10 @@ def search(
     where and how to compute,
     `display` shows progress otherwise than on the terminal. Files are left in the folder `out`,
     ``runs/<space>-<data set>-<policy>-<budget>`` if none is given. The winner is measured on the test split once;
-    nothing else is.
+    nothing else is. Where an image folder has no test images, it is not.
+
+    Candidates are compared on the images of the folder `validation`, which holds class folders; else on those in
+    ``val/`` of the image folder; else on a part of the training images, which is held out.
 
     A study in a `storage` (`storage.open_url`) is shared with whoever joins it (`run.join_study`): `artifacts` is where
     weights lie that others need, and a candidate whose worker is silent for `lease` seconds is taken over.
@@ -96,7 +100,9 @@ def search(
     limits = parse_constraints(loaded, budget, max_params, min_quint8, max_drop, metric)
     chosen = load_policy(policy) if isinstance(policy, str) else check_policy(policy, type(policy).__name__)
     named = policy if isinstance(policy, str) else type(policy).__name__
-    request = _request(loaded, dataset, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine)
+    request = _request(
+        loaded, dataset, validation, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine
+    )
     if warm_epochs and not warm_start:
         raise FnetError("--warm-epochs is of candidates that start from others; leave it or --no-warm-start out")
     if warm_epochs is not None and (warm_epochs <= 0 or (warm_epochs > 1 and warm_epochs % 1)):
@@ -131,6 +137,7 @@ def evaluate(
     dataset: str = "digits",
     *,
     split: SplitName = "test",
+    validation: Path | str | None = None,
     recipe: Recipe | str | None = None,
     epochs: int | None = None,
     class_weights: str | None = None,
@@ -152,21 +159,25 @@ def evaluate(
 
     A plan as an object, by name as ``"init2"``, or as ``"layer=rate,..."``; ``outcome.evaluation(plan)`` is what it
     came to. `split` ``"test"`` trains on all training images, and is for reporting; a loop that chooses plans by the
-    outcome asks for ``"validation"``, held out of the training images. What was evaluated in the folder `out` before,
-    ``runs/evaluate-<space>-<data set>`` if none is given, is not trained again.
+    outcome asks for ``"validation"``, whose images are those of `search`. What was evaluated in the folder `out`
+    before, ``runs/evaluate-<space>-<data set>`` if none is given, is not trained again.
 
     Raises FnetError, and TimeUp at the `deadline`.
     """
     loaded = _space(space, dataset, input_shape, weights, normalise, factorize, keep)
     if split not in get_args(SplitName):
         raise unknown("split", split, get_args(SplitName))
+    if validation is not None and split == "test":
+        raise FnetError("--validation names the images of --split validation; leave it out, or say that split")
     wanted = [plans] if isinstance(plans, FactorizationPlan | str) else plans
     chosen = tuple(dict.fromkeys(parse_plan(loaded, plan) if isinstance(plan, str) else plan for plan in wanted))
     if not chosen:
         raise FnetError("no plan is given; name one, as in init2")
     for plan in chosen:
         check_plan(loaded, plan)
-    request = _request(loaded, dataset, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine)
+    request = _request(
+        loaded, dataset, validation, recipe, epochs, class_weights, finetune, scheme, seed, storage, machine
+    )
     request = replace(request, split=split, audit_all=True)
     name = "-".join(["evaluate", loaded.name, dataset_name(dataset), *(["validation"] if split != "test" else [])])
     return _run(request, FixedPlans(chosen), folder_of(out, name), len(chosen), display, deadline)
@@ -192,6 +203,7 @@ def _space(
 def _request(
     space: Macroarchitecture,
     dataset: str,
+    validation: Path | str | None,
     recipe: Recipe | str | None,
     epochs: int | None,
     class_weights: str | None,
@@ -215,6 +227,7 @@ def _request(
     return Request(
         space=space,
         dataset=absolute(dataset),
+        validation=absolute_path(validation),
         recipe=chosen,
         schemes=parse_schemes(scheme) if isinstance(scheme, str) else (scheme,),
         seed=seed,
@@ -249,7 +262,11 @@ def _run(
 
 def absolute(dataset: str) -> str:
     kind, colon, path = dataset.partition(":")
-    return f"{kind}:{Path(path).expanduser().resolve()}" if kind == "imagefolder" and colon else dataset
+    return f"{kind}:{absolute_path(path)}" if kind == "imagefolder" and colon else dataset
+
+
+def absolute_path(path: Path | str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
 
 
 def dataset_name(dataset: str) -> str:

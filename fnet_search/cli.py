@@ -18,12 +18,14 @@ from fnet_search.options import (
     add_options,
     machine_of,
     machine_options,
+    moved_option,
     parse_scheme_options,
     parse_shape,
     quiet,
     scheme_options,
     space_options,
     until_time_is_up,
+    validation_option,
 )
 from fnet_search.study_commands import study
 from fnet_search.terminal import console
@@ -67,8 +69,10 @@ def _shared(command: Any) -> Any:
         click.option(
             "--dataset",
             default="digits",
-            help="digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (class folders in train/ and test/).",
+            help="digits, cifar10, cifar100, fashion-mnist, or imagefolder:PATH (class folders in train/, test/ and, "
+            "for validation, val/).",
         ),
+        validation_option,
         click.option(
             "--recipe",
             show_default="quick; with --finetune finetune",
@@ -172,26 +176,14 @@ _artifacts = click.option(
 def run(**options: Any) -> None:
     """Search the best network under a budget; the same command again goes on where it stopped.
 
-    Candidates are compared on a validation split held out of the training images; the winner is measured on the test
-    split once. Exit code 3: no candidate met the constraints, the nearest is named.
+    Candidates are compared on validation images, val/ of the image folder or held out of the training images; the
+    winner is measured on the test split once. Exit code 3: no candidate met the constraints, the nearest is named.
     """
     from fnet_search.api import search
 
     given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
-    more = (
-        "metric",
-        "epochs",
-        "class_weights",
-        "warm_start",
-        "warm_epochs",
-        "prune",
-        "final_epochs",
-        "finetune",
-        "seed",
-        "out",
-        "storage",
-    )
-    shared = ("artifacts", "lease")
+    more = ("metric", "epochs", "class_weights", "warm_start", "warm_epochs", "prune", "final_epochs", "finetune")
+    shared = ("seed", "out", "storage", "artifacts", "lease", "validation")
     asked = {name: options[name] for name in (*given, *more, *shared)}
     outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
     if not outcome.feasible:
@@ -206,23 +198,31 @@ def run(**options: Any) -> None:
     required=True,
     help="regular, f2, init2, dws, layer=rate,... or the path of a plan file; may be given several times.",
 )
+@click.option(
+    "--split",
+    type=click.Choice(["test", "validation"]),
+    default="test",
+    help="What networks are measured on: test images, for reporting, or validation images, to choose by.",
+)
 @_shared
 def evaluate(**options: Any) -> None:
     """Train, quantize and profile given plans, with no policy.
 
-    Trains on all training images, measures each network on the test split, and audits its export there. More plans may
-    be added to an earlier run in the same folder.
+    Trains on all training images (but for those that are held out, with --split validation), measures each network on
+    the split, and audits its export there. More plans may be added to an earlier run in the same folder.
     """
     from fnet_search.api import evaluate as evaluate_plans
 
-    given = ("plans", "space", "dataset", "recipe", "epochs", "class_weights", "finetune", "seed", "out", "storage")
-    _work(evaluate_plans, options, **{name: options[name] for name in given})
+    given = ("plans", "space", "dataset", "split", "validation", "recipe", "epochs", "class_weights")
+    more = ("finetune", "seed", "out", "storage")
+    _work(evaluate_plans, options, **{name: options[name] for name in (*given, *more)})
 
 
 @cli.command()
 @click.option("--storage", required=True, envvar="FNET_SEARCH_STORAGE", help="Optuna storage URL of the run.")
 @click.option("--study", required=True, help="Name of the run's study: that of its folder.")
 @click.option("--dataset", show_default="as the run", help="Where the same images are here: imagefolder:PATH.")
+@moved_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -231,20 +231,29 @@ def evaluate(**options: Any) -> None:
 )
 @_artifacts
 @machine_options
-def worker(study: str, storage: str, dataset: str | None, out: Path | None, artifacts: str | None, **more: Any) -> None:
+def worker(
+    study: str,
+    storage: str,
+    dataset: str | None,
+    validation: str | None,
+    out: Path | None,
+    artifacts: str | None,
+    **more: Any,
+) -> None:
     """Work on the search of another host, until it is done; several workers share its candidates.
 
     The run, fnet-search run --storage URL, leaves its configuration in the storage and weights in its --artifacts. What
     a worker that vanishes was at is taken over by others.
     """
-    from fnet_search.api import absolute, folder_of
+    from fnet_search.api import absolute, absolute_path, folder_of
     from fnet_search.run import join_study
     from fnet_search.runfolder import RunFolder
 
     folder = RunFolder(folder_of(out, f"{study}-worker"))
     machine, images = machine_of(more), None if dataset is None else absolute(dataset)
+    where = images, absolute_path(validation), artifacts
     done = until_time_is_up(
-        more, lambda display, until: join_study(storage, study, folder, machine, images, artifacts, display, until)
+        more, lambda display, until: join_study(storage, study, folder, machine, *where, display, until)
     )
     click.echo(done)
 
@@ -414,6 +423,8 @@ def _print_outcome(outcome: "Outcome") -> None:
 
     console().print(candidates_table(outcome))
     click.echo(f"report: {outcome.report}")
+    for text in outcome.cautions:
+        click.echo(f"warning: {text}")
     click.echo(outcome.headline())
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fnet_search.errors import FnetError
-from fnet_search.options import data_dir_option, parse_scheme_options, quiet, scheme_options
+from fnet_search.options import data_dir_option, moved_option, parse_scheme_options, quiet, scheme_options
 from fnet_search.terminal import console, plain_table
 
 if TYPE_CHECKING:
@@ -92,11 +92,19 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     help="The exported file to audit.",
 )
 @click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@moved_option
 @data_dir_option
-def audit(folder: Path, candidates: tuple[str, ...], file: Path | None, layers: bool, data_dir: Path) -> None:
+def audit(
+    folder: Path,
+    candidates: tuple[str, ...],
+    file: Path | None,
+    layers: bool,
+    validation: str | None,
+    data_dir: Path,
+) -> None:
     """Run exported networks in ONNX Runtime beside the integer simulator, and count the codes that differ.
 
-    On all images of the test split. Exit code 4: codes differ.
+    On all test images; on the validation images where there are none. Exit code 4: codes differ.
     """
     opened = _opened(folder)
     networks = opened.find(candidates)
@@ -105,7 +113,7 @@ def audit(folder: Path, candidates: tuple[str, ...], file: Path | None, layers: 
     models = [_exported(opened, network, file, bool(candidates)) for network in networks]
     differ = False
     with _display() as display:
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        data = _data(opened, data_dir, validation, display)
         for network, model in zip(networks, models, strict=True):
             differ |= _audit(opened, network, model, data, layers, display)
     if differ:
@@ -130,8 +138,8 @@ def _exported(
         raise FnetError(f"{file} is a {facts.get('precision')} export; the audit wants a quint8 one")
     wanted = metadata(opened.config, opened.space, network.evaluation, None, "quint8")
     for name, value in wanted.items():
-        if name != "fnet_search" and facts.get(name) != value:
-            raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts.get(name)}, not {value}")
+        if name != "fnet_search" and name in facts and facts[name] != value:  # an earlier version said less
+            raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts[name]}, not {value}")
     return str(file), model
 
 
@@ -156,7 +164,8 @@ def _audit(
     quantized = network.load(opened.space)[1]
     tensors = [codes_name(name) for name in coded(quantized)] if layers else []
     runtime = Runtime(with_outputs(model, tensors), torch.get_num_threads())
-    batches = (data.normalise(images) for images, _ in data.test.batches(250))
+    split, what = (data.test, "test") if data.has_test else (data.evaluation, "validation")
+    batches = (data.normalise(images) for images, _ in split.batches(250))
     name = f"candidate {network.id} ({label(opened.space, network.evaluation.plan)})"
     total, inner = Audit(), dict[str, LayerAudit]()
     found = (
@@ -168,8 +177,8 @@ def _audit(
         for one, parts in found:
             total += one
             inner |= {part.layer: inner[part.layer] + part if part.layer in inner else part for part in parts}
-            display.advance(f"auditing {name}", total.images, len(data.test))
-    display.say(f"{name}: {total}; test images, {origin} in ONNX Runtime {runtime.version}")
+            display.advance(f"auditing {name}", total.images, len(split))
+    display.say(f"{name}: {total}; {what} images, {origin} in ONNX Runtime {runtime.version}")
     if layers:
         differing = [part for part in inner.values() if part.differing]
         codes = f"{sum(part.differing for part in differing):,} of {sum(part.codes for part in inner.values()):,}"
@@ -189,10 +198,17 @@ def _audit(
     help="Where it is better than the winner, by the rule of the run: make it the winner. It is measured on the test "
     "split and becomes best/.",
 )
+@moved_option
 @data_dir_option
 @_storage
 def quantize(
-    folder: Path, candidates: str, promoting: bool, data_dir: Path, storage: str | None, **options: Any
+    folder: Path,
+    candidates: str,
+    promoting: bool,
+    validation: str | None,
+    data_dir: Path,
+    storage: str | None,
+    **options: Any,
 ) -> None:
     """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
 
@@ -211,7 +227,7 @@ def quantize(
     if network.folder != network.candidate:
         raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
     with _display() as display, opened.run.locked():
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        data = _data(opened, data_dir, validation, display)
         study = open_study(opened, storage)  # or fail before the work
         known = opened.quantized(network, schemes) if promoting else None
         found = known or requantize(opened, network, schemes, data, display.advance)
@@ -236,8 +252,9 @@ def quantize(
 @click.option(
     "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
 )
+@moved_option
 @data_dir_option
-def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Path) -> None:
+def analyze(folder: Path, candidates: tuple[str, ...], images: int, validation: str | None, data_dir: Path) -> None:
     """Show which layer costs the accuracy, and why.
 
     Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
@@ -249,7 +266,7 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
     opened = _opened(folder)
     networks = opened.find(candidates)
     with _display() as display:
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        data = _data(opened, data_dir, validation, display)
         for network in networks:  # or fail before the work
             network.load(opened.space)
         (folder / "analysis").mkdir(exist_ok=True)
@@ -292,6 +309,12 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
     console().print(latency_table(found))
     click.echo(conditions(found))
     click.echo(f"{', '.join(map(str, paths))}; report: {outcome.report}")
+
+
+def _data(opened: "RecordedRun", data_dir: Path, validation: str | None, display: "TerminalDisplay") -> "DataSet":
+    from fnet_search.api import absolute_path
+
+    return opened.data(data_dir, partial(display.advance, "reading images"), absolute_path(validation))
 
 
 def _display() -> "TerminalDisplay":

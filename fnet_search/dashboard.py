@@ -144,7 +144,8 @@ def study_note(
 ) -> str:
     """Markdown: what is searched, how far it is, the winner so far, and how to read the trials."""
     everything = list(evaluations)
-    limits = [f"{name} {limit}" for name, limit in constraints.described()]
+    validation = next((f"validation images ({one.validation})" for one in everything if one.validation), "")
+    limits = [f"{name} {limit}" for name, limit in constraints.described(_safe(validation))]
     states = [one.state for one in everything]
     counts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
     lines = [

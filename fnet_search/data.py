@@ -3,9 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,19 +11,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fnet_search.errors import FnetError, first_line, unknown
+from fnet_search.imagefolder import (
+    Progress,
+    Samples,
+    first_size,
+    list_folder,
+    read_images,
+    samples,
+    validation_folder,
+)
+from fnet_search.policy import HELD_OUT, SplitName
 from fnet_search.recipe import Augmentation
 from fnet_search.weights import read_tensors, write_tensors
 
-Progress = Callable[[int, int], None]
-"""Called with (images read, images in all)."""
-
 LARGEST = 224
 """Pixels a side, where nobody says how many."""
-NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagefolder:PATH")
+FOLDER = "imagefolder:"
+NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", f"{FOLDER}PATH")
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Split:
 class DataSet:
     """`mean` and `std` are per channel, of the training images in [0, 1].
 
-    `evaluation` is what candidates are compared on: a validation split held out of the training images in a search,
-    the test split in a study of fixed plans.
+    `evaluation` is what candidates are compared on: the validation split in a search, the test split in a study of
+    fixed plans. A folder of images may have no test images: `test` is empty then.
     """
 
     name: str
@@ -67,6 +72,15 @@ class DataSet:
     std: tuple[float, ...]
     flips: bool
     """Whether a mirrored image keeps its class."""
+    validation: str | None = None
+    """What `evaluation` is: the folder of its images, in that of the data set relative to it, or HELD_OUT; None: the
+    test split."""
+    unreadable: tuple[str, ...] = ()
+    """Files that were left out, with the reasons."""
+
+    @property
+    def has_test(self) -> bool:
+        return len(self.test) > 0
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
@@ -114,21 +128,22 @@ def read_dataset(path: Path) -> DataSet:
     )
     assert train is not None
     assert test is not None
+    evaluation = test if evaluation is None else evaluation
     classes, mean, std = (tuple(facts[name]) for name in ("classes", "mean", "std"))
-    return DataSet(facts["name"], classes, train, evaluation or test, test, mean, std, facts["flips"])
+    return DataSet(facts["name"], classes, train, evaluation, test, mean, std, facts["flips"])
 
 
 def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
     """The size that images of a data set have, (C, H, W), for a network that takes any: of a folder that of its first
-    image, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large."""
-    if name.startswith("imagefolder:"):
-        root = Path(name.removeprefix("imagefolder:")).expanduser()
-        for path in sorted((root / "train").rglob("*")):
-            with suppress(OSError, UnidentifiedImageError), Image.open(path) as opened:
-                width, height = opened.size
-                return channels, min(height, LARGEST), min(width, LARGEST)
-    side = {"fashion-mnist": 28}.get(name, 32)
-    return channels, side, side
+    image, upright, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large."""
+    root = _root(name)
+    width, height = (None if root is None else first_size(root)) or ({"fashion-mnist": 28}.get(name, 32),) * 2
+    return channels, min(height, LARGEST), min(width, LARGEST)
+
+
+def _root(name: str) -> Path | None:
+    """The folder of an image folder; None: another data set."""
+    return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
 
 
 def load_dataset(
@@ -137,24 +152,46 @@ def load_dataset(
     folder: Path = Path("data"),
     download: bool = False,
     progress: Progress = lambda done, total: None,
+    split: SplitName = "test",
+    validation: str | None = None,
+    skip_unreadable: bool = False,
 ) -> DataSet:
-    """A data set in the shape of a space's input, with its test split as `evaluation`; `hold_out` gives validation.
+    """A data set in the shape of a space's input, with that `split` as `evaluation`.
 
-    `folder` is where torchvision's data sets lie. Raises FnetError for an unknown name, files that are missing (and
-    `download` not set), an unreadable image (naming it), or a space that takes neither 1 nor 3 channels.
+    `folder` is where torchvision's data sets lie. The validation split is what lies in the folder `validation`
+    (absolute, or in that of the data set), else in ``val/`` of an image folder, else, or for HELD_OUT, what `hold_out`
+    takes from the training images.
+
+    Raises FnetError for an unknown name, files that are missing (and `download` not set), unreadable images (naming
+    them) unless they are to be left out, neither test nor own validation images, or a space that takes neither 1 nor 3
+    channels.
     """
     if input_shape[0] not in (1, 3):
         raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
-    if name.startswith("imagefolder:"):
-        classes, train, test = _imagefolder(Path(name.removeprefix("imagefolder:")).expanduser(), input_shape, progress)
+    root, splits, files = _root(name), dict[str, Split](), dict[str, Samples]()
+    own = validation_folder(root, validation) if split == "validation" else None
+    if root is not None:
+        classes, files = list_folder(root, needs_test=own is None)
     elif name == "digits":
-        classes, train, test = _digits(input_shape)
+        classes, splits["train"], splits["test"] = _digits(input_shape)
     elif name in NAMES:
-        classes, train, test = _torchvision(name, input_shape, folder, download)
+        classes, splits["train"], splits["test"] = _torchvision(name, input_shape, folder, download)
     else:
         raise unknown("data set", name, NAMES)
-    mean, std = _moments(train.images)
-    return DataSet(name, classes, train, test, test, tuple(mean.tolist()), tuple(std.tolist()), name != "digits")
+    if own is not None:
+        files["validation"] = samples(own, classes, f"validation images {own}")
+    read, unreadable = read_images(files, input_shape, progress, skip_unreadable)
+    splits |= {part: Split(torch.from_numpy(images), torch.tensor(labels)) for part, (images, labels) in read.items()}
+    train, mean, std = splits["train"], *_moments(splits["train"].images)
+    test = splits.get("test", train.take(torch.arange(0)))
+    facts = tuple(mean.tolist()), tuple(std.tolist()), name != "digits"
+    data = DataSet(name, classes, train, test, test, *facts, unreadable=unreadable)
+    if split == "test":
+        return data
+    if own is None:
+        return hold_out(data)
+    where = own.relative_to(root) if root is not None and own.is_relative_to(root) else own
+    return replace(data, evaluation=splits["validation"], validation=str(where))
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +221,7 @@ def hold_out(data: DataSet) -> DataSet:
             raise FnetError(f"class {class_name!r} has {len(members)} training images; validation needs at least 2")
         held[rng.permutation(members)[: max(1, round(fraction * len(members)))]] = True
     kept = torch.from_numpy(~held)
-    return replace(data, train=data.train.take(kept), evaluation=data.train.take(~kept))
+    return replace(data, train=data.train.take(kept), evaluation=data.train.take(~kept), validation=HELD_OUT)
 
 
 def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -235,64 +272,6 @@ def _torchvision(
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
         splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))
     return tuple(part.classes), splits[0], splits[1]
-
-
-def _imagefolder(root: Path, shape: tuple[int, int, int], progress: Progress) -> tuple[tuple[str, ...], Split, Split]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    folders = {part: root / part for part in ("train", "test")}
-    for part in folders.values():
-        if not part.is_dir():
-            raise FnetError(f"imagefolder {root}: {part} does not exist; class folders must lie in train/ and test/")
-    classes = sorted(path.name for path in folders["train"].iterdir() if path.is_dir())
-    if len(classes) < 2:
-        raise FnetError(f"imagefolder {root}: train/ holds {len(classes)} class folders; at least 2 are needed")
-    extra = sorted({path.name for path in folders["test"].iterdir() if path.is_dir()} - set(classes))
-    if extra:
-        raise FnetError(f"imagefolder {root}: class {extra[0]!r} is in test/ but not in train/")
-    files: dict[str, list[tuple[Path, int]]] = {}
-    for split, folder in folders.items():
-        files[split] = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((folder / name).rglob("*"))
-            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
-        ]
-        empty = [name for label, name in enumerate(classes) if not any(found == label for _, found in files[split])]
-        if split == "train" and empty:
-            raise FnetError(f"imagefolder {root}: {folder / empty[0]} holds no image ({', '.join(IMG_EXTENSIONS)})")
-        if not files[split]:
-            raise FnetError(f"imagefolder {root}: {folder} holds no image ({', '.join(IMG_EXTENSIONS)})")
-    total, done = sum(map(len, files.values())), 0
-    splits = []
-    with ThreadPoolExecutor() as pool:
-        for listed in files.values():
-            images = np.empty((len(listed), *shape), dtype=np.uint8)
-            for index, image in enumerate(pool.map(lambda entry: _decode(entry[0], shape), listed, chunksize=64)):
-                images[index] = image
-                done += 1
-                if done % 256 == 0 or done == total:
-                    progress(done, total)
-            splits.append(Split(torch.from_numpy(images), torch.tensor([label for _, label in listed])))
-    return tuple(classes), splits[0], splits[1]
-
-
-def _decode(path: Path, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """One image of any mode and size as uint8 [C, H, W]. Raises FnetError naming the file."""
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip instead of scaling
-                image = Image.fromarray(np.clip(np.asarray(image) // 257, 0, 255).astype(np.uint8))
-            if image.mode == "P":
-                image = image.convert("RGBA")
-            image = image.convert("RGB" if shape[0] == 3 else "L")
-            if image.size != (shape[2], shape[1]):
-                image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
-            pixels = np.asarray(image, dtype=np.uint8)
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FnetError(f"cannot read image {path}: {first_line(error)}") from None
-    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
 def affine_maps(

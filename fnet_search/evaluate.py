@@ -73,6 +73,8 @@ class Setup:
     metric: MetricName = "accuracy"
     referenced: bool = False
     """Whether the regular network is trained first: then its scheme is that of the run's probes and of its history."""
+    validation: str = ""
+    """What the validation split is (`Evaluation.validation`)."""
 
     def recipe_of(self, job: "Job") -> Recipe:
         """How a candidate is trained."""
@@ -217,6 +219,7 @@ def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
         reason,
         role=job.role,
         split=setup.split,
+        validation=setup.validation,
         scheme=schemes_text(setup.schemes),
         seed=setup.seed,
         parent=job.start.number if job.start else None,

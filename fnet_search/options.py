@@ -141,6 +141,17 @@ data_dir_option = click.option(
 )
 
 
+validation_option = click.option(
+    "--validation",
+    metavar="PATH",
+    show_default="val/ of the image folder; else held out of the training images",
+    help="Folder of class folders whose images candidates are compared on.",
+)
+moved_option = click.option(
+    "--validation", metavar="PATH", show_default="as recorded", help="Where the same validation images are now."
+)
+
+
 def machine_options(command: Any) -> Any:
     """Where and how a command trains, how long, and where its data are."""
     options = [
@@ -181,6 +192,7 @@ def machine_options(command: Any) -> Any:
             help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
         ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
+        click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."),
     ]
     return data_dir_option(add_options(command, options))
 

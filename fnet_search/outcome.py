@@ -8,8 +8,24 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.metric import MetricName
 from fnet_search.paired import score_interval, undecided
 from fnet_search.plan import FactorizationPlan, label, parse_plan
-from fnet_search.policy import Constraints, Evaluation, Explanation, Probes, SplitName
+from fnet_search.policy import MAYBE_KNOWN, Constraints, Evaluation, Explanation, Probes, SplitName
 from fnet_search.quantities import counted, mmac, percent
+
+
+def cautions(validation: str, has_test: bool) -> list[str]:
+    """What to know before accuracies are believed, by what the validation split is (`Evaluation.validation`)."""
+    found = []
+    if validation == MAYBE_KNOWN:
+        found.append(
+            "the validation images are a part of the training images, which the weights may have been trained on: "
+            "accuracies and constraints on them may be too good; put validation images into val/ of the image folder, "
+            "or name a folder of them with --validation"
+        )
+    if not has_test:
+        found.append(
+            "the data set has no test images (test/): what the winner reaches on images that chose nothing is not known"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,23 @@ class Outcome:
     probes: Probes | None = None
     explanation: Explanation | None = None
     """Why the winner, where the policy says so."""
+    has_test: bool = True
+    """Whether the data set has test images; else `test` is None."""
+
+    @property
+    def validation(self) -> str:
+        """What the validation split is (`Evaluation.validation`)."""
+        return next((one.validation for one in self.evaluations if one.validation), "")
+
+    @property
+    def measured_on(self) -> str:
+        """The images that candidates were compared on, as in ``the validation images (val)``."""
+        return f"the {self.split} images" + (f" ({self.validation})" if self.validation else "")
+
+    @property
+    def cautions(self) -> list[str]:
+        """What to know before the accuracies are believed."""
+        return cautions(self.validation, self.has_test or self.winner is None)
 
     @property
     def feasible(self) -> bool:
@@ -71,6 +104,10 @@ class Outcome:
         found = f"{which}, {mmac(one.cost.conv_macs)}, {_accuracies(one, metric)}"
         if self.test is not None:
             found += f"; {_accuracies(self.test, metric)}"
+        elif not self.has_test:
+            found += "; no test images"
+        if self.constraints.on_images:
+            found += f"; constraints checked on {self.measured_on}"
         found += f"; quantized with {one.scheme}"
         if self.undecided and (fewer := 1 - self.undecided[0].cost.conv_macs / one.cost.conv_macs) > 0:
             found += f"; candidate {self.undecided[0].number}: not distinguishable, {100 * fewer:.0f} % fewer MACs"

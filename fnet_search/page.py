@@ -29,6 +29,7 @@ h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 p { max-width: 46rem; }
 a { color: var(--accent); }
 .soft, figcaption, .plan, .reason { color: var(--soft); }
+.caution { background: var(--mark); padding: .5rem .8rem; border-radius: .5rem; }
 .verdict { font-size: 1.2rem; margin: 1rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.25rem 0; }
 .cards div { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; background: var(--band); }

@@ -25,6 +25,10 @@ from fnet_search.quantities import millions, mmac, parse_budget, parse_count, pa
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
 SplitName = Literal["validation", "test"]
+HELD_OUT = "held out of the training images"
+"""What a validation split is that has no images of its own."""
+MAYBE_KNOWN = f"{HELD_OUT}, which the weights may know"
+"""And what it is where training starts from weights that were given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ class Evaluation(Scored):
     """``reference``: above the ceilings, trained since others start from it; never wins. ``final``: the best candidate
     trained on, at the end of a search."""
     split: SplitName = "validation"
+    validation: str = ""
+    """What the validation split is, where it is `split`: the folder of its images, HELD_OUT or MAYBE_KNOWN."""
     scheme: str = ""
     """How it was quantized: `scheme.Scheme` as text."""
     seed: int = 0
@@ -313,16 +319,22 @@ class Constraints:
         """The metric's name, for people."""
         return self.metric.replace("-", " ")
 
-    def described(self) -> list[tuple[str, str]]:
-        """What is limited, and to what, for people."""
+    @property
+    def on_images(self) -> bool:
+        """Whether a limit is on what images tell."""
+        return self.min_quint8 is not None or self.max_drop is not None
+
+    def described(self, checked_on: str = "") -> list[tuple[str, str]]:
+        """What is limited, and to what, for people; `checked_on`: the images that tell accuracies."""
+        on = f", checked on {checked_on}" if checked_on else ""
         limits = [("conv MACs", f"at most {mmac(self.conv_macs)}")] if self.conv_macs is not None else []
         if self.params is not None:
             limits.append(("parameters", f"at most {self.params:,}"))
         if self.min_quint8 is not None:
-            limits.append((f"quint8 {self.measured}", f"at least {percent(self.min_quint8)}"))
+            limits.append((f"quint8 {self.measured}", f"at least {percent(self.min_quint8)}{on}"))
         if self.max_drop is not None:
             of = "" if self.metric == "accuracy" else f" of {self.measured}"
-            limits.append((f"relative drop{of}", f"at most {percent(self.max_drop)}"))
+            limits.append((f"relative drop{of}", f"at most {percent(self.max_drop)}{on}"))
         return limits
 
     def missed(self, evaluation: Evaluation) -> tuple[str, ...]:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fnet_search import __version__
-from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.data import FOLDER, DataSet, load_dataset
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.fold import FoldedNetwork
+from fnet_search.imagefolder import READING
 from fnet_search.macro import Macroarchitecture, parse_space
 from fnet_search.network import Network
 from fnet_search.plan import label
-from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, ranking
+from fnet_search.policy import FIXED_PLANS, Constraints, Evaluation, SplitName, ranking
 from fnet_search.quantize import QuantizedNetwork
 from fnet_search.runfolder import KEPT, PROMOTED, RunFolder, read_evaluation, scheme_folder
 from fnet_search.scheme import Scheme, parse_scheme
@@ -70,8 +71,8 @@ class RecordedRun:
     constraints: Constraints
 
     @property
-    def split(self) -> str:
-        return str(self.config["split"])
+    def split(self) -> SplitName:
+        return "test" if self.config["split"] == "test" else "validation"
 
     @property
     def searching(self) -> bool:
@@ -145,19 +146,19 @@ class RecordedRun:
             )
         return networks[wanted]
 
-    def data(self, data_dir: Path, seen: Callable[[int, int], None]) -> DataSet:
-        """The run's data, split as it was. Raises FnetError where it cannot be read, or is not what the run had."""
-        name = self.config["dataset"]
-        data = load_dataset(name, self.space.input_shape, data_dir, False, seen)
-        if self.split == "validation":
-            data = hold_out(data)
-        recorded = self.config["data"]["fingerprint"]
+    def data(self, data_dir: Path, seen: Callable[[int, int], None], validation: str | None = None) -> DataSet:
+        """The run's data, split as it was; `validation` is where its validation images lie now. Raises FnetError where
+        it cannot be read, or is not what the run had."""
+        name, facts = self.config["dataset"], self.config["data"]
+        shape, validation = self.space.input_shape, validation or facts["validation"]
+        data = load_dataset(name, shape, data_dir, False, seen, self.split, validation, facts["skipped"] > 0)
+        recorded = facts["fingerprint"]
         if data.fingerprint() != recorded:
             raise FnetError(
                 f"data set {name} is not what the run had: its fingerprint is {data.fingerprint()}, then it "
                 f"was {recorded}"
             )
-        mean, std = (tuple(self.config["data"][key]) for key in ("mean", "std"))
+        mean, std = (tuple(facts[key]) for key in ("mean", "std"))
         return replace(data, mean=mean, std=std)
 
 
@@ -193,12 +194,15 @@ def metadata(
             "mean": config["data"]["mean"],
             "std": config["data"]["std"],
         },
+        **({"image_files": list(READING)} if config["dataset"].startswith(FOLDER) else {}),
         "study": config.get("study", ""),
         "candidate": evaluation.number,
         "seed": evaluation.seed,
         "epochs": evaluation.epochs,
         "fnet_search": __version__,
     }
+    if evaluation.validation:
+        found["validation"] = evaluation.validation
     for one in (evaluation, test):
         if one is not None:
             found |= {

@@ -31,6 +31,7 @@ COLUMNS: dict[str, type] = {
     "reason": str,
     "feasible": bool,
     "split": str,
+    "validation": str,
     "scheme": str,
     "epochs": int,
     "trained_images": int,
@@ -245,15 +246,17 @@ def _of(constraints: Constraints) -> str:
     return "" if constraints.metric == "accuracy" else f" {constraints.measured}"
 
 
-def _violations(constraints: Constraints, one: Evaluation) -> list[str]:
+def _violations(constraints: Constraints, one: Evaluation, measured_on: str) -> list[str]:
     """What an evaluation misses, in words."""
     budget = f"{millions(constraints.conv_macs or 0)} MMAC"
     scores, of = one.scores(constraints.metric), _of(constraints)
     words = {
         "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
         "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
-        "min_quint8": f"{percent(scores.quint8)}{of} in quint8 are below {percent(constraints.min_quint8)}",
-        "max_drop": f"a relative drop of {percent(scores.relative_drop)} is above {percent(constraints.max_drop)}",
+        "min_quint8": f"{percent(scores.quint8)}{of} in quint8 on {measured_on} are below "
+        f"{percent(constraints.min_quint8)}",
+        "max_drop": f"a relative drop of {percent(scores.relative_drop)} on {measured_on} is above "
+        f"{percent(constraints.max_drop)}",
     }
     return [words[name] for name in constraints.missed(one)]
 
@@ -265,18 +268,20 @@ def _headline(outcome: Outcome) -> str:
     summary = ", ".join(f"{count} {STATES[state]}" for state, count in counts if count) or "none yet"
     images = sum(one.trained_images for one in outcome.evaluations)
     candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
+    notes = "".join(f'<p class="caution">{escape(text[0].upper() + text[1:])}.</p>' for text in outcome.cautions)
     if best is None:
         trained = any(one.state == "complete" and one.role != "reference" for one in outcome.evaluations)
         given = f"Given plans, each measured on the {split} split: none of them is a winner."
-        return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{candidates}'
+        return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{notes}{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if outcome.feasible:
         score = percent(best.scores(constraints.metric).quint8)
         verdict = f"{name} won: {score}{_of(constraints)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
-        verdict += " It meets every constraint." if constraints.described() else ""
+        checked = f" (checked on {outcome.measured_on})" if constraints.on_images else ""
+        verdict += f" It meets every constraint{escape(checked)}." if constraints.described() else ""
         verdict += _alike(outcome)
     else:
-        missed = "; ".join(_violations(constraints, best))
+        missed = "; ".join(_violations(constraints, best, outcome.measured_on))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
     for one in (best, outcome.test):
         if one is not None and one.constant:
@@ -313,7 +318,7 @@ def _headline(outcome: Outcome) -> str:
         for term, value, note in cards
     )
     plan = f'<p class="plan">{_breakable(str(best.plan))}</p>'
-    return f'<p class="verdict">{verdict}</p>{plan}<dl class="cards">{shown}</dl>{candidates}'
+    return f'<p class="verdict">{verdict}</p>{notes}{plan}<dl class="cards">{shown}</dl>{candidates}'
 
 
 def _alike(outcome: Outcome) -> str:

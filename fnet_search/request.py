@@ -29,6 +29,8 @@ class Machine:
     workers: int | None = None
     data_dir: Path = Path("data")
     download: bool = False
+    skip_unreadable: bool = False
+    """Images that cannot be read are left out; what is read must be the same all the same, by its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Request:
     constraints: Constraints = field(default_factory=Constraints)
     fidelity: Fidelity = field(default_factory=Fidelity)
     split: SplitName = "validation"
+    validation: str | None = None
+    """Where its images are, as in `data.load_dataset`. What it comes to is recorded with the data."""
     audit_all: bool = False
     storage: str | None = None
     artifacts: str | None = None

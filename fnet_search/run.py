@@ -12,18 +12,21 @@ from optuna.storages import BaseStorage
 
 from fnet_search import balance, latency, requantize
 from fnet_search.audit import audit
-from fnet_search.data import DataSet, hold_out, load_dataset
+from fnet_search.data import DataSet, load_dataset
 from fnet_search.deadline import Deadline
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import WEIGHTS, Setup, load_trained, measure
-from fnet_search.export import MODEL, quantized_model
+from fnet_search.export import quantized_model
 from fnet_search.figures import figures, save_figures
+from fnet_search.imagefolder import listing
 from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
-from fnet_search.outcome import Outcome
+from fnet_search.outcome import Outcome, cautions
 from fnet_search.plan import cost_table
 from fnet_search.policy import (
     FIXED_PLANS,
+    HELD_OUT,
+    MAYBE_KNOWN,
     Audit,
     Constraints,
     Evaluation,
@@ -133,19 +136,21 @@ def join_study(
     run: RunFolder,
     machine: Machine,
     dataset: str | None,
+    validation: str | None,
     artifacts: str | None,
     display: Display,
     deadline: Deadline | None = None,
 ) -> str:
     """Works on the study of another process's search until it is done; returns what came of it, in a line.
 
-    `url` of its storage; `dataset` and `artifacts` where this host names them otherwise. Raises FnetError, before
-    anything is written, where the study, its data or its weights are not there, or others; TimeUp at the deadline.
+    `url` of its storage; `dataset`, `validation` and `artifacts` where this host names them otherwise. Raises
+    FnetError, before anything is written, where the study, its data or its weights are not there, or others; TimeUp at
+    the deadline.
     """
     storage = open_url(url, new=False)
     telling(storage, display.status)
     known = published(storage, name)
-    request = known.request(url, machine, dataset, artifacts)
+    request = known.request(url, machine, dataset, validation, artifacts)
     policy = load_policy(request.policy_name)
     study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
     request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
@@ -175,17 +180,24 @@ class _Prepared:
     @property
     def config(self) -> dict[str, Any]:
         data = self.data
-        facts = {"fingerprint": data.fingerprint(), "classes": data.classes, "mean": data.mean, "std": data.std}
-        return {
-            **self.request.config(),
-            "data": as_json({**facts, "images": self.counts}),
-            "numerics": self.setup.numerics.to_json(),
+        facts = {
+            "fingerprint": data.fingerprint(),
+            "classes": data.classes,
+            "mean": data.mean,
+            "std": data.std,
+            "validation": data.validation,
+            "has_test": data.has_test,
+            "skipped": len(data.unreadable),
+            "images": self.counts,
         }
+        return {**self.request.config(), "data": as_json(facts), "numerics": self.setup.numerics.to_json()}
 
     @property
     def counts(self) -> dict[str, list[int]]:
         """By split, the images of each class."""
-        splits = {"training": self.data.train, self.setup.split: self.data.evaluation, "test": self.data.test}
+        splits = {"training": self.data.train, self.setup.split: self.data.evaluation}
+        if self.data.has_test:
+            splits["test"] = self.data.test
         classes = len(self.data.classes)
         return {name: torch.bincount(split.labels, minlength=classes).tolist() for name, split in splits.items()}
 
@@ -195,9 +207,21 @@ def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display)
     check_dtype(check_device(machine.device), machine.dtype)
     display.status(f"reading {request.dataset}")
     shape, reading = request.space.input_shape, partial(display.advance, "reading images")
-    data = load_dataset(request.dataset, shape, machine.data_dir, machine.download, reading)
-    if request.split == "validation":
-        data = hold_out(data)
+    validation = request.validation
+    if validation is None and run.exists:  # as it was, also where a folder val/ has come since
+        validation = run.config()["data"]["validation"]
+    data = load_dataset(
+        request.dataset,
+        shape,
+        machine.data_dir,
+        machine.download,
+        reading,
+        request.split,
+        validation,
+        machine.skip_unreadable,
+    )
+    if data.unreadable:
+        display.say(f"left out, {counted(len(data.unreadable), 'unreadable image')}: {listing(data.unreadable)}")
     space = request.space.with_classes(len(data.classes))
     if space.weights is not None and space != request.space and not request.fidelity.finetune:
         raise FnetError(
@@ -206,6 +230,9 @@ def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display)
         )
     if space.mean:
         data = replace(data, mean=space.mean, std=space.std)
+    known = MAYBE_KNOWN if data.validation == HELD_OUT and space.weights is not None else data.validation
+    for text in cautions(known or "", data.has_test or request.policy_name == FIXED_PLANS):
+        display.say(f"warning: {text}")
     _check_params(space, request.constraints)
     recorded = _recorded(run, machine)
     device = recorded.device if recorded else check_device(machine.device)
@@ -227,6 +254,7 @@ def _prepare(request: Request, policy: Policy, run: RunFolder, display: Display)
         request.fidelity,
         request.constraints.metric,
         request.fidelity.warm_start or bool(requirements(policy)),
+        known or "",
     )
     prepared = _Prepared(request, data, workers, setup)
     display.say(balance.counts_line(data.classes, prepared.counts))
@@ -354,6 +382,7 @@ def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None
         test,
         probes,
         explanation,
+        run.config()["data"]["has_test"],
     )
     pictures = save_figures(figures(outcome), run.path / "figures")
     tables = [] if probes is None else [run.write_probes(probes)]
@@ -386,7 +415,7 @@ def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | No
 
 def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
     """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), and
-    audited there and on the split that it was evaluated on.
+    audited there and on the split that it was evaluated on. None: there is no winner, or there are no test images.
 
     What was measured before is in ``best/``; where that is not of this winner, it is now.
     """
@@ -394,7 +423,7 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     if winner is None:
         return None
     known = run.read_test(winner)
-    if known and (run.best / MODEL).is_file():
+    if run.has_best(winner) and (known or not data.has_test):
         return known
     network = RecordedNetwork(winner, run.candidate(winner.number), run.codes(winner))
     record.fetch(winner.number)
@@ -408,8 +437,8 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     return measure_winner(record, network, data, display)
 
 
-def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet, display: Display) -> Evaluation:
-    """Measures the winner of a run on the test split, audits it, and fills ``best/`` with it."""
+def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet, display: Display) -> Evaluation | None:
+    """Measures the winner of a run on the test split, if there is one, audits it, and fills ``best/`` with it."""
     run, winner = record.run, network.evaluation
     folded, quantized = network.load(record.space)
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
@@ -419,9 +448,12 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
             found += part
             display.advance("auditing the winner in ONNX Runtime", found.images, len(data.evaluation))
         winner = record.audit(winner, found)
-    measuring = partial(display.advance, "measuring the winner on test images", total=len(data.test))
-    measures = measure(folded, quantized, data, data.test, measuring, runtime)
-    test = measures.complete(replace(winner, split="test", layers=()))
+    split = data.test if data.has_test else data.evaluation  # for the confusions, where that is all there is
+    measuring = partial(display.advance, f"measuring the winner on {'test' if data.has_test else 'validation'} images")
+    measures = measure(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)
+    test = None
+    if data.has_test:
+        test = measures.complete(replace(winner, split="test", validation="", layers=(), common=None))
     facts = metadata(run.config(), record.space, winner, test, "quint8")
     run.write_best(winner, test, quantized_model(quantized, facts), measures.confusion)
     return test
@@ -454,14 +486,18 @@ def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> Non
 def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, str]]:
     recipe = config["recipe"]
     yield "space", f"{outcome.space.name}: {outcome.space.description}"
-    yield (
-        "data set",
-        f"{config['dataset']} (fingerprint {config['data']['fingerprint']}), {len(config['data']['classes'])} classes",
-    )
+    data = config["data"]
+    left_out = f", {counted(data['skipped'], 'unreadable image')} left out" if data["skipped"] else ""
+    no_test = "" if data["has_test"] else ", no test images"
+    facts = f"(fingerprint {data['fingerprint']}), {len(data['classes'])} classes{left_out}{no_test}"
+    yield "data set", f"{config['dataset']} {facts}"
+    if outcome.split == "validation":
+        yield "validation images", outcome.validation or data["validation"]
     yield "policy", config["policy"]
     if outcome.constraints.metric != "accuracy":
         yield "metric", outcome.constraints.measured
-    yield from ((f"limit on {name}", text) for name, text in outcome.constraints.described())
+    described = outcome.constraints.described(outcome.measured_on)
+    yield from ((f"limit on {name}", text) for name, text in described)
     training = f"{counted(recipe['epochs'], 'epoch')}, batch {recipe['batch_size']}, {recipe['schedule']}"
     weights = ", classes weighted alike" if recipe.get("class_weights") == "balanced" else ""
     yield "recipe", f"{recipe['name']}: {training}, learning rate {recipe['learning_rate']}{weights}"

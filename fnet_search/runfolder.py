@@ -10,7 +10,7 @@ choices.csv        where the policy can say why: the winner's layers, and the st
 front.csv          and the best plan at every budget, as the policy expects it
 candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
 candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
-best/              the winner's files, its test.json and confusion.csv, and model.onnx
+best/              the winner's files, confusion.csv, model.onnx, and test.json where there are test images
 figures/, report.html
 """
 
@@ -34,7 +34,7 @@ from fnet_search.export import MODEL, write_model
 from fnet_search.files import read_json, write_json, write_text
 from fnet_search.numerics import Numerics
 from fnet_search.plan import plan_toml
-from fnet_search.policy import Audit, Constraints, Evaluation, Explanation, Probes, ranking
+from fnet_search.policy import HELD_OUT, Audit, Constraints, Evaluation, Explanation, Probes, ranking
 from fnet_search.report import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
 
 KEPT = 3
@@ -102,7 +102,7 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def config(self) -> dict[str, Any]:
-        """The recorded configuration. Raises FnetError where there is none."""
+        """The recorded configuration, with what earlier versions left out. Raises FnetError where there is none."""
         if not self.config_path.is_file():
             raise FnetError(f"{self.path} is not a run folder: it has no config.json")
         config = read_json(self.config_path)
@@ -119,7 +119,8 @@ class RunFolder:
         for key, is_proper in proper.items():
             if not is_proper:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
-        return config
+        earlier = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
+        return {**config, "data": {**earlier, **config["data"]}}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -232,9 +233,10 @@ class RunFolder:
         return needed
 
     def write_best(
-        self, winner: Evaluation, test: Evaluation, model: ModelProto, confusion: balance.Confusion = ()
+        self, winner: Evaluation, test: Evaluation | None, model: ModelProto, confusion: balance.Confusion = ()
     ) -> None:
-        """Copies the winner's files to ``best/``, with what it reached on the test split, and its ONNX file."""
+        """Copies the winner's files to ``best/``, with what it reached on the test split, if there is one, and its ONNX
+        file."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
@@ -242,25 +244,38 @@ class RunFolder:
             for path in folder.iterdir():
                 if path.is_file() and not path.name.startswith(".") and path.name not in (CHECKPOINT, PROMOTED):
                     shutil.copy2(path, fresh)
-        write_json(fresh / "test.json", test.to_json())
+        if test is not None:
+            write_json(fresh / "test.json", test.to_json())
         if confusion:
-            names = [one.name for one in test.classes]
+            names = [one.name for one in (test or winner).classes]
             write_text(fresh / self.confusion.name, balance.confusion_csv(names, confusion))
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)
 
+    def has_best(self, winner: Evaluation) -> bool:
+        """Whether ``best/`` has the files of this very network."""
+        return self._best(winner, "evaluation.json") is not None and (self.best / MODEL).is_file()
+
     def read_test(self, winner: Evaluation) -> Evaluation | None:
         """The winner's test result, if this very network was measured before."""
-        path = self.best / "test.json"
+        return self._best(winner, "test.json")
+
+    def _best(self, winner: Evaluation, name: str) -> Evaluation | None:
+        path = self.best / name
         if not path.is_file():
             return None
         try:
-            test = read_evaluation(path)
+            found = read_evaluation(path)
         except FnetError:  # broken: it can be measured again
             return None
-        facts = [(one.number, one.plan, one.seed, one.epochs, one.scheme) for one in (test, winner)]
-        return test if facts[0] == facts[1] else None
+        return found if _same(found, winner) else None
+
+
+def _same(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two evaluations are of one quantized network."""
+    facts = [(each.number, each.plan, each.seed, each.epochs, each.scheme) for each in (one, other)]
+    return facts[0] == facts[1]
 
 
 def scheme_folder(candidate: Path, scheme: str) -> Path:

@@ -40,7 +40,7 @@ class Published:
     config: Mapping[str, Any]
     """As `Request.config`, but for where the storage is, which each host may name otherwise."""
     data: Mapping[str, Any]
-    """Fingerprint and classes of the data set."""
+    """Fingerprint and classes of the data set, and where its validation images are."""
     fidelity: Mapping[str, Any]
     trials: int
     audit_all: bool
@@ -49,9 +49,12 @@ class Published:
     lease: float
     """Seconds."""
 
-    def request(self, url: str, machine: Machine, dataset: str | None, artifacts: str | None) -> Request:
+    def request(
+        self, url: str, machine: Machine, dataset: str | None, validation: str | None, artifacts: str | None
+    ) -> Request:
         """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
         others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
+        others["validation"] = validation or self.data["validation"]
         found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
         again = {**_config(found), "weights": self.config["weights"]}
         if odd := differences(completed(self.config), again):
@@ -82,7 +85,7 @@ def published(storage: BaseStorage, name: str) -> Published:
 def publish(study: Study, request: Request, data: DataSet, trials: int, artifacts: Path | str) -> None:
     """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
     run goes on, with more trials. Raises FnetError where another run has left another one."""
-    facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes)}
+    facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
     new = Published(
         __version__,
         _config(request),
@@ -104,7 +107,7 @@ def check_data(known: Published, data: DataSet) -> None:
     if data.fingerprint() != known.data["fingerprint"]:
         raise FnetError(
             f"the data set here is not the run's: its fingerprint is {data.fingerprint()}, the run's "
-            f"{known.data['fingerprint']}; name the same images with --dataset"
+            f"{known.data['fingerprint']}; name the same images with --dataset, --validation"
         )
 
 

@@ -102,6 +102,8 @@ class Study:
     """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
     published: Mapping[str, Published] = field(default_factory=dict)
     """By plan, as it is written in `plans`."""
+    validation: str | None = None
+    """Of a search: the folder of its validation images, as of `run`."""
     published_on: str = ""
     """The data set of the published numbers, where another one was asked for."""
 
@@ -145,16 +147,18 @@ def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str,
     return found
 
 
-def load_study(name: str, dataset: str | None = None) -> Study:
-    """A shipped study by name, or a TOML file by path; of another data set, where one is named.
+def load_study(name: str, dataset: str | None = None, validation: str | None = None) -> Study:
+    """A shipped study by name, or a TOML file by path; of another data set, or other validation images, where they are
+    named.
 
     Raises FnetError for whatever is wrong with it.
     """
     path = resources.find("studies", "study", name)
     table = read_table(path, "study")
     own = table.get("dataset")
+    others = {key: text for key, text in (("dataset", dataset), ("validation", validation)) if text}
     try:
-        study = _study(path.stem, {**table, "dataset": dataset} if dataset else table)
+        study = _study(path.stem, {**table, **others})
         return replace(study, published_on=own) if isinstance(own, str) and own != study.dataset else study
     except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
@@ -164,6 +168,7 @@ _KEYS = {
     "description": str,
     "space": str,
     "dataset": str,
+    "validation": str,
     "recipe": str,
     "seeds": list,
     "plans": list,
@@ -187,6 +192,8 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
             raise FnetError(f"a study needs {key!r}")
     if ("plans" in table) == ("search" in table):
         raise FnetError("a study needs either plans or a [search]")
+    if "validation" in table and "search" not in table:
+        raise FnetError("validation images are of a [search]; given plans are measured on the test images")
     seeds = table.get("seeds", [0])
     if (
         len(set(map(str, seeds))) < len(seeds)
@@ -224,6 +231,7 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
         schemes=schemes,
         compare=texts["compare"],
         published=published,
+        validation=table.get("validation"),
     )
 
 

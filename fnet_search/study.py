@@ -241,8 +241,9 @@ class StudyRecord:
         self._write()
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation | None:
-        number = self._next()
-        evaluation = Evaluation(number, plan, plan_cost(self.space, plan), "refused", reason, split=self.split)
+        number, cost = self._next(), plan_cost(self.space, plan)
+        validation = self._setup.validation
+        evaluation = Evaluation(number, plan, cost, "refused", reason, split=self.split, validation=validation)
         trial = self._ledger.claim(number, plan)
         if trial is None:
             return None

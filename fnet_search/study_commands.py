@@ -13,6 +13,7 @@ from fnet_search.options import (
     machine_of,
     machine_options,
     until_time_is_up,
+    validation_option,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def described(study: "Study") -> list[str]:
 @study.command()
 @click.argument("name", metavar="STUDY")
 @click.option("--dataset", show_default="the study's", help="Another data set, as of `run`.")
+@validation_option
 @click.option(
     "--epochs",
     type=click.IntRange(1),
@@ -110,16 +112,16 @@ def run(**options: Any) -> None:
     measured. With other seeds in the same folder they are added to those that it has. Exit code 3: no candidate of a
     search met its constraints, the nearest is named.
     """
-    from fnet_search.api import absolute, dataset_name, folder_of
+    from fnet_search.api import absolute, absolute_path, dataset_name, folder_of
     from fnet_search.deadline import TimeUp
     from fnet_search.studies import load_study
     from fnet_search.study_results import RESULTS, markdown, networks, remarks, rows, table
     from fnet_search.study_run import StudyFolder, run_parts
 
-    chosen = load_study(options["name"], options["dataset"]).with_options(
+    chosen = load_study(options["name"], options["dataset"], options["validation"]).with_options(
         options["epochs"], options["seeds"], options["ranges"], options["schemes"]
     )
-    chosen = replace(chosen, dataset=absolute(chosen.dataset))
+    chosen = replace(chosen, dataset=absolute(chosen.dataset), validation=absolute_path(chosen.validation))
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
     folder = StudyFolder(folder_of(options["out"], default))
 

@@ -128,7 +128,10 @@ def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
     ]
     for part in study.parts:
         if study.search is not None:
-            lines += [] if (part, WINNER, study.schemes[0]) in known else [f"{part.name}: not finished yet"]
+            if (part, WINNER, study.schemes[0]) not in known:
+                tested = part not in runs or runs[part].config["data"]["has_test"]
+                why = "not finished yet" if tested else "not here, since the data set has no test images"
+                lines.append(f"{part.name}: {why}")
             continue
         states = _states(runs[part]) if part in runs else {}
         for plan, scheme in product(study.plans, study.schemes):

@@ -132,6 +132,7 @@ def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
         return replace(request, split="test", audit_all=True), FixedPlans(plans), len(plans)
     request = replace(
         request,
+        validation=study.validation,
         policy_name=search.policy,
         constraints=search.constraints(space),
         fidelity=Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs),

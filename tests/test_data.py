@@ -6,15 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fnet_search.data import DataSet, Split, affine_maps, augment, hold_out, load_dataset, natural_shape, read_dataset
 from fnet_search.errors import FnetError
 from fnet_search.recipe import Augmentation
-
-RED, GREY = (255, 0, 0), (90, 90, 90)
 
 
 def counts(split: Split) -> list[int]:
@@ -166,177 +163,6 @@ def test_fashion_mnist_in_the_shape_of_the_input(tmp_path: Path) -> None:
     assert data.test.labels.tolist() == [0, 1, 2]
     assert data.mean == pytest.approx([100 / 255] * 3)
     assert (len(data.classes), data.flips) == (10, True)
-
-
-def image_folder(root: Path, *others: tuple[str, Image.Image]) -> str:
-    """Two classes with an image each in train/ and test/, all 4x6 (width x height), and other files."""
-    for path in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 6), GREY).save(root / path)
-    for path, image in others:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(root / path)
-    return f"imagefolder:{root}"
-
-
-def loaded(root: Path, name: str, image: Image.Image, channels: int = 3) -> list[list[list[int]]]:
-    """The pixels of an image that stands alone in class b of test/, as [C, 6, 4]."""
-    source = image_folder(root, (f"test/b/{name}", image))
-    (root / "test/b/1.png").unlink()
-    pixels: list[list[list[int]]] = load_dataset(source, (channels, 6, 4)).test.images[1].tolist()
-    return pixels
-
-
-def solid(*channels: int) -> list[list[list[int]]]:
-    return [[[value] * 4] * 6 for value in channels]
-
-
-def palette() -> Image.Image:
-    image = Image.new("P", (4, 6), 1)
-    image.putpalette([0, 0, 0, 255, 0, 0])
-    return image
-
-
-def transparent_palette() -> Image.Image:
-    image = palette()
-    image.info["transparency"] = bytes([9, 128])
-    return image
-
-
-def sixteen_bits(value: int) -> Image.Image:
-    return Image.fromarray(np.full((6, 4), value, dtype=np.uint16))
-
-
-MODES = [
-    ("L.png", Image.new("L", (4, 6), 77), [77, 77, 77], 77),
-    ("RGB.bmp", Image.new("RGB", (4, 6), RED), [255, 0, 0], 76),
-    ("RGBA.png", Image.new("RGBA", (4, 6), (*RED, 128)), [255, 0, 0], 76),
-    ("P.png", palette(), [255, 0, 0], 76),
-    ("P.PNG", transparent_palette(), [255, 0, 0], 76),
-    ("CMYK.tif", Image.new("CMYK", (4, 6), (0, 255, 255, 0)), [255, 0, 0], 76),
-    ("CMYK.jpg", Image.new("CMYK", (4, 6), (0, 0, 0, 0)), [255, 255, 255], 255),
-    ("one.png", Image.new("1", (4, 6), 1), [255, 255, 255], 255),
-    ("zero.tiff", Image.new("1", (4, 6), 0), [0, 0, 0], 0),
-    ("LA.png", Image.new("LA", (4, 6), (77, 200)), [77, 77, 77], 77),
-    ("I;16.png", sixteen_bits(65535), [255, 255, 255], 255),
-    ("I;16.tif", sixteen_bits(7 * 257), [7, 7, 7], 7),
-    ("I;16.PNG", sixteen_bits(65280), [254, 254, 254], 254),
-    ("I;16.pgm", sixteen_bits(65535), [255, 255, 255], 255),
-    ("lossless.webp", Image.new("RGB", (4, 6), GREY), [90, 90, 90], 90),
-    ("L.pgm", Image.new("L", (4, 6), 3), [3, 3, 3], 3),
-]
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("name", "image", "colour", "grey"), MODES, ids=[name for name, *_ in MODES])
-def test_every_mode(tmp_path: Path, name: str, image: Image.Image, colour: list[int], grey: int) -> None:
-    assert loaded(tmp_path / "colour", name, image) == solid(*colour)
-    assert loaded(tmp_path / "grey", name, image, 1) == solid(grey)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (40, 3), (3, 40), (8, 12), (5, 7)])
-def test_any_size_is_resized(tmp_path: Path, size: tuple[int, int]) -> None:
-    assert loaded(tmp_path, "x.png", Image.new("RGB", size, (10, 20, 30))) == solid(10, 20, 30)
-
-
-def test_height_and_width_stay_apart(tmp_path: Path) -> None:
-    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
-    assert loaded(tmp_path / "same", "x.png", Image.fromarray(pixels)) == pixels.transpose(2, 0, 1).tolist()
-    large = pixels.repeat(5, axis=0).repeat(3, axis=1)
-    found = np.array(loaded(tmp_path / "large", "x.png", Image.fromarray(large)))
-    assert np.abs(found - pixels.transpose(2, 0, 1)).max() <= 3
-
-
-def test_orientation_of_a_photograph(tmp_path: Path) -> None:
-    upright = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4)
-    path = tmp_path / "test/b/x.png"
-    expected = loaded(tmp_path, path.name, Image.fromarray(upright), 1)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # The camera was turned: show it turned by 90 degrees clockwise.
-    Image.fromarray(np.rot90(upright).copy()).save(path, exif=exif)
-    assert load_dataset(f"imagefolder:{tmp_path}", (1, 6, 4)).test.images[1].tolist() == expected == [upright.tolist()]
-
-
-def test_classes_are_folders_in_order(tmp_path: Path) -> None:
-    source = image_folder(
-        tmp_path,
-        ("train/b/deeper/2.png", Image.new("L", (4, 6), 1)),
-        ("train/a/0.png", Image.new("L", (4, 6), 2)),
-        ("train/Z/0.png", Image.new("L", (4, 6), 3)),
-    )
-    (tmp_path / "train/a/notes.txt").write_text("no image")
-    (tmp_path / "train/README.md").write_text("no folder")
-    data = load_dataset(source, (1, 6, 4))
-    assert data.classes == ("Z", "a", "b")
-    assert data.train.labels.tolist() == [0, 1, 1, 2, 2]
-    assert data.train.images[:, 0, 0, 0].tolist() == [3, 2, 90, 90, 1]
-    assert data.test.labels.tolist() == [1, 2]
-    assert data.flips
-    again = load_dataset(source, (1, 6, 4))
-    assert again.fingerprint() == data.fingerprint()
-
-
-def test_progress_counts_every_image(tmp_path: Path) -> None:
-    source = image_folder(tmp_path, *((f"train/a/{n}.png", Image.new("L", (4, 6))) for n in range(300)))
-    seen: list[tuple[int, int]] = []
-    load_dataset(source, (1, 6, 4), progress=lambda done, total: seen.append((done, total)))
-    total = len(list(tmp_path.rglob("*.png")))
-    assert seen[-1] == (total, total)
-    assert seen == sorted(set(seen))
-
-
-def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
-    for name in ("x.png", "x.jpg", "x.tif", "x.webp", "x.bmp", "x.ppm"):
-        path = tmp_path / name / "train/a" / name
-        source = image_folder(tmp_path / name, (f"train/a/{name}", noise))
-        whole = path.read_bytes()
-        load_dataset(source, (3, 6, 4))
-        for content in (whole[: len(whole) // 2], b"", b"no image at all"):
-            path.write_bytes(content)
-            with pytest.raises(FnetError) as caught:
-                load_dataset(source, (3, 6, 4))
-            assert str(caught.value).startswith(f"cannot read image {path}: ")
-            assert "\n" not in str(caught.value)
-
-
-def test_a_mode_that_cannot_be_shown_is_named(tmp_path: Path) -> None:
-    source = image_folder(tmp_path, ("train/a/lab.tif", Image.new("LAB", (4, 6))))
-    with pytest.raises(FnetError, match=r"cannot read image .*lab\.tif: conversion from LAB"):
-        load_dataset(source, (1, 6, 4))
-
-
-def test_folders_that_are_wrong(tmp_path: Path) -> None:
-    def fault(root: Path) -> str:
-        with pytest.raises(FnetError) as caught:
-            load_dataset(f"imagefolder:{root}", (3, 6, 4))
-        return str(caught.value).replace(str(root), "ROOT")
-
-    root = tmp_path / "root"
-    wanted = "class folders must lie in train/ and test/"
-    assert fault(root) == f"imagefolder ROOT: ROOT/train does not exist; {wanted}"
-    (root / "train").mkdir(parents=True)
-    assert fault(root) == f"imagefolder ROOT: ROOT/test does not exist; {wanted}"
-    (root / "test").mkdir()
-    assert fault(root) == "imagefolder ROOT: train/ holds 0 class folders; at least 2 are needed"
-    (root / "train/a").mkdir()
-    assert fault(root) == "imagefolder ROOT: train/ holds 1 class folders; at least 2 are needed"
-    (root / "train/b").mkdir()
-    assert fault(root).startswith("imagefolder ROOT: ROOT/train/a holds no image (.jpg, .jpeg, .png")
-    image_folder(root)
-    (root / "test/c").mkdir()
-    assert fault(root) == "imagefolder ROOT: class 'c' is in test/ but not in train/"
-    (root / "test/c").rmdir()
-    for name in ("a", "b"):
-        (root / f"test/{name}/1.png").unlink()
-    assert fault(root).startswith("imagefolder ROOT: ROOT/test holds no image (.jpg")
-
-
-def test_a_class_may_be_missing_from_the_test_images(tmp_path: Path) -> None:
-    source = image_folder(tmp_path)
-    (tmp_path / "test/a/1.png").unlink()
-    (tmp_path / "test/a").rmdir()
-    assert load_dataset(source, (3, 6, 4)).test.labels.tolist() == [1]
 
 
 def noise(*shape: int) -> Tensor:
@@ -494,18 +320,6 @@ def test_zoom_scales_about_the_centre() -> None:
     assert all(across == pytest.approx(down, rel=0.02) for across, down in scales)
     assert 0.79 < min(scales)[0] < 0.86
     assert 1.14 < max(scales)[0] < 1.21
-
-
-@pytest.mark.parametrize(
-    ("size", "shape"), [((20, 30), (3, 30, 20)), ((640, 480), (3, 224, 224)), ((300, 100), (3, 100, 224))]
-)
-def test_a_network_of_any_size_takes_that_of_the_images(
-    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int, int]
-) -> None:
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    (tmp_path / "train" / "a" / "1.txt").write_text("not an image")
-    Image.new("RGB", size).save(tmp_path / "train" / "a" / "2.png")
-    assert natural_shape(f"imagefolder:{tmp_path}", 3) == shape
 
 
 def test_the_size_of_known_data_sets() -> None:

@@ -15,7 +15,7 @@ from fnet_search.figures import figures, save_figures
 from fnet_search.macro import Macroarchitecture, load_space
 from fnet_search.metric import ClassResult
 from fnet_search.plan import make_plan, regular
-from fnet_search.policy import Audit, Constraints, Evaluation, LayerStats, ranking
+from fnet_search.policy import MAYBE_KNOWN, Audit, Constraints, Evaluation, LayerStats, ranking
 from fnet_search.report import COLUMNS as TYPES
 from fnet_search.report import DETAILED, GLOSSARY, candidate_line, candidates_csv, layers_csv, write_report
 
@@ -28,10 +28,10 @@ ODD = (
     failed(SPACE, make_plan(SPACE, {"conv_64_1": 4}), 9, "loss became NaN & stayed so <twice>"),
 )
 COLUMNS = (
-    "number,plan,label,role,state,reason,feasible,split,scheme,epochs,trained_images,parent,inherited_epochs,"
-    "zero_shot_accuracy,last_epoch_accuracy,conv_macs,total_macs,params,fp32_accuracy,"
-    "quint8_accuracy,fp32_balanced_accuracy,quint8_balanced_accuracy,qmse,qce,kl,relative_drop,audited_codes,"
-    "differing_codes"
+    "number,plan,label,role,state,reason,feasible,split,validation,scheme,epochs,trained_images,parent,"
+    "inherited_epochs,zero_shot_accuracy,last_epoch_accuracy,conv_macs,total_macs,params,images,fp32_accuracy,"
+    "quint8_accuracy,fp32_balanced_accuracy,quint8_balanced_accuracy,fp32_loss,quint8_loss,common_scheme,"
+    "common_quint8_accuracy,qmse,qce,kl,relative_drop,audited_codes,differing_codes"
 )
 
 
@@ -106,6 +106,17 @@ def test_headline_names_the_winner_its_macs_and_its_accuracies(paper: tuple[str,
         assert value in head
     assert "8 trained, 1 refused before training, 1 failed" in head
     assert str(INIT2.plan) in head
+
+
+def test_what_to_know_before_the_accuracies_are_believed(tmp_path: Path) -> None:
+    known = replace(INIT2, validation=MAYBE_KNOWN)
+    found = replace(outcome(SPACE, Constraints(min_quint8=0.9), (known,), tmp_path), has_test=False)
+    write_report(found, "run", {}, [])
+    text = Page(found.report.read_text(encoding="utf-8")).text
+    assert f"80.31 % in quint8 on the validation images ({MAYBE_KNOWN}) are below 90.00 %." in text
+    assert "The validation images are a part of the training images, which the weights may have been trained" in text
+    assert "The data set has no test images (test/)" in text
+    assert list(pd.read_csv(io.StringIO(csv([known])))["validation"]) == [MAYBE_KNOWN]
 
 
 def test_every_candidate_is_there_with_its_numbers(paper: tuple[str, Page]) -> None:

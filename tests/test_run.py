@@ -74,8 +74,7 @@ class Notes:
     def status(self, text: str) -> None:
         self.texts.append(text)
 
-    def say(self, text: str) -> None:
-        self.texts.append(text)
+    say = status
 
     def advance(self, what: str, done: int, total: int) -> None:
         self.texts.append(f"{what}: {done} of {total}")
@@ -360,16 +359,18 @@ def test_headlines(tmp_path: Path) -> None:
     near = trained(TINY, plan, 4, 0.9, 0.8)
     outcome = Outcome(Path("x"), TINY, strict, "validation", (near,), near, replace(near, split="test"))
     accuracies = "fp32 90.00 % quint8 80.00 %"
-    found = f"candidate 4 (init2), 0.434 MMAC, validation {accuracies}; test {accuracies}; files in x/best"
+    found = f"candidate 4 (init2), 0.434 MMAC, validation {accuracies}; test {accuracies}"
     missed = "no candidate met the constraints; nearest, missing min_quint8, max_drop:"
-    assert outcome.headline() == f"{missed} {found}"
-    assert replace(outcome, constraints=Constraints(min_quint8=0.8)).headline() == f"winner: {found}"
+    found, place = f"{found}; constraints checked on the validation images", "; files in x/best"
+    assert outcome.headline() == f"{missed} {found}{place}"
+    assert replace(outcome, constraints=Constraints(min_quint8=0.8)).headline() == f"winner: {found}{place}"
     assert replace(outcome, winner=None).headline() == "1 network measured; files in x"
     reference = replace(near, role="reference")
     assert replace(outcome, winner=None, evaluations=(reference,)).headline() == ("no candidate was trained; see x")
     final = replace(near, number=7, role="final", parent=4)
     assert replace(outcome, winner=final, test=None).headline() == (
-        f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}; files in x/best"
+        f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}"
+        "; constraints checked on the validation images; files in x/best"
     )
     assert replace(outcome, winner=None, evaluations=()).headline() == "no candidate was trained; see x"
     always = (ClassResult(90, 81, 90, 85, 100, "cat"), ClassResult(10, 9, 0, 15, 0, "dog"))

@@ -11,7 +11,7 @@ from onnx import ModelProto
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.plan import load_plan, make_plan, regular, uniform
-from fnet_search.policy import Constraints, Evaluation
+from fnet_search.policy import HELD_OUT, Constraints, Evaluation
 from fnet_search.report import candidate_line
 from fnet_search.runfolder import KEPT, RunFolder, differences, kept, versions
 
@@ -59,7 +59,17 @@ def test_a_folder_is_a_run_once_it_has_a_configuration(tmp_path: Path) -> None:
         assert not run.exists
         run.write_config(CONFIG)
     assert run.exists
-    assert run.config() == {**CONFIG, "study": "one", "versions": versions()}
+    earlier = {"validation": None, "has_test": True, "skipped": 0}
+    assert run.config() == {**CONFIG, "data": {**earlier, **CONFIG["data"]}, "study": "one", "versions": versions()}
+
+
+def test_what_an_earlier_version_did_not_record_of_its_data(run: RunFolder) -> None:
+    assert run.config()["data"]["validation"] is None, "its networks are measured on the test split"
+    run.write_config({**CONFIG, "split": "validation"})
+    assert run.config()["data"]["validation"] == HELD_OUT
+    run.write_config({**CONFIG, "data": {**CONFIG["data"], "validation": "val", "has_test": False, "skipped": 2}})
+    found = run.config()["data"]
+    assert (found["validation"], found["has_test"], found["skipped"]) == ("val", False, 2)
 
 
 def test_the_study_keeps_its_name_when_the_folder_is_moved(run: RunFolder, tmp_path: Path) -> None:
@@ -254,6 +264,10 @@ def test_the_winner_is_copied_and_replaced(run: RunFolder) -> None:
     assert run.read_test(first) == one(0, 0.4)
     assert run.read_test(second) is None
     leave_requantized(run, second)
+    assert (run.has_best(first), run.has_best(second)) == (True, False)
+    run.write_best(second, None, ModelProto(producer_name="second"))
+    assert (run.has_best(first), run.has_best(second)) == (False, True)
+    assert run.read_test(second) is None, "there are no test images"
     run.write_best(second, one(1, 0.8), ModelProto(producer_name="second"))
     assert run.read_test(first) is None
     assert run.read_test(second) == one(1, 0.8)

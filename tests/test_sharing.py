@@ -25,7 +25,7 @@ from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.network import build
 from fnet_search.plan import factorize, regular
-from fnet_search.policy import Constraints
+from fnet_search.policy import HELD_OUT, Constraints
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import open_run
 from fnet_search.request import Machine, Request
@@ -236,10 +236,11 @@ def test_a_request_travels_in_the_study(begun: tuple[str, Path]) -> None:
     fidelity = vars(asked.fidelity)
     there = replace(known, config=json.loads(json.dumps(config)), fidelity=json.loads(json.dumps(fidelity)), lease=60.0)
     machine = Machine(workers=3)
-    assert there.request("grpc://host:1", machine, None, "store") == replace(
-        asked, storage="grpc://host:1", machine=machine, artifacts="store"
+    assert there.request("grpc://host:1", machine, None, None, "store") == replace(
+        asked, storage="grpc://host:1", machine=machine, artifacts="store", validation=HELD_OUT
     )
-    assert there.request("x", machine, "imagefolder:/there", "store").dataset == "imagefolder:/there"
+    moved = there.request("x", machine, "imagefolder:/there", "/there/val", "store")
+    assert (moved.dataset, moved.validation) == ("imagefolder:/there", "/there/val")
 
 
 @pytest.mark.parametrize("missing", ["recipe", "space", "constraints", "seed"])

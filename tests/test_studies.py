@@ -108,6 +108,15 @@ def test_an_imported_network_is_as_large_as_the_images(tmp_path: Path) -> None:
     assert written(tmp_path, text).variants[0].space.input_shape == (3, 32, 32), "as fnet-search evaluate takes digits"
 
 
+def test_validation_images_of_a_search(tmp_path: Path) -> None:
+    study = written(tmp_path, f'{SEARCH}validation = "mine"\n{OPTIONS}')
+    assert study.validation == "mine"
+    assert load_study("budget-120mmac").validation is None
+    assert load_study("budget-120mmac", validation="other").validation == "other"
+    with pytest.raises(FnetError, match=r"paper\.toml: validation images are of a \[search\]"):
+        load_study("paper", validation="other")
+
+
 def test_options_of_the_command_line() -> None:
     study = load_study("paper")
     assert study.with_options(None, (), ("percentile:1.0",)) == study
@@ -147,6 +156,10 @@ def test_options_of_the_command_line() -> None:
         (
             f'{SEARCH}ranges = ["mse", "minmax"]\n{OPTIONS}',
             "a [search] is for one of ranges: what it finds depends on it",
+        ),
+        (
+            f'{LEAST}validation = "x"',
+            "validation images are of a [search]; given plans are measured on the test images",
         ),
         (f"{SEARCH}{OPTIONS}trials = 0", "trials must be at least 1, got 0"),
         (f'{SEARCH}{OPTIONS}metric = "balanced"', "unknown metric 'balanced'; did you mean 'balanced-accuracy'?"),

@@ -48,11 +48,11 @@ class Notes:
     def status(self, text: str) -> None:
         self.said.append(text)
 
+    say = status
+
     def advance(self, what: str, done: int, total: int) -> None:
         if what not in self.said:
             self.said.append(what)
-
-    def say(self, text: str) -> None: ...
 
     def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None: ...
 
@@ -259,6 +259,12 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     page = (tmp_path / "results.md").read_text()
     assert "(figures/tradeoff.png)" in page
     assert remarks(replace(study, seeds=(0, 1, 2)), runs)[2:] == ["seed2: not finished yet"]
+    part, run = next(iter(runs.items()))
+    (run.run.best / "test.json").unlink()
+    untested = replace(run, config={**run.config, "data": {**run.config["data"], "has_test": False}})
+    assert remarks(replace(study, seeds=(part.seed,)), {part: untested}) == [
+        f"seed{part.seed}: not here, since the data set has no test images"
+    ]
 
 
 def test_a_part_that_was_killed_as_soon_as_it_was_begun(

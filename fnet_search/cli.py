@@ -16,6 +16,7 @@ from fnet_search.options import (
     NOTHING_FEASIBLE,
     Commands,
     add_options,
+    dataset_option,
     machine_of,
     machine_options,
     parse_scheme_options,
@@ -197,7 +198,7 @@ def evaluate(**options: Any) -> None:
 @cli.command()
 @click.option("--storage", required=True, envvar="FNET_SEARCH_STORAGE", help="Optuna storage URL of the run.")
 @click.option("--study", required=True, help="Name of the run's study: that of its folder.")
-@click.option("--dataset", show_default="as the run", help="Where the same images are here: imagefolder:PATH.")
+@dataset_option
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

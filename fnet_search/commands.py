@@ -4,20 +4,23 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fnet_search.errors import FnetError
-from fnet_search.options import data_dir_option, parse_scheme_options, quiet, scheme_options
+from fnet_search.options import data_dir_option, dataset_option, parse_scheme_options, quiet, scheme_options
 from fnet_search.terminal import console, plain_table
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from fnet_search.data import DataSet
+    from fnet_search.outcome import Outcome
     from fnet_search.progress import TerminalDisplay
     from fnet_search.recorded import RecordedNetwork, RecordedRun
+    from fnet_search.study import StudyRecord
 
 CODES_DIFFER = 4
 """Exit code of an audit that found a difference."""
@@ -92,8 +95,11 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     help="The exported file to audit.",
 )
 @click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@dataset_option
 @data_dir_option
-def audit(folder: Path, candidates: tuple[str, ...], file: Path | None, layers: bool, data_dir: Path) -> None:
+def audit(
+    folder: Path, candidates: tuple[str, ...], file: Path | None, layers: bool, dataset: str | None, data_dir: Path
+) -> None:
     """Run exported networks in ONNX Runtime beside the integer simulator, and count the codes that differ.
 
     On all images of the test split. Exit code 4: codes differ.
@@ -105,7 +111,7 @@ def audit(folder: Path, candidates: tuple[str, ...], file: Path | None, layers: 
     models = [_exported(opened, network, file, bool(candidates)) for network in networks]
     differ = False
     with _display() as display:
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        data = opened.data(data_dir, partial(display.advance, "reading images"), dataset)
         for network, model in zip(networks, models, strict=True):
             differ |= _audit(opened, network, model, data, layers, display)
     if differ:
@@ -182,17 +188,21 @@ def _audit(
 @_run
 @click.option("--candidate", "candidates", metavar="ID", required=True, help="Candidate number.")
 @scheme_options
+@dataset_option
 @data_dir_option
 @_storage
-def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None, **options: Any) -> None:
+def quantize(
+    folder: Path, candidates: str, dataset: str | None, data_dir: Path, storage: str | None, **options: Any
+) -> None:
     """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
 
-    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder.
+    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder. Of a run that
+    cannot be written it is only shown.
     """
 
     from fnet_search.recorded import scheme_folder
-    from fnet_search.requantize import HEADINGS, MEASURED, requantize, row, several
-    from fnet_search.run import open_study, report_again
+    from fnet_search.requantize import HEADINGS, MEASURED, requantize, row
+    from fnet_search.run import open_study
 
     scheme = parse_scheme_options(options)
     opened = _opened(folder)
@@ -202,14 +212,17 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
     done = [one.id for one in opened.networks if one.candidate == network.candidate and one.scheme == scheme]
     if done:
         raise FnetError(f"candidate {network.id} is quantized with {scheme} already, as {done[0]}")
-    with _display() as display, opened.run.locked():
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
-        study = open_study(opened, storage)  # or fail before the work
-        found = requantize(opened, network, scheme, data, display.advance)
-        display.status("drawing figures and the report")
-        outcome = report_again(study)
-    rows = [row(opened, one.evaluation, one.id) for one in several(opened) if one.candidate == network.candidate]
+    own = {one.id: one.evaluation for one in opened.networks if one.candidate == network.candidate}
+    with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
+        data = opened.data(data_dir, partial(display.advance, "reading images"), dataset)
+        study = open_study(opened, storage) if writable else None  # or fail before the work
+        found = requantize(opened, network, scheme, data, display.advance, None if writable else Path(scratch))
+        outcome = _reported(study, display)
+    rows = [row(opened, one, name) for name, one in {**own, f"{found.number}/{scheme}": found}.items()]
     console().print(plain_table(f"candidate {found.number}, {found.split} split", HEADINGS, MEASURED, rows))
+    if outcome is None:
+        click.echo(_only_shown(folder))
+        return
     click.echo(f"report: {outcome.report}")
     click.echo(f"files in {scheme_folder(network.candidate, scheme)}; its ID is {found.number}/{scheme}")
 
@@ -220,12 +233,14 @@ def quantize(folder: Path, candidates: str, data_dir: Path, storage: str | None,
 @click.option(
     "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
 )
+@dataset_option
 @data_dir_option
-def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Path) -> None:
+def analyze(folder: Path, candidates: tuple[str, ...], images: int, dataset: str | None, data_dir: Path) -> None:
     """Show which layer costs the accuracy, and why.
 
     Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
-    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split.
+    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split. Of a
+    run that cannot be written only the table is made.
     """
     from fnet_search.analysis import analysis_table, analyze
     from fnet_search.analysis_page import write_analysis
@@ -233,17 +248,18 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
     opened = _opened(folder)
     networks = opened.find(candidates)
     with _display() as display:
-        data = opened.data(data_dir, partial(display.advance, "reading images"))
+        data = opened.data(data_dir, partial(display.advance, "reading images"), dataset)
         for network in networks:  # or fail before the work
             network.load(opened.space)
-        (folder / "analysis").mkdir(exist_ok=True)
         display.status("calibrating")
         found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
-        display.status("drawing the pictures")
-        page = write_analysis(opened, found)
+        page = None
+        if opened.run.writable:
+            display.status("drawing the pictures")
+            page = write_analysis(opened, found)
     for one in found:
         console().print(analysis_table(one, console().width))
-    click.echo(f"{page.parent / 'layers.csv'}, and with pictures {page}")
+    click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
 
 
 @click.command()
@@ -255,27 +271,42 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, data_dir: Pa
 def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
     """Time the exported quint8 and fp32 graphs in ONNX Runtime, per network and per layer.
 
-    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else.
+    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else. Of a run that
+    cannot be written the times are only shown.
     """
     from fnet_search.latency import conditions, latency_table, layers_table, pairs, write
-    from fnet_search.run import open_study, report_again
+    from fnet_search.run import open_study
     from fnet_search.timing import measure
 
     opened = _opened(folder)
     networks = opened.find(candidates)
-    with _display() as display, opened.run.locked():
-        study = open_study(opened, storage)
+    with _display() as display, opened.run.locked_if_writable() as writable:
+        study = open_study(opened, storage) if writable else None
         display.status("loading the networks into ONNX Runtime")
         found = measure(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
-        paths = write(opened, found)
-        display.status("drawing figures and the report")
-        outcome = report_again(study)
+        paths = write(opened, found) if writable else []
+        outcome = _reported(study, display)
     for pair in pairs(found):
         if candidates or len(networks) == 1:  # else the report has them
             console().print(layers_table(opened, pair))
     console().print(latency_table(found))
     click.echo(conditions(found))
-    click.echo(f"{', '.join(map(str, paths))}; report: {outcome.report}")
+    kept = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
+    click.echo(kept or _only_shown(folder))
+
+
+def _reported(study: "StudyRecord | None", display: "TerminalDisplay") -> "Outcome | None":
+    """Makes the report of a run again; None for one that cannot be written."""
+    from fnet_search.run import report_again
+
+    if study is None:
+        return None
+    display.status("drawing figures and the report")
+    return report_again(study)
+
+
+def _only_shown(folder: Path) -> str:
+    return f"{folder} cannot be written: what was found is shown here only"
 
 
 def _display() -> "TerminalDisplay":

@@ -121,6 +121,7 @@ class _Layers(nn.ModuleDict):
     """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
+        assert module is not None
         self._modules[name] = module
 
     def __setattr__(self, name: str, value: object) -> None:

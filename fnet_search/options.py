@@ -128,6 +128,13 @@ data_dir_option = click.option(
 )
 
 
+dataset_option = click.option(
+    "--dataset",
+    show_default="as the run",
+    help="Where the run's images are here: imagefolder:PATH. Others are refused, by their fingerprint.",
+)
+
+
 def machine_options(command: Any) -> Any:
     """Where and how a command trains, how long, and where its data are."""
     options = [

@@ -133,9 +133,13 @@ class RecordedRun:
             )
         return networks[wanted]
 
-    def data(self, data_dir: Path, seen: Callable[[int, int], None]) -> DataSet:
-        """The run's data, split as it was. Raises FnetError where it cannot be read, or is not what the run had."""
-        name = self.config["dataset"]
+    def data(self, data_dir: Path, seen: Callable[[int, int], None], dataset: str | None = None) -> DataSet:
+        """The run's data, split as it was; `dataset` says where it lies now, if elsewhere. Raises FnetError where it
+        cannot be read, or is not what the run had."""
+        name = dataset or self.config["dataset"]
+        kind, _, path = name.partition(":")
+        if dataset is None and kind == "imagefolder" and not Path(path).is_dir():
+            raise FnetError(f"the run's images are not in {path} here; name the same ones with --dataset")
         data = load_dataset(name, self.space.input_shape, data_dir, False, seen)
         if self.split == "validation":
             data = hold_out(data)

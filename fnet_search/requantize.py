@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -26,14 +27,16 @@ def requantize(
     scheme: Scheme,
     data: DataSet,
     advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+    scratch: Path | None = None,
 ) -> Evaluation:
     """Quantizes a candidate's trained network as `scheme` says, measures it on the run's split, audits it, and writes
-    evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
+    evaluation, layers, codes and ONNX file to the candidate's folder of that scheme; or, of a run that cannot be
+    written, to `scratch`.
 
     `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
     quantized so.
     """
-    folder = scheme_folder(network.candidate, scheme)
+    folder = scratch or scheme_folder(network.candidate, scheme)
     trained = network.load_trained(opened.space)
     named, seed = f"candidate {network.id} with {scheme}", opened.config["seed"]
 
@@ -47,8 +50,9 @@ def requantize(
     facts = metadata(opened.config, opened.space, found, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(found, folder)
-    frame = requantized_frame(opened)
-    write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
+    if scratch is None:
+        frame = requantized_frame(opened)
+        write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
     return found
 
 

@@ -11,7 +11,7 @@ import click
 
 from fnet_search.errors import FnetError
 from fnet_search.options import data_dir_option, dataset_option, parse_scheme_options, quiet, scheme_options
-from fnet_search.terminal import console, plain_table
+from fnet_search.terminal import PlainTable, console
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -218,8 +218,11 @@ def quantize(
         study = open_study(opened, storage) if writable else None  # or fail before the work
         found = requantize(opened, network, scheme, data, display.advance, None if writable else Path(scratch))
         outcome = _reported(study, display)
-    rows = [row(opened, one, name) for name, one in {**own, f"{found.number}/{scheme}": found}.items()]
-    console().print(plain_table(f"candidate {found.number}, {found.split} split", HEADINGS, MEASURED, rows))
+    shown = {**own, f"{found.number}/{scheme}": found}
+    rows = [[text for part in row(opened, one, name) for text in part] for name, one in shown.items()]
+    texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
+    title = f"candidate {found.number}, {found.split} split"
+    console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
     if outcome is None:
         click.echo(_only_shown(folder))
         return

@@ -1,7 +1,6 @@
 """Options that several commands have, and what is made of them."""
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -201,7 +200,6 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
     limit = options["time_limit"]
     deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
     quiet()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with TerminalDisplay(console()) as display:
         try:
             return work(display, deadline)

@@ -471,11 +471,13 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
         os.killpg(run.pid, signum)
         _, err = run.communicate()
         assert run.returncode == code
-        assert err.strip() == ("interrupted; the same command goes on from here" if signum == signal.SIGINT else "")
-    told = [[line.partition(";")[0] for line in lines if ": epoch 1 of 3" in line] for lines in said.values()]
-    assert told[0] == told[1], "from its checkpoint: what it had reached is told again"
+        assert err.strip() == ("" if signum == signal.SIGKILL else "interrupted; the same command goes on from here")
+    again = said[signal.SIGINT]
+    assert "candidate 0 goes on from epoch 2" in again
+    assert not any(": epoch 1 of 3" in line for line in again), "what it had reached is not told again"
     code, out, err = fnet(*arguments, *PLAIN, "--out", "stopped")
     assert (code, err) == (3, "")
+    assert "candidate 1 goes on from epoch 2\n" in out
     assert "up to 2 candidates, 1 trained before;" in out
     nearest = out.splitlines()[-1].replace("stopped", "whole")
     assert nearest.startswith("no candidate met the constraints; nearest, missing min_quint8: candidate ")

@@ -132,7 +132,7 @@ def test_every_layer_does_what_it_says() -> None:
         return F.batch_norm(x, mean, var, gain, offset, training=False, eps=1e-3)
 
     x = normal(4, *MIXED.input_shape)
-    stem = F.relu(norm(F.conv2d(x, weights["stem.weight"], padding=1), "stem.norm"))
+    stem = F.relu(norm(F.conv2d(x, weights["stem.weight"], padding=1), "stem.bn"))
     grouped = F.conv2d(stem, weights["grouped.weight"], weights["grouped.bias"], padding=2, dilation=2, groups=4)
     total = (grouped + stem).clamp(0, 6)
     two = F.conv2d(total, weights["two.weight"])

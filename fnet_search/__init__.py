@@ -23,6 +23,7 @@ _API = {
     "Outcome": "outcome",
     "PolicyDone": "sampler",
     "PolicySampler": "sampler",
+    "Probes": "policy",
     "Recipe": "recipe",
     "SamplerPolicy": "sampler_policy",
     "Scheme": "scheme",
@@ -32,6 +33,7 @@ _API = {
     "parse_constraints": "policy",
     "parse_plan": "plan",
     "plan_cost": "plan",
+    "probes_for": "probes",
     "report_evaluation": "sampler",
     "search": "api",
     "suggest_plan": "sampler",
@@ -46,7 +48,8 @@ if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture, load_space
     from fnet_search.outcome import Outcome
     from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
-    from fnet_search.policy import Constraints, Evaluation, History, parse_constraints
+    from fnet_search.policy import Constraints, Evaluation, History, Probes, parse_constraints
+    from fnet_search.probes import probes_for
     from fnet_search.recipe import Recipe
     from fnet_search.request import Machine
     from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
@@ -65,6 +68,7 @@ __all__ = [
     "Outcome",
     "PolicyDone",
     "PolicySampler",
+    "Probes",
     "Recipe",
     "SamplerPolicy",
     "Scheme",
@@ -74,6 +78,7 @@ __all__ = [
     "parse_constraints",
     "parse_plan",
     "plan_cost",
+    "probes_for",
     "report_evaluation",
     "search",
     "suggest_plan",

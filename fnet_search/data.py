@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os.path import isdir
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,8 @@ def load_dataset(
         classes, train, test = _digits(input_shape)
     elif name in NAMES:
         classes, train, test = _torchvision(name, input_shape, folder, download)
+    elif isdir(name):  # noqa: PTH112 (False of what is too long for a path)
+        raise FnetError(f"unknown data set {name!r}; images in a folder are imagefolder:{name}")
     else:
         raise unknown("data set", name, NAMES)
     mean, std = _moments(train.images)

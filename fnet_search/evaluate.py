@@ -341,8 +341,7 @@ def record(
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
-    facts = {"plan": str(evaluation.plan), "scheme": str(scheme), "weights": _digest(trained)}
-    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
+    write_codes(folder, evaluation.plan, trained, quantized.network, scheme)
     images = len(data.evaluation)
     return replace(evaluation, scheme=str(scheme), images=images, **vars(measures), layers=layers)
 
@@ -382,6 +381,14 @@ def load_trained(space: Macroarchitecture, plan: FactorizationPlan, folder: Path
     except RuntimeError:
         raise FnetError(f"{folder / WEIGHTS} does not hold the weights of plan {plan}") from None
     return network.eval()
+
+
+def write_codes(
+    folder: Path, plan: FactorizationPlan, trained: Network, quantized: QuantizedNetwork, scheme: Scheme
+) -> None:
+    """Leaves in `folder` what `load_quantized` reads."""
+    facts = {"plan": str(plan), "scheme": str(scheme), "weights": _digest(trained)}
+    write_tensors(folder / QUANTIZED, quantized.to_tensors(), facts)
 
 
 def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:

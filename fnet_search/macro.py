@@ -308,7 +308,13 @@ def load_space(
         from fnet_search.imported import load_imported  # torch takes seconds to import
 
         return load_imported(name, input_shape, weights, default_shape)
-    path = resources.find("spaces", "space", name)
+    try:
+        path = resources.find("spaces", "space", name)
+    except FnetError as error:
+        from fnet_search.imported import torchvision_names
+
+        hint = f"; torchvision's is torchvision:{name}" if name in torchvision_names() else ""
+        raise FnetError(f"{error}{hint}") from None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

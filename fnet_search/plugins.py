@@ -3,12 +3,13 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 
 
 @contextmanager
@@ -31,6 +32,21 @@ def load_object(where: str, what: str) -> Any:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown("name", what, known)
     return found
+
+
+def fault(error: BaseException, where: object) -> str:
+    """What a user's code raised, and the last line of `where` (a file or module) that led to it, or else of any code
+    but ours: ``ValueError: no plan today (halving.py, line 12)``."""
+    said = f"{type(error).__name__}: {first_line(error)}"
+    file = Path(str(getattr(sys.modules.get(str(where)), "__file__", where))).resolve()
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
+    theirs = [one for one in frames if not Path(one.filename).is_relative_to(Path(__file__).parent)]
+    own = [one for one in theirs if Path(one.filename).resolve() == file]
+    if isinstance(error, SyntaxError) or not theirs:  # it says itself where
+        return said
+    last = (own or theirs)[-1]
+    path = Path(last.filename)
+    return f"{said} ({path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}, line {last.lineno})"
 
 
 def _from_file(path: Path) -> Any:

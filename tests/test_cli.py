@@ -143,15 +143,21 @@ def test_a_policy_of_a_third_party_is_used_by_name(
     assert "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 405,504" in out
     assert out.splitlines()[-1] == "no candidate was trained; see runs/tiny-digits-once-50pct"
     failures = {
-        "raises": "policy Raises failed at suggestion 0: ValueError: no plan today",
-        "illegal": "policy Illegal failed at suggestion 0: "
-        "FnetError: illegal rate 3 for layer 'conv_8'; legal rates: 1, 2, 4, 8",
+        "raises": "policy Raises failed at suggestion 0: ValueError: no plan (site/theirs.py, line 7)",
+        "illegal": "policy Illegal failed at suggestion 0: illegal rate 3 for layer 'conv_8'; legal rates: 1, 2, 4, 8",
         "idle": "policy 'idle' has no method suggest(history)",
-        "missing": "policy 'missing' cannot be loaded: module 'theirs' has no attribute 'Missing'",
+        "missing": "policy 'missing' cannot be loaded: AttributeError: module 'theirs' has no attribute 'Missing'",
     }
     for name, message in failures.items():
         code, _, err = fnet("run", *TINY, *plain, "--policy", name)
         assert (code, err) == (2, f"fnet-search: {message}\n")
+    code, _, err = fnet("run", *TINY, *plain, "--policy", "raises", "--debug")
+    assert code == 2
+    trace, line = err.split("fnet-search: ")
+    assert line == f"{failures['raises']}\n"
+    assert trace.startswith("Traceback (most recent call last):\n")
+    assert 'theirs.py", line 7, in suggest\n    raise ValueError' in trace
+    assert fnet("--debug", "run", *TINY, *plain, "--policy", "idle")[2].startswith("Traceback")
 
 
 # Bad input
@@ -177,7 +183,10 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
     )
 
 
-@pytest.mark.parametrize(("budget", "meant"), [("45", "45%"), ("99.5", "99.5%"), ("39", ""), ("120", "120%")])
+@pytest.mark.parametrize(
+    ("budget", "meant"),
+    [("45", "45%"), ("99.5", "99.5%"), ("39", ""), ("120", ""), ("500", "500KMAC"), ("0.5", "0.5MMAC or 50%")],
+)
 def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, meant: str) -> None:
     line = refused("run", "--space", "tiny", "--budget", budget)
     assert line.endswith(f"did you mean {meant}?" if meant else "of the regular one)")

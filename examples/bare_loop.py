@@ -38,9 +38,9 @@ def trained(plan: FactorizationPlan, epochs: int = 3) -> torch.nn.Module:
 
 def train(plan: FactorizationPlan) -> float:
     """The accuracy of a trained network on the other images (fraction of 1)."""
-    images, classes = (part[1440:] for part in digits())
+    network, (images, classes) = trained(plan), (part[1440:] for part in digits())
     with torch.no_grad():
-        return float((trained(plan)(images).argmax(1) == classes).float().mean())
+        return float((network(images).argmax(1) == classes).float().mean())
 
 
 def main() -> None:

@@ -479,7 +479,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     arguments = [one for one in sys.argv[1:] if one != DEBUG]
     try:
-        code = cli.main(arguments, standalone_mode=False)
+        code = cli.main(arguments, "fnet-search", standalone_mode=False)
     except FnetError as error:
         code = _fail(str(error))
     except click.ClickException as error:

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,25 @@ def load_object(where: str, what: str) -> Any:
     return found
 
 
-def fault(error: BaseException, where: object) -> str:
-    """What a user's code raised, and the last line of `where` (a file or module) that led to it, or else of any code
-    but ours: ``ValueError: no plan today (halving.py, line 12)``."""
+def fault(error: BaseException, where: str) -> str:
+    """What a user's code raised, and the last line of `where`, a file or module, that led to it:
+    ``ValueError: no plan today (halving.py, line 12)``."""
     said = f"{type(error).__name__}: {first_line(error)}"
-    file = Path(str(getattr(sys.modules.get(str(where)), "__file__", where))).resolve()
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if not one.filename.startswith("<")]
-    theirs = [one for one in frames if not Path(one.filename).is_relative_to(Path(__file__).parent)]
-    own = [one for one in theirs if Path(one.filename).resolve() == file]
-    if isinstance(error, SyntaxError) or not theirs:  # it says itself where
+    file = _file_of(where)
+    own = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).resolve() == file]
+    if not own or isinstance(error, SyntaxError):  # which says itself where
         return said
-    last = (own or theirs)[-1]
-    path = Path(last.filename)
-    return f"{said} ({path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}, line {last.lineno})"
+    return (
+        f"{said} ({file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}, line {own[-1].lineno})"
+    )
+
+
+def _file_of(where: str) -> Path:
+    known = getattr(sys.modules.get(where), "__file__", None)
+    if known is None and not where.endswith(".py"):
+        with suppress(Exception):  # it may be no module at all
+            known = getattr(importlib.util.find_spec(where), "origin", None)
+    return Path(known or where).resolve()
 
 
 def _from_file(path: Path) -> Any:

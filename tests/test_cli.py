@@ -3,7 +3,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from networks import compiled
 from PIL import Image
 
 from fnet_search import resources
+from fnet_search.cli import main
 from fnet_search.weights import read_tensors
 
 # What a user gets
@@ -448,6 +451,31 @@ def test_a_password_in_a_storage_url_is_not_kept(fnet: Callable, tmp_path: Path,
     (tmp_path / "run" / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     _, _, err = fnet("run", *SMALL, "--out", "run", "--storage", "mysql://me:secret@host/db")
     assert "'mysql://me:***@host/db' wanted" in err
+
+
+def test_a_terminal_without_the_letters_of_a_path(
+    fnet: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In tables, lines and errors, and where the name of a file is no text at all."""
+    space = (resources.folder("spaces") / "tiny.toml").read_text().replace("conv_8", "conv_é")
+    for name in ("netz-ñ.toml", os.fsdecode(b"netz-\xff.toml")):
+        (tmp_path / name).write_text(space)
+        out, err = (TextIOWrapper(BytesIO(), encoding="ascii", errors="strict") for _ in range(2))
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            patched.setattr(sys, "stderr", err)
+            for command, expected in ((("show", name), 0), (("report", name), 2)):
+                patched.setattr(sys, "argv", ["fnet-search", *command])
+                with pytest.raises(SystemExit) as end:
+                    main()
+                assert (end.value.code or 0) == expected
+        table, line = (stream.detach().getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+        assert b"conv_\\xe9 " in table
+        assert line.startswith(b"fnet-search: ")
+        assert b"netz-" in line
+    code, out_text, _ = fnet("show", "netz-ñ.toml")
+    assert code == 0
+    assert "conv_é " in out_text
 
 
 # Being stopped

@@ -24,6 +24,7 @@ _API = {
     "Outcome": "outcome",
     "PolicyDone": "sampler",
     "PolicySampler": "sampler",
+    "Probes": "policy",
     "Recipe": "recipe",
     "SamplerPolicy": "sampler_policy",
     "Scheme": "scheme",
@@ -33,6 +34,7 @@ _API = {
     "parse_constraints": "policy",
     "parse_plan": "plan",
     "plan_cost": "plan",
+    "probes_for": "probes",
     "report_evaluation": "sampler",
     "search": "api",
     "suggest_plan": "sampler",
@@ -48,7 +50,8 @@ if TYPE_CHECKING:
     from fnet_search.metric import ClassResult
     from fnet_search.outcome import Outcome
     from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
-    from fnet_search.policy import Constraints, Evaluation, History, parse_constraints
+    from fnet_search.policy import Constraints, Evaluation, History, Probes, parse_constraints
+    from fnet_search.probes import probes_for
     from fnet_search.recipe import Recipe
     from fnet_search.request import Machine
     from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
@@ -68,6 +71,7 @@ __all__ = [
     "Outcome",
     "PolicyDone",
     "PolicySampler",
+    "Probes",
     "Recipe",
     "SamplerPolicy",
     "Scheme",
@@ -77,6 +81,7 @@ __all__ = [
     "parse_constraints",
     "parse_plan",
     "plan_cost",
+    "probes_for",
     "report_evaluation",
     "search",
     "suggest_plan",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import accumulate
 from typing import Any
 
 import pandas as pd
@@ -26,6 +25,7 @@ from fnet_search.ranges import TensorStats, calibrate
 from fnet_search.recorded import RecordedNetwork, RecordedRun
 from fnet_search.scheme import MINMAX
 from fnet_search.sensitivity import PartSensitivity, Sensitivity, sample, sensitivity
+from fnet_search.terminal import fitting
 
 IMAGES = 1_000
 """Of the run's split, for the accuracies of partly quantized networks."""
@@ -266,7 +266,7 @@ def verdict(one: NetworkAnalysis) -> str:
 def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
     """A network for a terminal of so many columns, a row a layer; the costliest is marked. Accuracies in percent.
 
-    Columns that do not fit are left out, the last ones first.
+    Columns that do not fit are left out, the last ones first; what there is of a layer's name is folded.
     """
     columns = {
         "layer": [f"{layer.name}{' <' if layer is one.costliest else ''}" for layer in one.layers],
@@ -285,9 +285,8 @@ def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
             "-" if layer.statistics["macs"] is None else millions(layer.statistics["macs"]) for layer in one.layers
         ],
     }
-    widths = {name: max(map(len, [*name.split("\n"), *cells])) for name, cells in columns.items()}
-    ends = dict(zip(widths, accumulate(wide + 1 for wide in widths.values()), strict=True))
-    fitting = [name for name in columns if ends[name] <= width]
+    names, rows = list(columns), list(zip(*columns.values(), strict=True))
+    places = fitting(names, rows, width, {"layer": 24}, reversed(names[1:]), between=1, around=0)
     table = Table(
         title=Text(f"{one.id}: {one.name}, quantized with {one.evaluation.scheme}; {measured(one)}"),
         title_justify="left",
@@ -296,10 +295,12 @@ def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
         padding=(0, 1, 0, 0),
         box=None,
     )
-    for name in fitting:
-        table.add_column(name, justify="left" if name in ("layer", "kind") else "right", no_wrap=True)
-    for layer, cells in zip(one.layers, zip(*(columns[name] for name in fitting), strict=True), strict=True):
-        table.add_row(*map(Text, cells), style="bold red" if layer is one.costliest else "")
+    for name in (names[place] for place in places):
+        left, folded = name in ("layer", "kind"), name == "layer"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not folded, overflow="fold")
+    for layer, row in zip(one.layers, rows, strict=True):
+        cells = (Text(row[place]) for place in places)
+        table.add_row(*cells, style="bold red" if layer is one.costliest else "")
     return table
 
 

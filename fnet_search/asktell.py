@@ -5,11 +5,13 @@ What a host does between a policy and trainings is here, once: `search`, `sample
 
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Protocol
 
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, check_plan
+from fnet_search.plan import FactorizationPlan, check_plan, label
+from fnet_search.plugins import fault
 from fnet_search.policy import (
     Constraints,
     Evaluation,
@@ -22,8 +24,9 @@ from fnet_search.policy import (
     requirements,
 )
 
-REFUSALS_IN_A_ROW = 1000
-"""After so many refused plans, one after the other, a policy is taken to have no other."""
+REPEATS_IN_A_ROW, REFUSALS_IN_A_ROW = 10, 1000
+"""After so many refused plans, one after the other, all of them or as many as that of one plan, a policy is taken to
+have no other."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +38,30 @@ class Refused:
 
 def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
     """What the policy suggests. Raises FnetError where it fails, or suggests what is no plan of the space."""
+    failed = f"policy {type(policy).__name__} failed at suggestion {history.number}"
     try:
         plan = policy.suggest(history)
-        if plan is not None and not isinstance(plan, FactorizationPlan):
-            raise TypeError(f"{plan!r} is neither a FactorizationPlan nor None")
+    except Exception as error:
+        raise FnetError(f"{failed}: {fault(error, type(policy).__module__)}") from error
+    if plan is not None and not isinstance(plan, FactorizationPlan):
+        raise FnetError(f"{failed}: {plan!r} is neither a FactorizationPlan nor None")
+    try:
         if plan is not None:
             check_plan(history.space, plan)
-    except Exception as error:
-        name = type(policy).__name__
-        raise FnetError(
-            f"policy {name} failed at suggestion {history.number}: {type(error).__name__}: {error}"
-        ) from error
+    except FnetError as error:
+        raise FnetError(f"{failed}: {error}") from error
     return plan
+
+
+def check_refusal(history: History, plan: FactorizationPlan, reason: str) -> None:
+    """Raises FnetError where the policy is to be asked no more, since a plan that is refused is one too many."""
+    row = list(takewhile(lambda one: one.state == "refused", reversed(history.evaluations)))
+    again = sum(one.plan == plan for one in row)
+    if again >= REPEATS_IN_A_ROW:
+        name = label(history.space, plan)
+        raise FnetError(f"the policy suggests plan {name} again and again; refused {again} times in a row: {reason}")
+    if len(row) >= REFUSALS_IN_A_ROW:
+        raise FnetError(f"the policy suggested {len(row)} plans in a row that had to be refused, lastly: {reason}")
 
 
 def lowest_free(taken: Collection[int]) -> int:
@@ -71,17 +86,17 @@ def propose(
 ) -> Generator[Refused, None, FactorizationPlan | None]:
     """Asks until there is a plan that may be trained, and returns it; yields those that were refused and recorded.
 
-    None where the policy has none, or the history that it would see is `enough`. Raises FnetError as `suggestion`, and
-    after 1,000 refusals in a row.
+    None where the policy has none, or the history that it would see is `enough`. Raises FnetError as `suggestion` and
+    `check_refusal`.
     """
-    for _ in range(REFUSALS_IN_A_ROW):
+    while True:
         history = record.history()
         plan = None if enough(history) else suggestion(policy, history)
         if plan is None or not (reason := history.refusal(plan)):
             return plan
+        check_refusal(history, plan, reason)
         if (refused := record.refuse(plan, reason)) is not None:
             yield Refused(refused)
-    raise FnetError(f"the policy suggested {REFUSALS_IN_A_ROW} plans in a row that had to be refused, lastly: {reason}")
 
 
 @dataclass
@@ -121,7 +136,8 @@ class AskTell:
         """The next plan to train. Plans above the ceilings, and repeats, are recorded as refused and passed over.
 
         None while plans are out: the policy has none until one of them is told; None while none is: it is done.
-        Raises FnetError for a policy that fails, or suggests 1,000 plans in a row that are refused.
+        Raises FnetError for a policy that fails, or has none but plans that are refused: 1,000 in a row, or
+        one of them ten times.
         """
         asking = propose(self.policy, self)
         while True:

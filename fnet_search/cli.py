@@ -1,9 +1,12 @@
 """The command line. Heavy modules are imported inside the commands, so that ``--help`` answers at once."""
 
 import json
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +19,7 @@ from fnet_search.options import (
     NOTHING_FEASIBLE,
     Commands,
     add_options,
+    dataset_option,
     machine_of,
     machine_options,
     moved_option,
@@ -28,7 +32,7 @@ from fnet_search.options import (
     validation_option,
 )
 from fnet_search.study_commands import study
-from fnet_search.terminal import console
+from fnet_search.terminal import PlainTable, console
 
 if TYPE_CHECKING:
     from fnet_search.macro import Macroarchitecture
@@ -42,6 +46,9 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "s
 
 @click.group(cls=Commands, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fnet-search")
+@click.option(
+    "--debug", is_flag=True, expose_value=False, help="Of an error, show the whole trace too; of any command."
+)
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Factorize a CNN layer by layer under a MAC budget and a quint8 accuracy floor.
@@ -221,7 +228,7 @@ def evaluate(**options: Any) -> None:
 @cli.command()
 @click.option("--storage", required=True, envvar="FNET_SEARCH_STORAGE", help="Optuna storage URL of the run.")
 @click.option("--study", required=True, help="Name of the run's study: that of its folder.")
-@click.option("--dataset", show_default="as the run", help="Where the same images are here: imagefolder:PATH.")
+@dataset_option
 @moved_option
 @click.option(
     "--out",
@@ -462,40 +469,53 @@ def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[st
 
 
 def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from fnet_search.quantities import mmac
+    from fnet_search.quantities import mmac, size_text
 
     shown = _described(space, plan)
     about = f": {space.description}" if space.description else ""
-    title = Text(f"{space.name}{about}; plan {shown['plan']['label']}")
-    table = Table(title=title, title_justify="left")
-    for name in ("layer", "kind", "input", "output", "legal rates", "rate", "MACs", "parameters"):
-        table.add_column(name, justify="right" if name in ("rate", "MACs", "parameters") else "left")
-    for layer in shown["layers"]:
-        shapes = [" + ".join("x".join(map(str, shape)) for shape in layer["input_shapes"])]
-        table.add_row(
-            Text(layer["name"]),
+    title = f"{space.name}{about}; plan {shown['plan']['label']}"
+    rows = [
+        [
+            layer["name"],
             layer["kind"],
-            *shapes,
-            "x".join(map(str, layer["output_shape"])),
+            " + ".join(map(size_text, layer["input_shapes"])),
+            size_text(layer["output_shape"]),
             " ".join(map(str, layer["legal_rates"] or [])),
             str(layer["rate"] or ""),
             f"{layer['macs']:,}" if layer["macs"] else "",
             f"{layer['params']:,}" if layer["params"] else "",
-        )
-    console().print(table)
+        ]
+        for layer in shown["layers"]
+    ]
+    texts = {"layer": 20, "kind": 10, "input": 10, "output": 10, "legal rates": 12}
+    names = (*texts, "rate", "MACs", "parameters")
+    console().print(PlainTable(title, names, rows, texts, ("kind", "input", "parameters", "output", "MACs")))
     click.echo(
         f"conv MACs {shown['conv_macs']:,} ({mmac(shown['conv_macs'])}), total MACs {shown['total_macs']:,}, "
         f"parameters {shown['params']:,}"
     )
 
 
+class _Terminated(BaseException):
+    """SIGTERM has come."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+DEBUG = "--debug"
+
+
 def main() -> None:
-    """Entry point: errors are one line on stderr, with exit code 2; Ctrl-C gives 130."""
+    """Entry point: errors are one line on stderr, with exit code 2; Ctrl-C gives 130, SIGTERM 143."""
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a path may have letters that the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
+    arguments = [one for one in sys.argv[1:] if one != DEBUG]
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(arguments, "fnet-search", standalone_mode=False)
     except FnetError as error:
         code = _fail(str(error))
     except click.ClickException as error:
@@ -503,14 +523,22 @@ def main() -> None:
     except OSError as error:  # a full disk, a folder that may not be written
         code = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; the same command goes on from here", err=True)
-        code = 130
+        code = _interrupted(signal.SIGINT)
+    except _Terminated:
+        code = _interrupted(signal.SIGTERM)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> int:
+    if DEBUG in sys.argv:
+        traceback.print_exc()
     click.echo(f"fnet-search: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _interrupted(by: signal.Signals) -> int:
+    click.echo("interrupted; the same command goes on from here", err=True)
+    return 128 + by
 
 
 if __name__ == "__main__":

@@ -4,20 +4,30 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fnet_search.errors import FnetError
-from fnet_search.options import data_dir_option, moved_option, parse_scheme_options, quiet, scheme_options
-from fnet_search.terminal import console, plain_table
+from fnet_search.options import (
+    data_dir_option,
+    dataset_option,
+    moved_option,
+    parse_scheme_options,
+    quiet,
+    scheme_options,
+)
+from fnet_search.terminal import PlainTable, console
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from fnet_search.data import DataSet
+    from fnet_search.outcome import Outcome
     from fnet_search.progress import TerminalDisplay
     from fnet_search.recorded import RecordedNetwork, RecordedRun
+    from fnet_search.study import StudyRecord
 
 CODES_DIFFER = 4
 """Exit code of an audit that found a difference."""
@@ -92,6 +102,7 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     help="The exported file to audit.",
 )
 @click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@dataset_option
 @moved_option
 @data_dir_option
 def audit(
@@ -99,6 +110,7 @@ def audit(
     candidates: tuple[str, ...],
     file: Path | None,
     layers: bool,
+    dataset: str | None,
     validation: str | None,
     data_dir: Path,
 ) -> None:
@@ -113,7 +125,7 @@ def audit(
     models = [_exported(opened, network, file, bool(candidates)) for network in networks]
     differ = False
     with _display() as display:
-        data = _data(opened, data_dir, validation, display)
+        data = _data(opened, data_dir, dataset, validation, display)
         for network, model in zip(networks, models, strict=True):
             differ |= _audit(opened, network, model, data, layers, display)
     if differ:
@@ -198,6 +210,7 @@ def _audit(
     help="Where it is better than the winner, by the rule of the run: make it the winner. It is measured on the test "
     "split and becomes best/.",
 )
+@dataset_option
 @moved_option
 @data_dir_option
 @_storage
@@ -205,6 +218,7 @@ def quantize(
     folder: Path,
     candidates: str,
     promoting: bool,
+    dataset: str | None,
     validation: str | None,
     data_dir: Path,
     storage: str | None,
@@ -212,11 +226,12 @@ def quantize(
 ) -> None:
     """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
 
-    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder.
+    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder. Of a run that
+    cannot be written it is only shown.
     """
 
-    from fnet_search.requantize import HEADINGS, MEASURED, promote, remarks, requantize, row, several
-    from fnet_search.run import measure_winner, open_study, report_again
+    from fnet_search.requantize import HEADINGS, MEASURED, promote, remarks, requantize, row
+    from fnet_search.run import measure_winner, open_study
     from fnet_search.scheme import parse_schemes
 
     schemes = parse_schemes(parse_scheme_options(options))
@@ -226,18 +241,25 @@ def quantize(
     (network,) = opened.find([candidates])
     if network.folder != network.candidate:
         raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
-    with _display() as display, opened.run.locked():
-        data = _data(opened, data_dir, validation, display)
-        study = open_study(opened, storage)  # or fail before the work
+    own = {one.id: one.evaluation for one in opened.networks if one.candidate == network.candidate}
+    with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
+        data = _data(opened, data_dir, dataset, validation, display)
+        study = open_study(opened, storage) if writable else None  # or fail before the work
         known = opened.quantized(network, schemes) if promoting else None
-        found = known or requantize(opened, network, schemes, data, display.advance)
-        if promoting and promote(opened, found):
+        found = known or requantize(
+            opened, network, schemes, data, display.advance, None if writable else Path(scratch)
+        )
+        if promoting and study is not None and promote(opened, found):
             measure_winner(study, found, data, display)
-        display.status("drawing figures and the report")
-        outcome = report_again(study)
-    rows = [row(opened, one.evaluation, one.id) for one in several(opened) if one.candidate == network.candidate]
+        outcome = _reported(study, display)
+    shown = {**own, found.id: found.evaluation}
+    rows = [[text for part in row(opened, one, name) for text in part] for name, one in shown.items()]
+    texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
     title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
-    console().print(plain_table(title, HEADINGS, MEASURED, rows))
+    console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
+    if outcome is None:
+        click.echo(_only_shown(folder))
+        return
     if promoting:
         click.echo(outcome.headline())
     for remark in remarks(opened):
@@ -252,13 +274,22 @@ def quantize(
 @click.option(
     "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
 )
+@dataset_option
 @moved_option
 @data_dir_option
-def analyze(folder: Path, candidates: tuple[str, ...], images: int, validation: str | None, data_dir: Path) -> None:
+def analyze(
+    folder: Path,
+    candidates: tuple[str, ...],
+    images: int,
+    dataset: str | None,
+    validation: str | None,
+    data_dir: Path,
+) -> None:
     """Show which layer costs the accuracy, and why.
 
     Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
-    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split.
+    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split. Of a
+    run that cannot be written only the table is made.
     """
     from fnet_search.analysis import analysis_table, analyze
     from fnet_search.analysis_page import write_analysis
@@ -266,17 +297,18 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, validation: 
     opened = _opened(folder)
     networks = opened.find(candidates)
     with _display() as display:
-        data = _data(opened, data_dir, validation, display)
+        data = _data(opened, data_dir, dataset, validation, display)
         for network in networks:  # or fail before the work
             network.load(opened.space)
-        (folder / "analysis").mkdir(exist_ok=True)
         display.status("calibrating")
         found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
-        display.status("drawing the pictures")
-        page = write_analysis(opened, found)
+        page = None
+        if opened.run.writable:
+            display.status("drawing the pictures")
+            page = write_analysis(opened, found)
     for one in found:
         console().print(analysis_table(one, console().width))
-    click.echo(f"{page.parent / 'layers.csv'}, and with pictures {page}")
+    click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
 
 
 @click.command()
@@ -288,33 +320,51 @@ def analyze(folder: Path, candidates: tuple[str, ...], images: int, validation: 
 def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
     """Time the exported quint8 and fp32 graphs in ONNX Runtime, per network and per layer.
 
-    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else.
+    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else. Of a run that
+    cannot be written the times are only shown.
     """
     from fnet_search.latency import conditions, latency_table, layers_table, pairs, write
-    from fnet_search.run import open_study, report_again
+    from fnet_search.run import open_study
     from fnet_search.timing import measure
 
     opened = _opened(folder)
     networks = opened.find(candidates)
-    with _display() as display, opened.run.locked():
-        study = open_study(opened, storage)
+    with _display() as display, opened.run.locked_if_writable() as writable:
+        study = open_study(opened, storage) if writable else None
         display.status("loading the networks into ONNX Runtime")
         found = measure(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
-        paths = write(opened, found)
-        display.status("drawing figures and the report")
-        outcome = report_again(study)
+        paths = write(opened, found) if writable else []
+        outcome = _reported(study, display)
     for pair in pairs(found):
         if candidates or len(networks) == 1:  # else the report has them
             console().print(layers_table(opened, pair))
     console().print(latency_table(found))
     click.echo(conditions(found))
-    click.echo(f"{', '.join(map(str, paths))}; report: {outcome.report}")
+    kept = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
+    click.echo(kept or _only_shown(folder))
 
 
-def _data(opened: "RecordedRun", data_dir: Path, validation: str | None, display: "TerminalDisplay") -> "DataSet":
+def _reported(study: "StudyRecord | None", display: "TerminalDisplay") -> "Outcome | None":
+    """Makes the report of a run again; None for one that cannot be written."""
+    from fnet_search.run import report_again
+
+    if study is None:
+        return None
+    display.status("drawing figures and the report")
+    return report_again(study)
+
+
+def _only_shown(folder: Path) -> str:
+    return f"{folder} cannot be written: what was found is shown here only"
+
+
+def _data(
+    opened: "RecordedRun", data_dir: Path, dataset: str | None, validation: str | None, display: "TerminalDisplay"
+) -> "DataSet":
+    """Of the run, from where its images lie now."""
     from fnet_search.api import absolute_path
 
-    return opened.data(data_dir, partial(display.advance, "reading images"), absolute_path(validation))
+    return opened.data(data_dir, partial(display.advance, "reading images"), dataset, absolute_path(validation))
 
 
 def _display() -> "TerminalDisplay":

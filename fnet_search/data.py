@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from os.path import isdir
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,8 @@ def load_dataset(
         classes, splits["train"], splits["test"] = _digits(input_shape)
     elif name in NAMES:
         classes, splits["train"], splits["test"] = _torchvision(name, input_shape, folder, download)
+    elif isdir(name):  # noqa: PTH112 (False of what is too long for a path)
+        raise FnetError(f"unknown data set {name!r}; images in a folder are imagefolder:{name}")
     else:
         raise unknown("data set", name, NAMES)
     if own is not None:

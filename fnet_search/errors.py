@@ -5,6 +5,8 @@ from difflib import get_close_matches
 
 LONGEST = 100
 """Characters of a name that an error quotes."""
+FEW = 12
+"""So many names are listed beside the nearest."""
 
 
 class FnetError(Exception):
@@ -27,6 +29,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> FnetError:
-    """The error for a name that is not among the known ones, with the nearest of them."""
+    """The error for a name that is not among the known ones, with the nearest of them, and all where they are few."""
+    names = list(known)
     shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
-    return FnetError(f"unknown {what} {shown!r}{nearest(shown, known)}")
+    hint = nearest(shown, names)
+    others = f" known: {', '.join(names)}" if hint.endswith("?") and 1 < len(names) <= FEW else ""
+    return FnetError(f"unknown {what} {shown!r}{hint}{others}")

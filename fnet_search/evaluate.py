@@ -334,8 +334,7 @@ def record(
 ) -> Evaluation:
     """As `measured`; the codes are left in `folder`."""
     found = measured(evaluation, trained, quantized, data, seed, runtime, seen)
-    facts = {"plan": str(found.plan), "scheme": found.scheme, "weights": _digest(trained)}
-    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
+    write_codes(folder, found.plan, trained, quantized)
     return found
 
 
@@ -391,6 +390,12 @@ def load_trained(space: Macroarchitecture, plan: FactorizationPlan, folder: Path
     except RuntimeError:
         raise FnetError(f"{folder / WEIGHTS} does not hold the weights of plan {plan}") from None
     return network.eval()
+
+
+def write_codes(folder: Path, plan: FactorizationPlan, trained: Network, quantized: Quantized) -> None:
+    """Leaves in `folder` what `load_quantized` reads."""
+    facts = {"plan": str(plan), "scheme": str(quantized.scheme), "weights": _digest(trained)}
+    write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
 
 
 def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:

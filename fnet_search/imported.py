@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fnet_search.errors import FnetError, first_line, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plugins import importable, load_object
+from fnet_search.plugins import fault, importable, load_object
 from fnet_search.tracing import from_module
 from fnet_search.weights import read_state
 
@@ -51,8 +51,8 @@ def load_imported(
         stem = Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
         title = stem if what == "make" else f"{stem}-{what}"
     if weights is not None and named is None:
-        _fill(model, weights)
-    shape = input_shape or default_shape(_channels(model))
+        fill(model, weights)
+    shape = input_shape or default_shape(channels_of(model))
     space = from_module(model, torch.zeros(1, *shape), title)
     space = replace(space, description=f"imported from {name}")
     return replace(space, mean=mean, std=std, weights=None if weights is None else space.weights)
@@ -101,19 +101,19 @@ def _made(where: str, what: str) -> nn.Module:
     except FnetError as error:
         raise FnetError(f"space {name}: {error}") from None
     except (Exception, SystemExit) as error:  # a user's code raises what it likes
-        raise FnetError(f"space {name}: {type(error).__name__}: {first_line(error)}") from None
+        raise FnetError(f"space {name}: {fault(error, where)}") from error
     if not isinstance(model, nn.Module):
         raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
     return model
 
 
-def _channels(model: nn.Module) -> int:
+def channels_of(model: nn.Module) -> int:
     """Of the image that a module reads."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return first.in_channels if first is not None else 3
 
 
-def _fill(model: nn.Module, path: str) -> None:
+def fill(model: nn.Module, path: str) -> None:
     """Loads a state dict from a file, whatever wrapper or module around this one its names begin with."""
     if not Path(path).exists():
         raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")

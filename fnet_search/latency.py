@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from fnet_search.errors import FnetError
 from fnet_search.figures import COLOURS, GREY, MARKERS, heading, legend, new_figure, slot_of, style
@@ -20,7 +19,7 @@ from fnet_search.page import NONE, cells, heads, plain_table, png, table
 from fnet_search.plan import FactorizationPlan, factorize, legal_rates
 from fnet_search.quantities import counted, millions
 from fnet_search.recorded import RecordedRun
-from fnet_search.terminal import plain_table as terminal_table
+from fnet_search.terminal import PlainTable
 from fnet_search.timing import FP32, OTHER, Latency, LayerLatency
 
 NETWORKS, LAYERS = "latency.csv", "latency_layers.csv"
@@ -124,6 +123,8 @@ MEASURED = (
 )
 LAYER_HEADINGS = ("layer", "kind")
 LAYER_MEASURED = ("MMAC", "quint8 ms", "% of all", "MMAC/ms", "fp32 ms", "% of all", "MMAC/ms")
+LEAST = ("GMAC/s", "MMAC/ms", "quartiles ms", "total MMAC", "kind", "% of all", "fp32 / quint8", "MMAC", "conv MMAC")
+"""Columns that a narrow terminal has no room for, the least important first."""
 
 
 def conditions(results: Sequence[Latency]) -> str:
@@ -181,15 +182,17 @@ def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[s
     return found
 
 
-def latency_table(results: Sequence[Latency]) -> Table:
+def latency_table(results: Sequence[Latency]) -> PlainTable:
     """The networks for the terminal."""
-    return terminal_table("latency: ms a run, median", HEADINGS, MEASURED, [row(pair) for pair in pairs(results)])
+    rows = [[*words, *values] for words, values in map(row, pairs(results))]
+    return PlainTable("latency: ms a run, median", (*HEADINGS, *MEASURED), rows, {"network": 12, "plan": 12}, LEAST)
 
 
-def layers_table(opened: RecordedRun, pair: Pair) -> Table:
+def layers_table(opened: RecordedRun, pair: Pair) -> PlainTable:
     """The layers of one network for the terminal."""
     title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
-    return terminal_table(title, LAYER_HEADINGS, LAYER_MEASURED, layer_rows(pair, _order(opened, pair[0].network)))
+    rows = [[*words, *values] for words, values in layer_rows(pair, _order(opened, pair[0].network))]
+    return PlainTable(title, (*LAYER_HEADINGS, *LAYER_MEASURED), rows, {"layer": 20, "kind": 8}, LEAST)
 
 
 def _order(opened: RecordedRun, network: str) -> list[str]:

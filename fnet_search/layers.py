@@ -25,13 +25,19 @@ def _feature_map(shape: Shape) -> tuple[int, int, int]:
 
 
 def _window(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)) -> Pair:
-    """Height and width after a sliding window (ONNX Conv and MaxPool, explicit padding, floor)."""
+    """Height and width after a sliding window (ONNX Conv and MaxPool, explicit padding, floor). Raises FnetError for
+    one that is larger than the padded input."""
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
     if min(out) < 1:
-        raise FnetError(f"its {kernel[0]}x{kernel[1]} window does not fit into the {size[0]}x{size[1]} input")
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        padded = [n + 2 * p for n, p in zip(size, padding, strict=True)]
+        with_padding = ", padding included" if max(padding) else ""
+        raise FnetError(
+            f"its {reach[0]}x{reach[1]} window does not fit into the {padded[0]}x{padded[1]} input{with_padding}"
+        )
     return out[0], out[1]
 
 
@@ -203,9 +209,11 @@ class Pool(_Weightless):
 
     def overhang(self, shape: Shape) -> Pair:
         """Rows and columns by which the last windows reach over the padded input (C, H, W): none without `ceil`."""
+        if not self.ceil:
+            return 0, 0
         found = []
         for n, k, s, p in zip(shape[1:], self.kernel, self.step, self.padding, strict=True):
-            last = (n + 2 * p - k + s - 1) // s * s if self.ceil else 0  # where the last window begins
+            last = (n + 2 * p - k + s - 1) // s * s  # where the last window begins
             found.append(max(0, (last if last < n + p else last - s) + k - n - 2 * p))
         return found[0], found[1]
 

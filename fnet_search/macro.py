@@ -17,7 +17,7 @@ import networkx as nx
 import tomli_w
 
 from fnet_search import resources
-from fnet_search.errors import FnetError, nearest, unknown
+from fnet_search.errors import LONGEST, FnetError, nearest, unknown
 from fnet_search.files import write_text
 from fnet_search.layers import KINDS, Activation, Affine, Conv, Dense, Layer, Shape
 from fnet_search.tables import Pair, build, is_int
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 
 INPUT = "input"
 """Name of the graph's source: the image, normalised."""
+
+
+LONGEST_NAME = 200
+"""Characters of a layer's name: data bases of studies take no more than 512, with what we put before it."""
+PARTS = ("grouped", "norm", "relu", "pointwise")
+"""What a factorized convolution NAME becomes: NAME.grouped, NAME.norm, ... (`plan.factorize`)."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Macroarchitecture:
     [0, 1], are normalised with; empty: those of the data set. `weights` has what an imported network was trained to, by
     the names of its `Network.state_dict`; two spaces are equal whatever theirs are.
 
-    Raises FnetError, naming the layer, for duplicate names, missing edges, cycles, mismatched shapes, or more than one
-    end.
+    Raises FnetError, naming the layer, for names that are none or taken, missing edges, cycles, mismatched shapes, or
+    more than one end.
     """
 
     name: str
@@ -127,11 +133,7 @@ class Macroarchitecture:
     def _check_edges(self) -> dict[str, int]:
         if not self.nodes:
             raise FnetError(f"space {self.name!r} has no layers")
-        position: dict[str, int] = {}
-        for index, node in enumerate(self.nodes):
-            if node.name in position or node.name == INPUT:
-                raise _LayerError(index, node.name, "this name is taken; every layer needs a name of its own")
-            position[node.name] = index
+        position = self._check_names()
         for index, node in enumerate(self.nodes):
             for source in node.inputs:
                 if source not in position and source != INPUT:
@@ -143,6 +145,32 @@ class Macroarchitecture:
                 raise _LayerError(
                     index, node.name, f"a {node.layer.kind} layer takes {number}, got {count}: {list(node.inputs)}"
                 )
+        return position
+
+    def _check_names(self) -> dict[str, int]:
+        """The place of each name. None may be that of another layer or of a factorized one's part, nor become it in
+        weights, where a dot is a slash."""
+        position: dict[str, int] = {}
+        taken = {INPUT: INPUT}
+        for index, node in enumerate(self.nodes):
+            name = node.name
+            if not name.isprintable() or name != name.strip() or not 0 < len(name) <= LONGEST_NAME:
+                wanted = f"a name is one line of 1 to {LONGEST_NAME} characters, without spaces around it"
+                raise _LayerError(index, name[:LONGEST], wanted)
+            parts = PARTS if isinstance(node.layer, Conv) and node.layer.factorize else ()
+            for own in (name, *(f"{name}.{part}" for part in parts)):
+                owner = taken.get(own.replace("/", "."))
+                if owner == name:
+                    raise _LayerError(index, name, "this name is taken; every layer needs a name of its own")
+                if owner is not None:
+                    clash = (
+                        f"the name {own!r} is taken by layer {owner!r}: in weights a slash is a dot, and a factorized"
+                    )
+                    raise _LayerError(
+                        index, name, f"{clash} layer NAME becomes {', '.join(f'NAME.{one}' for one in PARTS)}"
+                    )
+                taken[own.replace("/", ".")] = name
+            position[name] = index
         return position
 
     @cached_property
@@ -300,7 +328,13 @@ def load_space(
         from fnet_search.imported import load_imported  # torch takes seconds to import
 
         return load_imported(name, input_shape, weights, default_shape)
-    path = resources.find("spaces", "space", name)
+    try:
+        path = resources.find("spaces", "space", name)
+    except FnetError as error:
+        from fnet_search.imported import torchvision_names
+
+        hint = f"; torchvision's is torchvision:{name}" if name in torchvision_names() else ""
+        raise FnetError(f"{error}{hint}") from None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -364,8 +398,8 @@ def _nodes(layers: list[dict[str, Any]]) -> Iterator[Node]:
     before = INPUT
     for index, entry in enumerate(layers):
         name = entry.get("name")
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise _LayerError(index, "?", 'needs a name, one line, as in: name = "conv_1"')
+        if not isinstance(name, str) or not name:
+            raise _LayerError(index, "?", 'needs a name, as in: name = "conv_1"')
         try:
             yield Node(name, _layer(entry), _sources(entry, before))
         except FnetError as error:

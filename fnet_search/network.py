@@ -138,6 +138,20 @@ class ScaleShift(nn.Module):
         return (x * scale + shift).to(x.dtype)
 
 
+class _Layers(nn.ModuleDict):
+    """Modules by the names of their layers, which may be those of attributes that torch refuses: ``type``, ``forward``.
+
+    They are found as items only, not as attributes, which stay torch's own.
+    """
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        assert module is not None
+        self._modules[name] = module
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
 class Network(nn.Module):
     """The trainable network of a macroarchitecture: [N, C, H, W] float images, normalised, to [N, classes] logits."""
 
@@ -145,9 +159,7 @@ class Network(nn.Module):
         super().__init__()
         self.network = network
         modules = {node.name: _module(network, node) for node in network.order}
-        self.layers = nn.ModuleDict(
-            {module_key(name): module for name, module in modules.items() if module is not None}
-        )
+        self.layers = _Layers({module_key(name): module for name, module in modules.items() if module is not None})
         self._fused: frozenset[str] = frozenset()
         self._merged: dict[str, int] = {}
 
@@ -195,7 +207,7 @@ class Network(nn.Module):
 
 
 def module_key(name: str) -> str:
-    """Module names must not hold dots."""
+    """Module names must not hold dots; `Macroarchitecture` sees to it that no two names become one."""
     return name.replace(".", "/")
 
 

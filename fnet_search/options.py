@@ -1,7 +1,6 @@
 """Options that several commands have, and what is made of them."""
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -150,6 +149,11 @@ validation_option = click.option(
 moved_option = click.option(
     "--validation", metavar="PATH", show_default="as recorded", help="Where the same validation images are now."
 )
+dataset_option = click.option(
+    "--dataset",
+    show_default="as the run",
+    help="Where the run's images are here: imagefolder:PATH. Others are refused, by their fingerprint.",
+)
 
 
 def machine_options(command: Any) -> Any:
@@ -219,7 +223,6 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
     limit = options["time_limit"]
     deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
     quiet()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with TerminalDisplay(console()) as display:
         try:
             return work(display, deadline)

@@ -3,12 +3,13 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fnet_search.errors import FnetError, unknown
+from fnet_search.errors import FnetError, first_line, unknown
 
 
 @contextmanager
@@ -31,6 +32,27 @@ def load_object(where: str, what: str) -> Any:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown("name", what, known)
     return found
+
+
+def fault(error: BaseException, where: str) -> str:
+    """What a user's code raised, and the last line of `where`, a file or module, that led to it:
+    ``ValueError: no plan today (halving.py, line 12)``."""
+    said = f"{type(error).__name__}: {first_line(error)}"
+    file = _file_of(where)
+    own = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).resolve() == file]
+    if not own or isinstance(error, SyntaxError):  # which says itself where
+        return said
+    return (
+        f"{said} ({file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}, line {own[-1].lineno})"
+    )
+
+
+def _file_of(where: str) -> Path:
+    known = getattr(sys.modules.get(where), "__file__", None)
+    if known is None and not where.endswith(".py"):
+        with suppress(Exception):  # it may be no module at all
+            known = getattr(importlib.util.find_spec(where), "origin", None)
+    return Path(known or where).resolve()
 
 
 def _from_file(path: Path) -> Any:

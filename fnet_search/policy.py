@@ -5,7 +5,6 @@ numbers come from ``(history.seed, history.number)``; so a resumed search sugges
 have, and any number of workers can share one policy.
 """
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from importlib.metadata import entry_points
@@ -15,12 +14,12 @@ from typing import Any, Literal, Protocol, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fnet_search.errors import FnetError, first_line, unknown
+from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
 from fnet_search.metric import ClassResult, MetricName, Scored, Scores
 from fnet_search.plan import Cost, FactorizationPlan, check_plan, legal_rates, plan_cost, regular, smallest_conv_macs
-from fnet_search.plugins import importable, load_object
-from fnet_search.quantities import millions, mmac, parse_budget, parse_count, parse_share, percent
+from fnet_search.plugins import fault, importable, load_object
+from fnet_search.quantities import budgets_meant, millions, mmac, parse_budget, parse_count, parse_share, percent
 
 State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
@@ -360,16 +359,20 @@ def parse_constraints(
     """
     if not legal_rates(space):
         raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
-    conv_macs = parse_budget(str(budget), plan_cost(space, regular(space)).conv_macs)
-    smallest = smallest_conv_macs(space)
+    whole, smallest = plan_cost(space, regular(space)).conv_macs, smallest_conv_macs(space)
+    units = budgets_meant(str(budget), smallest, whole)
+    try:
+        conv_macs = parse_budget(str(budget), whole)
+    except FnetError:
+        if not units:
+            raise
+        conv_macs = 0
     if conv_macs < smallest:
-        whole = plan_cost(space, regular(space)).conv_macs
         share = f"{100 * smallest / whole:.1f} % of the regular one"
-        percents = re.fullmatch(r"\s*([0-9.]+)\s*", str(budget))
-        meant = f"; did you mean {percents[1]}%?" if percents and smallest <= float(percents[1]) * whole / 100 else ""
+        instead = f"; did you mean {' or '.join(units)}?" if units else ""
         raise FnetError(
             f"budget {budget} is below the smallest network of space {space.name!r}, "
-            f"which has {mmac(smallest)} ({smallest:,} conv MACs, {share}){meant}"
+            f"which has {mmac(smallest)} ({smallest:,} conv MACs, {share}){instead}"
         )
     return Constraints(
         conv_macs,
@@ -504,8 +507,8 @@ def probes_of(history: History, policy: object) -> Probes:
     """The probes, for a policy that requires them. Raises FnetError where the host has not measured them."""
     if history.probes is None:
         raise FnetError(
-            f"policy {type(policy).__name__} needs probes of a trained network: the host must measure them with "
-            "fnet_search.probes.probe_network and give them as History(probes=...)"
+            f"policy {type(policy).__name__} needs probes of a trained network: measure them with "
+            "fnet_search.probes_for, and give them as AskTell(probes=...) or History(probes=...)"
         )
     return history.probes
 
@@ -567,15 +570,16 @@ def load_policy(name: str) -> Policy:
         except FnetError as error:
             raise FnetError(f"policy {name}: {error}") from None
         except Exception as error:  # a user's code raises what it likes
-            raise FnetError(f"policy {name} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+            raise FnetError(f"policy {name} cannot be loaded: {fault(error, where)}") from error
         return check_policy(own, name)
     found = entry_points(group="fnet_search.policies", name=name)
     if not found:
         raise unknown("policy", name, policy_names())
+    entry = next(iter(found))
     try:
-        policy: Policy = next(iter(found)).load()()
+        policy: Policy = entry.load()()
     except Exception as error:
-        raise FnetError(f"policy {name!r} cannot be loaded: {error}") from error
+        raise FnetError(f"policy {name!r} cannot be loaded: {fault(error, entry.module)}") from error
     return check_policy(policy, name)
 
 

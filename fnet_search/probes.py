@@ -5,30 +5,49 @@ comes after that cut, its *tail*, is a network of its own; it is fed what the tr
 float and in codes. All rates of a layer share that, and what the warm start fits them to.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from torch import Tensor
+from torch import Tensor, nn
 
 from fnet_search.correct import correct_biases
-from fnet_search.data import DataSet, Split
-from fnet_search.evaluate import Setup, Start, class_results, load_quantized, load_trained, transform_samples
+from fnet_search.data import DataSet, Split, hold_out, load_dataset, natural_shape
+from fnet_search.errors import FnetError
+from fnet_search.evaluate import (
+    WEIGHTS,
+    Setup,
+    Start,
+    class_results,
+    load_quantized,
+    load_trained,
+    transform_samples,
+    write_codes,
+)
 from fnet_search.fold import FoldedNetwork
+from fnet_search.imported import OWN, channels_of, fill
 from fnet_search.layers import Activation, Foldable
-from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.network import Network, build, walk
+from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
+from fnet_search.network import Network, build, load_weights, pretrained, walk
+from fnet_search.numerics import Numerics, check_device
 from fnet_search.params import QuantParams
-from fnet_search.plan import FactorizationPlan, convolutions, factorize, legal_rates, make_plan, plan_cost
+from fnet_search.plan import FactorizationPlan, convolutions, factorize, legal_rates, make_plan, plan_cost, regular
 from fnet_search.policy import Probe, Probes
-from fnet_search.prepare import calibration, folded_for
+from fnet_search.prepare import calibration, folded_for, prepare
 from fnet_search.profile import profile, sqnr_db
+from fnet_search.quantities import size_text
 from fnet_search.quantize import QuantizedNetwork, quantize
 from fnet_search.ranges import calibrate
-from fnet_search.scheme import Scheme
+from fnet_search.recipe import load_recipe
+from fnet_search.scheme import CHOICE, Scheme, parse_scheme
 from fnet_search.sensitivity import sample
+from fnet_search.tracing import from_module
 from fnet_search.warmstart import Target, warm_start
+from fnet_search.weights import write_tensors
 
 FEWEST, MOST = 128, 512
 """Images of the validation split that are measured on: a tenth of it, within these bounds."""
@@ -79,6 +98,100 @@ def probe_network(setup: Setup, data: DataSet, start: Start, fisher: bool = Fals
     """
     tasks = probe_tasks(setup.space, start, fisher)
     return probes_from(start.number, start.plan, (probe for task in tasks for probe in probe_layer(setup, data, task)))
+
+
+Images = DataSet | tuple[Tensor, Tensor] | str
+"""A data set, or its name; or images float32 [N, C, H, W], as the network reads them, and classes int64 [N]."""
+
+
+def probes_for(
+    network: nn.Module | Macroarchitecture | Path | str,
+    weights: Mapping[str, Tensor] | Path | str | None,
+    data: Images,
+    *,
+    scheme: Scheme | str = CHOICE[0],
+    fisher: bool = False,
+    device: str = "cpu",
+) -> Probes:
+    """The probes of a trained network in a loop of one's own: ``AskTell(LayerGuided(), space, probes=...)``.
+
+    `network`: a torch module, a space, or the name of one, as `load_space` takes it. `weights`: a file, or a state dict
+    (of the module; of a space as `Network` has it); None: those that the network comes with. `data`: of a name or of
+    tensors a part is held out and measured on (`hold_out`), as it is of a `DataSet` that has nothing but a test split
+    to be measured on. `scheme` says how networks are quantized, `fisher` adds what the policy of that name needs.
+
+    Neither network nor data are changed, and nothing is left on disk. Raises FnetError for a network without weights or
+    without a layer to factorize, weights that do not fit it, and data of another shape or number of classes.
+    """
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        space = _weighted(network, weights, data, folder)
+        images = _images(data, space)
+        chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+        setup = Setup(space, load_recipe("quick"), (chosen,), Numerics(check_device(device)), 0, "validation")
+        images = images.to(setup.numerics.device)
+        start = Start(0, regular(space), folder, 0, chosen)
+        trained = pretrained(space).eval().to(setup.numerics.device)
+        write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(start.plan)})
+        write_codes(folder, start.plan, trained, prepare(trained, chosen, images, setup.seed))
+        return probe_network(setup, images, start, fisher)
+
+
+def _weighted(
+    network: nn.Module | Macroarchitecture | Path | str,
+    weights: Mapping[str, Tensor] | Path | str | None,
+    data: Images,
+    scratch: Path,
+) -> Macroarchitecture:
+    """The space, with its weights, for images as large as the data's."""
+
+    def shape(channels: int) -> tuple[int, int, int]:
+        if isinstance(data, str):
+            return natural_shape(data, channels)
+        channels, height, width = (data.train.images if isinstance(data, DataSet) else data[0]).shape[1:]
+        return channels, height, width
+
+    file = None if weights is None else str(weights)
+    if isinstance(weights, Mapping):
+        file = str(scratch / "weights.pt")
+        torch.save(dict(weights), file)
+    if isinstance(network, nn.Module):
+        if file is not None:
+            network = deepcopy(network)
+            fill(network, file)
+        space = from_module(network, torch.zeros(1, *shape(channels_of(network))))
+    elif isinstance(network, Macroarchitecture):
+        space = network if file is None else load_weights(network, Path(file))
+    else:
+        own = OWN if ":" in str(network) and not str(network).startswith("torchvision:") else None
+        space = load_space(str(network), None, file or own, shape)
+    if space.weights is None:
+        raise FnetError(f"space {space.name!r} has no weights; give a file or a state dict")
+    if not legal_rates(space):
+        raise FnetError(f"there is nothing to factorize in {space.name}: no convolution has factorize = true")
+    return space
+
+
+def _images(data: Images, space: Macroarchitecture) -> DataSet:
+    """The data with a validation split, normalised as the space says. Raises FnetError for those of another network."""
+    if isinstance(data, str):
+        found = load_dataset(data, space.input_shape, split="validation")
+    elif isinstance(data, DataSet):
+        found = data
+    else:
+        images, labels = data
+        if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise FnetError("images must be float32 [N, C, H, W], as the network reads them, and classes int64 [N]")
+        whole, ones = Split(255 * images.detach().float(), labels.long()), (1.0,) * images.shape[1]
+        names = tuple(map(str, range(space.classes)))
+        found = DataSet("images", names, whole, whole, whole, tuple(0.0 for _ in ones), ones, flips=False)
+    if found.evaluation is found.test:
+        found = hold_out(found)
+    ours, theirs = (space.input_shape, space.classes), (tuple(found.train.images.shape[1:]), len(found.classes))
+    if ours != theirs:
+        wanted, given = (f"{size_text(size)}, {classes} classes" for size, classes in (ours, theirs))
+        raise FnetError(f"the network is for images of {wanted}; the data are {given}")
+    return replace(found, mean=space.mean, std=space.std) if space.mean and not isinstance(data, tuple) else found
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import time
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -18,8 +19,12 @@ from fnet_search.policy import Evaluation
 from fnet_search.quantities import counted, millions, mmac, percent
 from fnet_search.runfolder import RunFolder
 from fnet_search.search import Dropped, Event, ProbesProgressed, Started
+from fnet_search.terminal import PlainTable
 from fnet_search.train import TrainingProgress
 from fnet_search.workers import Finished, Progressed
+
+BAR = 20
+"""Characters of a progress bar."""
 
 
 def clock(seconds: float) -> str:
@@ -38,6 +43,7 @@ class TerminalDisplay:
         self._setup: Setup | None = None
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, TrainingProgress | None] = {}
+        self._read = set[int]()  # of these, the last epoch known is from a checkpoint
         self._trials = self._started = 0
         self._epochs = self._all_epochs = 0.0  # of the candidates that ended, and of all that this run trains
         self._before = 0.0  # epochs that were done when `_start` was
@@ -108,6 +114,12 @@ class TerminalDisplay:
                 self._running[number] = progress
                 if progress.ended and progress.loss is None:  # read from a checkpoint: it took no time now
                     self._before, self._start = self._done(), time.monotonic()
+                    self._read.add(number)
+                    return
+                if number in self._read:
+                    self._read.remove(number)
+                    whence = "after its last epoch" if progress.stage else f"from epoch {progress.epoch}"
+                    self.say(f"{self._named(self._jobs[number])} goes on {whence}")
                 if not self._live and progress.ended:
                     self.say(f"{self._describe(number, progress)}; {self.left()}")
             case Dropped(number):
@@ -122,6 +134,7 @@ class TerminalDisplay:
         """A training's name, at its end."""
         assert self._setup is not None
         self._running.pop(number, None)
+        self._read.discard(number)
         job = self._jobs.pop(number)
         self._epochs += self._setup.recipe_of(job).epochs
         return f"{self._named(job)} ({self._label(job.plan)})"
@@ -138,8 +151,10 @@ class TerminalDisplay:
         """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _describe(self, number: int, progress: TrainingProgress) -> str:
+    def _describe(self, number: int, progress: TrainingProgress | None) -> str:
         job = self._jobs[number]
+        if progress is None:
+            return f"{self._named(job)} ({self._label(job.plan)}): worker starting"
         seen = progress.accuracy is not None and not progress.stage
         what = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
         accuracy = f", {progress.split} {what} {percent(progress.accuracy, 1)}" if seen else ""
@@ -164,18 +179,18 @@ class TerminalDisplay:
         return f"{clock((time.monotonic() - self._start) * (whole - self._done()) / gained)} left"
 
     def _table(self) -> RenderableType:
+        texts = {number: self._describe(number, progress) for number, progress in sorted(self._running.items())}
+        roomy = max(map(cell_len, texts.values()), default=0) + 2 + BAR <= self.console.width
         grid = Table.grid(padding=(0, 1))
-        for number, progress in sorted(self._running.items()):
-            if progress is None:
-                job = self._jobs[number]
-                grid.add_row(f"{self._named(job)} ({self._label(job.plan)})", "", "worker starting")
-            else:
-                grid.add_row(self._describe(number, progress), ProgressBar(width=20, completed=100 * progress.done), "")
+        for number, text in texts.items():
+            progress = self._running[number]
+            bar = [ProgressBar(width=BAR, completed=100 * progress.done if progress else 0)] if roomy else []
+            grid.add_row(Text(text), *bar)
         running = sum(self._jobs[number].role == "candidate" for number in self._running)
         done = f"{self._started - running} of {self._trials} candidates trained"
         overall = Table.grid(padding=(0, 1))
         overall.add_row(
-            done, ProgressBar(width=20, total=max(1, self._all_epochs), completed=self._done()), self.left()
+            done, ProgressBar(width=BAR, total=max(1, self._all_epochs), completed=self._done()), self.left()
         )
         return Group(grid, overall)
 
@@ -189,21 +204,21 @@ def _result(evaluation: Evaluation, metric: MetricName) -> str:
     return f"{said}; {evaluation.constant}" if evaluation.constant else said
 
 
-def candidates_table(outcome: Outcome) -> Table:
+LEAST = ("QCE", "QMSE", "audit", "parameters", "drop %", "fp32 %", "conv MMAC", "95 % interval")
+"""Columns of the candidates that a narrow terminal has no room for, the least important first."""
+
+
+def candidates_table(outcome: Outcome) -> PlainTable:
     """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
     accuracy is that in quint8, and shown where it counts or classes are uneven; the interval is that of the metric."""
     space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
     alike = {one.number for one in outcome.undecided}
     images = max((one.images for one in evaluations), default=0)
     on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
-    table = Table(title=f"candidates ({on})", title_justify="left")
-    for name in ("#", "plan"):
-        table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
     balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
     shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
-    for name in ("conv MMAC", "parameters", "fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "audit"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", overflow="fold")
+    numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "audit")
+    rows = []
     for one in evaluations:
         measured = [
             "" if value is None else f"{value:{form}}"
@@ -230,5 +245,5 @@ def candidates_table(outcome: Outcome) -> Table:
             state += ", not distinguishable from the winner"
         audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
         macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
-        table.add_row(str(one.number), label(space, one.plan), macs, params, *measured, audit, Text(state))
-    return table
+        rows.append([str(one.number), label(space, one.plan), macs, params, *measured, audit, state])
+    return PlainTable(f"candidates ({on})", ("#", "plan", *numbers, "state"), rows, {"plan": 13, "state": 12}, LEAST)

@@ -34,6 +34,25 @@ def parse_budget(text: str, whole: int) -> int:
     return budget
 
 
+def counts_meant(text: str, unit: str, least: int, most: int) -> list[str]:
+    """What a number that lacks its unit may stand for: those of ``120KMAC``, ``120MMAC`` and ``120GMAC`` (of the unit
+    ``MAC``) that lie from `least` to `most`. Nothing of other texts."""
+    number = text.strip()
+    if not re.fullmatch(_NUMBER, number):
+        return []
+    return [f"{number}{k}{unit}" for k, scale in _UNITS.items() if k and least <= _decimal(number) * scale <= most]
+
+
+def budgets_meant(text: str, smallest: int, whole: int) -> list[str]:
+    """As `counts_meant`, of a budget from `smallest` to `whole`: in MACs, in percent, and as a fraction of 1."""
+    number = text.strip()
+    if not re.fullmatch(_NUMBER, number):
+        return []
+    percents = [f"{number}%", *([f"{(100 * _decimal(number)).normalize():f}%"] if _decimal(number) < 1 else [])]
+    shares = [one for one in percents if smallest <= _decimal(one.removesuffix("%")) * whole / 100 <= whole]
+    return [*counts_meant(number, "MAC", smallest, whole), *shares]
+
+
 def parse_share(text: str, option: str) -> float:
     """A fraction of 1 from ``0.8`` or ``80%``, above 0 and at most 1. Raises FnetError for anything else."""
     match = re.fullmatch(rf"{_NUMBER}\s*(%?)", text.strip())

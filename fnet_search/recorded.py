@@ -146,12 +146,21 @@ class RecordedRun:
             )
         return networks[wanted]
 
-    def data(self, data_dir: Path, seen: Callable[[int, int], None], validation: str | None = None) -> DataSet:
-        """The run's data, split as it was; `validation` is where its validation images lie now. Raises FnetError where
-        it cannot be read, or is not what the run had."""
-        name, facts = self.config["dataset"], self.config["data"]
-        shape, validation = self.space.input_shape, validation or facts["validation"]
-        data = load_dataset(name, shape, data_dir, False, seen, self.split, validation, facts["skipped"] > 0)
+    def data(
+        self,
+        data_dir: Path,
+        seen: Callable[[int, int], None],
+        dataset: str | None = None,
+        validation: str | None = None,
+    ) -> DataSet:
+        """The run's data, split as it was; `dataset` and `validation` say where it and its validation images lie now,
+        if elsewhere. Raises FnetError where it cannot be read, or is not what the run had."""
+        name, facts = dataset or self.config["dataset"], self.config["data"]
+        kind, _, path = name.partition(":")
+        if dataset is None and kind == "imagefolder" and not Path(path).is_dir():
+            raise FnetError(f"the run's images are not in {path} here; name the same ones with --dataset")
+        shape, own = self.space.input_shape, validation or facts["validation"]
+        data = load_dataset(name, shape, data_dir, False, seen, self.split, own, facts["skipped"] > 0)
         recorded = facts["fingerprint"]
         if data.fingerprint() != recorded:
             raise FnetError(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from html import escape
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -29,9 +30,11 @@ def requantize(
     schemes: Sequence[Scheme],
     data: DataSet,
     advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+    scratch: Path | None = None,
 ) -> RecordedNetwork:
     """Quantizes a candidate's trained network with the one of `schemes` that diverges least, measures it on the run's
-    split, audits it, and writes evaluation, layers, codes and ONNX file to the candidate's folder of that scheme.
+    split, audits it, and writes evaluation, layers, codes and ONNX file to the candidate's folder of that scheme; or,
+    of a run that cannot be written, to `scratch`.
 
     `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
     quantized so, or is quantized with that scheme already.
@@ -47,15 +50,16 @@ def requantize(
     choosing = partial(advance, f"choosing a scheme for candidate {network.id}")
     quantized = least_divergent(calibrated, schemes, data, seed, choosing)
     _check_new(opened, network, (quantized.scheme,))
-    folder = scheme_folder(network.candidate, str(quantized.scheme))
+    folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
     found = record(evaluation, trained, quantized, data, seed, folder, runtime, measured)
     facts = metadata(opened.config, opened.space, found, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(found, folder)
-    frame = requantized_frame(opened)
-    write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
+    if scratch is None:
+        frame = requantized_frame(opened)
+        write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
     return RecordedNetwork(found, network.candidate, folder)
 
 

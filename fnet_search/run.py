@@ -23,6 +23,7 @@ from fnet_search.macro import Macroarchitecture
 from fnet_search.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 from fnet_search.outcome import Outcome, cautions
 from fnet_search.plan import cost_table
+from fnet_search.plugins import fault
 from fnet_search.policy import (
     FIXED_PLANS,
     HELD_OUT,
@@ -35,7 +36,7 @@ from fnet_search.policy import (
     load_policy,
     requirements,
 )
-from fnet_search.quantities import counted
+from fnet_search.quantities import counted, counts_meant
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.request import Machine, Request, as_json, completed
@@ -312,10 +313,12 @@ def _search(
 def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
     table = cost_table(space)
     fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
+    most = table.fixed.params + sum(max(cost.params for cost in costs) for costs in table.by_layer.values())
     if constraints.params is not None and constraints.params < fewest:
+        units = counts_meant(str(constraints.params), "", fewest, most)
         raise FnetError(
             f"a limit of {constraints.params:,} parameters is below the smallest network of space {space.name!r}, "
-            f"which has {fewest:,}"
+            f"which has {fewest:,}{f'; did you mean {units[0]}?' if units else ''}"
         )
 
 
@@ -407,10 +410,16 @@ def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | No
     explain = getattr(policy, "explain", None)
     if record.winner is None or record.probes is None or explain is None:
         return None
-    with suppress(FnetError):  # the winner may have been found by other means
+    try:
         found = explain(record.history(), record.winner.plan)
-        return found if isinstance(found, Explanation) else None
-    return None
+    except FnetError:  # the winner may have been found by other means
+        return None
+    except Exception as error:
+        name = type(policy).__name__
+        raise FnetError(
+            f"policy {name} failed to explain the winner: {fault(error, type(policy).__module__)}"
+        ) from error
+    return found if isinstance(found, Explanation) else None
 
 
 def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryFile
 from typing import Any
 from uuid import uuid4
 
@@ -121,6 +122,24 @@ class RunFolder:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         earlier = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
         return {**config, "data": {**earlier, **config["data"]}}
+
+    @property
+    def writable(self) -> bool:
+        """Tried, since neither permissions nor root's rights tell of a file system that is only to be read."""
+        try:
+            with TemporaryFile(dir=self.path):
+                return True
+        except OSError:
+            return False
+
+    @contextmanager
+    def locked_if_writable(self) -> Iterator[bool]:
+        """`locked`, where the folder can be written; gives whether it can."""
+        if self.writable:
+            with self.locked():
+                yield True
+        else:
+            yield False
 
     @contextmanager
     def locked(self) -> Iterator[None]:

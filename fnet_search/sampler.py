@@ -22,7 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fnet_search.asktell import REFUSALS_IN_A_ROW, suggestion
+from fnet_search.asktell import check_refusal, suggestion
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan, legal_rates, plan_cost
@@ -206,10 +206,9 @@ class PolicySampler(BaseSampler):
     def _next(self, history: History) -> FactorizationPlan | None:
         if self._asked is not None and self._asked[0] == history:
             return self._asked[1]
-        last = history.evaluations[-REFUSALS_IN_A_ROW:]
-        if len(last) == REFUSALS_IN_A_ROW and all(one.state == "refused" for one in last):
-            raise FnetError(f"{REFUSALS_IN_A_ROW} plans in a row had to be refused, lastly: {last[-1].reason}")
         plan = suggestion(self.policy, history)
+        if plan is not None and (reason := history.refusal(plan)):
+            check_refusal(history, plan, reason)
         self._asked = history, plan
         return plan
 

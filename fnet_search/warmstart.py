@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
 from fnet_search.layers import BatchNorm, Conv
-from fnet_search.macro import INPUT, Macroarchitecture, Node
+from fnet_search.macro import INPUT, PARTS, Macroarchitecture, Node
 from fnet_search.network import Network, module_key, walk
 from fnet_search.ranges import Batches
 
@@ -28,8 +28,6 @@ PLACES = 12_288
 """Random places of the feature maps, over all samples, that a layer is fitted on."""
 PATCH_RIDGE, POINTWISE_RIDGE = 1e-2, 1e-4
 """What least squares add to each variance that they read, as a share of the mean one."""
-
-PARTS = ("grouped", "norm", "relu", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ def _changed(parent: Macroarchitecture, child: Macroarchitecture) -> list[str]:
 
 def _rates(network: Macroarchitecture) -> dict[str, int]:
     """Rates above 1."""
-    names = [node.name.removesuffix(".grouped") for node in network.order if node.name.endswith(".grouped")]
+    nodes = [node for node in network.order if node.name.endswith(".grouped") and isinstance(node.layer, Conv)]
+    names = [node.name.removesuffix(".grouped") for node in nodes]
     return {name: _conv(network, f"{name}.grouped").groups for name in names if f"{name}.pointwise" in network.by_name}
 
 

@@ -1,5 +1,6 @@
 """The command line as the tests call it."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -44,6 +45,27 @@ def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     yield call
     signal.signal(signal.SIGTERM, handler)
     optuna.logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def read_only() -> Iterator[Callable[[Path], None]]:
+    """Makes a folder one that may only be read; by root too, who is bound by permissions meanwhile."""
+    libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, rights)
+    before, found = rights[0], list[Path]()
+    rights[0] &= ~(1 << 1)  # CAP_DAC_OVERRIDE
+    libc.capset(header, rights)
+
+    def lock(folder: Path) -> None:
+        for path in [folder, *folder.rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+            found.append(path)
+
+    yield lock
+    for path in found:
+        path.chmod(0o755)
+    rights[0] = before
+    libc.capset(header, rights)
 
 
 @pytest.fixture

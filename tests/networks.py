@@ -54,8 +54,8 @@ MIXED = Macroarchitecture(
     (3, 12, 10),
     (
         Node("stem", Conv(8, (3, 3), padding=(1, 1)), (INPUT,)),
-        Node("stem.norm", BatchNorm(), ("stem",)),
-        Node("stem.act", Activation("relu"), ("stem.norm",)),
+        Node("stem.bn", BatchNorm(), ("stem",)),
+        Node("stem.act", Activation("relu"), ("stem.bn",)),
         Node("grouped", Conv(8, (3, 3), padding=(2, 2), dilation=(2, 2), groups=4, bias=True), ("stem.act",)),
         Node("sum", Add(), ("grouped", "stem.act")),
         Node("sum.act", Activation("relu6"), ("sum",)),

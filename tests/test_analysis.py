@@ -252,6 +252,13 @@ def shown(one: NetworkAnalysis, width: int) -> str:
     return console.file.getvalue()
 
 
+def test_a_layer_of_a_long_name_has_a_row_on_a_narrow_terminal() -> None:
+    one = made(part("a" * 200, 0.03), part("b"))
+    lines = shown(one, 60).splitlines()
+    assert "".join(line[:25].strip() for line in lines).count("a") >= 200
+    assert [f"{100 * one.layers[0].sensitivity.only_accuracy:.1f}" in line for line in lines].count(True) == 1
+
+
 def test_terminal_table_marks_the_costliest(analyses: tuple[NetworkAnalysis, ...]) -> None:
     one = analyses[0]
     lines = shown(one, 140).splitlines()

@@ -1,13 +1,14 @@
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from fnet_policies import LayerGuided, ProgressiveDoubling, Random, ReversePyramid
-from fnet_search.asktell import REFUSALS_IN_A_ROW, AskTell
+from fnet_search.asktell import REFUSALS_IN_A_ROW, REPEATS_IN_A_ROW, AskTell
 from fnet_search.errors import FnetError
 from fnet_search.macro import load_space
 from fnet_search.metric import ClassResult
-from fnet_search.plan import FactorizationPlan, plan_cost, regular, reverse_pyramid, uniform
+from fnet_search.plan import FactorizationPlan, from_indices, plan_cost, regular, reverse_pyramid, uniform
 from fnet_search.policy import Constraints, Evaluation, History
 from fnet_search.testing import made_up_evaluation, made_up_probes
 
@@ -124,7 +125,7 @@ def test_balanced_accuracy_wants_results_by_class() -> None:
 
 
 def test_probes_reach_the_policy_or_are_asked_for() -> None:
-    with pytest.raises(FnetError, match=r"LayerGuided needs probes .*\.probe_network"):
+    with pytest.raises(FnetError, match=r"LayerGuided needs probes .*\.probes_for"):
         AskTell(LayerGuided(), TINY)
     assert AskTell(LayerGuided(), TINY, probes=made_up_probes(TINY)).ask() is not None
 
@@ -146,6 +147,24 @@ def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end() -> None:
             return regular(TINY)
 
     loop = AskTell(Stubborn(), TINY, CEILING)
-    with pytest.raises(FnetError, match="1000 plans in a row that had to be refused, lastly: repeats candidate 0"):
+    message = "suggests plan regular again and again; refused 10 times in a row: repeats candidate 0"
+    for _ in range(2):  # asked once more it is refused at once
+        with pytest.raises(FnetError, match=message):
+            loop.ask()
+        assert len(loop.evaluations) == REPEATS_IN_A_ROW
+    mended = AskTell(ReversePyramid(), TINY, CEILING, evaluations=loop.evaluations)
+    assert mended.ask() is not None
+
+
+def test_a_policy_may_pass_many_plans_above_the_ceilings() -> None:
+    """Not a thousand in a row."""
+    plans = [from_indices(SPACE, (*chosen, 0, 0, 0, 0)) for chosen in product(range(7), range(7), range(7), range(8))]
+
+    class Walking:
+        def suggest(self, history: History) -> FactorizationPlan:
+            return plans[history.number]
+
+    loop = AskTell(Walking(), SPACE, Constraints(conv_macs=40_000_000))
+    with pytest.raises(FnetError, match=r"suggested 1000 plans in a row that had to be refused, lastly: .* exceed the"):
         loop.ask()
     assert len(loop.evaluations) == REFUSALS_IN_A_ROW

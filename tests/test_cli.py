@@ -3,7 +3,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from networks import compiled
 from PIL import Image
 
 from fnet_search import resources
+from fnet_search.cli import main
 from fnet_search.weights import read_tensors
 
 # What a user gets
@@ -143,15 +146,21 @@ def test_a_policy_of_a_third_party_is_used_by_name(
     assert "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 405,504" in out
     assert out.splitlines()[-1] == "no candidate was trained; see runs/tiny-digits-once-50pct"
     failures = {
-        "raises": "policy Raises failed at suggestion 0: ValueError: no plan today",
-        "illegal": "policy Illegal failed at suggestion 0: "
-        "FnetError: illegal rate 3 for layer 'conv_8'; legal rates: 1, 2, 4, 8",
+        "raises": "policy Raises failed at suggestion 0: ValueError: no plan (site/theirs.py, line 7)",
+        "illegal": "policy Illegal failed at suggestion 0: illegal rate 3 for layer 'conv_8'; legal rates: 1, 2, 4, 8",
         "idle": "policy 'idle' has no method suggest(history)",
-        "missing": "policy 'missing' cannot be loaded: module 'theirs' has no attribute 'Missing'",
+        "missing": "policy 'missing' cannot be loaded: AttributeError: module 'theirs' has no attribute 'Missing'",
     }
     for name, message in failures.items():
         code, _, err = fnet("run", *TINY, *plain, "--policy", name)
         assert (code, err) == (2, f"fnet-search: {message}\n")
+    code, _, err = fnet("run", *TINY, *plain, "--policy", "raises", "--debug")
+    assert code == 2
+    trace, line = err.split("fnet-search: ")
+    assert line == f"{failures['raises']}\n"
+    assert trace.startswith("Traceback (most recent call last):\n")
+    assert 'theirs.py", line 7, in suggest\n    raise ValueError' in trace
+    assert fnet("--debug", "run", *TINY, *plain, "--policy", "idle")[2].startswith("Traceback")
 
 
 # Bad input
@@ -177,7 +186,10 @@ def test_budgets_below_the_smallest_network(refused: Callable[..., str], budget:
     )
 
 
-@pytest.mark.parametrize(("budget", "meant"), [("45", "45%"), ("99.5", "99.5%"), ("39", ""), ("120", "120%")])
+@pytest.mark.parametrize(
+    ("budget", "meant"),
+    [("45", "45%"), ("99.5", "99.5%"), ("39", ""), ("120", ""), ("500", "500KMAC"), ("0.5", "0.5MMAC or 50%")],
+)
 def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, meant: str) -> None:
     line = refused("run", "--space", "tiny", "--budget", budget)
     assert line.endswith(f"did you mean {meant}?" if meant else "of the regular one)")
@@ -441,6 +453,31 @@ def test_a_password_in_a_storage_url_is_not_kept(fnet: Callable, tmp_path: Path,
     assert "'mysql://me:***@host/db' wanted" in err
 
 
+def test_a_terminal_without_the_letters_of_a_path(
+    fnet: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In tables, lines and errors, and where the name of a file is no text at all."""
+    space = (resources.folder("spaces") / "tiny.toml").read_text().replace("conv_8", "conv_é")
+    for name in ("netz-ñ.toml", os.fsdecode(b"netz-\xff.toml")):
+        (tmp_path / name).write_text(space)
+        out, err = (TextIOWrapper(BytesIO(), encoding="ascii", errors="strict") for _ in range(2))
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            patched.setattr(sys, "stderr", err)
+            for command, expected in ((("show", name), 0), (("report", name), 2)):
+                patched.setattr(sys, "argv", ["fnet-search", *command])
+                with pytest.raises(SystemExit) as end:
+                    main()
+                assert (end.value.code or 0) == expected
+        table, line = (stream.detach().getvalue() for stream in (out, err))  # type: ignore[attr-defined]
+        assert b"conv_\\xe9 " in table
+        assert line.startswith(b"fnet-search: ")
+        assert b"netz-" in line
+    code, out_text, _ = fnet("show", "netz-ñ.toml")
+    assert code == 0
+    assert "conv_é " in out_text
+
+
 # Being stopped
 
 
@@ -471,11 +508,13 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
         os.killpg(run.pid, signum)
         _, err = run.communicate()
         assert run.returncode == code
-        assert err.strip() == ("interrupted; the same command goes on from here" if signum == signal.SIGINT else "")
-    told = [[line.partition(";")[0] for line in lines if ": epoch 1 of 3" in line] for lines in said.values()]
-    assert told[0] == told[1], "from its checkpoint: what it had reached is told again"
+        assert err.strip() == ("" if signum == signal.SIGKILL else "interrupted; the same command goes on from here")
+    again = said[signal.SIGINT]
+    assert "candidate 0 goes on from epoch 2" in again
+    assert not any(": epoch 1 of 3" in line for line in again), "what it had reached is not told again"
     code, out, err = fnet(*arguments, *PLAIN, "--out", "stopped")
     assert (code, err) == (3, "")
+    assert "candidate 1 goes on from epoch 2\n" in out
     assert "up to 2 candidates, 1 trained before;" in out
     nearest = out.splitlines()[-1].replace("stopped", "whole")
     assert nearest.startswith("no candidate met the constraints; nearest, missing min_quint8: candidate ")

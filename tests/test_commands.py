@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import Result, files_in
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from fnet_search.data import hold_out, load_dataset
 from fnet_search.export import read_model
@@ -62,6 +64,64 @@ def test_audit_of_the_winner_and_of_every_layer(fnet: Callable, run: Path, winne
     assert out.count("a fresh export in ONNX Runtime") == 2
     assert out.count("  inner activations: 0 of ") == out.count(" codes differ in 0 of ") == 2
     assert files_in(run) == before
+
+
+def test_a_run_that_may_only_be_read_is_shown(fnet: Callable, run: Path, winner: str, read_only: Callable) -> None:
+    read_only(run)
+    before = files_in(run)
+    commands = {
+        "audit": ("audit", "run"),
+        "export": ("export", "run", "-o", "model.onnx"),
+        "quantize": ("quantize", "run", "--candidate", winner, "--ranges", "mse"),
+        "analyze": ("analyze", "run", "--images", "50"),
+        "latency": ("latency", "run", "--rounds", "2"),
+    }
+    out = {}
+    for name, command in commands.items():
+        code, out[name], err = fnet(*command)
+        assert (code, err) == (0, ""), name
+    only_shown = "run cannot be written: what was found is shown here only"
+    assert [name for name, text in out.items() if text.splitlines()[-1] == only_shown] == [
+        "quantize",
+        "analyze",
+        "latency",
+    ]
+    assert "0 of 3,600 output codes" in out["audit"]
+    assert f"│ {winner}/mse " in out["quantize"]
+    assert "conv_16_1" in out["analyze"]
+    assert "fp32 / quint8" in out["latency"]
+    assert files_in(run) == before
+    code, _, err = fnet("report", "run")
+    assert code == 2
+    assert err.startswith("fnet-search: cannot write to run: ")
+
+
+def test_a_run_whose_images_lie_elsewhere(fnet: Callable, refused: Callable, run: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 2), ("test", 1)):
+        for name, number in product("0123456789", range(count)):
+            (tmp_path / "here" / part / name).mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "here" / part / name / f"{number}.png")
+    recorded = hold_out(load_dataset("imagefolder:here", (3, 32, 32))).fingerprint()
+    config = json.loads((run / "config.json").read_text())
+    config |= {"dataset": "imagefolder:/server/images", "data": {**config["data"], "fingerprint": recorded}}
+    (run / "config.json").write_text(json.dumps(config))
+    audit, analyze = ("audit", "run", "--candidate", "0"), ("analyze", "run")
+    quantize = ("quantize", "run", "--candidate", "0", "--ranges", "mse")
+    for command in (audit, analyze, quantize):
+        wanted = "the run's images are not in /server/images here; name the same ones with --dataset"
+        assert refused(*command) == wanted
+    there = ("--dataset", "imagefolder:here")
+    assert "0 of 100 output codes" in fnet(*audit, *there)[1]
+    assert fnet(*analyze, *there)[1].splitlines()[-1].startswith("run/analysis/layers.csv")
+    assert "its ID is 0/mse" in fnet(*quantize, *there)[1]
+    shutil.copy(tmp_path / "here/train/0/0.png", tmp_path / "here/train/0/1.png")
+    now = hold_out(load_dataset("imagefolder:here", (3, 32, 32))).fingerprint()
+    assert refused(*audit, *there) == (
+        f"data set imagefolder:here is not what the run had: its fingerprint is {now}, then it was {recorded}"
+    )
+    assert refused(*analyze, "--dataset", "digit") == "unknown data set 'digit'; did you mean 'digits'?"
 
 
 def test_audit_finds_a_weight_that_was_changed(fnet: Callable, run: Path, winner: str) -> None:

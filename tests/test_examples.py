@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fnet_search.macro import load_space
+from fnet_search.plan import legal_rates
+
 ROOT = Path(__file__).parent.parent
 HUB = ROOT / "hub" / "package" / "samplers" / "fnet_progressive"
 
@@ -35,6 +38,17 @@ def test_the_bare_loop_trains_what_the_policy_suggests() -> None:
     assert refused == "not trained: init1 (696,320 conv MACs exceed the budget of 600,000)"
     assert best == f"best: {max(accuracies, key=accuracies.__getitem__)}"
     assert max(accuracies.values()) > 50
+
+
+def test_the_layer_guided_loop_asks_for_what_its_probes_say() -> None:
+    first, *rows, best = python(ROOT / "examples" / "layer_guided.py").splitlines()
+    changes = sum(len(rates) - 1 for rates in legal_rates(load_space("tiny")).values())
+    assert first == f"{changes} probes, each on 128 images"
+    found = {row.split()[0]: (int(row.split()[1].replace(",", "")), float(row.split()[-2])) for row in rows}
+    assert 1 <= len(found) <= 3
+    assert all(macs <= 0.6 * 811_008 for macs, _ in found.values())
+    assert best == f"best: {max(found, key=lambda name: (found[name][1], -found[name][0]))}"
+    assert found[best.removeprefix("best: ")][1] > 50
 
 
 def test_the_evolution_begins_with_the_pyramids() -> None:

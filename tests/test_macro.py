@@ -1,7 +1,10 @@
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import SCALED
 
 from fnet_search.errors import FnetError
@@ -207,6 +210,13 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
         ('kind = "add"\ninputs = ["stem", "input"]', "cannot add shapes (8, 8, 8) and (3, 8, 8); they must be equal"),
         ('kind = "dense"\nout_features = 4', "needs a vector as input, got shape (8, 8, 8); put a flatten before it"),
         ('kind = "conv"\nout_channels = 8\nkernel = 9', "its 9x9 window does not fit into the 8x8 input"),
+        (
+            'kind = "conv"\nout_channels = 8\nkernel = 6\ndilation = 2\npadding = 1',
+            "its 11x11 window does not fit into the 10x10 input, padding included",
+        ),
+        ('kind = "pool"\nkernel = 9', "its 9x9 window does not fit into the 8x8 input"),
+        ('kind = "pool"\nkernel = [11, 2]\npadding = 1', "its 11x2 window does not fit into the 10x10 input, padding"),
+        ('kind = "pool"\nkernel = 10\nstride = 1\nceil = true', "its 10x10 window does not fit into the"),
         ('kind = "conv"\nout_channels = 8\ngroups = 3', "groups = 3 does not divide its 8 input and 8 output channels"),
         ('kind = "conv"', "a conv layer needs 'out_channels'"),
         ('kind = "conv"\nout_channels = 0', "out_channels must be at least 1, got 0"),
@@ -220,6 +230,8 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
         ('kind = "activation"\nfunction = "rleu"', "unknown activation function 'rleu'; did you mean 'relu'?"),
         ('kind = "pool"\nreduction = "mean"', "unknown pool reduction 'mean'; did you mean 'max'?"),
         ('kind = "pool"\npadding = 2', "padding must be between 0 and half the kernel"),
+        ('kind = "pool"\nstride = 0', "stride must be at least 1"),
+        ('kind = "conv"\nout_channels = 8\ndilation = 0', "dilation must be at least 1"),
         ('kind = "batch_norm"\neps = 0', "eps must be positive, got 0"),
     ],
 )
@@ -240,6 +252,74 @@ def test_names_must_differ(tmp_path: Path) -> None:
     assert message.startswith("FILE, line 10: layer 'stem' (number 2): this name is taken")
     assert "layer 'input'" in fault(tmp_path, HEAD.replace("stem", "input") + TAIL)
     assert "layer '?' (number 2): needs a name" in fault(tmp_path, HEAD + '[[layer]]\nkind = "activation"\n' + TAIL)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a\nb", "a\tb", "a\x00b", "a\u202eb", " a", "a ", "a" * 201], ids=lambda name: repr(name)[:12]
+)
+def test_a_name_is_a_line(name: str) -> None:
+    with pytest.raises(FnetError, match=r"\(number 1\): a name is one line of 1 to 200 characters") as caught:
+        Macroarchitecture("n", (3, 8, 8), (Node(name, Flatten(), (INPUT,)),))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (("s.1", "s/1"), "layer 's/1' (number 3): the name 's/1' is taken by layer 's.1'"),
+        (("conv", "conv.grouped"), "layer 'conv.grouped' (number 3): the name 'conv.grouped' is taken by layer 'conv'"),
+        (("conv.relu", "conv"), "layer 'conv' (number 3): the name 'conv.relu' is taken by layer 'conv.relu'"),
+        (("conv", "conv/pointwise"), "the name 'conv/pointwise' is taken by layer 'conv'"),
+    ],
+)
+def test_names_must_differ_in_weights_and_when_factorized(
+    names: tuple[str, str], complaint: str, tmp_path: Path
+) -> None:
+    layers = [
+        f'[[layer]]\nname = "{name}"\nkind = "conv"\nout_channels = 8\npadding = 1\nfactorize = {factorize}\n'
+        for name, factorize in zip(names, ("false" if names[0] == "conv.relu" else "true", "true"), strict=True)
+    ]
+    message = fault(tmp_path, HEAD + "".join(layers) + TAIL)
+    assert message.startswith(f"FILE, line {10 + layers[0].count(chr(10))}: layer {names[1]!r} (number 3): ")
+    assert complaint in message
+
+
+def test_the_names_of_parts_are_free_where_nothing_is_factorized() -> None:
+    nodes = (Node("a", Conv(4), (INPUT,)), Node("a.grouped", Conv(4), ("a",)), Node("flat", Flatten(), ("a.grouped",)))
+    space = Macroarchitecture("n", (3, 8, 8), nodes)
+    with pytest.raises(FnetError, match=r"the name 'a\.grouped' is taken by layer 'a'"):
+        factorizing(space, ["a"])
+
+
+@pytest.mark.parametrize("reduction", ["max", "average", "conv"])
+def test_windows_are_those_of_torch(reduction: str) -> None:
+    """And what torch refuses is refused."""
+    refused = 0
+    for n, k, s, p, more in product(range(1, 8), range(1, 6), range(1, 4), range(4), (False, True)):
+        x = torch.empty(1, 1, n, 8, device="meta")
+        kernel, stride, padding = (k, 1), (s, 1), (p, 0)
+        try:
+            if reduction == "max":
+                wanted = F.max_pool2d(x, kernel, stride, padding, ceil_mode=more)
+            elif reduction == "average":
+                wanted = F.avg_pool2d(x, kernel, stride, padding, more)
+            else:
+                wanted = F.conv2d(x, torch.empty(1, 1, *kernel, device="meta"), None, stride, padding, 1 + more)
+        except RuntimeError:
+            wanted = None
+        try:
+            layer = (
+                Conv(1, kernel, stride, padding, (1 + more, 1 + more))
+                if reduction == "conv"
+                else Pool(reduction, kernel, stride, padding, more)  # type: ignore[arg-type]
+            )
+            found = layer.output_shape([(1, n, 8)])
+        except FnetError:
+            found = None
+        assert found == (wanted if wanted is None else tuple(wanted.shape[1:])), (n, k, s, p, more)
+        refused += found is None
+    assert 100 < refused < 500
 
 
 def test_a_loose_end_is_named(tmp_path: Path) -> None:

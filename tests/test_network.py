@@ -1,3 +1,4 @@
+import pickle
 import weakref
 from math import prod, sqrt
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from networks import MIXED, RESIDUAL, SCALED, STEPS, compiled, normal, randomized, sequence
-from torch import Tensor
+from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Pool
@@ -56,6 +57,34 @@ def test_a_walk_hands_inputs_over_in_order() -> None:
     assert run(network, "x", lambda node, inputs: f"{node.name}({', '.join(inputs)})") == written["e"]
 
 
+def test_a_layer_may_be_called_what_torch_calls_its_own() -> None:
+    """The names of every attribute of its modules, at once; and what else is odd."""
+    names = [name for name in dir(nn.ModuleDict()) if name != "training"] + [
+        "training",
+        "a b",
+        "s/1",
+        "層",
+        "[x]",
+        "$x^{$",
+    ]
+    space = sequence((3, 4, 4), **{name: Conv(2, (1, 1), bias=True) for name in names}, flat=Flatten())
+    network = build(space)
+    assert len(network.state_dict()) == 2 * len(names)
+    copy = pickle.loads(pickle.dumps(build(space, seed=1)))
+    copy.load_state_dict(network.state_dict())
+    copy.train().to(torch.float64).to(memory_format=torch.channels_last).float().eval()
+    assert not any(module.training for module in copy.modules())
+    x = normal(2, 3, 4, 4)
+    assert torch.equal(copy(x), network.eval()(x))
+    assert copy.layer("type") is [*copy.layers.values()][names.index("type")]
+
+
+def test_weights_are_called_after_their_layers() -> None:
+    """As in the files of all runs so far."""
+    space = sequence((3, 4, 4), **{"a.b": Conv(2), "s/1": BatchNorm(), "flat": Flatten(), "out": Dense(2)})
+    assert list(build(space).state_dict())[:3] == ["layers.a/b.weight", "layers.s/1.weight", "layers.s/1.bias"]
+
+
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
@@ -103,7 +132,7 @@ def test_every_layer_does_what_it_says() -> None:
         return F.batch_norm(x, mean, var, gain, offset, training=False, eps=1e-3)
 
     x = normal(4, *MIXED.input_shape)
-    stem = F.relu(norm(F.conv2d(x, weights["stem.weight"], padding=1), "stem.norm"))
+    stem = F.relu(norm(F.conv2d(x, weights["stem.weight"], padding=1), "stem.bn"))
     grouped = F.conv2d(stem, weights["grouped.weight"], weights["grouped.bias"], padding=2, dilation=2, groups=4)
     total = (grouped + stem).clamp(0, 6)
     two = F.conv2d(total, weights["two.weight"])

@@ -305,7 +305,7 @@ def test_a_third_partys_policy_is_found_by_name() -> None:
     [
         ("steadi", "unknown policy 'steadi'; did you mean 'steady'?"),
         ("mute", "policy 'mute' has no method suggest(history)"),
-        ("broken", "policy 'broken' cannot be loaded: no licence"),
+        ("broken", "policy 'broken' cannot be loaded: ValueError: no licence ("),
         ("gone", "policy 'gone' cannot be loaded: "),
     ],
 )
@@ -342,7 +342,7 @@ def test_requirements_are_known_or_refused() -> None:
 
 @pytest.mark.parametrize("name", ["layer-guided", "greedy", "fisher"])
 def test_without_probes_the_method_to_provide_is_named(name: str) -> None:
-    with pytest.raises(FnetError, match=r"needs probes .* fnet_search\.probes\.probe_network .*History\(probes=...\)"):
+    with pytest.raises(FnetError, match=r"needs probes .* fnet_search\.probes_for, .*History\(probes=...\)"):
         load_policy(name).suggest(History(TINY))
 
 
@@ -408,6 +408,18 @@ def test_a_policy_of_a_file(tmp_path: Path, name: str) -> None:
             "Halving",
             "policy mine.py:Halving cannot be loaded: ModuleNotFoundError: ",
         ),
+        (
+            "def of():\n    return {}['x']\nHalving = of()",
+            "Halving",
+            "cannot be loaded: KeyError: 'x' (mine.py, line 2)",
+        ),
+        (
+            "import json\nclass Halving:\n    def __init__(self):\n        json.loads('{')",
+            "Halving",
+            "cannot be loaded: JSONDecodeError: Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1) (mine.py, line 4)",
+        ),
+        ("class Halving\n", "Halving", "cannot be loaded: SyntaxError: expected ':' (mine.py, line 1)"),
         (None, "Halving", "policy mine.py:Halving: the file mine.py does not exist"),
     ],
 )

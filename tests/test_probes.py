@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from math import log10
 from pathlib import Path
@@ -9,24 +10,29 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from evaluations import residual_space
 from networks import CPU, MIXED, digits
+from torch import nn
 
 import fnet_search.probes
-from fnet_search.data import DataSet, Split
+from fnet_policies import LayerGuided
+from fnet_search.asktell import AskTell
+from fnet_search.data import DataSet, Split, hold_out
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import (
     TRANSFORM_SAMPLES,
+    WEIGHTS,
     Job,
     Setup,
     Start,
     evaluate,
     load_quantized,
     load_trained,
+    write_codes,
 )
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, legal_rates, make_plan, parse_plan, plan_cost, regular
-from fnet_search.policy import Probe, Probes
+from fnet_search.policy import Probe, Probes, parse_constraints
 from fnet_search.prepare import (
     calibration,
     folded_for,
@@ -41,6 +47,7 @@ from fnet_search.probes import (
     probe_network,
     probe_tasks,
     probed_images,
+    probes_for,
     probes_from,
     tail,
 )
@@ -49,6 +56,7 @@ from fnet_search.ranges import calibrate
 from fnet_search.recipe import load_recipe
 from fnet_search.scheme import parse_scheme
 from fnet_search.warmstart import warm_start
+from fnet_search.weights import read_state
 
 TINY = load_space("tiny")
 RECIPE = load_recipe("quick").with_epochs(1)
@@ -333,3 +341,74 @@ def test_a_tenth_of_the_validation_images_is_probed_on(held_out: int, images: in
     assert len(found) == images
     counts = found.labels.bincount()
     assert int(counts.max() - counts.min()) <= 1
+
+
+def net() -> nn.Sequential:
+    """A user's network, whose names in weights are its own."""
+    torch.manual_seed(1)
+    convolutions = [nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def test_probes_for_a_loop_of_ones_own_are_those_of_a_search(data: DataSet, start: Start, probes: Probes) -> None:
+    """Of the same weights, given as they may be, on the same images."""
+    path = start.folder / WEIGHTS
+    images = replace(data, evaluation=data.test, test=data.test)
+    held = hold_out(images)
+    setup = replace(setup_of(), seed=0)
+    with_codes = probes_for(TINY, path, held, scheme="percentile:1", fisher=True)
+    assert with_codes == probes_for("tiny", read_state(path), images, scheme=parse_scheme("percentile:1"), fisher=True)
+    assert (with_codes.number, with_codes.plan) == (0, regular(TINY))
+    trained = load_trained(TINY, regular(TINY), start.folder)
+    prepared = prepare(trained, setup.scheme, held, 0)
+    write_codes(start.folder / "again", regular(TINY), trained, prepared.network, setup.scheme)
+    shutil.copy(path, start.folder / "again" / WEIGHTS)
+    again = replace(start, number=0, folder=start.folder / "again")
+    assert with_codes == probe_network(setup, held, again, fisher=True)
+    assert [(one.layer, one.rate) for one in with_codes.changes] == [(one.layer, one.rate) for one in probes.changes]
+
+
+def test_probes_for_a_module_and_tensors(data: DataSet) -> None:
+    model, other = net().train(), net()
+    with torch.no_grad():
+        other[2].weight.mul_(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    given = data.normalise(data.train.images[:200, :, ::4, ::4]), data.train.labels[:200]
+    found = probes_for(model, None, given)
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    space = Macroarchitecture.from_module(model, given[0][:1])
+    assert [(one.layer, one.rate) for one in found.changes] == [
+        (layer, rate) for layer, rates in legal_rates(space).items() for rate in rates[1:]
+    ]
+    assert AskTell(LayerGuided(), space, parse_constraints(space, "80%"), probes=found).ask() is not None
+    assert probes_for(space, None, given) == found
+    assert probes_for(model, other.state_dict(), given) == probes_for(other, None, given) != found
+    float_mean = given[0].mean((0, 2, 3))
+    shifted = (given[0] - float_mean[:, None, None], given[1])
+    assert probes_for(model, None, shifted) != found, "tensors are read as they are"
+
+
+@pytest.mark.parametrize(
+    ("network", "weights", "images", "complaint"),
+    [
+        ("tiny", None, "digits", "space 'tiny' has no weights; give a file or a state dict"),
+        (net(), {"0.weight": torch.zeros(1)}, "digits", "do not fit: '0.bias' is missing"),
+        (net(), "nowhere.pt", "digits", "the weights file nowhere.pt does not exist"),
+        (net(), None, "digit", "unknown data set 'digit'; did you mean 'digits'?"),
+        (net()[:1] + net()[3:], None, "digits", "there is nothing to factorize in"),
+        (
+            Macroarchitecture.from_module(net(), torch.zeros(1, 3, 16, 16)),
+            None,
+            (torch.zeros(40, 3, 32, 32), torch.arange(40) % 10),
+            "the network is for images of 3x16x16, 10 classes; the data are 3x32x32, 10 classes",
+        ),
+        (net(), None, (torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.arange(40) % 10), "images must be float32"),
+        (net(), None, (torch.zeros(40, 3, 32, 32), torch.zeros(30)), "images must be float32 [N, C, H, W]"),
+    ],
+)
+def test_what_probes_cannot_be_measured_of(network: Any, weights: Any, images: Any, complaint: str) -> None:
+    with pytest.raises(FnetError) as caught:
+        probes_for(network, weights, images)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)

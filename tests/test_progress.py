@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from evaluations import failed, pruned, refused, trained
+from evaluations import failed, outcome, pruned, refused, trained
 from rich.console import Console
 
 from fnet_search import progress as module
@@ -13,7 +13,7 @@ from fnet_search.evaluate import Job, Setup, Start
 from fnet_search.macro import load_space
 from fnet_search.metric import ClassResult
 from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan, depthwise, make_plan, plan_cost, regular, uniform
+from fnet_search.plan import FactorizationPlan, depthwise, legal_rates, make_plan, plan_cost, regular, uniform
 from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.recipe import Fidelity, load_recipe
@@ -114,12 +114,20 @@ def test_what_is_read_from_a_checkpoint_took_no_time(time: list[float]) -> None:
     shown, out = begun(trials=2)
     shown.show(started(0, F2))
     time[0] += 5
+    before = out.getvalue()
     shown.show(Progressed(0, replace(ENDED, loss=None)))
     shown.show(Progressed(0, replace(ENDED, epoch=2, done=0.5, loss=None)))
-    assert last(out).endswith("; time left: measuring")
+    assert out.getvalue() == before, "no epoch is told again"
+    shown.show(Progressed(0, replace(ENDED, epoch=3, done=0.5, ended=False)))
+    assert last(out) == "candidate 0 goes on from epoch 3"
     time[0] += 10
     shown.show(Progressed(0, replace(ENDED, epoch=3, done=0.75)))
     assert last(out).endswith("; 0:50 left"), "1 + 4 epochs of 10 s"
+    assert out.getvalue().count("goes on") == 1
+    shown.show(started(1, F4))
+    shown.show(Progressed(1, replace(ENDED, epoch=4, done=0.9, loss=None)))
+    shown.show(Progressed(1, replace(ENDED, epoch=4, ended=False, stage="calibrating", done=0.9)))
+    assert last(out) == "candidate 1 goes on after its last epoch"
 
 
 def test_the_time_left_with_some_trained_before_and_several_at_once(time: list[float]) -> None:
@@ -273,7 +281,7 @@ def test_the_table_of_candidates() -> None:
         replace(trained(TINY, F4, 8, 0.8, 0.6), role="final", parent=2),
     )
     out = io.StringIO()
-    Console(file=out, width=180).print(candidates_table(TINY, constraints, evaluations))
+    Console(file=out, width=180).print(candidates_table(outcome(TINY, constraints, evaluations)))
     title, *lines = out.getvalue().splitlines()
     assert title.strip() == "candidates (accuracies on the validation split)"
     rows = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃"]
@@ -336,7 +344,7 @@ def test_balanced_accuracy_is_in_the_table_where_it_says_more(
     one: Evaluation, limits: Constraints, shown: str | None
 ) -> None:
     out = io.StringIO()
-    Console(file=out, width=180).print(candidates_table(TINY, limits, (one,)))
+    Console(file=out, width=180).print(candidates_table(outcome(TINY, limits, (one,))))
     lines = [line for line in out.getvalue().splitlines() if line[0] in "│┃"]
     head, row = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines)
     assert ("balanced %" in head) == (shown is not None)
@@ -349,7 +357,7 @@ def test_a_network_that_answers_always_the_same_is_said_to() -> None:
     one = by_class(trained(TINY, F2, 1, 0.9, 0.9), (90, 90, 90, 100, 100), (10, 0, 0, 0, 0))
     final = replace(by_class(trained(TINY, F2, 3, 0.9, 0.9), (90, 80, 90, 80, 100), (10, 0, 0, 20, 0)), role="final")
     out = io.StringIO()
-    Console(file=out, width=200).print(candidates_table(TINY, Constraints(), (one, replace(final, parent=1))))
+    Console(file=out, width=200).print(candidates_table(outcome(TINY, Constraints(), (one, replace(final, parent=1)))))
     assert f"complete; {said}" in out.getvalue()
     assert "candidate 1 trained on; quint8 predicts class '0' for every image" in out.getvalue()
     shown, lines = begun(trials=2)
@@ -368,7 +376,56 @@ def test_a_search_for_balanced_accuracy_shows_that() -> None:
     assert last(out) == f"candidate 1 (f2) balanced accuracy fp32 {fp32} %, quint8 50.00 % (validation); took 0:40"
 
 
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (60, ["#", "plan", "conv MMAC", "quint8 %", "state"]),
+        (80, ["#", "plan", "conv MMAC", "fp32 %", "quint8 %", "drop %", "state"]),
+        (100, ["#", "plan", "conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "state"]),
+        (120, ["#", "plan", "conv MMAC", "parameters", "fp32 %", "quint8 %", "drop %", "QMSE", "audit", "state"]),
+    ],
+)
+def test_the_table_is_as_wide_as_the_terminal(width: int, columns: list[str]) -> None:
+    """The least important columns are left out; what is there has its width."""
+    space = load_space("factorizenet")
+    plan = make_plan(space, dict(zip(legal_rates(space), (16, 4, 2, 128, 16, 2, 4, 256), strict=True)))
+    evaluations = (
+        refused(space, regular(space), 0, "266,010,624 conv MACs exceed the budget of 120,000,000"),
+        replace(trained(space, plan, 1, 0.9826, 0.9512), audit=Audit(287, 2870, 0, 0)),
+        failed(space, depthwise(space), 12, "its worker died 5 times, lastly with exit code 1"),
+    )
+    out = io.StringIO()
+    Console(file=out, width=width).print(candidates_table(outcome(space, Constraints(), evaluations)))
+    _title, *lines = out.getvalue().splitlines()
+    assert all(len(line) <= width for line in lines)
+    heads, *rows = ([cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines if line[0] in "│┃")
+    assert heads == columns
+    whole = ["".join(cells) for cells in zip(*rows, strict=True)]
+    assert whole[:2] == ["0112", "regular16-4-2-128-16-2-4-256dws"]
+    assert "refused:266,010,624" in whole[-1].replace(" ", "")
+    assert "95.12" in whole[columns.index("quint8 %")]
+    assert "…" not in out.getvalue()
+
+
+@pytest.mark.parametrize(("width", "bars"), [(60, [False] * 3), (80, [False] * 2), (100, [False, True])])
+def test_a_narrow_terminal_has_no_bars(width: int, bars: list[bool]) -> None:
+    """A line each, where it fits; the first has nothing of a bar yet."""
+    shown, _ = begun(trials=2)
+    out = io.StringIO()
+    shown.console = Console(file=out, width=width)
+    shown.show(started(1, F2))
+    shown.show(started(2, make_plan(TINY, {"conv_8": 8, "conv_16_1": 16})))
+    shown.show(Progressed(2, replace(ENDED, done=0.5)))
+    out.truncate(0)
+    shown.console.print(shown._table())
+    *rows, overall = out.getvalue().strip("\0").splitlines()
+    assert "candidates trained" in overall
+    assert ["━" in row for row in rows] == bars
+    assert rows[0].strip() == "candidate 1 (f2): worker starting"
+    assert " ".join("".join(rows[1:]).split()).startswith("candidate 2 (8-16-1): epoch 1 of 4, validation accuracy")
+
+
 def test_the_table_of_nothing() -> None:
     out = io.StringIO()
-    Console(file=out, width=160).print(candidates_table(TINY, Constraints(), ()))
+    Console(file=out, width=160).print(candidates_table(outcome(TINY, Constraints(), ())))
     assert "candidates" in out.getvalue()

@@ -2,7 +2,9 @@ import pytest
 
 from fnet_search.errors import FnetError
 from fnet_search.quantities import (
+    budgets_meant,
     counted,
+    counts_meant,
     millions,
     mmac,
     parse_budget,
@@ -40,6 +42,36 @@ WHOLE = 266_010_624
 )
 def test_budgets(text: str, budget: int) -> None:
     assert parse_budget(text, WHOLE) == budget
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("120", ["120MMAC"]),
+        ("45", ["45MMAC", "45%"]),
+        ("12.6", ["12.6%"]),
+        ("12.5", []),
+        ("0.45", ["45%"]),
+        (".126", [".126GMAC", "12.6%"]),
+        ("0.2", ["0.2GMAC", "20%"]),
+        ("1", []),
+        ("100", ["100MMAC", "100%"]),
+        ("266", ["266MMAC"]),
+        ("267", []),
+        ("34000", ["34000KMAC"]),
+        ("0", []),
+        *((text, []) for text in ("120MMAC", "45%", "", "much", "-5")),
+    ],
+)
+def test_what_a_budget_without_a_unit_may_mean(text: str, meant: list[str]) -> None:
+    """Budgets that some networks meet: from 33.4 to 266.01 MMAC."""
+    assert budgets_meant(text, 33_415_168, WHOLE) == meant
+
+
+def test_what_a_count_without_a_unit_may_mean() -> None:
+    assert counts_meant("2", "", 1_500, 3 * 10**6) == ["2K", "2M"]
+    assert counts_meant("2", "", 2_001, 2 * 10**6) == ["2M"]
+    assert counts_meant("2M", "", 1, 10**12) == []
 
 
 @pytest.mark.parametrize(

@@ -138,10 +138,12 @@ class AskTell:
         """Records what a plan came to, and returns it under the number of its suggestion.
 
         A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
-        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, and for one
-        that was told before.
+        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, for one that
+        was told before, and for a complete evaluation without its quint8 accuracy.
         """
         check_plan(self.space, evaluation.plan)
+        if evaluation.state == "complete" and evaluation.quint8_accuracy is None:
+            raise FnetError(f"plan {evaluation.plan} has no quint8_accuracy; if it failed, say state='failed'")
         number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
         if number is None and evaluation.state != "refused":
             for one in self.evaluations:

@@ -8,6 +8,7 @@ have, and any number of workers can share one policy.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from importlib.metadata import entry_points
 from math import prod
 from typing import Any, Literal, Protocol
@@ -140,13 +141,16 @@ class Evaluation:
     @staticmethod
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
         """One made by a host of its own: the costs are counted here, the other fields are given, as in
-        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, and
-        for an accuracy that is not a fraction of 1."""
+        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, for
+        an accuracy that is not a fraction of 1, and for a complete one without its quint8 accuracy."""
         check_plan(space, plan)
-        for name in ("fp32_accuracy", "quint8_accuracy"):
-            if (value := measured.get(name)) is not None and not 0 <= value <= 1:
+        made = Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
+        needed = {"fp32_accuracy": False, "quint8_accuracy": made.state == "complete"}
+        for name, must in needed.items():
+            value = getattr(made, name)
+            if must if value is None else not 0 <= value <= 1:
                 raise FnetError(f"{name} must be a fraction of 1, got {value}; if it failed, say state='failed'")
-        return Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; `from_json` gives an equal Evaluation back."""
@@ -236,7 +240,8 @@ class Probes:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention).
+    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention): at a limit
+    they are 0, since images are counted and fractions are exact.
 
     `conv_macs` (multiply-accumulates of one image in convolutions, as the paper counts them) and `params` are ceilings
     known before training; `min_quint8` (accuracy) and `max_drop` (relative, from fp32 to quint8) are fractions of 1,
@@ -258,16 +263,21 @@ class Constraints:
     def of_cost(self, cost: Cost) -> dict[str, float]:
         """Violations that need no training."""
         limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
-        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
+        return {name: (value - limit) / limit for name, (value, limit) in limits.items() if limit is not None}
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
         """All violations of an evaluation, those after training only where it was trained."""
         violations = self.of_cost(evaluation.cost)
-        if self.min_quint8 is not None and evaluation.quint8_accuracy is not None:
-            violations["min_quint8"] = (self.min_quint8 - evaluation.quint8_accuracy) / self.min_quint8
-        if self.max_drop is not None and evaluation.state == "complete":
-            drop = 1.0 if evaluation.relative_drop is None else evaluation.relative_drop
-            violations["max_drop"] = (drop - self.max_drop) / (self.max_drop or 1.0)
+        complete, images = evaluation.state == "complete", evaluation.images
+        if self.min_quint8 is not None and (complete or evaluation.quint8_accuracy is not None):
+            floor, quint8 = _exact(self.min_quint8), _exact(evaluation.quint8_accuracy or 0.0, images)
+            violations["min_quint8"] = float((floor - quint8) / (floor or 1))
+        if self.max_drop is not None and complete:
+            fp32, quint8 = (
+                _exact(one or 0.0, images) for one in (evaluation.fp32_accuracy, evaluation.quint8_accuracy)
+            )
+            most, drop = _exact(self.max_drop), (fp32 - quint8) / fp32 if fp32 else Fraction(1)
+            violations["max_drop"] = float((drop - most) / (most or 1))
         return violations
 
     def refusal(self, cost: Cost) -> str:
@@ -297,6 +307,14 @@ class Constraints:
     def feasible(self, evaluation: Evaluation) -> bool:
         """Trained, and every constraint met."""
         return evaluation.state == "complete" and not self.missed(evaluation)
+
+
+def _exact(share: float, images: int = 0) -> Fraction:
+    """The fraction of 1 that a float stands for: so many of the images; where their number is not known, or the share
+    is no count of them, the nearest of a small denominator, which both ``0.05`` and ``2 / 3`` have."""
+    count = round(share * images)
+    counted = images and abs(share * images - count) < 0.01  # some hosts average in float32
+    return Fraction(count, images) if counted else Fraction(share).limit_denominator(10**9)
 
 
 def parse_constraints(

@@ -155,9 +155,12 @@ class AskTell:
 
         A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
         accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, for one that
-        was told before, and for an evaluation without `classes` where balanced accuracy counts.
+        was told before, for a complete evaluation without its quint8 accuracy, and for one without `classes` where
+        balanced accuracy counts.
         """
         check_plan(self.space, evaluation.plan)
+        if evaluation.state == "complete" and evaluation.quint8_accuracy is None:
+            raise FnetError(f"plan {evaluation.plan} has no quint8_accuracy; if it failed, say state='failed'")
         limits = self.constraints
         if limits.metric != "accuracy" and evaluation.state == "complete" and not evaluation.classes:
             raise FnetError(f"{limits.measured} is taken from results by class; give the evaluation its classes=(...)")

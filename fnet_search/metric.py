@@ -3,6 +3,7 @@ taken from. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from math import inf
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -35,6 +36,14 @@ def score(metric: MetricName, counts: Iterable[tuple[int, int]]) -> float | None
     if metric == "accuracy":
         return sum(right for right, _ in known) / sum(images for _, images in known)
     return fmean(right / images for right, images in known)
+
+
+def exact(share: float, images: int = 0) -> Fraction:
+    """The fraction of 1 that a float stands for: so many of the images; where their number is not known, or the share
+    is no count of them, the nearest of a small denominator, which both ``0.05`` and ``2 / 3`` have."""
+    count = round(share * images)
+    counted = images and abs(share * images - count) < 0.01  # some hosts average in float32
+    return Fraction(count, images) if counted else Fraction(share).limit_denominator(10**9)
 
 
 class Scores(NamedTuple):
@@ -72,6 +81,18 @@ class Scored:
         if metric == "accuracy":
             return Scores(self.fp32_accuracy, self.quint8_accuracy)
         return Scores(self.fp32_balanced_accuracy, self.quint8_balanced_accuracy)
+
+    def exact_scores(self, metric: MetricName) -> tuple[Fraction | None, Fraction | None]:
+        """`scores` as the fractions that the images count: at a limit is met."""
+        if metric == "accuracy":
+            fp32, quint8 = (None if one is None else exact(one, self.images) for one in self.scores(metric))
+            return fp32, quint8
+        known = [one for one in self.classes if one.images]
+        if not known:
+            return None, None
+        fp32 = sum((Fraction(one.fp32_right, one.images) for one in known), Fraction()) / len(known)
+        quint8 = sum((Fraction(one.quint8_right, one.images) for one in known), Fraction()) / len(known)
+        return fp32, quint8
 
     def effective_images(self, metric: MetricName) -> float:
         """On how many images an accuracy has the sampling noise of the score; 0: not known.

@@ -7,6 +7,7 @@ have, and any number of workers can share one policy.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from fractions import Fraction
 from importlib.metadata import entry_points
 from math import inf, prod
 from typing import Any, Literal, Protocol, cast, get_args
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from fnet_search.errors import FnetError, unknown
 from fnet_search.macro import Macroarchitecture
-from fnet_search.metric import ClassResult, MetricName, Scored, Scores
+from fnet_search.metric import ClassResult, MetricName, Scored, Scores, exact, score
 from fnet_search.plan import Cost, FactorizationPlan, check_plan, legal_rates, plan_cost, regular, smallest_conv_macs
 from fnet_search.plugins import fault, importable, load_object
 from fnet_search.quantities import budgets_meant, millions, mmac, parse_budget, parse_count, parse_share, percent
@@ -160,13 +161,20 @@ class Evaluation(Scored):
     @staticmethod
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
         """One made by a host of its own: the costs are counted here, the other fields are given, as in
-        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, and
-        for an accuracy that is not a fraction of 1."""
+        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, for
+        an accuracy that is not a fraction of 1, and for a complete one without its quint8 accuracy."""
         check_plan(space, plan)
-        for name in ("fp32_accuracy", "quint8_accuracy"):
-            if (value := measured.get(name)) is not None and not 0 <= value <= 1:
+        classes = measured.get("classes", ())
+        for network in ("fp32", "quint8"):  # which classes tell
+            found = score("accuracy", ((getattr(one, f"{network}_right"), one.images) for one in classes))
+            measured = {f"{network}_accuracy": found, **measured}
+        made = Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
+        needed = {"fp32_accuracy": False, "quint8_accuracy": made.state == "complete"}
+        for name, must in needed.items():
+            value = getattr(made, name)
+            if must if value is None else not 0 <= value <= 1:
                 raise FnetError(f"{name} must be a fraction of 1, got {value}; if it failed, say state='failed'")
-        return Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form; `from_json` gives an equal Evaluation back."""
@@ -267,7 +275,8 @@ class Probes:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention).
+    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention): at a limit
+    they are 0, since images are counted and fractions are exact.
 
     `conv_macs` (multiply-accumulates of one image in convolutions, as the paper counts them) and `params` are ceilings
     known before training; `min_quint8` (accuracy) and `max_drop` (relative, from fp32 to quint8) are fractions of 1,
@@ -292,16 +301,18 @@ class Constraints:
     def of_cost(self, cost: Cost) -> dict[str, float]:
         """Violations that need no training."""
         limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
-        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
+        return {name: (value - limit) / limit for name, (value, limit) in limits.items() if limit is not None}
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
         """All violations of an evaluation, those after training only where it was trained."""
-        violations, scores = self.of_cost(evaluation.cost), evaluation.scores(self.metric)
-        if self.min_quint8 is not None and scores.quint8 is not None:
-            violations["min_quint8"] = (self.min_quint8 - scores.quint8) / self.min_quint8
-        if self.max_drop is not None and evaluation.state == "complete":
-            drop = 1.0 if scores.relative_drop is None else scores.relative_drop
-            violations["max_drop"] = (drop - self.max_drop) / (self.max_drop or 1.0)
+        violations, complete = self.of_cost(evaluation.cost), evaluation.state == "complete"
+        fp32, quint8 = evaluation.exact_scores(self.metric)
+        if self.min_quint8 is not None and (complete or quint8 is not None):
+            floor = exact(self.min_quint8)
+            violations["min_quint8"] = float((floor - (quint8 or 0)) / (floor or 1))
+        if self.max_drop is not None and complete:
+            most, drop = exact(self.max_drop), (fp32 - (quint8 or 0)) / fp32 if fp32 else Fraction(1)
+            violations["max_drop"] = float((drop - most) / (most or 1))
         return violations
 
     def refusal(self, cost: Cost) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 
 from fnet_search.errors import FnetError
 
@@ -24,9 +25,9 @@ def parse_budget(text: str, whole: int) -> int:
     """
     text = text.strip()
     if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
-        budget = int(_decimal(match[1]) * whole / 100)
+        budget = int(Fraction(_decimal(match[1])) * whole / 100)
     elif match := re.fullmatch(rf"{_NUMBER}\s*(?:([KMG]?)MACs?)?", text, re.IGNORECASE):
-        budget = int(_decimal(match[1]) * _UNITS[(match[2] or "").upper()])
+        budget = int(Fraction(_decimal(match[1])) * _UNITS[(match[2] or "").upper()])
     else:
         raise FnetError(f"malformed budget {text!r}; write 120MMAC, 0.12GMAC, 120e6 or 45%")
     if budget < 1:
@@ -66,7 +67,7 @@ def parse_share(text: str, option: str) -> float:
 def parse_count(text: str, option: str) -> int:
     """A positive count from ``2M``, ``250K``, ``2e6`` or ``2000000``. Raises FnetError for anything else."""
     match = re.fullmatch(rf"{_NUMBER}\s*([KMG]?)", text.strip(), re.IGNORECASE)
-    value = int(_decimal(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    value = int(Fraction(_decimal(match[1])) * _UNITS[match[2].upper()]) if match else 0
     if value < 1:
         raise FnetError(f"{option} {text!r} must be a positive number; write 2M, 250K or 2000000")
     return value

@@ -108,7 +108,9 @@ def test_an_evaluation_of_ones_own_counts_the_costs() -> None:
     one = Evaluation.of(TINY, plan, quint8_accuracy=0.5, seed=3)
     assert one == Evaluation(0, plan, plan_cost(TINY, plan), quint8_accuracy=0.5, seed=3)
     with pytest.raises(FnetError, match=r"cannot be factorized|unknown layer"):
-        AskTell(Random(), TINY).tell(Evaluation.of(SPACE, regular(SPACE)))
+        AskTell(Random(), TINY).tell(Evaluation.of(SPACE, regular(SPACE), quint8_accuracy=0.5))
+    with pytest.raises(FnetError, match=r"plan .* has no quint8_accuracy; if it failed, say state='failed'"):
+        AskTell(Random(), TINY).tell(replace(one, quint8_accuracy=None))
 
 
 def test_balanced_accuracy_wants_results_by_class() -> None:

@@ -149,7 +149,7 @@ def every_code(quantized: QuantizedNetwork, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("ranges", ["percentile:1", "minmax", "mse"])
-@pytest.mark.parametrize("level", [0.0, -3.0, -9.0], ids=["dense", "sparse", "zero"])
+@pytest.mark.parametrize("level", [0.0, -3.75, -9.0], ids=["dense", "sparse", "zero"])
 @pytest.mark.parametrize("function", ["relu", "relu6", "hardsigmoid", "hardswish"])
 def test_sparse_activations(function: Function, level: float, ranges: str) -> None:
     """Down to none that is not zero in calibration; then images that are brighter than those."""

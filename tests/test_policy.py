@@ -3,6 +3,7 @@ import re
 import tomllib
 from dataclasses import replace
 from importlib import import_module
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,72 @@ def test_a_limit_is_met_exactly() -> None:
         f"{cost.conv_macs:,} conv MACs exceed the budget of {cost.conv_macs - 1:,}; "
         f"{cost.params:,} parameters exceed the limit of {cost.params - 1:,}"
     )
+
+
+def measured(fp32: float, quint8: float, images: int) -> Evaluation:
+    return replace(REGULAR, fp32_accuracy=fp32, quint8_accuracy=quint8, images=images)
+
+
+@pytest.mark.parametrize("images", [50, 178, 287, 360])
+@pytest.mark.parametrize("known", [True, False], ids=["images known", "images not known"])
+def test_a_drop_at_the_limit_is_met_and_one_image_more_is_not(images: int, known: bool) -> None:
+    """For every percentage, and every accuracy from which it is a whole number of images."""
+    cases = 0
+    for percent in range(1, 100):
+        limit = parse_constraints(TINY, "100%", max_drop=f"{percent}%")
+        for right in range(1, images + 1):
+            lost, rest = divmod(right * percent, 100)
+            if rest:
+                continue
+            cases += 1
+            at, below = (
+                measured(right / images, (right - lost - more) / images, images if known else 0) for more in (0, 1)
+            )
+            assert limit.of(at)["max_drop"] == 0
+            assert limit.feasible(at)
+            assert limit.of(below)["max_drop"] > 0
+    assert cases == sum(images * gcd(percent, 100) // 100 for percent in range(1, 100))
+
+
+@pytest.mark.parametrize(("images", "step"), [(287, 1), (10_000, 37)])
+def test_an_accuracy_at_the_limit_is_met_and_one_image_less_is_not(images: int, step: int) -> None:
+    for right in range(1, images, step):
+        limit = parse_constraints(TINY, "100%", min_quint8=f"{right / images!r}")
+        for known in (0, images):
+            assert limit.of(measured(1.0, right / images, known))["min_quint8"] == 0
+            assert limit.missed(measured(1.0, (right - 1) / images, known)) == ("min_quint8",)
+    assert parse_constraints(TINY, "100%", min_quint8="81.37%").of(measured(1.0, 8137 / 10_000, 0))["min_quint8"] == 0
+
+
+def test_accuracies_of_a_host_are_compared_as_the_decimals_that_they_are() -> None:
+    limit = Constraints(max_drop=0.05)
+    assert limit.of(measured(0.80, 0.76, 0))["max_drop"] == 0
+    assert limit.of(measured(0.812346, 0.7717287, 0))["max_drop"] == 0  # 0.95 * 0.812346
+    assert limit.of(measured(0.812346, 0.7717286, 0))["max_drop"] > 0
+    single = float(np.float32(0.8)), float(np.float32(0.76))  # as float32 has them, of 500 images
+    assert limit.of(measured(*single, 500))["max_drop"] == 0
+    balanced = (0.9 + 0.8 + 0.7) / 3, (0.9 + 0.78 + 0.6) / 3  # no count of the 287 images
+    assert limit.of(measured(*balanced, 287))["max_drop"] == 0
+
+
+def test_a_budget_at_the_limit_is_met() -> None:
+    whole = REGULAR.cost.conv_macs
+    for percent in ("100%", "100.000%", f"{whole}", f"{whole}.0"):
+        limit = parse_constraints(TINY, percent, max_params=REGULAR.cost.params)
+        assert limit.of_cost(REGULAR.cost) == {"conv_macs": 0, "params": 0}
+        assert limit.refusal(REGULAR.cost) == ""
+    assert parse_constraints(TINY, "99.99999999999999999999999999999%").conv_macs == whole - 1
+
+
+def test_what_has_no_quint8_accuracy_is_not_complete() -> None:
+    for accuracy in ({}, {"quint8_accuracy": None}, {"quint8_accuracy": None, "fp32_accuracy": 0.9}):
+        with pytest.raises(
+            FnetError, match=r"quint8_accuracy must be a fraction of 1, got None; if it failed, say sta"
+        ):
+            Evaluation.of(TINY, regular(TINY), **accuracy)
+    for state in ("refused", "pruned", "failed"):
+        assert Evaluation.of(TINY, regular(TINY), state=state).quint8_accuracy is None
+    assert Constraints(min_quint8=0.5).of(replace(REGULAR, quint8_accuracy=None)) == {"min_quint8": 1}
 
 
 def test_no_drop_at_all_may_be_asked_for() -> None:
@@ -363,7 +430,7 @@ def test_a_plan_of_another_space_has_no_evaluation() -> None:
             Evaluation.of(TINY, plan, quint8_accuracy=0.5)
     illegal = FactorizationPlan(tuple((layer, 3) for layer, _ in regular(TINY).rates))
     with pytest.raises(FnetError, match="3"):
-        Evaluation.of(TINY, illegal)
+        Evaluation.of(TINY, illegal, quint8_accuracy=0.5)
 
 
 @pytest.mark.parametrize("limit", [{"conv_macs": 0}, {"params": -1}, {"min_quint8": 0.0}, {"max_drop": -0.1}])

@@ -204,7 +204,7 @@ def _result(evaluation: Evaluation, metric: MetricName) -> str:
     return f"{said}; {evaluation.constant}" if evaluation.constant else said
 
 
-LEAST = ("QCE", "QMSE", "audit", "parameters", "drop %", "fp32 %", "conv MMAC", "95 % interval")
+LEAST = ("QCE", "QMSE", "audit", "parameters", "drop %", "95 % interval", "fp32 %", "conv MMAC")
 """Columns of the candidates that a narrow terminal has no room for, the least important first."""
 
 
@@ -216,8 +216,8 @@ def candidates_table(outcome: Outcome) -> PlainTable:
     images = max((one.images for one in evaluations), default=0)
     on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
     balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
-    shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
-    numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "audit")
+    shown = ("quint8 %", *(["balanced %"] if balanced else []), *(["95 % interval"] if images else []))
+    numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit")
     rows = []
     for one in evaluations:
         measured = [
@@ -226,7 +226,7 @@ def candidates_table(outcome: Outcome) -> PlainTable:
                 (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
                 (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
                 *([(one.quint8_balanced_accuracy and 100 * one.quint8_balanced_accuracy, ".2f")] if balanced else []),
-                (span(one, constraints.metric).partition(",")[0] if one.images else None, ""),
+                *([(span(one, constraints.metric).partition(",")[0] if one.images else None, "")] if images else []),
                 (one.relative_drop and 100 * one.relative_drop, ".2f"),
                 (one.qmse, ".4f"),
                 (one.qce, ".4f"),

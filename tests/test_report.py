@@ -298,8 +298,10 @@ def test_a_search_for_balanced_accuracy_names_it(tmp_path: Path) -> None:
         assert f"quint8 balanced accuracy, {split}45.00 %fp32 {100 * (80 / 90 + 0.4) / 2:.2f} %" in page
     strict = replace(balanced, min_quint8=0.5, max_drop=0.1)
     drop = 1 - 0.45 / ((80 / 90 + 0.4) / 2)
+    images = "the validation images"
     missed = (
-        f"45.00 % balanced accuracy in quint8 are below 50.00 %; a relative drop of {100 * drop:.2f} % is above 10.00 %"
+        f"45.00 % balanced accuracy in quint8 on {images} are below 50.00 %; "
+        f"a relative drop of {100 * drop:.2f} % on {images} is above 10.00 %"
     )
     assert f"nearest is init2: {missed}." in report(tmp_path, [one], strict)[1].text
 
@@ -331,7 +333,8 @@ def test_candidates_csv_has_a_line_an_evaluation_in_order() -> None:
     assert row["relative_drop"] == INIT2.relative_drop
     assert list(frame["feasible"]) == [BUDGET.feasible(one) for one in (*PAPER, *ODD)]
     assert list(frame["reason"][-2:]) == [one.reason for one in ODD]
-    assert frame.loc[8:, "fp32_accuracy":].isna().all().all()
+    assert list(frame["common_scheme"][-3:]) == [PAPER[0].scheme, "", ""]
+    assert frame.drop(columns="common_scheme").loc[8:, "fp32_accuracy":].isna().all().all()
     assert list(frame["qmse"][:8]) == [one.qmse for one in PAPER]  # every bit of a float is written
 
 
@@ -358,7 +361,7 @@ def test_lines_are_those_that_pandas_writes() -> None:
     assert frame.to_csv(index=False, lineterminator="\n") == text
     assert list(frame["reason"][-2:]) == [one.reason for one in odd[1:]]
     assert text.splitlines()[7].startswith(f'6,"{PAPER[6].plan}",init4,')
-    assert "1.0,0.8031,,,1e-07,1e+16,0.30000000000000004" in text
+    assert "1.0,0.8031,,,,,percentile:1,0.8031,1e-07,1e+16,0.30000000000000004" in text
 
 
 def test_a_column_without_numbers_changes_nothing() -> None:

@@ -160,8 +160,9 @@ def study_note(
         )
         lines.append(f"Its rates: `{one.plan}`")
     lines.append(
-        "A trial is a candidate: its parameters are the indices of the rates, its value is the quint8 accuracy on the "
-        "evaluation split (fraction of 1). All trials are in the table under *Smart Selection*, to be sorted by plan, "
+        "A trial is a candidate: its parameters are its rates (in a study that an earlier version began: their "
+        "indices), its value is the quint8 accuracy on the evaluation split (fraction of 1). All trials are in the "
+        "table under *Smart Selection*, to be sorted by plan, "
         "label, `conv_macs`, `fp32_accuracy`, `quint8_accuracy`, `relative_drop`, `feasible`, `reason` (why one was "
         "refused, stopped or failed) and `violation_...` (above 0: missed). Under *Trials*, each one's note has its "
         "layers, its artifacts the files. The Pareto picture, and the figures and tables of the study, are under "

@@ -23,7 +23,17 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from fnet_search.macro import Macroarchitecture
 from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Evaluation, Role
-from fnet_search.trials import NUMBER, ROLE, distributions, outcome, parameters, plan_of, recorded, suggested
+from fnet_search.trials import (
+    NUMBER,
+    ROLE,
+    distributions,
+    outcome,
+    parameters,
+    plan_of_trial,
+    rate_distributions,
+    recorded,
+    suggested,
+)
 
 LEASE = "fnet_search:lease"
 """System attribute of a running trial: its worker, and how often the lease was renewed."""
@@ -80,6 +90,8 @@ class Ledger:
     """Candidates to be taken over."""
     takeovers: Counter[int] = field(default_factory=Counter)
     """By number: how many workers were lost."""
+    indexed: bool = False
+    """Whether parameters are indices of rates, as in a study that an earlier version began; else they are rates."""
     _own: set[int] = field(default_factory=set)
     _closed: set[int] = field(default_factory=set)
     _leases: dict[int, tuple[Any, float]] = field(default_factory=dict)
@@ -95,10 +107,11 @@ class Ledger:
 
     def refresh(self) -> None:
         """Looks at the study again. Trials whose worker is gone are ended; an evaluation that it left in one counts."""
-        self.claims = {}
+        self.claims, indices = {}, distributions(self.space)
         for trial in self.study.get_trials(deepcopy=False):
             if trial._trial_id in self._closed:
                 continue
+            self.indexed |= trial.distributions == indices
             if not trial.state.is_finished() and not self._has_worker(trial):
                 trial = self._end(trial)
             if trial.state.is_finished():
@@ -110,7 +123,7 @@ class Ledger:
 
     def _claim_of(self, trial: FrozenTrial) -> Claim | None:
         """None for a trial of somebody else's."""
-        plan, facts = plan_of(self.space, trial.params), trial.user_attrs
+        plan, facts = plan_of_trial(self.space, trial), trial.user_attrs
         if plan is None or NUMBER not in facts:
             return None
         return Claim(facts[NUMBER], plan, facts.get(ROLE), trial._trial_id, facts.get("parent"))
@@ -157,8 +170,8 @@ class Ledger:
         lease = {} if self.worker is None else _lease(self.worker, 0)
         template = create_trial(
             state=TrialState.RUNNING,
-            params=parameters(self.space, plan),
-            distributions=distributions(self.space),
+            params=parameters(self.space, plan) if self.indexed else dict(plan.rates),
+            distributions=distributions(self.space) if self.indexed else rate_distributions(self.space),
             user_attrs={**suggested(self.space, number, plan), **(facts or {})},
             system_attrs=lease,
         )

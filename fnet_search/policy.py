@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
+from functools import lru_cache
 from importlib.metadata import entry_points
 from math import prod
 from typing import Any, Literal, Protocol
@@ -263,7 +264,7 @@ class Constraints:
     def of_cost(self, cost: Cost) -> dict[str, float]:
         """Violations that need no training."""
         limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
-        return {name: (value - limit) / limit for name, (value, limit) in limits.items() if limit is not None}
+        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
         """All violations of an evaluation, those after training only where it was trained."""
@@ -309,6 +310,7 @@ class Constraints:
         return evaluation.state == "complete" and not self.missed(evaluation)
 
 
+@lru_cache(maxsize=4096)
 def _exact(share: float, images: int = 0) -> Fraction:
     """The fraction of 1 that a float stands for: so many of the images; where their number is not known, or the share
     is no count of them, the nearest of a small denominator, which both ``0.05`` and ``2 / 3`` have."""

@@ -163,13 +163,13 @@ def study_note(
         )
         lines.append(f"Its rates: `{one.plan}`")
     lines.append(
-        "A trial is a candidate: its parameters are the indices of the rates, its value is the quint8 "
-        f"{constraints.measured} on the evaluation split (fraction of 1). All trials are in the table under *Smart "
-        "Selection*, to be sorted by plan, label, `conv_macs`, `fp32_accuracy`, `quint8_accuracy`, "
-        "`quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why one was refused, stopped or failed) "
-        "and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its artifacts the "
-        "files. The Pareto picture, and the figures and tables of the study, are under *History*. (The dashboard knows "
-        "no constraints: its *best trial* may be infeasible.)"
+        "A trial is a candidate: its parameters are its rates (in a study that an earlier version began: their "
+        f"indices), its value is the quint8 {constraints.measured} on the evaluation split (fraction of 1). All trials "
+        "are in the table under *Smart Selection*, to be sorted by plan, label, `conv_macs`, `fp32_accuracy`, "
+        "`quint8_accuracy`, `quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why one was refused, "
+        "stopped or failed) and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its "
+        "artifacts the files. The Pareto picture, and the figures and tables of the study, are under *History*. (The "
+        "dashboard knows no constraints: its *best trial* may be infeasible.)"
     )
     return "\n\n".join(lines)
 

@@ -29,7 +29,8 @@ from fnet_search.trials import (
     ROLE,
     distributions,
     parameters,
-    plan_of,
+    plan_of_trial,
+    rate_distributions,
     recorded,
     state_of,
     suggested,
@@ -93,6 +94,8 @@ class Ledger:
     """Candidates to be taken over."""
     takeovers: Counter[int] = field(default_factory=Counter)
     """By number: how many workers were lost."""
+    indexed: bool = False
+    """Whether parameters are indices of rates, as in a study that an earlier version began; else they are rates."""
     _own: set[int] = field(default_factory=set)
     _closed: set[int] = field(default_factory=set)
     _leases: dict[int, tuple[Any, float]] = field(default_factory=dict)
@@ -108,10 +111,11 @@ class Ledger:
 
     def refresh(self) -> None:
         """Looks at the study again. Trials whose worker is gone are ended; an evaluation that it left in one counts."""
-        self.claims = {}
+        self.claims, indices = {}, distributions(self.space)
         for trial in self.study.get_trials(deepcopy=False):
             if trial._trial_id in self._closed:
                 continue
+            self.indexed |= trial.distributions == indices
             if not trial.state.is_finished() and not self._has_worker(trial):
                 trial = self._end(trial)
             if trial.state.is_finished():
@@ -123,7 +127,7 @@ class Ledger:
 
     def _claim_of(self, trial: FrozenTrial) -> Claim | None:
         """None for a trial of somebody else's."""
-        plan, facts = plan_of(self.space, trial.params), trial.user_attrs
+        plan, facts = plan_of_trial(self.space, trial), trial.user_attrs
         if plan is None or NUMBER not in facts:
             return None
         return Claim(facts[NUMBER], plan, facts.get(ROLE), trial._trial_id, facts.get("parent"))
@@ -170,8 +174,8 @@ class Ledger:
         lease = {} if self.worker is None else _lease(self.worker, 0)
         template = create_trial(
             state=TrialState.RUNNING,
-            params=parameters(self.space, plan),
-            distributions=distributions(self.space),
+            params=parameters(self.space, plan) if self.indexed else dict(plan.rates),
+            distributions=distributions(self.space) if self.indexed else rate_distributions(self.space),
             user_attrs={**suggested(self.space, number, plan), **(facts or {})},
             system_attrs=lease,
         )

@@ -4,6 +4,7 @@ taken from. No torch."""
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import inf
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -38,6 +39,7 @@ def score(metric: MetricName, counts: Iterable[tuple[int, int]]) -> float | None
     return fmean(right / images for right, images in known)
 
 
+@lru_cache(maxsize=4096)
 def exact(share: float, images: int = 0) -> Fraction:
     """The fraction of 1 that a float stands for: so many of the images; where their number is not known, or the share
     is no count of them, the nearest of a small denominator, which both ``0.05`` and ``2 / 3`` have."""

@@ -301,7 +301,7 @@ class Constraints:
     def of_cost(self, cost: Cost) -> dict[str, float]:
         """Violations that need no training."""
         limits = {"conv_macs": (cost.conv_macs, self.conv_macs), "params": (cost.params, self.params)}
-        return {name: (value - limit) / limit for name, (value, limit) in limits.items() if limit is not None}
+        return {name: value / limit - 1 for name, (value, limit) in limits.items() if limit is not None}
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
         """All violations of an evaluation, those after training only where it was trained."""

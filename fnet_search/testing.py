@@ -136,7 +136,7 @@ class PolicyConformance:
         for number, plan in enumerate(_asked(loop, self.trials)):
             one = made_up_evaluation(space, plan)
             bad = (
-                replace(one, quint8_accuracy=None),
+                replace(one, state="failed", reason="it cannot be quantized", quint8_accuracy=None),
                 replace(one, state="failed", reason="loss is NaN", fp32_accuracy=None, quint8_accuracy=None, layers=()),
                 replace(one, state="pruned", reason="behind", quint8_accuracy=None, accuracies=(0.5,), layers=()),
                 replace(one, fp32_accuracy=None, layers=()),

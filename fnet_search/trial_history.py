@@ -1,5 +1,6 @@
 """The trials of a study that anybody made, as a policy sees them. No torch."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from fnet_search.asktell import lowest_free
 from fnet_search.macro import Macroarchitecture
-from fnet_search.plan import FactorizationPlan, parse_plan
+from fnet_search.plan import FactorizationPlan
 from fnet_search.policy import Constraints, Evaluation, History, Probes
-from fnet_search.trials import NUMBER, PLAN, REASON, fixed_indices, plan_of, recorded
+from fnet_search.quantities import counted
+from fnet_search.trials import NUMBER, PLAN, REASON, fixed_indices, plan_of, plan_of_trial, recorded, written_plan
 
 FAILURES = 3
 """A plan whose trial failed is suggested again, since its worker may have died; after so many it counts as failed."""
@@ -21,7 +23,10 @@ FAILURES = 3
 
 @dataclass
 class TrialHistory:
-    """Makes a `History` of trials: of what was reported, else of an objective's values; keeps what has ended."""
+    """Makes a `History` of trials: of what was reported, else of an objective's values; keeps what has ended.
+
+    Trials whose parameters stand for no plan of the space are left out, with one warning.
+    """
 
     space: Macroarchitecture
     constraints: Constraints
@@ -30,6 +35,7 @@ class TrialHistory:
     _study: tuple[BaseStorage, int] | None = field(default=None, init=False, repr=False)
     _ended: dict[int, Evaluation | None] = field(default_factory=dict, init=False, repr=False)
     """A cache of that study: by trial its evaluation. Trials that ended do not change any more."""
+    _warned: bool = field(default=False, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_study": None, "_ended": {}}
@@ -43,13 +49,14 @@ class TrialHistory:
         if self._study != (study._storage, study._study_id):
             self._study, self._ended = (study._storage, study._study_id), {}
         evaluations, running = dict[int, Evaluation](), dict[int, FactorizationPlan]()
-        unnumbered, waiting = list[Evaluation](), list[FactorizationPlan]()
+        unnumbered, waiting, strange = list[Evaluation](), list[FactorizationPlan](), list[FrozenTrial]()
         failures = Counter[FactorizationPlan]()
         for trial in trials:
             number = trial.user_attrs.get(NUMBER)
             if trial.state.is_finished():
                 one = self._evaluation(study, trial, failures)
                 if one is None:
+                    strange += [trial] if _unread(trial) else []
                     continue
                 if number is None or number in evaluations:
                     unnumbered.append(one)
@@ -60,6 +67,7 @@ class TrialHistory:
                     waiting.append(plan)
                 else:
                     running[number] = plan
+        self._warn(strange)
         for one in unnumbered:  # added by other means than suggestions
             number = lowest_free(evaluations.keys() | running.keys())
             evaluations[number] = replace(one, number=number)
@@ -79,15 +87,27 @@ class TrialHistory:
 
     def _plan(self, trial: FrozenTrial) -> FactorizationPlan | None:
         """Of an unfinished trial: of its parameters, or before they are sampled of what it has fixed or claimed."""
-        plan = plan_of(self.space, trial.params) or plan_of(self.space, fixed_indices(self.space, trial))
-        text = trial.user_attrs.get(PLAN)
-        return parse_plan(self.space, text) if plan is None and text else plan
+        plan = plan_of_trial(self.space, trial) or plan_of(self.space, fixed_indices(self.space, trial))
+        return plan or written_plan(self.space, str(trial.user_attrs.get(PLAN, "")))
+
+    def _warn(self, trials: list[FrozenTrial]) -> None:
+        if trials and not self._warned:
+            self._warned = True
+            few = ", ".join(str(trial.number) for trial in trials[:5]) + (", ..." if len(trials) > 5 else "")
+            warnings.warn(
+                f"left out of the policy's history: {counted(len(trials), 'trial')} of the study ({few}), whose "
+                f"parameters stand for no plan of space {self.space.name!r}; for each layer there must be the index of "
+                "its rate, or rates to choose from",
+                stacklevel=2,
+            )
 
     def _evaluation(self, study: Study, trial: FrozenTrial, failures: Counter[FactorizationPlan]) -> Evaluation | None:
         """None for one that never had a plan, and for failed ones, until their plan failed too often."""
         if trial._trial_id in self._ended:
             return self._ended[trial._trial_id]
-        plan, reported = plan_of(self.space, trial.params), recorded(trial)
+        plan, reported = plan_of_trial(self.space, trial), recorded(trial)
+        if reported is not None and written_plan(self.space, str(reported.plan)) is None:
+            plan = None  # of another space, whose parameters have the same names
         if plan is not None and reported is None and trial.state is TrialState.FAIL:
             failures[plan] += 1
             if failures[plan] != FAILURES:
@@ -119,6 +139,11 @@ class TrialHistory:
                 "objective with report_evaluation(trial, evaluation)"
             )
         return Evaluation.of(self.space, plan, **known)
+
+
+def _unread(trial: FrozenTrial) -> bool:
+    """Whether a trial that ended, and gave no evaluation, might have given one: nobody said why not."""
+    return bool(trial.params) and trial.state is not TrialState.FAIL and REASON not in trial.user_attrs
 
 
 def accuracy_of(study: Study, value: float) -> float:

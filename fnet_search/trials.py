@@ -6,13 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
 from fnet_search.metric import MetricName
-from fnet_search.plan import FactorizationPlan, from_indices, indices, label, legal_rates
+from fnet_search.plan import FactorizationPlan, from_indices, indices, label, legal_rates, make_plan
 from fnet_search.policy import Constraints, Evaluation
 
 EVALUATION = "fnet_search:evaluation"
@@ -30,6 +31,9 @@ REASON = "reason"
 """User attribute that says why a plan was refused, stopped, or failed; or what is wrong with a trained network."""
 
 
+# Parameters: indices where an optimizer chooses them, since it needs their order; rates where people read them.
+
+
 def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
     """An optimizer's view of a space: per layer the index of its rate among the legal ones."""
     return {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
@@ -44,6 +48,55 @@ def plan_of(space: Macroarchitecture, params: Mapping[str, Any]) -> Factorizatio
     """Inverse of `parameters`; None where a layer is missing, or has a value that stands for no rate."""
     chosen = tuple(_index(params.get(layer), len(rates)) for layer, rates in legal_rates(space).items())
     return None if None in chosen else from_indices(space, tuple(index for index in chosen if index is not None))
+
+
+def rate_distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
+    """What people see of a space: per layer its rate. Logarithmic, as rates double; not all values are legal."""
+    return {layer: IntDistribution(1, rates[-1], log=True) for layer, rates in legal_rates(space).items()}
+
+
+def plan_of_trial(space: Macroarchitecture, trial: FrozenTrial) -> FactorizationPlan | None:
+    """The plan of a trial that anybody made: its parameters are indices or rates, as their distributions say.
+
+    None where a layer is missing, where a distribution says neither, where a value is no legal rate, and for a plan
+    that was written of another space. Where distributions say nothing, a plan that was written counts.
+    """
+    legal = legal_rates(space)
+    if not legal.keys() <= trial.params.keys():
+        return None
+    written, text = None, trial.user_attrs.get(PLAN)
+    if isinstance(text, str) and "=" in text and (written := written_plan(space, text)) is None:
+        return None
+    rates = {layer: _rate(trial.params[layer], trial.distributions[layer], legal[layer]) for layer in legal}
+    known = {layer: rate for layer, rate in rates.items() if rate is not None}
+    return make_plan(space, known) if len(known) == len(legal) else written
+
+
+def written_plan(space: Macroarchitecture, text: str) -> FactorizationPlan | None:
+    """Inverse of ``str(plan)``; None for a plan of another space."""
+    parts = (part.rpartition("=") for part in text.split(","))
+    try:
+        plan = make_plan(space, {layer: int(rate) for layer, _, rate in parts})
+    except (FnetError, ValueError):
+        return None
+    return plan if str(plan) == text else None
+
+
+def _rate(value: Any, distribution: BaseDistribution, legal: tuple[int, ...]) -> int | None:
+    """What a parameter stands for. Its values are indices if they are all of them; rates if they are legal ones to
+    choose from, or logarithmic, or too large for indices, and none is 0."""
+    if distribution == IntDistribution(0, len(legal) - 1):
+        index = _index(value, len(legal))
+        return None if index is None else legal[index]
+    if isinstance(distribution, CategoricalDistribution):
+        rates = {choice for choice in distribution.choices if type(choice) is int}
+        low, high, sure = min(rates, default=0), max(rates, default=0), rates <= set(legal)
+        sure = sure and len(rates) == len(distribution.choices)
+    elif isinstance(distribution, IntDistribution | FloatDistribution):
+        low, high, sure = distribution.low, distribution.high, distribution.log  # type: ignore[assignment]
+    else:
+        return None
+    return int(value) if value in legal and low >= 1 and (sure or high >= len(legal)) else None
 
 
 def fixed_indices(space: Macroarchitecture, trial: FrozenTrial) -> dict[str, int]:

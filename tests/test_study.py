@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from evaluations import failed, pruned, trained
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
+from optuna.distributions import IntDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
@@ -27,7 +28,7 @@ from fnet_search.storage import has_study, open_journal, open_url
 from fnet_search.study import StudyRecord
 from fnet_search.testing import made_up_probes as probes
 from fnet_search.train import TrainingProgress
-from fnet_search.trials import distributions
+from fnet_search.trials import distributions, parameters
 
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
@@ -148,7 +149,12 @@ def test_what_a_person_sorts_by_is_an_attribute_of_the_trial(opened: Opened) -> 
     evaluation = finish(record, F4, 0.9, 0.75)
     first, second = trials(record)
     assert second.value == 0.75
-    assert second.params == dict(zip(distributions(TINY), indices(TINY, F4), strict=True))
+    assert second.params == dict(F4.rates)
+    assert second.distributions == {
+        "conv_8": IntDistribution(1, 8, log=True),
+        "conv_16_1": IntDistribution(1, 16, log=True),
+        "conv_16_2": IntDistribution(1, 16, log=True),
+    }
     shown = {
         **{"number": 1, "label": "f4", "plan": str(F4), "feasible": False, "train_seconds": 1.2},
         **{"role": "candidate", "start": "scratch", "planned_epochs": 8, "epochs": 3},
@@ -277,6 +283,17 @@ def test_files_are_artifacts(opened: Opened, tmp_path: Path) -> None:
     (trial,) = trials(record)
     attached = get_all_artifact_meta(trial, storage=record.storage)
     assert sorted(meta.filename for meta in attached) == ["layers.csv", "plan.toml"]
+
+
+def test_a_study_of_an_earlier_version_goes_on_with_indices(opened: Opened) -> None:
+    record = opened()
+    record._ledger.indexed = True  # as that version wrote all
+    finish(record, F4, 0.9, 0.75)
+    again = opened()
+    assert [one.plan for one in again.evaluations] == [F4]
+    finish(again, F2, 0.9, 0.8)
+    assert [trial.params for trial in trials(again)] == [parameters(TINY, F4), parameters(TINY, F2)]
+    assert [one.plan for one in opened().evaluations] == [F4, F2]
 
 
 def test_a_space_is_a_rate_index_a_layer() -> None:
@@ -722,7 +739,7 @@ def test_a_trial_is_there_with_all_that_is_known_of_it_or_not_at_all(journal: Pa
     added = journal.read_bytes().removeprefix(before)
     assert added.count(b"\n") == 1
     trial = trials(record)[-1]
-    assert trial.params == dict(zip(distributions(TINY), indices(TINY, F2), strict=True))
+    assert trial.params == dict(F2.rates)
     assert (trial.state, trial.user_attrs["number"], trial.user_attrs["label"]) == (TrialState.RUNNING, 1, "f2")
 
 

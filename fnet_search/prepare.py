@@ -31,6 +31,8 @@ CHOICE_SAMPLES = 1024
 """Other training samples, at most, that a scheme is chosen on."""
 ROUNDS = (64, 192)
 """So many of them decide which schemes go on, and the others which of the last two counts."""
+FEWEST, DOUBT = 64, 3.0
+"""A round ends sooner where this many images, or more, tell the schemes apart by so many standard errors."""
 AT_ONCE = 32
 """Images that pass a network together: few, so that what a layer gives stays in a cache."""
 
@@ -157,8 +159,9 @@ def least_divergent(
     was not calibrated on. Of equal ones the first.
 
     In three rounds, so that most images are spent on those that are close: ROUNDS[0] images leave the better half of
-    the schemes without bias correction, ROUNDS[1] two of these and the same with it, the others the best. Fewer images
-    than twice ROUNDS are all used in each. Raises FnetError where no scheme can quantize the network.
+    the schemes without bias correction, ROUNDS[1] two of these and the same with it, the others the best; none takes
+    more of them than it needs (DOUBT). Fewer images than twice ROUNDS are all there in each. Raises FnetError where no
+    scheme can quantize the network.
     """
     if len(schemes) == 1:
         return calibrated.quantized(schemes[0])
@@ -180,18 +183,34 @@ def least_divergent(
 
 
 def _best(calibrated: Calibrated, schemes: Sequence[Scheme], batches: Sequence[Tensor], count: int) -> list[Scheme]:
-    """So many of the schemes that diverge least."""
-    divergence: dict[Scheme, float] = {}
-    floats = [F.log_softmax(calibrated.folded(x).double(), 1) for x in batches]
+    """So many of the schemes that diverge least on these images, or on the first of them that leave no doubt."""
+    networks: dict[Scheme, QuantizedNetwork] = {}
     failure: FnetError | None = None
     for scheme in schemes:
         try:
-            network = calibrated.quantized(scheme).network
+            networks[scheme] = calibrated.quantized(scheme).network
         except FnetError as error:
             failure = error
-            continue
-        quantized = (F.log_softmax(network(x).double(), 1) for x in batches)
-        divergence[scheme] = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(floats, quantized, strict=True))
-    if failure is not None and not divergence:
+    if failure is not None and not networks:
         raise failure
-    return sorted(divergence, key=lambda scheme: divergence[scheme])[:count]
+    if len(networks) <= count:
+        return list(networks)
+    found = torch.empty(len(networks), 0, dtype=torch.float64)
+    for x in batches:
+        log_p = F.log_softmax(calibrated.folded(x).double(), 1)
+        log_q = torch.stack([F.log_softmax(network(x).double(), 1) for network in networks.values()])
+        found = torch.cat([found, (log_p.exp() * (log_p - log_q)).sum(2).cpu()], dim=1)
+        if _clear(found, count):
+            break
+    order = found.mean(1).argsort(stable=True).tolist()
+    return [list(networks)[place] for place in order[:count]]
+
+
+def _clear(divergence: Tensor, count: int) -> bool:
+    """Whether each scheme but the best `count` is worse than these by more than DOUBT standard errors of the difference
+    on the same images; of [schemes, images]."""
+    ordered = divergence[divergence.mean(1).argsort(stable=True)]
+    kept, rest = ordered[:count, None], ordered[None, count:]
+    difference, images = rest - kept, divergence.shape[1]
+    errors = difference.std(2, correction=0) / math.sqrt(images)
+    return images >= FEWEST and bool((difference.mean(2) > DOUBT * errors).all())

@@ -22,6 +22,7 @@ from fnet_search.layers import (
     Dense,
     Flatten,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -29,7 +30,7 @@ from fnet_search.layers import (
     Slice,
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.network import FUNCTIONS, apply_stateless, moved, run, walk
+from fnet_search.network import activate, apply_stateless, moved, run, walk
 from fnet_search.params import QuantParams, clip, float32, quant_params
 from fnet_search.ranges import TensorStats, carriers
 
@@ -218,11 +219,13 @@ def quantize(folded: FoldedNetwork, stats: Mapping[str, TensorStats], per_channe
     return QuantizedNetwork(folded.network, params, layers)
 
 
-def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:
-    """Rule 16: any function of one tensor as 256 codes; ``identity`` requantizes."""
+def table(function: Activation | None, source: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 16: any function of one tensor as 256 codes, a row for each slope that it has; None requantizes."""
     x = source.dequantize(torch.arange(256))
-    y = x if function == "identity" else FUNCTIONS[function](x.double()).float()
-    return target.quantize(y)
+    if function is None:
+        return target.quantize(x)
+    y = activate(function, x.double()[:, None].expand(-1, max(1, len(function.slopes))))
+    return target.quantize(y.float()).T.contiguous()
 
 
 class Step:
@@ -243,8 +246,8 @@ class Step:
                 return requantize(total, scale / float32(target.scale, scale), target)
             case Activation() if self.carrier[node.inputs[0]] == node.name:
                 return codes  # fused: the layer before clipped at the zero point already
-            case Activation(function):
-                return _lookup(table(function, source, target), codes)
+            case Activation():
+                return _lookup(table(layer, source, target), codes)
             case Pool(reduction="max"):
                 return apply_stateless(node, [codes.float()]).to(torch.uint8)
             case Pool(reduction="average"):
@@ -254,8 +257,8 @@ class Step:
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
                 return requantize(total, multiplier, target)
-            case Flatten() | Reshape() | Slice() | Shuffle() | Resample():
-                return moved(layer, codes)
+            case Flatten() | Reshape() | Slice() | Shuffle() | Resample() | Pad():
+                return moved(layer, codes, source.zero)
             case Add():
                 return _add(codes, inputs[1], source, sources[1], target)
             case Multiply():
@@ -263,15 +266,23 @@ class Step:
             case Concat():
                 parts = zip(inputs, sources, strict=True)
                 same = [
-                    part if params == target else _lookup(table("identity", params, target), part)
-                    for part, params in parts
+                    part if params == target else _lookup(table(None, params, target), part) for part, params in parts
                 ]
                 return torch.cat(same, dim=1)
         raise TypeError(f"{layer.kind} is not part of a folded network")
 
 
+def row_starts(rows: int, axes: int) -> Tensor:
+    """Where the row of each channel begins in a flattened `table`, int32, against codes of so many axes."""
+    return 256 * torch.arange(rows, dtype=torch.int32).view(-1, *[1] * (axes - 2))
+
+
 def _lookup(codes: Tensor, index: Tensor) -> Tensor:
-    return codes.to(index.device)[index.int()]
+    """Codes from a `table` [256] or [rows, 256], where a channel has a row, or all have the one."""
+    places, rows = index.int(), codes.numel() // 256
+    if rows > 1:
+        places += row_starts(rows, index.ndim).to(index.device)
+    return codes.flatten().to(index.device)[places]
 
 
 def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: QuantizedLayer) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
-from fnet_search.layers import BatchNorm, Conv, Dense
+from fnet_search.layers import BatchNorm, Conv
 from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.network import Network, apply_stateless, walk
 from fnet_search.ranges import Batches
@@ -70,7 +70,7 @@ def warm_start(
     changed = _changed(parent.network, child.network)
     parts = {f"{name}.{part}" for name in changed for part in PARTS}
     for node in child.network.order:
-        if isinstance(node.layer, Conv | Dense | BatchNorm) and node.name not in parts:
+        if child.learns(node.name) and node.name not in parts:
             child.layer(node.name).load_state_dict(parent.layer(node.name).state_dict())
     if not changed:
         return
@@ -101,7 +101,7 @@ def warm_start(
 
 def _outputs(network: Network, node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
     """One layer on each batch."""
-    if isinstance(node.layer, Conv | Dense | BatchNorm):
+    if network.learns(node.name):
         return [network.layer(node.name)(x) for x in inputs[0]]
     return [apply_stateless(node, list(parts)) for parts in zip(*inputs, strict=True)]
 

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
 from typing import Any, cast
@@ -20,10 +20,23 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fnet_search.errors import FnetError, first_line
-from fnet_search.layers import BatchNorm, Flatten, Layer, Moving, Resample, Reshape, Shape, Shuffle, Slice
+from fnet_search.layers import (
+    BatchNorm,
+    Conv,
+    Flatten,
+    Layer,
+    Moving,
+    Pad,
+    Pool,
+    Resample,
+    Reshape,
+    Shape,
+    Shuffle,
+    Slice,
+)
 from fnet_search.macro import INPUT, Macroarchitecture, Node, beyond_the_first
 from fnet_search.network import module_key
-from fnet_search.operations import LAYERS, MOVES, NEUTRAL, NOTHING, WEIGHTS, Call
+from fnet_search.operations import LAYERS, MOVES, NEUTRAL, NOTHING, SUPPORTED, WEIGHTS, Call, aten, title
 from fnet_search.quantities import size_text
 
 BATCH = 2
@@ -136,13 +149,38 @@ class _Import:
     def needed(self, last: str) -> tuple[Node, ...]:
         """The nodes that the logits hang on: with what else was computed the graph would have a second end."""
         found, open_names = set(), [last]
-        by_name = {node.name: node for node in self.nodes}
+        by_name: dict[str, Node] = {}
+        for node in self.nodes:
+            by_name[node.name] = self.merged(node, by_name)
         while open_names:
             name = open_names.pop()
             if name != INPUT and name not in found:
                 found.add(name)
                 open_names += by_name[name].inputs
-        return tuple(node for node in self.nodes if node.name in found)
+        return tuple(node for name, node in by_name.items() if name in found)
+
+    def merged(self, node: Node, before: Mapping[str, Node]) -> Node:
+        """A node that does the work of the one before it too: a convolution pads itself, where both sides are alike;
+        the mean of means over a side is that of the whole."""
+        source = before.get(node.inputs[0])
+        if source is None:
+            return node
+        match node.layer, source.layer:
+            case Conv(padding=(height, width)), Pad((0, top, left), (0, *after)) if [top, left] == after:
+                layer: Layer = replace(node.layer, padding=(height + top, width + left))
+            case Pool(reduction="global_average"), Reshape() | Pool(reduction="average") if self.is_part(source):
+                layer = node.layer
+            case _:
+                return node
+        return self.merged(Node(node.name, layer, source.inputs), before)
+
+    def is_part(self, node: Node) -> bool:
+        """Whether the mean of each channel is what it was before a node."""
+        before, after = self.shapes[node.inputs[0]], self.shapes[node.name]
+        if isinstance(node.layer, Pool):
+            windows = zip(node.layer.kernel, before[1:], after[1:], strict=True)
+            return all((kernel == n and m == 1) or (kernel == 1 and m == n) for kernel, n, m in windows)
+        return len(before) == 3 and before[0] == after[0]
 
     def operation(self, node: fx.Node) -> None:
         """Gives a node of the trace its value; what it computes becomes a layer."""
@@ -160,6 +198,8 @@ class _Import:
         if isinstance(given, Tensor) and given.dtype != torch.float32:
             raise FnetError(f"it gives {str(given.dtype).removeprefix('torch.')}; only float32 can be imported")
         packet = getattr(target, "overloadpacket", None)
+        if packet is aten.pad and _arguments(node)["mode"] == "constant":
+            packet = aten.constant_pad_nd
         if packet in MOVES:
             self.values[node] = self.move(node)
         elif packet in NOTHING:
@@ -170,7 +210,7 @@ class _Import:
     def layers(self, node: fx.Node, packet: Any) -> _Value:
         """Places the layers of an operator that computes; returns what the last one gives."""
         if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
-            raise FnetError("no layer computes this")
+            raise FnetError(f"no layer computes this; those that can be imported are {SUPPORTED}")
         given = _arguments(node)
         if given.get("other") == NEUTRAL.get(packet, ()):
             return self.value(given["self"])
@@ -178,17 +218,19 @@ class _Import:
         read = [value for name, value in given.items() if name in ("input", "self", "other")] or given["tensors"]
         values = [self.value(one) for one in read]
         result = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
-        call = Call({**given, **weights}, [one.shape for one in values], tuple(result.shape[1:]))
+        call = Call({**given, **weights}, [one.shape for one in values], tuple(result.shape[1:]), node.target)
         found, name = LAYERS[packet](call), self.name_of(node)
         if not found:
-            return values[0]
+            return self.viewed(values[0], call.result, name)
+        if packet in (aten.mean, aten.amax):
+            values = [self.viewed(one, (*one.shape, 1)[:3], name) for one in values]
         sources = [self.whole(one) for one in values]
         for layer in found:
             if isinstance(layer, Moving) and len(found) > 1:
                 sources = [self.rearranged(sources[0], layer, f"{name}.{layer.kind}")]
             else:
                 sources = [self.place(self.unused(name), layer, sources, weights)]
-        return _Value(sources[0], self.shapes[sources[0]])
+        return self.viewed(_Value(sources[0], self.shapes[sources[0]]), call.result, name)
 
     def compute(self, node: fx.Node) -> None:
         """What does not hang on the image, as weights that are normalised, is a weight."""
@@ -233,14 +275,24 @@ class _Import:
 
     def move(self, node: fx.Node) -> _Value | list[_Value]:
         value = self.value(node.args[0])
-        places = value.places
-        if places is None:
-            places = torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
-        result = cast(Callable[..., Tensor | list[Tensor]], node.target)(places, *node.args[1:], **node.kwargs)
+        result = cast(Callable[..., Tensor | list[Tensor]], node.target)(
+            self.places(value), *node.args[1:], **node.kwargs
+        )
         name = self.name_of(node)
         if isinstance(result, Tensor):
             return self.placed(value.source, result, name)
         return [self.placed(value.source, part, name) for part in result]
+
+    def places(self, value: _Value) -> Tensor:
+        if value.places is not None:
+            return value.places
+        return torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
+
+    def viewed(self, value: _Value, shape: Shape, name: str) -> _Value:
+        """The same values, in order, in another shape."""
+        if shape == value.shape:
+            return value
+        return self.placed(value.source, self.places(value).reshape(BATCH, *shape), name)
 
     def placed(self, source: str, places: Tensor, name: str) -> _Value:
         return _Value(source, tuple(places.shape[1:]), places, name)
@@ -273,15 +325,24 @@ class _Import:
         return found
 
     def pixels(self, source: str, places: Tensor, name: str) -> str | None:
-        """Whole rows and columns, repeated or left out; None where it is not that."""
-        shape, wanted = self.shapes[source], tuple(places.shape)
-        if len(shape) != 3 or len(wanted) != 3 or shape[0] != wanted[0] or wanted == shape or not places.numel():
+        """Whole rows and columns, repeated, left out or in another order, maybe of other channels; None where it is
+        not that."""
+        shape = self.shapes[source]
+        if len(shape) != 3 or places.ndim != 3 or not places.numel():
             return None
-        rows, columns = places[0, :, 0] // shape[2], places[0, 0] % shape[2]
-        starts = shape[1] * shape[2] * torch.arange(shape[0])[:, None, None]
-        if not torch.equal(places, starts + shape[2] * rows[:, None] + columns):
+        channels = places[:, 0, 0] // (shape[1] * shape[2])
+        rows, columns = places[0, :, 0] // shape[2] % shape[1], places[0, 0] % shape[2]
+        if not torch.equal(places, (channels[:, None, None] * shape[1] + rows[:, None]) * shape[2] + columns):
             return None
-        return self.rearranged(source, Resample(tuple(rows.tolist()), tuple(columns.tolist())), name)
+        layer = Resample(tuple(rows.tolist()), tuple(columns.tolist()))
+        if (layer.rows, layer.columns) == (tuple(range(shape[1])), tuple(range(shape[2]))):
+            return None  # the channels alone
+        size = len(rows) * len(columns)
+        return self.arranged(
+            self.rearranged(source, layer, name),
+            channels[:, None, None] * size + torch.arange(size).view(len(rows), -1),
+            name,
+        )
 
     def channels(self, source: str, places: Tensor, name: str) -> str | None:
         """Whole channels: shuffled, a part of them, or both; None where it is not that."""
@@ -333,10 +394,8 @@ class _Import:
 
 
 def _operation(node: fx.Node) -> str:
-    """What users know an operation as: ``add``, ``batch_norm``."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = str(getattr(packet, "__name__", node.target))
-    return {"cat": "concat", "mul": "multiply", "_native_batch_norm_legit_no_training": "batch_norm"}.get(name, name)
+    """What users know an operation as."""
+    return title(getattr(node.target, "overloadpacket", node.target))
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

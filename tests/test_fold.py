@@ -2,7 +2,7 @@ from math import sqrt
 
 import pytest
 import torch
-from networks import MIXED, normal, randomized, sequence
+from networks import BENT, MIXED, normal, randomized, sequence
 
 from fnet_search.fold import fold
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Layer, Pool
@@ -50,6 +50,7 @@ NETWORKS = {
     "norm after a conv that another layer reads": Macroarchitecture("n", (8, 9, 11), SHARED),
     "norm that two layers read": Macroarchitecture("n", (8, 9, 11), SPREAD),
     "mixed": MIXED,
+    "bent": BENT,
 }
 
 

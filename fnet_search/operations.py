@@ -177,7 +177,8 @@ def _adaptive(reduction: Reduction) -> Callable[[Call], Layers]:
             return []
         if wanted == (1, 1) and reduction == "average":
             return [Pool("global_average")]
-        return _windows(reduction, call.size, *(_adapted(*lengths) for lengths in zip(call.size, wanted, strict=True)))
+        windows = [_laid_out(_adapted(*lengths)) for lengths in zip(call.size, wanted, strict=True)]
+        return _sliding(reduction, call.size, *windows)
 
     return layers
 
@@ -187,16 +188,6 @@ def _adapted(size: int, wanted: int) -> list[Sequence[int]]:
     return [range(i * size // wanted, -(-(i + 1) * size // wanted)) for i in range(wanted)]
 
 
-def _windows(reduction: Reduction, size: Pair, rows: list[Sequence[int]], columns: list[Sequence[int]]) -> Layers:
-    """A pool over windows of these pixels, which may have different lengths and steps, along both sides."""
-    found: list[Layer] = []
-    down, right = _laid_out(rows), _laid_out(columns)
-    if (down.places, right.places) != tuple(tuple(range(length)) for length in size):
-        found.append(Resample(down.places, right.places))
-    kernel, stride = (down.length, right.length), (down.stride, right.stride)
-    return found if kernel == (1, 1) else [*found, _pool(reduction, kernel, stride)]
-
-
 @dataclass(frozen=True)
 class _Windows:
     """Windows of equal length, `stride` apart, over the pixels at `places` of a side."""
@@ -204,6 +195,15 @@ class _Windows:
     places: tuple[int, ...]
     length: int
     stride: int
+
+
+def _sliding(reduction: Reduction, size: Pair, down: _Windows, right: _Windows) -> Layers:
+    """A pool over windows along both sides."""
+    found: list[Layer] = []
+    if (down.places, right.places) != tuple(tuple(range(length)) for length in size):
+        found.append(Resample(down.places, right.places))
+    kernel, stride = (down.length, right.length), (down.stride, right.stride)
+    return found if kernel == (1, 1) else [*found, _pool(reduction, kernel, stride)]
 
 
 def _laid_out(windows: Sequence[Sequence[int]]) -> _Windows:
@@ -263,25 +263,26 @@ def _nearest(call: Call) -> Layers:
     rows = torch.arange(height, dtype=torch.float32).view(1, 1, -1, 1).expand(1, 1, height, width)
     columns = torch.arange(width, dtype=torch.float32).expand(1, 1, height, width)
     down, right = (call.target(places.contiguous(), **given)[0, 0].int() for places in (rows, columns))
-    return _windows("max", call.size, down[:, :1].tolist(), right[0, :, None].tolist())
+    return _sliding("max", call.size, _laid_out(down[:, :1].tolist()), _laid_out(right[0, :, None].tolist()))
 
 
-MOST_WEIGHTS = 32
-"""A bilinear resize is the mean of windows in which the two pixels of a side are repeated so often, at most."""
+WIDEST, FARTHEST = 32, 2
+"""Pixels a side of the windows that a bilinear resize is the mean of, and pixels from one to the next, at most: what it
+takes to repeat them is not worth more."""
+NO_RESIZE = (
+    "a bilinear resize by 2, 3, 4, ... (at most 16) with align_corners False is a layer, and any nearest one; "
+    "this one has too many different weights"
+)
 
 
 def _bilinear(call: Call) -> Layers:
     """Means of windows over repeated pixels: at 3.25, a quarter of pixel 4 and three of pixel 3."""
     factors = call.given.get("scale_factors") or (call.given.get("scales_h"), call.given.get("scales_w"))
     sides = zip(call.size, call.result[1:], factors, strict=True)
-    rows, columns = (_between(*side, call.given["align_corners"]) for side in sides)
-    most = max(lcm(*map(len, windows)) for windows in (rows, columns))
-    _require(
-        most <= MOST_WEIGHTS,
-        "a bilinear resize by 2, 3, 4, ... with align_corners False, is a layer, and any nearest one; "
-        "this one has too many different weights",
-    )
-    return _windows("average", call.size, rows, columns)
+    down, right = (_laid_out(_between(*side, call.given["align_corners"])) for side in sides)
+    good = all(one.length <= WIDEST and one.stride <= FARTHEST for one in (down, right))
+    _require(good, NO_RESIZE)
+    return _sliding("average", call.size, down, right)
 
 
 def _between(size: int, wanted: int, factor: float | None, corners: bool) -> list[Sequence[int]]:
@@ -290,14 +291,15 @@ def _between(size: int, wanted: int, factor: float | None, corners: bool) -> lis
     if corners:
         step = Fraction(size - 1, max(1, wanted - 1))
     elif factor is not None:  # what torch computes with, where size and factor do not go together
-        whole = Fraction(factor).limit_denominator(MOST_WEIGHTS)
-        step = 1 / (whole if float(whole) == factor else Fraction(factor))
+        near = Fraction(factor).limit_denominator(WIDEST)
+        step = 1 / (near if float(near) == factor else Fraction(factor))
     half = Fraction(0 if corners else 1, 2)
     found: list[Sequence[int]] = []
     for i in range(wanted):
         at = max(Fraction(0), (i + half) * step - half)
         first = min(int(at), size - 1)
         share = at - first if first < size - 1 else Fraction(0)
+        _require(share.denominator <= WIDEST, NO_RESIZE)
         found.append([first] * (share.denominator - share.numerator) + [first + 1] * share.numerator)
     return found
 

@@ -11,7 +11,7 @@ from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import calibration
 from fnet_search.fold import fold
-from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pad, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, apply_stateless, build, walk
 from fnet_search.plan import factorize, parse_plan
@@ -220,6 +220,25 @@ def test_any_graph(bias: bool) -> None:
     changed = {name for name in differing(parent, child) if name.startswith("three.bn")}
     moved = {"three.bn.running_mean", "three.bn.running_var"}
     assert changed == (moved if bias else set()), "what the concat reads has no norm to move it"
+
+
+def test_learned_slopes_are_copied() -> None:
+    space = sequence(
+        (3, 8, 8),
+        stem=Conv(8),
+        slopes=Activation("prelu", per_channel=True),
+        one=Conv(8, factorize=True),
+        slope=Activation("prelu"),
+        zeros=Pad((0, 1, 0), (0, 0, 2)),
+        two=Conv(8, factorize=True),
+        flat=Flatten(),
+    )
+    parent = randomized(space)
+    x = normal(64, 3, 8, 8)
+    child = started(parent, space, "two=2", x)
+    assert differing(parent, child) == {"two.weight", *(name for name in tensors(child) if name.startswith("two."))}
+    expected = parent(x)
+    assert float((child(x) - expected).square().mean()) < 0.5 * float(expected.var())
 
 
 def test_without_changes_before_them_layers_keep_their_bits() -> None:

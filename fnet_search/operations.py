@@ -139,13 +139,12 @@ def _clip(low: str, high: str) -> Callable[[Call], Layers]:
     """ReLU and ReLU6, as torch writes them too, and other bounds."""
 
     def layers(call: Call) -> Layers:
-        bounds = call.given.get(low), call.given.get(high)
-        if bounds in ((0, None), (0, 6)):
-            return [Activation("relu" if bounds[1] is None else "relu6")]
-        at_least, at_most = (
-            float(outer if bound is None else bound) for bound, outer in zip(bounds, (-inf, inf), strict=True)
-        )
-        return [Activation("clip", low=at_least, high=at_most)]
+        given = call.given.get(low), call.given.get(high)
+        _require(all(isinstance(bound, int | float | None) for bound in given), "its bounds are no numbers")
+        least, most = (float(end if bound is None else bound) for bound, end in zip(given, (-inf, inf), strict=True))
+        if least == 0 and most in (6, inf):
+            return [Activation("relu" if most == inf else "relu6")]
+        return [Activation("clip", low=least, high=most)]
 
     return layers
 
@@ -223,7 +222,7 @@ def _over_sides(reduction: Reduction) -> Callable[[Call], Layers]:
 
     def layers(call: Call) -> Layers:
         shape = call.shapes[0]
-        axes = {axis % (len(shape) + 1) for axis in call.given["dim"] or ()}
+        axes = {axis % (len(shape) + 1) for axis in call.given.get("dim") or ()}
         good = len(shape) > 1 and min(axes, default=0) > 1
         _require(good, "of all means and maxima only those over height, width or both are layers")
         sides = (*shape[1:], 1)[:2]
@@ -353,3 +352,4 @@ def title(operator: object) -> str:
 
 
 SUPPORTED = ", ".join(sorted(title(one).removeprefix("_") for one in {*LAYERS, *MOVES}))
+"""Operators that can be imported, for people."""

@@ -179,7 +179,8 @@ class _Import:
         before, after = self.shapes[node.inputs[0]], self.shapes[node.name]
         if isinstance(node.layer, Pool):
             windows = zip(node.layer.kernel, before[1:], after[1:], strict=True)
-            return all((kernel == n and m == 1) or (kernel == 1 and m == n) for kernel, n, m in windows)
+            whole = all((kernel == n and m == 1) or (kernel == 1 and m == n) for kernel, n, m in windows)
+            return whole and node.layer.padding == (0, 0)
         return len(before) == 3 and before[0] == after[0]
 
     def operation(self, node: fx.Node) -> None:

@@ -137,6 +137,7 @@ CHAIN = sequence(
         ("gate/QuickGeluFusion/", "QuickGelu", "gate"),
         ("gate.step1", "Sigmoid", "gate"),
         ("gate.place", "Add", "gate"),
+        ("gate.take", "Gather", "gate"),
         ("gate.cast", "Cast", "gate"),
         ("Transpose_token_3", "QLinearConv", "Transpose"),
         ("Transpose", "Transpose", OTHER),

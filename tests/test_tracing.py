@@ -163,6 +163,8 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "clamp to a range": (lambda x: x.clamp(-0.25, 0.5), {}),
     "clamp from above": (lambda x: torch.clamp_max(x, 0.4), {}),
     "clip": (lambda x: torch.clip(x, -0.25), {}),
+    "hardtanh from 0": (lambda x, parts: parts["a"](x), {"a": nn.Hardtanh(0, float("inf"), inplace=True)}),
+    "in place": (lambda x, parts: parts["b"](parts["a"](x)), {"a": nn.ELU(inplace=True), "b": nn.LeakyReLU(0.3, True)}),
     "hardtanh": (lambda x: F.hardtanh(x, -0.5, 0.25), {}),
     "leaky relu": (lambda x: F.leaky_relu(x, 0.2), {}),
     "prelu": (lambda x, parts: parts["a"](x), {"a": nn.PReLU(init=0.1)}),
@@ -198,6 +200,10 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "mean of a side": (lambda x: x.mean(3, keepdim=True), {}),
     "mean in two steps": (lambda x: x.mean(3).mean(2), {}),
     "mean in two steps, from below": (lambda x: x.mean(-2, keepdim=True).mean(-1, keepdim=True), {}),
+    "mean of a padded mean": (
+        lambda x: F.avg_pool2d(x, (13, 11), None, (6, 5), count_include_pad=False).mean((2, 3)),
+        {},
+    ),
     "mean of a flattened map": (lambda x: x.flatten(2).mean(-1), {}),
     "maximum": (lambda x: x.amax((2, 3)), {}),
     "maximum in two steps": (lambda x: x.amax(3).amax(2), {}),
@@ -343,6 +349,8 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "softmax": (Of(lambda x: x.softmax(1)), r"'softmax' \(softmax\): no layer computes this"),
     "by a number": (Of(lambda x: 0.5 * x), r"'multiply' \(multiply\): it reads a number where a layer reads a tensor"),
     "and a number": (Of(lambda x: x + 1), r"'add' \(add\): it reads a number"),
+    "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): of all means and maxima only those over"),
+    "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds are no numbers"),
     "other softplus": (Of(lambda x: F.softplus(x, 2)), "only that with beta 1 and threshold 20 is a layer"),
     "mean of channels": (Of(lambda x: x.mean(1, keepdim=True) * x), "only those over height, width or both are layers"),
     "bilinear, odd": (

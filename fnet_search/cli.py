@@ -347,7 +347,7 @@ def _spaces() -> "Iterator[tuple[str, str]]":
         yield name, f"{mmac(network_cost(space).conv_macs)}; {space.description}"
     yield "FILE.toml", "a space of your own, or one that show --save wrote"
     yield "FILE.py:FUNCTION", "what a function of your own returns, a torch module; package.module:FUNCTION too"
-    yield "torchvision:NAME", f"of torchvision's classifiers those without attention: {', '.join(torchvision_names())}"
+    yield "torchvision:NAME", f"a classifier of torchvision: {', '.join(torchvision_names())}"
 
 
 def _policies() -> "Iterator[tuple[str, str]]":

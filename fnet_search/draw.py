@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from fnet_search.figures import DPI, save_png
-from fnet_search.layers import Activation, Affine, BatchNorm, Conv, Dense, Layer, Pool, Shape, Shuffle, Slice
+from fnet_search.layers import Activation, Affine, BatchNorm, Conv, Dense, Layer, Pad, Pool, Shape, Shuffle, Slice
 from fnet_search.layout import BOX_HEIGHT, MARGIN, Point, lay_out
 from fnet_search.macro import INPUT, Macroarchitecture
 from fnet_search.plan import FactorizationPlan, factorize, label, network_cost
@@ -34,6 +34,7 @@ COLOURS = {
     "slice": "#e8dcc4",
     "shuffle": "#d9c7a8",
     "resample": "#cfe0c3",
+    "pad": "#d3d3e6",
     "add": "#fff3a3",
     "multiply": "#ffe08a",
     "concat": "#b8ebe6",
@@ -63,7 +64,10 @@ def describe(layer: Layer) -> str:
             stride = f", stride {_pair(layer.step)}" if layer.step != layer.kernel else ""
             return f"{layer.reduction} pool {_window(layer.kernel)}{stride}"
         case Activation():
-            return layer.function
+            return _function(layer)
+        case Pad():
+            sides = zip(layer.before, layer.after, strict=True)
+            return "zeros " + ", ".join(str(a) if a == b else f"{a} and {b}" for a, b in sides)
         case Dense():
             return f"dense, {layer.out_features}"
         case BatchNorm():
@@ -77,6 +81,15 @@ def describe(layer: Layer) -> str:
             return f"shuffle, {layer.groups} groups"
         case _:
             return layer.kind
+
+
+def _function(layer: Activation) -> str:
+    """``leaky_relu 0.1``, ``clip -1 to 1``."""
+    if len(layer.slopes) == 1:
+        return f"{layer.function} {layer.slopes[0]:g}"
+    if layer.function == "clip":
+        return f"clip {layer.low:g} to {layer.high:g}"
+    return f"{layer.function}, a slope a channel" if layer.per_channel or layer.slopes else layer.function
 
 
 def _family(layer: Layer) -> str:

@@ -30,7 +30,7 @@ class Pair:
 
 def pairs(network: Macroarchitecture) -> Iterator[Pair]:
     """The pairs of a folded network, in order: convolutions or dense layers with nothing between them that has another
-    reader or is not positively homogeneous channel by channel (ReLU, pools and flatten are)."""
+    reader or is not positively homogeneous channel by channel (ReLU, leaky ReLU, pools and flatten are)."""
     for node in network.order:
         if not isinstance(node.layer, Conv | Dense):
             continue
@@ -50,7 +50,8 @@ def _only_reader(network: Macroarchitecture, node: Node) -> Node | None:
 
 def _homogeneous(node: Node) -> bool:
     layer = node.layer
-    return isinstance(layer, Pool | Flatten) or (isinstance(layer, Activation) and layer.function == "relu")
+    homogeneous = isinstance(layer, Activation) and layer.function in ("relu", "leaky_relu")
+    return homogeneous or isinstance(layer, Pool | Flatten)
 
 
 def equalize(folded: FoldedNetwork) -> FoldedNetwork:

@@ -25,6 +25,7 @@ from fnet_search.paired import as_bits
 from fnet_search.plan import FactorizationPlan, factorize, plan_cost, regular
 from fnet_search.policy import Audit, Evaluation, Role, SplitName, State
 from fnet_search.prepare import (
+    AT_ONCE,
     CALIBRATION_SAMPLES,
     Quantized,
     calibrated_for,
@@ -350,7 +351,7 @@ def measured(
     """Completes an evaluation of a trained network: what it measures with this quantization. `runtime` and `seen` as in
     `measure`."""
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
-    samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES)())
+    samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES, AT_ONCE)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
     return replace(measures.complete(evaluation), scheme=str(quantized.scheme), layers=layers)
 

@@ -6,6 +6,8 @@ rule 18), and a runtime puts one integer kernel in the place of dequantize, oper
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import pi, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from fnet_search.layers import (
     Dense,
     Flatten,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -33,7 +36,7 @@ from fnet_search.layers import (
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
 from fnet_search.params import QuantParams
-from fnet_search.quantize import QuantizedNetwork, table
+from fnet_search.quantize import QuantizedNetwork, row_starts, table
 
 OPSET, IR_VERSION = 13, 7
 """Of 2020: the first operator set with a scale a channel; what reads QDQ at all reads these."""
@@ -97,6 +100,53 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
     return model, {entry.key: entry.value for entry in model.metadata_props}
 
 
+READ = "x"
+"""What a function reads, as an operand of one of its steps."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An operator on what the step before it gives, and on operands: `READ` or numbers."""
+
+    operator: str
+    operands: Sequence[Any] = ()
+    attributes: Mapping[str, float] = field(default_factory=dict)
+
+
+def _steps(layer: Activation, axes: int) -> list[_Step]:
+    """A function on values of so many axes (without the batch) in operators of OPSET. Some of a function's own name
+    are younger."""
+    hard_sigmoid = _Step("HardSigmoid", (), {"alpha": 1 / 6, "beta": 0.5})
+    match layer:
+        case Activation("leaky_relu") if len(layer.slopes) > 1:
+            return [_Step("PRelu", [np.reshape(layer.slopes, (-1, *[1] * (axes - 1)))])]
+        case Activation("leaky_relu" | "elu" | "celu"):
+            names = {"leaky_relu": "LeakyRelu", "elu": "Elu", "celu": "Celu"}
+            return [_Step(names[layer.function], (), {"alpha": layer.slopes[0]})]
+        case Activation("relu6"):
+            return [_Step("Clip", (0, 6))]
+        case Activation("clip"):
+            return [_Step("Clip", (layer.low, layer.high))]
+        case Activation("hardsigmoid"):
+            return [hard_sigmoid]
+        case Activation("hardswish"):
+            return [hard_sigmoid, _Step("Mul", [READ])]
+        case Activation("silu"):
+            return [_Step("Sigmoid"), _Step("Mul", [READ])]
+        case Activation("mish"):
+            return [_Step("Softplus"), _Step("Tanh"), _Step("Mul", [READ])]
+        case Activation("log_sigmoid"):
+            return [_Step("Neg"), _Step("Softplus"), _Step("Neg")]
+        case Activation("gelu"):
+            share = [_Step("Div", [sqrt(2)]), _Step("Erf"), _Step("Add", [1])]
+            return [*share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
+        case Activation("gelu_tanh"):
+            cube = [_Step("Mul", [READ]), _Step("Mul", [READ]), _Step("Mul", [0.044715])]
+            share = [_Step("Add", [READ]), _Step("Mul", [sqrt(2 / pi)]), _Step("Tanh"), _Step("Add", [1])]
+            return [*cube, *share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
+    return [_Step(layer.function.capitalize())]  # Relu, Sigmoid, Selu, Tanh, Softplus, Abs
+
+
 class _Graph:
     """Nodes and constants of an ONNX graph in the making; `floats` names the float tensor of each node."""
 
@@ -121,10 +171,28 @@ class _Graph:
         """The name of the float tensor that the operator of a node writes."""
         return LOGITS if node == self.network.output else f"{node}.output"
 
-    def resample(self, node: Node, layer: Resample, tensor: str, output: str) -> str:
+    def moved(self, node: Node, layer: Resample | Pad, tensor: str, output: str, zero: Any) -> str:
+        """What only moves values, of values or codes; `zero` is an array of their type."""
+        if isinstance(layer, Pad):
+            pads = self.integers(f"{node.name}.pads", [0, *layer.before, 0, *layer.after])
+            return self.node("Pad", node.name, [tensor, pads, self.constant(f"{node.name}.zero", zero)], output)
         rows, columns = (self.integers(f"{node.name}.{part}", getattr(layer, part)) for part in ("rows", "columns"))
         taken = self.node("Gather", f"{node.name}.take", [tensor, rows], f"{node.name}.taken", axis=2)
         return self.node("Gather", node.name, [taken, columns], output, axis=3)
+
+    def function(self, node: Node, layer: Activation, tensor: str, output: str) -> str:
+        """A function in float, by one operator or several, one after the other."""
+        *before, last = _steps(layer, len(self.network.shapes[node.name]))
+        read = tensor
+        for number, step in enumerate(before, 1):
+            read = self.step(step, f"{node.name}.step{number}", tensor, read, f"{node.name}.after{number}")
+        return self.step(last, node.name, tensor, read, output)
+
+    def step(self, step: "_Step", name: str, x: str, read: str, output: str) -> str:
+        numbers = (np.asarray(one, np.float32) for one in step.operands if one is not READ)
+        constants = (self.constant(f"{name}.number{index}", one) for index, one in enumerate(numbers))
+        operands = [x if one is READ else next(constants) for one in step.operands]
+        return self.node(step.operator, name, [read, *operands], output, **step.attributes)
 
     def operator(self, node: Node, inputs: Sequence[str]) -> str:
         """A layer as ONNX operators on float tensors; returns the name of its output."""
@@ -163,27 +231,16 @@ class _Graph:
                 apart = self.node("Reshape", f"{name}.apart", [*inputs, split], f"{name}.parts")
                 crossed = self.node("Transpose", f"{name}.cross", [apart], f"{name}.crossed", perm=[0, 2, 1, 3, 4])
                 return self.node("Reshape", name, [crossed, joined], output)
-            case Resample():
-                return self.resample(node, layer, inputs[0], output)
+            case Resample() | Pad():
+                return self.moved(node, layer, inputs[0], output, np.float32(0))
             case Add():
                 return add("Add")
             case Multiply():
                 return add("Mul")
             case Concat():
                 return add("Concat", axis=1)
-            case Activation("relu"):
-                return add("Relu")
-            case Activation("relu6"):
-                bounds = (self.constant(f"{name}.low", np.float32(0)), self.constant(f"{name}.high", np.float32(6)))
-                return add("Clip", *bounds)
-            case Activation("sigmoid"):
-                return add("Sigmoid")
-            case Activation("hardsigmoid"):
-                return add("HardSigmoid", alpha=1 / 6, beta=0.5)
-            case Activation(function):  # silu, hardswish: an operator of this name is younger than OPSET
-                gate = ("Sigmoid", {}) if function == "silu" else ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5})
-                gated = self.node(gate[0], f"{name}.gate", inputs, f"{name}.gated", **gate[1])
-                return add("Mul", gated)
+            case Activation():
+                return self.function(node, layer, inputs[0], output)
         raise TypeError(f"{layer.kind} is not part of a folded network")
 
 
@@ -240,15 +297,21 @@ class _QuantizedGraph(_Graph):
         inputs = [self.floats[source] for source in node.inputs]
         if isinstance(layer, Activation) and self.carrier[node.inputs[0]] != name:
             source, target = (self.quantized.params[self.carrier[one]] for one in (node.inputs[0], name))
-            lookup = self.constant(f"{name}.table", table(layer.function, source, target).numpy())
+            rows = table(layer, source, target)
+            lookup = self.constant(f"{name}.table", rows.flatten().numpy())
             index = self.node(
                 "Cast", f"{name}.cast", [codes_name(node.inputs[0])], f"{name}.index", to=TensorProto.INT32
             )
+            if len(rows) > 1:
+                starts = row_starts(len(rows), 1 + len(self.network.shapes[name])).numpy()
+                places = [index, self.constant(f"{name}.rows", starts)]
+                index = self.node("Add", f"{name}.place", places, f"{name}.places")
             self.node("Gather", name, [lookup, index], codes_name(name))
             self.dequantize(name)
             return
-        if isinstance(layer, Resample):
-            self.resample(node, layer, codes_name(node.inputs[0]), codes_name(name))
+        if isinstance(layer, Resample | Pad):
+            zero = np.uint8(self.quantized.params[self.carrier[name]].zero)
+            self.moved(node, layer, codes_name(node.inputs[0]), codes_name(name), zero)
             self.dequantize(name)
             return
         if isinstance(layer, Conv | Dense):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.layers import Conv, Dense, Foldable
+from fnet_search.layers import Activation, Conv, Dense, Foldable
 from fnet_search.macro import Macroarchitecture, Node
 from fnet_search.network import Network, ScaleShift, apply_stateless, run
 
@@ -44,7 +44,8 @@ def fold(trained: Network) -> FoldedNetwork:
     float32.
 
     g = gamma / sqrt(var + eps), W' = W g, b' = (b - mean) g + beta. One with no such layer of its own before it
-    becomes a 1x1 depthwise convolution (on vectors: a dense layer with a diagonal weight).
+    becomes a 1x1 depthwise convolution (on vectors: a dense layer with a diagonal weight). What a PReLU has learned
+    becomes constants of a leaky ReLU.
     """
     space = trained.network
     weight: dict[str, Tensor] = {}
@@ -76,6 +77,10 @@ def fold(trained: Network) -> FoldedNetwork:
             else:
                 weight[node.name], bias[node.name] = torch.diag(gain), offset
                 nodes[node.name] = Node(node.name, Dense(shape[0]), inputs)
+        elif isinstance(node.layer, Activation) and node.layer.function == "prelu":
+            slopes = trained.layer(node.name).get_parameter("weight").tolist()
+            alpha = tuple(slopes) if node.layer.per_channel else slopes[0]
+            nodes[node.name] = Node(node.name, Activation("leaky_relu", alpha), inputs)
         else:
             nodes[node.name] = Node(node.name, node.layer, inputs)
     network = Macroarchitecture(space.name, space.input_shape, tuple(nodes.values()), space.description)

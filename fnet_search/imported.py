@@ -58,21 +58,28 @@ def load_imported(
     return replace(space, mean=mean, std=std, weights=None if weights is None else space.weights)
 
 
+FAMILIES = (
+    *("alexnet", "densenet", "efficientnet", "googlenet", "inception", "mnasnet", "mobilenetv2", "mobilenetv3"),
+    *("regnet", "resnet", "shufflenetv2", "squeezenet", "vgg"),
+)
+"""The modules of torchvision whose classifiers are all made of our layers; those of others normalise over channels
+(LayerNorm), or attend."""
+
+
 def torchvision_names() -> list[str]:
-    """torchvision's classifiers."""
+    """torchvision's classifiers that can be imported."""
     from torchvision import models
 
-    names: list[str] = models.list_models(module=models)
-    return names
+    builders = {name: models.get_model_builder(name) for name in models.list_models(module=models)}
+    return [name for name, builder in builders.items() if builder.__module__.rpartition(".")[2] in FAMILIES]
 
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
     """The module, and the mean and std that its weights want images normalised with."""
     from torchvision import models
 
-    known = torchvision_names()
-    if name not in known:
-        raise unknown("torchvision network", name, known)
+    if name not in models.list_models(module=models):
+        raise unknown("torchvision network", name, torchvision_names())
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     if weights is None:
         # GoogLeNet and Inception draw their weights slowly, and say so, unless told not to.

@@ -9,10 +9,13 @@ from math import isfinite, prod
 from typing import ClassVar, Literal, get_args
 
 from fnet_search.errors import FnetError, unknown
-from fnet_search.tables import Pair
+from fnet_search.tables import Numbers, Pair
 
 Shape = tuple[int, ...]
-Function = Literal["relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu"]
+Function = Literal[
+    "relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu", "leaky_relu", "prelu", "elu", "selu", "celu",
+    "gelu", "gelu_tanh", "tanh", "softplus", "mish", "log_sigmoid", "abs", "clip",
+]  # fmt: skip
 Reduction = Literal["max", "average", "global_average"]
 
 
@@ -165,19 +168,72 @@ class Affine(_Single):
         return (len(self.scale) + len(self.shift)) * self.trained
 
 
+CONSTANTS: Mapping[str, tuple[str, ...]] = {
+    "leaky_relu": ("alpha",),
+    "elu": ("alpha",),
+    "celu": ("alpha",),
+    "clip": ("low", "high"),
+}
+"""What a function needs to be given."""
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
+
 @dataclass(frozen=True)
-class Activation(_Weightless):
-    """An elementwise function."""
+class Activation(_Single):
+    """An elementwise function.
+
+    `alpha` is the slope below zero of ``leaky_relu``, one or one a channel, and that of torch's ``elu`` and ``celu``;
+    `low` and `high` are the bounds of ``clip``, of which one may be infinite. ``prelu`` learns its slope, or one a
+    channel.
+    """
 
     function: Function = "relu"
+    alpha: Numbers | None = None
+    low: float | None = None
+    high: float | None = None
+    per_channel: bool = False
     kind: ClassVar[str] = "activation"
 
     def __post_init__(self) -> None:
         if self.function not in get_args(Function):
             raise unknown("activation function", str(self.function), get_args(Function))
+        needed = CONSTANTS.get(self.function, ())
+        for name in ("alpha", "low", "high"):
+            if (getattr(self, name) is not None) != (name in needed):
+                raise FnetError(f"{self.function} {'needs' if name in needed else 'has no'} {name}")
+        if self.per_channel and self.function != "prelu":
+            raise FnetError("per_channel is of prelu")
+        if self.function != "leaky_relu" and isinstance(self.alpha, tuple):
+            raise FnetError(f"alpha of {self.function} must be one number, got {list(self.alpha)}")
+        if not all(abs(slope) <= FLOAT32_MAX for slope in self.slopes) or self.alpha == ():
+            raise FnetError(f"alpha must be finite, got {self.alpha}")
+        if self.function == "celu" and self.alpha == 0:
+            raise FnetError("alpha of celu must not be 0")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise FnetError(f"low must be below high, got {self.low} and {self.high}")
+
+    @property
+    def slopes(self) -> tuple[float, ...]:
+        """`alpha` as a tuple."""
+        return self.alpha if isinstance(self.alpha, tuple) else () if self.alpha is None else (self.alpha,)
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether it has a constant for each channel."""
+        return len(self.slopes) > 1
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
+        if len(self.slopes) not in (0, 1, inputs[0][0]):
+            raise FnetError(f"it has {len(self.slopes)} slopes for {inputs[0][0]} channels")
         return inputs[0]
+
+    def macs(self, inputs: list[Shape]) -> int:
+        return 0
+
+    def params(self, inputs: list[Shape]) -> int:
+        if self.function != "prelu":
+            return 0
+        return inputs[0][0] if self.per_channel else 1
 
 
 @dataclass(frozen=True)
@@ -323,6 +379,22 @@ class Resample(_Weightless):
 
 
 @dataclass(frozen=True)
+class Pad(_Weightless):
+    """Zeros, so many before and after the channels, rows and columns of a feature map (ONNX ``Pad``)."""
+
+    before: tuple[int, int, int] = (0, 0, 0)
+    after: tuple[int, int, int] = (0, 0, 0)
+    kind: ClassVar[str] = "pad"
+
+    def __post_init__(self) -> None:
+        if min(*self.before, *self.after) < 0:
+            raise FnetError(f"zeros must not be fewer than none, got {list(self.before)} and {list(self.after)}")
+
+    def output_shape(self, inputs: list[Shape]) -> Shape:
+        return tuple(map(sum, zip(self.before, _feature_map(inputs[0]), self.after, strict=True)))
+
+
+@dataclass(frozen=True)
 class Add(_Weightless):
     """Sum of two tensors of one shape (ONNX ``Add``)."""
 
@@ -367,8 +439,8 @@ class Concat(_Weightless):
         return sum(shape[0] for shape in inputs), *inputs[0][1:]
 
 
-Moving = Flatten | Reshape | Slice | Shuffle | Resample
-"""Layers that compute nothing."""
+Moving = Flatten | Reshape | Slice | Shuffle | Resample | Pad
+"""Layers that compute nothing: they give the values that they read, or zeros."""
 Foldable = BatchNorm | Affine
 """Layers that are an affine function a channel in evaluation, folded into a convolution or dense layer before them."""
 Layer = Conv | Foldable | Activation | Pool | Dense | Moving | Add | Multiply | Concat

@@ -229,7 +229,7 @@ class Macroarchitecture:
 
 def _any_classes(layer: Layer) -> bool:
     """Whether a layer between the last weights and the logits has a channel a class, however many."""
-    channelwise = isinstance(layer, Affine) and layer.channelwise
+    channelwise = isinstance(layer, Activation | Affine) and layer.channelwise
     return layer.kind in ("activation", "pool", "flatten", "batch_norm", "affine") and not channelwise
 
 
@@ -237,16 +237,21 @@ ONLY_CLASSES = "fnet-search is for classification with one class an image"
 ONE_OUTPUT = f"it gives one number an image, not a logit for each of two classes or more; {ONLY_CLASSES}"
 
 
+OF_OTHER_TASKS = ("sigmoid", "hardsigmoid", "log_sigmoid", "tanh")
+"""Functions that networks with several labels an image, or with numbers, end with."""
+
+
 def check_classifier(space: Macroarchitecture) -> None:
-    """Raises FnetError for a network of another task: one output, or outputs that pass a sigmoid (multi-label)."""
+    """Raises FnetError for a network of another task: one output, or outputs that pass a sigmoid (multi-label) or a
+    tanh."""
     if space.classes < 2:
         raise FnetError(ONE_OUTPUT)
     node: Node | None = space.order[-1]
     while node is not None and not isinstance(node.layer, Conv | Dense) and len(node.inputs) == 1:
-        if isinstance(node.layer, Activation) and node.layer.function in ("sigmoid", "hardsigmoid"):
+        if isinstance(node.layer, Activation) and node.layer.function in OF_OTHER_TASKS:
             raise FnetError(
-                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels an image; {ONLY_CLASSES}: "
-                "give the logits, without it, if that is what it is for"
+                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels an image or for numbers; "
+                f"{ONLY_CLASSES}: give the logits, without it, if that is what it is for"
             )
         node = space.by_name.get(node.inputs[0])
 

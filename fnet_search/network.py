@@ -22,6 +22,7 @@ from fnet_search.layers import (
     Flatten,
     Moving,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -40,7 +41,32 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardsigmoid": F.hardsigmoid,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "selu": F.selu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "mish": F.mish,
+    "log_sigmoid": F.logsigmoid,
+    "abs": torch.abs,
 }
+"""Those that have no constants."""
+
+
+def activate(layer: Activation, x: Tensor) -> Tensor:
+    """A function that learns nothing, on [N, C, H, W] or [N, C]."""
+    match layer:
+        case Activation("leaky_relu", tuple()):
+            return F.prelu(x, x.new_tensor(layer.alpha))
+        case Activation("leaky_relu", float() | int() as alpha):
+            return F.leaky_relu(x, alpha)
+        case Activation("elu", float() | int() as alpha):
+            return F.elu(x, alpha)
+        case Activation("celu", float() | int() as alpha):
+            return F.celu(x, alpha)
+        case Activation("clip"):
+            return x.clamp(layer.low, layer.high)
+    return FUNCTIONS[layer.function](x)
 
 
 def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> Iterator[tuple[Node, T]]:
@@ -63,8 +89,8 @@ def run(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -
     return outputs[0]
 
 
-def moved(layer: Moving, x: Tensor) -> Tensor:
-    """A layer that computes nothing, on values or codes, [N, C, H, W] or [N, K]."""
+def moved(layer: Moving, x: Tensor, zero: int = 0) -> Tensor:
+    """A layer that computes nothing, on values or codes, [N, C, H, W] or [N, K]; `zero` stands for zero."""
     match layer:
         case Flatten():
             return x.flatten(1)
@@ -76,6 +102,10 @@ def moved(layer: Moving, x: Tensor) -> Tensor:
             return F.channel_shuffle(x, groups)
         case Resample(rows, columns):
             return x[:, :, list(rows)][:, :, :, list(columns)]
+        case Pad(before, after):
+            return F.pad(
+                x, [count for pair in zip(before[::-1], after[::-1], strict=True) for count in pair], value=zero
+            )
 
 
 def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
@@ -83,14 +113,14 @@ def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
     layer, x = node.layer, inputs[0]
     match layer:
         case Activation():
-            return FUNCTIONS[layer.function](x)
+            return activate(layer, x)
         case Pool(reduction="max"):
             return F.max_pool2d(x, layer.kernel, layer.step, layer.padding, ceil_mode=layer.ceil)
         case Pool(reduction="average"):
             return F.avg_pool2d(x, layer.kernel, layer.step, layer.padding, layer.ceil, layer.count_padding)
         case Pool():
             return x.mean(dim=(2, 3), keepdim=True)
-        case Flatten() | Reshape() | Slice() | Shuffle() | Resample():
+        case Flatten() | Reshape() | Slice() | Shuffle() | Resample() | Pad():
             return moved(layer, x)
         case Add():
             return x + inputs[1]
@@ -114,6 +144,8 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
             return ScaleShift(layer)
         case Dense(out_features, bias):
             return nn.Linear(shape[0], out_features, bias)
+        case Activation("prelu", per_channel=per_channel):
+            return nn.PReLU(shape[0] if per_channel else 1)
     return None
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import chain, pairwise
-from math import lcm
+from math import inf, lcm
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from fnet_search.layers import (
     Function,
     Layer,
     Multiply,
+    Pad,
     Pool,
     Reduction,
     Resample,
@@ -40,10 +42,12 @@ OPERANDS = ("input", "self", "other")
 
 MOVES = {
     aten.alias, aten.channel_shuffle, aten.chunk, aten.clone, aten.contiguous, aten.detach, aten.expand, aten.flatten,
-    aten.narrow, aten.permute, aten.reshape, aten.select, aten.slice, aten.split, aten.split_with_sizes, aten.squeeze,
-    aten.transpose, aten.unbind, aten.unflatten, aten.unsqueeze, aten.view, aten._unsafe_view,
+    aten.flip, aten.narrow, aten.pad, aten.permute, aten.pixel_shuffle, aten.pixel_unshuffle, aten.repeat,
+    aten.repeat_interleave, aten.reshape, aten.roll, aten.rot90, aten.select, aten.slice, aten.split,
+    aten.split_with_sizes, aten.squeeze, aten.tile, aten.transpose, aten.unbind, aten.unflatten, aten.unsqueeze,
+    aten.view, aten._unsafe_view,
 }  # fmt: skip
-"""Operators that only move values."""
+"""Operators that only move values; `aten.pad` where it pads with values of the image."""
 
 NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
 """Operators that give what they read, in evaluation and float32."""
@@ -66,12 +70,14 @@ REASONS = {
 @dataclass(frozen=True)
 class Call:
     """An operator's arguments by name, as tensors those that do not hang on the image; the shapes of what it reads and
-    gives, without the batch. `constant` names the tensors that hang on no parameter either: no training moves them."""
+    gives, without the batch. `constant` names the tensors that hang on no parameter either: no training moves them.
+    `target` is the operator itself."""
 
     given: Mapping[str, Any]
     shapes: Sequence[Shape]
     result: Shape
     constant: frozenset[str] = frozenset()
+    target: Any = None
 
     def pair(self, name: str) -> Pair:
         return pair(self.given[name])
@@ -138,13 +144,14 @@ def _conv(call: Call) -> Layers:
     _require("weight" not in call.constant, CONSTANT_KERNEL)
     _require(weight.ndim == 4, "only 2-D convolutions are layers")
     kernel, dilation = pair(weight.shape[2:]), call.pair("dilation")
+    before: list[Layer] = []
     if padding == "same":
-        both = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        _require(not any(size % 2 for size in both), "padding 'same' of an even kernel is not the same on both sides")
-        padding = [size // 2 for size in both]
-    pads = (0, 0) if padding == "valid" else pair(padding)
+        down, right = (d * (k - 1) for k, d in zip(kernel, dilation, strict=True))
+        before = [Pad((0, down // 2, right // 2), (0, down - down // 2, right - right // 2))]
+    pads = (0, 0) if isinstance(padding, str) else pair(padding)
     bias, shift = _trained_bias(call)
-    return [Conv(len(weight), kernel, call.pair("stride"), pads, dilation, call.given["groups"], bias), *shift]
+    conv = Conv(len(weight), kernel, call.pair("stride"), pads, dilation, call.given["groups"], bias)
+    return [*before, conv, *shift]
 
 
 def _dense(call: Call) -> Layers:
@@ -172,17 +179,44 @@ def _activation(function: Function) -> Callable[[Call], Layers]:
     return lambda call: [Activation(function)]
 
 
+def _sloped(function: Function, alpha: str) -> Callable[[Call], Layers]:
+    return lambda call: [Activation(function, float(call.given[alpha]))]
+
+
+def _elu(call: Call) -> Layers:
+    _require(call.given["scale"] == call.given["input_scale"] == 1, "an ELU with scales of its own is no layer")
+    return [Activation("elu", float(call.given["alpha"]))]
+
+
+def _prelu(call: Call) -> Layers:
+    """With slopes that are a constant it is a leaky ReLU."""
+    weight, several = call.given["weight"], call.given["weight"].numel() > 1
+    if "weight" not in call.constant:
+        return [Activation("prelu", per_channel=several)]
+    slopes = tuple(weight.flatten().tolist())
+    return [Activation("leaky_relu", slopes if several else slopes[0])]
+
+
+def _gelu(call: Call) -> Layers:
+    return [Activation("gelu_tanh" if call.given["approximate"] == "tanh" else "gelu")]
+
+
+def _softplus(call: Call) -> Layers:
+    plain = (call.given["beta"], call.given["threshold"]) == (1, 20)
+    _require(plain, "of all softplus only that with beta 1 and threshold 20 is a layer")
+    return [Activation("softplus")]
+
+
 def _clip(low: str, high: str) -> Callable[[Call], Layers]:
-    """ReLU and ReLU6, as torch writes them too."""
+    """ReLU and ReLU6, as torch writes them too, and other bounds."""
 
     def layers(call: Call) -> Layers:
-        bounds = call.given[low], call.given[high]
-        if bounds == (0, None):
-            return [Activation("relu")]
-        _require(
-            bounds == (0, 6), f"of all ranges only 0 to 6, ReLU6, is a layer; this one is {bounds[0]} to {bounds[1]}"
-        )
-        return [Activation("relu6")]
+        given = call.given.get(low), call.given.get(high)
+        _require(all(isinstance(bound, int | float | None) for bound in given), "its bounds are no numbers")
+        least, most = (float(end if bound is None else bound) for bound, end in zip(given, (-inf, inf), strict=True))
+        if least == 0 and most in (6, inf):
+            return [Activation("relu" if most == inf else "relu6")]
+        return [Activation("clip", low=least, high=most)]
 
     return layers
 
@@ -214,44 +248,63 @@ def _adaptive(reduction: Reduction) -> Callable[[Call], Layers]:
             return []
         if wanted == (1, 1) and reduction == "average":
             return [Pool("global_average")]
-        rows, columns = (_windows(*lengths) for lengths in zip(call.size, wanted, strict=True))
-        found: list[Layer] = []
-        if not rows.whole or not columns.whole:
-            found.append(Resample(rows.places, columns.places))
-        kernel, stride = (rows.length, columns.length), (rows.stride, columns.stride)
-        return found if kernel == (1, 1) else [*found, _pool(reduction, kernel, stride)]
+        windows = [_laid_out(_adapted(*lengths)) for lengths in zip(call.size, wanted, strict=True)]
+        return _sliding(reduction, call.size, *windows)
 
     return layers
 
 
+def _adapted(size: int, wanted: int) -> list[Sequence[int]]:
+    """The windows of an adaptive pool along a side: from floor(i size / wanted) to ceil((i + 1) size / wanted)."""
+    return [range(i * size // wanted, -(-(i + 1) * size // wanted)) for i in range(wanted)]
+
+
 @dataclass(frozen=True)
 class _Windows:
-    """An adaptive pool along one side: windows of equal length over the pixels at `places`, which may be all."""
+    """Windows of equal length, `stride` apart, over the pixels at `places` of a side."""
 
     places: tuple[int, ...]
     length: int
     stride: int
-    whole: bool
 
 
-def _windows(size: int, wanted: int) -> _Windows:
-    """torch's: from floor(i size / wanted) to ceil((i + 1) size / wanted). Where they have different lengths or steps,
-    each one's pixels are repeated to a common multiple of the lengths: neither mean nor maximum changes."""
-    starts = [i * size // wanted for i in range(wanted)]
-    spans = [range(start, -(-(i + 1) * size // wanted)) for i, start in enumerate(starts)]
-    steps = {b - a for a, b in pairwise(starts)} or {size}
-    if len({len(span) for span in spans}) == len(steps) == 1 and 0 not in steps:
-        return _Windows(tuple(range(size)), len(spans[0]), steps.pop(), True)
-    length = lcm(*map(len, spans))
-    places = chain.from_iterable([at] * (length // len(span)) for span in spans for at in span)
-    return _Windows(tuple(places), length, length, False)
+def _sliding(reduction: Reduction, size: Pair, down: _Windows, right: _Windows) -> Layers:
+    """A pool over windows along both sides."""
+    found: list[Layer] = []
+    if (down.places, right.places) != tuple(tuple(range(length)) for length in size):
+        found.append(Resample(down.places, right.places))
+    kernel, stride = (down.length, right.length), (down.stride, right.stride)
+    return found if kernel == (1, 1) else [*found, _pool(reduction, kernel, stride)]
 
 
-def _mean(call: Call) -> Layers:
-    axes = sorted(axis % 4 for axis in call.given["dim"] or ())
-    whole = axes == [2, 3] and min(call.size) > 0  # a vector has no size, and says so
-    _require(whole, "of all means only that over height and width is a layer")
-    return [Pool("global_average"), *([] if call.given["keepdim"] else [Flatten()])]
+def _laid_out(windows: Sequence[Sequence[int]]) -> _Windows:
+    """Windows as some of equal length: each one's pixels are repeated to a common multiple of the lengths, which
+    changes neither mean nor maximum. They share what they can."""
+    length = lcm(*map(len, windows))
+    repeated = [[at for at in window for _ in range(length // len(window))] for window in windows]
+    steps = range(1, length) if len(windows) > 1 else ()
+    alike = (step for step in steps if all(a[step:] == b[: length - step] for a, b in pairwise(repeated)))
+    stride = next(alike, length)
+    places = chain(repeated[0], *(window[length - stride :] for window in repeated[1:]))
+    return _Windows(tuple(places), length, stride)
+
+
+def _over_sides(reduction: Reduction) -> Callable[[Call], Layers]:
+    """The mean or the maximum over height, width, or both; of [C, L], which is read as [C, L, 1], over the length."""
+
+    def layers(call: Call) -> Layers:
+        shape = call.shapes[0]
+        axes = {axis % (len(shape) + 1) for axis in call.given.get("dim") or ()}
+        good = len(shape) > 1 and min(axes, default=0) > 1
+        _require(good, "of all means and maxima only those over height, width or both are layers")
+        sides = (*shape[1:], 1)[:2]
+        kernel = (sides[0] if 2 in axes else 1, sides[1] if 3 in axes else 1)
+        pool = _pool(reduction, kernel, kernel)
+        if reduction == "average" and kernel == sides:
+            pool = Pool("global_average")
+        return [pool, Flatten()] if len(call.result) == 1 else [pool]
+
+    return layers
 
 
 def _operand(call: Call) -> str | None:
@@ -300,10 +353,61 @@ def _concat(call: Call) -> Layers:
     return [Concat()] if len(call.shapes) > 1 else []
 
 
+def _pad(call: Call) -> Layers:
+    _require(call.given.get("value") in (None, 0), "of all constants only zero can be padded with")
+    _ = call.size  # a vector has none, and says so
+    pads = [*call.given["pad"], *[0] * 8][:8]  # before and after, the last axis first
+    _require(not any(pads[6:]), "it adds images")
+    _require(min(pads) >= 0, "a negative padding is no layer; take a part instead, as in x[:, :, 1:]")
+    return [Pad((pads[4], pads[2], pads[0]), (pads[5], pads[3], pads[1]))] if any(pads) else []
+
+
 def _nearest(call: Call) -> Layers:
-    sides = zip(call.size, call.result[1:], strict=True)
-    rows, columns = (tuple(i * own // asked for i in range(asked)) for own, asked in sides)
-    return [Resample(rows, columns)]
+    """torch's own places: what it makes of an image that holds them."""
+    height, width = call.size
+    given = {name: value for name, value in call.given.items() if name not in ("input", "self")}
+    rows = torch.arange(height, dtype=torch.float32).view(1, 1, -1, 1).expand(1, 1, height, width)
+    columns = torch.arange(width, dtype=torch.float32).expand(1, 1, height, width)
+    down, right = (call.target(places.contiguous(), **given)[0, 0].int() for places in (rows, columns))
+    return _sliding("max", call.size, _laid_out(down[:, :1].tolist()), _laid_out(right[0, :, None].tolist()))
+
+
+WIDEST, FARTHEST = 32, 2
+"""Pixels a side of the windows that a bilinear resize is the mean of, and pixels from one to the next, at most: what it
+takes to repeat them is not worth more."""
+NO_RESIZE = (
+    "a bilinear resize by 2, 3, 4, ... (at most 16) with align_corners False is a layer, and any nearest one; "
+    "this one has too many different weights"
+)
+
+
+def _bilinear(call: Call) -> Layers:
+    """Means of windows over repeated pixels: at 3.25, a quarter of pixel 4 and three of pixel 3."""
+    factors = call.given.get("scale_factors") or (call.given.get("scales_h"), call.given.get("scales_w"))
+    sides = zip(call.size, call.result[1:], factors, strict=True)
+    down, right = (_laid_out(_between(*side, call.given["align_corners"])) for side in sides)
+    good = all(one.length <= WIDEST and one.stride <= FARTHEST for one in (down, right))
+    _require(good, NO_RESIZE)
+    return _sliding("average", call.size, down, right)
+
+
+def _between(size: int, wanted: int, factor: float | None, corners: bool) -> list[Sequence[int]]:
+    """For each pixel of a side the two that it lies between, each as often as it weighs, in lowest terms."""
+    step = Fraction(size, wanted)
+    if corners:
+        step = Fraction(size - 1, max(1, wanted - 1))
+    elif factor is not None:  # what torch computes with, where size and factor do not go together
+        near = Fraction(factor).limit_denominator(WIDEST)
+        step = 1 / (near if float(near) == factor else Fraction(factor))
+    half = Fraction(0 if corners else 1, 2)
+    found: list[Sequence[int]] = []
+    for i in range(wanted):
+        at = max(Fraction(0), (i + half) * step - half)
+        first = min(int(at), size - 1)
+        share = at - first if first < size - 1 else Fraction(0)
+        _require(share.denominator <= WIDEST, NO_RESIZE)
+        found.append([first] * (share.denominator - share.numerator) + [first + 1] * share.numerator)
+    return found
 
 
 LAYERS: Mapping[Any, Callable[[Call], Layers]] = {
@@ -316,14 +420,29 @@ LAYERS: Mapping[Any, Callable[[Call], Layers]] = {
     aten.hardsigmoid: _activation("hardsigmoid"),
     aten.sigmoid: _activation("sigmoid"),
     aten.silu: _activation("silu"),
+    aten.leaky_relu: _sloped("leaky_relu", "negative_slope"),
+    aten.prelu: _prelu,
+    aten.elu: _elu,
+    aten.selu: _activation("selu"),
+    aten.celu: _sloped("celu", "alpha"),
+    aten.gelu: _gelu,
+    aten.tanh: _activation("tanh"),
+    aten.softplus: _softplus,
+    aten.mish: _activation("mish"),
+    aten.log_sigmoid: _activation("log_sigmoid"),
+    aten.abs: _activation("abs"),
     aten.hardtanh: _clip("min_val", "max_val"),
     aten.clamp: _clip("min", "max"),
+    aten.clamp_min: _clip("min", "max"),
+    aten.clamp_max: _clip("min", "max"),
+    aten.clip: _clip("min", "max"),
     aten.max_pool2d: _max_pool,
     aten.max_pool2d_with_indices: _max_pool,
     aten.avg_pool2d: _average_pool,
     aten.adaptive_avg_pool2d: _adaptive("average"),
     aten.adaptive_max_pool2d: _adaptive("max"),
-    aten.mean: _mean,
+    aten.mean: _over_sides("average"),
+    aten.amax: _over_sides("max"),
     aten.add: _sum(1, 1),
     aten.sub: _sum(1, -1),
     aten.rsub: _sum(-1, 1),
@@ -332,4 +451,27 @@ LAYERS: Mapping[Any, Callable[[Call], Layers]] = {
     aten.neg: _negative,
     aten.cat: _concat,
     aten.upsample_nearest2d: _nearest,
+    aten._upsample_nearest_exact2d: _nearest,
+    aten.upsample_bilinear2d: _bilinear,
+    aten.constant_pad_nd: _pad,
 }
+
+
+TITLES = {
+    "cat": "concat",
+    "mul": "multiply",
+    "div": "divide",
+    "sub": "subtract",
+    "rsub": "subtract",
+    "neg": "negative",
+}
+
+
+def title(operator: object) -> str:
+    """What users know an operator as: ``add``, ``batch_norm``."""
+    name = str(getattr(operator, "__name__", operator))
+    return "batch_norm" if "batch_norm" in name else TITLES.get(name, name)
+
+
+SUPPORTED = ", ".join(sorted({title(one).removeprefix("_") for one in (*LAYERS, *MOVES)}))
+"""Operators that can be imported, for people."""

@@ -29,9 +29,9 @@ CORRECTION_SAMPLES = 256
 """Of these, for bias correction."""
 CHOICE_SAMPLES = 1024
 """Other training samples, at most, that a scheme is chosen on."""
-ROUNDS = (64, 192)
+ROUNDS = (32, 96)
 """So many of them decide which schemes go on, and the others which of the last two counts."""
-FEWEST, DOUBT = 64, 3.0
+FEWEST, DOUBT = 32, 3.0
 """A round ends sooner where this many images, or more, tell the schemes apart by so many standard errors."""
 AT_ONCE = 32
 """Images that pass a network together: few, so that what a layer gives stays in a cache."""

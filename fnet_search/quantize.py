@@ -6,6 +6,7 @@ Codes are uint8 tensors; every step below is an integer or a single float32 oper
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fnet_search.layers import (
     Dense,
     Flatten,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -29,7 +31,7 @@ from fnet_search.layers import (
     Slice,
 )
 from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.network import FUNCTIONS, apply_stateless, moved, run, walk
+from fnet_search.network import activate, apply_stateless, moved, run, walk
 from fnet_search.params import QuantParams, clip, degenerate, float32, quant_params
 from fnet_search.ranges import TensorStats, carriers
 
@@ -39,8 +41,8 @@ SYMMETRIC_ZERO = 128
 BIAS_ROOM = 1 << 30
 """What bias codes stay below where weight scales are chosen for them. The rest of int32 is left to the weights, and to
 bias correction."""
-BOUNDS: Mapping[str, float] = {"relu6": 6.0, "hardsigmoid": 1.0, "sigmoid": 1.0}
-"""What functions from zero upwards do not exceed."""
+BOUNDS: Mapping[str, tuple[float, float]] = {"relu6": (0, 6), "hardsigmoid": (0, 1), "sigmoid": (0, 1), "tanh": (-1, 1)}
+"""What bounded functions lie between."""
 
 
 @dataclass(frozen=True)
@@ -297,18 +299,30 @@ def quantize(
 
 def _activation_params(node: Node | None, stats: TensorStats) -> QuantParams:
     """Rules 2 and 17: a range ends where the function that gives the tensor does. One that was zero over all samples
-    has the whole range of a bounded function: with the step 1 of rule 2 its codes would go beyond the bound."""
+    has the whole range of a function bounded from above: with the step 1 of rule 2 its codes would go beyond that."""
     low, high = stats.low, stats.high
-    if node is not None and isinstance(node.layer, Activation) and (bound := BOUNDS.get(node.layer.function)):
-        high = bound if degenerate(low, high) else min(high, bound)
+    if node is not None and isinstance(node.layer, Activation):
+        least, most = _bounds(node.layer)
+        if degenerate(low, high) and most < inf:
+            low, high = (least if least > -inf else low), most
+        low, high = max(low, least), min(high, most)
     return quant_params(low, high)
 
 
-def table(function: str, source: QuantParams, target: QuantParams) -> Tensor:
-    """Rule 16: any function of one tensor as 256 codes; ``identity`` requantizes."""
+def _bounds(layer: Activation) -> tuple[float, float]:
+    """What a function lies between."""
+    if layer.low is not None and layer.high is not None:
+        return layer.low, layer.high
+    return BOUNDS.get(layer.function, (-inf, inf))
+
+
+def table(function: Activation | None, source: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 16: any function of one tensor as 256 codes, a row for each slope that it has; None requantizes."""
     x = source.dequantize(torch.arange(256))
-    y = x if function == "identity" else FUNCTIONS[function](x.double()).float()
-    return target.quantize(y)
+    if function is None:
+        return target.quantize(x)
+    y = activate(function, x.double()[:, None].expand(-1, max(1, len(function.slopes))))
+    return target.quantize(y.float()).T.contiguous()
 
 
 class Step:
@@ -326,8 +340,8 @@ class Step:
                 return self.output(node, accumulate(layer, codes, source.zero, self.layers[node.name]))
             case Activation() if self.carrier[node.inputs[0]] == node.name:
                 return codes  # fused: the layer before clipped at the zero point already
-            case Activation(function):
-                return _lookup(table(function, source, target), codes)
+            case Activation():
+                return _lookup(table(layer, source, target), codes)
             case Pool(reduction="max"):
                 return apply_stateless(node, [codes.float()]).to(torch.uint8)
             case Pool(reduction="average"):
@@ -337,8 +351,8 @@ class Step:
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
                 return requantize(total, multiplier, target)
-            case Flatten() | Reshape() | Slice() | Shuffle() | Resample():
-                return moved(layer, codes)
+            case Flatten() | Reshape() | Slice() | Shuffle() | Resample() | Pad():
+                return moved(layer, codes, source.zero)
             case Add():
                 return _add(codes, inputs[1], source, sources[1], target)
             case Multiply():
@@ -346,8 +360,7 @@ class Step:
             case Concat():
                 parts = zip(inputs, sources, strict=True)
                 same = [
-                    part if params == target else _lookup(table("identity", params, target), part)
-                    for part, params in parts
+                    part if params == target else _lookup(table(None, params, target), part) for part, params in parts
                 ]
                 return torch.cat(same, dim=1)
         raise TypeError(f"{layer.kind} is not part of a folded network")
@@ -359,8 +372,17 @@ class Step:
         return requantize(total, scale / float32(target.scale, scale), target)
 
 
+def row_starts(rows: int, axes: int) -> Tensor:
+    """Where the row of each channel begins in a flattened `table`, int32, against codes of so many axes."""
+    return 256 * torch.arange(rows, dtype=torch.int32).view(-1, *[1] * (axes - 2))
+
+
 def _lookup(codes: Tensor, index: Tensor) -> Tensor:
-    return codes.to(index.device)[index.int()]
+    """Codes from a `table` [256] or [rows, 256], where a channel has a row, or all have the one."""
+    places, rows = index.int(), codes.numel() // 256
+    if rows > 1:
+        places += row_starts(rows, index.ndim).to(index.device)
+    return codes.flatten().to(index.device)[places]
 
 
 def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: QuantizedLayer) -> Tensor:

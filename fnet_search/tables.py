@@ -10,11 +10,17 @@ from fnet_search.errors import FnetError, nearest
 
 T = TypeVar("T")
 Pair = tuple[int, int]
+Numbers = float | tuple[float, ...]
+"""A number, or several."""
 
 
 def is_int(value: object) -> bool:
     """An integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or is_int(value)
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:
@@ -56,13 +62,16 @@ def _value(key: str, value: object, wanted: object) -> object:
         if isinstance(value, list) and len(value) == 3 and all(map(is_int, value)):
             return tuple(value)
         raise FnetError(f"{key} must be a list of three integers, got {value!r}")
-    if wanted == tuple[float, ...]:
-        if isinstance(value, list) and all(isinstance(part, float) or is_int(part) for part in value):
+    if wanted in (tuple[float, ...], Numbers | None):
+        if isinstance(value, list) and all(map(_is_number, value)):
             return tuple(value)
-        raise FnetError(f"{key} must be a list of numbers, got {value!r}")
+        if wanted == Numbers | None and _is_number(value):
+            return value
+        alone = "" if wanted == tuple[float, ...] else "a number or "
+        raise FnetError(f"{key} must be {alone}a list of numbers, got {value!r}")
     if is_dataclass(wanted):
         return value  # a table that was built before
-    number = isinstance(value, float) or is_int(value), "a number"
+    number = _is_number(value), "a number"
     kinds: dict[object, tuple[bool, str]] = {
         bool: (isinstance(value, bool), "true or false"),
         float: number,

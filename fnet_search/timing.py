@@ -183,7 +183,7 @@ class TimedGraph:
 
 _INSERTED = {"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"}
 _MULTIPLYING = {"Conv", "FusedConv", "QLinearConv", "Gemm", "FusedGemm", "QGemm"}
-_ADDED = (r"_token_\d+$", r"\.output_nchwc$", r"/\w+/$", r"\.(gate|cast)$", r"^fused ")
+_ADDED = (r"_token_\d+$", r"\.output_nchwc$", r"/\w+/$", r"\.(step\d|cast|place|take)$", r"^fused ")
 """What the runtime's optimizers and our export add to the name of a layer, outermost first."""
 
 

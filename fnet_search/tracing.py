@@ -4,14 +4,10 @@ The trace is of the module in evaluation: dropout and stochastic depth are gone.
 transpose, split, slice, flatten) is followed on the values' places, and becomes a layer where it comes to something.
 """
 
-import logging
 import operator
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from io import StringIO
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, cast
 
@@ -19,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fnet_search.errors import FnetError, first_line
+from fnet_search.errors import FnetError
 from fnet_search.layers import (
+    Activation,
     Affine,
     BatchNorm,
     Conv,
@@ -28,6 +25,8 @@ from fnet_search.layers import (
     Flatten,
     Layer,
     Moving,
+    Pad,
+    Pool,
     Resample,
     Reshape,
     Shape,
@@ -44,11 +43,21 @@ from fnet_search.macro import (
     check_classifier,
 )
 from fnet_search.network import module_key
-from fnet_search.operations import LAYERS, MOVES, NOTHING, OPERANDS, REASONS, SHAPED, WEIGHTS, Call
+from fnet_search.operations import (
+    LAYERS,
+    MOVES,
+    NOTHING,
+    OPERANDS,
+    REASONS,
+    SHAPED,
+    SUPPORTED,
+    WEIGHTS,
+    Call,
+    aten,
+    title,
+)
 from fnet_search.quantities import size_text
-
-BATCH = 2
-"""Images that are traced: one could be taken for a dimension of size 1."""
+from fnet_search.traced import BATCH, trace
 
 
 @dataclass(frozen=True)
@@ -71,49 +80,8 @@ def from_module(model: nn.Module, example_input: Tensor, name: str = "") -> Macr
         raise FnetError(f"the example input must be [N, C, H, W], got shape {list(example_input.shape)}")
     shape = (example_input.shape[1], example_input.shape[2], example_input.shape[3])
     name = name or type(model).__name__.lower()
-    program = _traced(model, shape, name)
+    program = trace(model, shape, name)
     return _Import(model, program, shape).macroarchitecture(name)
-
-
-def _traced(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
-    first = next(iter(model.parameters()), torch.empty(0))
-    example = torch.zeros(BATCH, *shape, device=first.device)
-    with _evaluating(model), torch.no_grad(), _silence():
-        try:
-            program: ExportedProgram = torch.export.export(model, (example,)).run_decompositions({})  # functional
-            return program
-        except Exception as error:  # torch.export and the module raise what they like
-            reason = first_line(error)
-            small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
-            advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
-            if any(type(one).__module__ == "torchvision.transforms.transforms" for one in model.modules()):
-                advice = "; torchvision.transforms.v2 has transforms that can be traced"
-            said = f"{reason}{advice}"
-            raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No warnings and no log: what fails is said once, in a line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Import:
@@ -193,13 +161,39 @@ class _Import:
     def needed(self, last: str) -> tuple[Node, ...]:
         """The nodes that the logits hang on: with what else was computed the graph would have a second end."""
         found, open_names = set(), [last]
-        by_name = {node.name: node for node in self.nodes}
+        by_name: dict[str, Node] = {}
+        for node in self.nodes:
+            by_name[node.name] = self.merged(node, by_name)
         while open_names:
             name = open_names.pop()
             if name != INPUT and name not in found:
                 found.add(name)
                 open_names += by_name[name].inputs
-        return tuple(node for node in self.nodes if node.name in found)
+        return tuple(node for name, node in by_name.items() if name in found)
+
+    def merged(self, node: Node, before: Mapping[str, Node]) -> Node:
+        """A node that does the work of the one before it too: a convolution pads itself, where both sides are alike;
+        the mean of means over a side is that of the whole."""
+        source = before.get(node.inputs[0])
+        if source is None:
+            return node
+        match node.layer, source.layer:
+            case Conv(padding=(height, width)), Pad((0, top, left), (0, *after)) if [top, left] == after:
+                layer: Layer = replace(node.layer, padding=(height + top, width + left))
+            case Pool(reduction="global_average"), Reshape() | Pool(reduction="average") if self.is_part(source):
+                layer = node.layer
+            case _:
+                return node
+        return self.merged(Node(node.name, layer, source.inputs), before)
+
+    def is_part(self, node: Node) -> bool:
+        """Whether the mean of each channel is what it was before a node."""
+        before, after = self.shapes[node.inputs[0]], self.shapes[node.name]
+        if isinstance(node.layer, Pool):
+            windows = zip(node.layer.kernel, before[1:], after[1:], strict=True)
+            whole = all((kernel == n and m == 1) or (kernel == 1 and m == n) for kernel, n, m in windows)
+            return whole and node.layer.padding == (0, 0)
+        return len(before) == 3 and before[0] == after[0]
 
     def operation(self, node: fx.Node) -> None:
         """Gives a node of the trace its value; what it computes becomes a layer."""
@@ -220,6 +214,8 @@ class _Import:
         given = node.meta.get("val")
         if isinstance(given, Tensor) and given.dtype != torch.float32:
             raise FnetError(f"it gives {str(given.dtype).removeprefix('torch.')}; only float32 can be imported")
+        if packet is aten.pad and _arguments(node)["mode"] == "constant":
+            packet = aten.constant_pad_nd
         if packet in MOVES:
             self.values[node] = self.move(node)
         elif passed:
@@ -230,7 +226,8 @@ class _Import:
     def layers(self, node: fx.Node, packet: Any) -> _Value:
         """Places the layers of an operator that computes; returns what the last one gives."""
         if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
-            raise FnetError(REASONS.get(packet, "no layer computes this"))
+            unknown = f"no layer computes this; those that can be imported are {SUPPORTED}"
+            raise FnetError(REASONS.get(packet, unknown))
         given = _arguments(node)
         weights = {name: self.parameter(given[name]) for name in WEIGHTS if name in given}
         operands = {name: given[name] for name in OPERANDS if name in given}
@@ -241,10 +238,12 @@ class _Import:
         known = {**weights, **fixed}
         moved = {name: self.trained(given[name]) for name in known}
         constant = frozenset(name for name, tensor in known.items() if tensor is not None and not moved[name])
-        call = Call({**given, **known}, [one.shape for one in values], tuple(result.shape[1:]), constant)
-        found, name = LAYERS[packet](call), self.name_of(node)
+        shapes, shape = [one.shape for one in values], tuple(result.shape[1:])
+        found, name = LAYERS[packet](Call({**given, **known}, shapes, shape, constant, node.target)), self.name_of(node)
         if not found:
-            return values[0]
+            return self.viewed(values[0], shape, name)
+        if packet in (aten.mean, aten.amax):
+            values = [self.viewed(one, (*one.shape, 1)[:3], name) for one in values]
         statistics = (self.origins.get(one.name, frozenset()) for name, one in given.items() if name in STATISTICS)
         owned = frozenset().union(*moved.values(), *statistics)
         sources = [self.whole(one) for one in values]
@@ -254,7 +253,7 @@ class _Import:
             else:
                 sources = [self.place(self.unused(name), layer, sources, weights)]
                 self.owned[sources[0]], owned = owned, frozenset()
-        return _Value(sources[0], self.shapes[sources[0]])
+        return self.viewed(_Value(sources[0], self.shapes[sources[0]]), shape, name)
 
     def compute(self, node: fx.Node) -> None:
         """What hangs on no more of the image than its shape, as weights that are normalised, is a constant."""
@@ -320,14 +319,24 @@ class _Import:
 
     def move(self, node: fx.Node) -> _Value | list[_Value]:
         value = self.value(node.args[0])
-        places = value.places
-        if places is None:
-            places = torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
-        result = cast(Callable[..., Tensor | list[Tensor]], node.target)(places, *node.args[1:], **node.kwargs)
+        result = cast(Callable[..., Tensor | list[Tensor]], node.target)(
+            self.places(value), *node.args[1:], **node.kwargs
+        )
         name = self.name_of(node)
         if isinstance(result, Tensor):
             return self.placed(value.source, result, name)
         return [self.placed(value.source, part, name) for part in result]
+
+    def places(self, value: _Value) -> Tensor:
+        if value.places is not None:
+            return value.places
+        return torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
+
+    def viewed(self, value: _Value, shape: Shape, name: str) -> _Value:
+        """The same values, in order, in another shape."""
+        if shape == value.shape:
+            return value
+        return self.placed(value.source, self.places(value).reshape(BATCH, *shape), name)
 
     def placed(self, source: str, places: Tensor, name: str) -> _Value:
         return _Value(source, tuple(places.shape[1:]), places, name)
@@ -360,15 +369,24 @@ class _Import:
         return found
 
     def pixels(self, source: str, places: Tensor, name: str) -> str | None:
-        """Whole rows and columns, repeated or left out; None where it is not that."""
-        shape, wanted = self.shapes[source], tuple(places.shape)
-        if len(shape) != 3 or len(wanted) != 3 or shape[0] != wanted[0] or wanted == shape or not places.numel():
+        """Whole rows and columns, repeated, left out or in another order, maybe of other channels; None where it is
+        not that."""
+        shape = self.shapes[source]
+        if len(shape) != 3 or places.ndim != 3 or not places.numel():
             return None
-        rows, columns = places[0, :, 0] // shape[2], places[0, 0] % shape[2]
-        starts = shape[1] * shape[2] * torch.arange(shape[0])[:, None, None]
-        if not torch.equal(places, starts + shape[2] * rows[:, None] + columns):
+        channels = places[:, 0, 0] // (shape[1] * shape[2])
+        rows, columns = places[0, :, 0] // shape[2] % shape[1], places[0, 0] % shape[2]
+        if not torch.equal(places, (channels[:, None, None] * shape[1] + rows[:, None]) * shape[2] + columns):
             return None
-        return self.rearranged(source, Resample(tuple(rows.tolist()), tuple(columns.tolist())), name)
+        layer = Resample(tuple(rows.tolist()), tuple(columns.tolist()))
+        if (layer.rows, layer.columns) == (tuple(range(shape[1])), tuple(range(shape[2]))):
+            return None  # the channels alone
+        size = len(rows) * len(columns)
+        return self.arranged(
+            self.rearranged(source, layer, name),
+            channels[:, None, None] * size + torch.arange(size).view(len(rows), -1),
+            name,
+        )
 
     def channels(self, source: str, places: Tensor, name: str) -> str | None:
         """Whole channels: shuffled, a part of them, or both; None where it is not that."""
@@ -431,25 +449,16 @@ def _state(layer: Layer) -> tuple[str, ...]:
             return (*STATISTICS, "weight", "bias") if affine else STATISTICS
         case Affine():
             return "scale", "shift"
+        case Activation("prelu"):
+            return ("weight",)
     return ()
 
 
 def _operation(node: fx.Node) -> str:
-    """What users know an operation as: ``add``, ``batch_norm``."""
+    """What users know an operation as."""
     if node.target is operator.getitem:
         return _operation(cast(fx.Node, node.args[0]))
-    packet = getattr(node.target, "overloadpacket", None)
-    name = str(getattr(packet, "__name__", node.target))
-    if "batch_norm" in name:
-        return "batch_norm"
-    return {
-        "cat": "concat",
-        "mul": "multiply",
-        "div": "divide",
-        "sub": "subtract",
-        "rsub": "subtract",
-        "neg": "negative",
-    }.get(name, name)
+    return title(getattr(node.target, "overloadpacket", node.target))
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

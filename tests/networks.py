@@ -1,7 +1,8 @@
 """Small networks, weights and images for the tests of what is computed with them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from fnet_search.layers import (
     Conv,
     Dense,
     Flatten,
+    Function,
     Layer,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -113,6 +116,45 @@ GATED = Macroarchitecture(
 )
 """Layers that only move values, products of equal and of unequal shapes, pools that count their padding, or windows
 that reach over the edge."""
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "leaky_relu": {"alpha": 0.2},
+    "elu": {"alpha": 0.7},
+    "celu": {"alpha": 0.6},
+    "clip": {"low": -0.75, "high": 0.5},
+}
+ACTIVATIONS: Mapping[str, Activation] = {
+    **{function: Activation(function, **OPTIONS.get(function, {})) for function in get_args(Function)},
+    "slopes": Activation("prelu", per_channel=True),
+    "fixed_slopes": Activation("leaky_relu", (0.25, -1, 0, 2, 0.5, 0.125)),
+    "at_least": Activation("clip", low=-0.5, high=float("inf")),
+}
+"""Every function, with all that it can be given."""
+
+BENT = Macroarchitecture(
+    "bent",
+    (3, 9, 8),
+    (
+        Node("image.pad", Pad((0, 1, 0), (0, 0, 2)), (INPUT,)),
+        Node("stem", Conv(6, (3, 3), (2, 1)), ("image.pad",)),
+        Node("stem.norm", BatchNorm(), ("stem",)),
+        *(Node(name, layer, ("stem.norm",)) for name, layer in ACTIVATIONS.items()),
+        Node("joined", Concat(), tuple(ACTIVATIONS)),
+        Node("narrow", Conv(6, (1, 1)), ("joined",)),
+        Node("zeros", Pad((0, 0, 1), (1, 0, 0)), ("narrow",)),
+        Node("zeros.act", Activation(), ("zeros",)),
+        Node("most", Pool("max", (2, 2), (1, 1)), ("zeros.act",)),
+        Node("larger", Resample((0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2), (0, 0, 0, 0, 1, 1, 1, 1)), ("most",)),
+        Node("between", Pool("average", (4, 4), (2, 2)), ("larger",)),
+        Node("gap", Pool("global_average"), ("between",)),
+        Node("flat", Flatten(), ("gap",)),
+        Node("dense", Dense(7), ("flat",)),
+        Node("dense.act", Activation("prelu", per_channel=True), ("dense",)),
+        Node("out", Dense(5), ("dense.act",)),
+    ),
+)
+"""Functions of every kind, with learned and fixed slopes, on feature maps and vectors; zeros around the image, before a
+max pool, and as channels; the bilinear resize by two."""
 
 REUSED = Macroarchitecture(
     "reused",

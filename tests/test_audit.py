@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, SCALED, batches_of, noise, normal, randomized, sequence
+from networks import BENT, GATED, MIXED, REUSED, SCALED, batches_of, noise, normal, randomized, sequence
 from onnx import ModelProto, numpy_helper
 from torch import Tensor
 
@@ -115,7 +115,7 @@ SCHEMES = [
     "mse+per-channel+equalize+bias-correct",
 ]
 LARGE = ["minmax", "percentile:1+per-channel", "percentile:1+bias-correct"]
-SMALL = {"mixed": MIXED, "reused": REUSED, "gated": GATED, "scaled": SCALED}
+SMALL = {"mixed": MIXED, "reused": REUSED, "gated": GATED, "scaled": SCALED, "bent": BENT}
 WHOLE = [
     *((name, "", scheme, 20) for name, scheme in product(SMALL, SCHEMES)),
     *(("tiny", plan, scheme, 8) for plan, scheme in product(["regular", "init2", "f16", "dws"], SCHEMES)),

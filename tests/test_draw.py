@@ -7,7 +7,7 @@ from matplotlib.patches import FancyBboxPatch
 from pictures import outside, overlapping, png_size, texts
 
 from fnet_search.draw import COLOURS, describe, draw, drawing
-from fnet_search.layers import KINDS, Activation, Conv, Dense, Flatten, Pool
+from fnet_search.layers import KINDS, Activation, Conv, Dense, Flatten, Pad, Pool
 from fnet_search.macro import Macroarchitecture, Node, load_space
 from fnet_search.plan import FactorizationPlan, make_plan, regular, reverse_pyramid, uniform
 
@@ -25,6 +25,11 @@ def test_describes_what_tells_layers_apart() -> None:
     assert describe(Pool("average", (3, 3), (1, 1))) == "average pool 3x3, stride 1"
     assert describe(Pool("global_average")) == "global average pool"
     assert describe(Activation("relu6")) == "relu6"
+    assert describe(Activation("leaky_relu", 0.1)) == "leaky_relu 0.1"
+    assert describe(Activation("clip", low=-1, high=0.5)) == "clip -1 to 0.5"
+    assert describe(Activation("prelu", per_channel=True)) == "prelu, a slope a channel"
+    assert describe(Activation("leaky_relu", (0.1, 0.2))) == "leaky_relu, a slope a channel"
+    assert describe(Pad((0, 1, 0), (0, 1, 2))) == "zeros 0, 1, 0 and 2"
     assert describe(Dense(10)) == "dense, 10"
 
 

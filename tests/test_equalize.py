@@ -37,6 +37,15 @@ CHAINS: Mapping[str, Macroarchitecture] = {
         s=Activation(),
         e=Dense(5),
     ),
+    "slopes": sequence(
+        (3, 9, 9),
+        a=Conv(6),
+        r=Activation("prelu", per_channel=True),
+        b=Conv(8),
+        s=Activation("leaky_relu", 0.2),
+        c=Conv(4),
+        f=Flatten(),
+    ),
     "global average": sequence((3, 9, 9), a=Conv(6), g=Pool("global_average"), f=Flatten(), d=Dense(7)),
 }
 

@@ -7,14 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, SCALED, noise, normal, randomized, sequence
+from networks import ACTIVATIONS, BENT, GATED, MIXED, REUSED, SCALED, noise, normal, randomized, sequence
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fnet_search import __version__
 from fnet_search.errors import FnetError
 from fnet_search.export import coded, codes_name, float_model, quantized_model, read_model, write_model
 from fnet_search.fold import fold
-from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Function, Layer, Pool
+from fnet_search.layers import Activation, BatchNorm, Conv, Dense, Flatten, Layer, Pad, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, load_space
 from fnet_search.plan import factorize, parse_plan
 from fnet_search.prepare import (
@@ -26,10 +26,7 @@ from fnet_search.scheme import parse_scheme
 
 TINY = load_space("tiny")
 SPACES = {
-    "mixed": MIXED,
-    "reused": REUSED,
-    "gated": GATED,
-    "scaled": SCALED,
+    **{"mixed": MIXED, "reused": REUSED, "gated": GATED, "scaled": SCALED, "bent": BENT},
     "tiny": factorize(TINY, parse_plan(TINY, "init2")),
 }
 SCHEMES = ["percentile:1", "percentile:1+per-channel"]
@@ -69,7 +66,7 @@ def test_the_graph(space: Macroarchitecture, scheme: str) -> None:
         assert node.input[0] == INPUT or writer[node.input[0]].op_type != "DequantizeLinear"
     dequantized = Counter(node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear")
     assert set(dequantized.values()) == {1}
-    gathers = [node for node in model.graph.node if node.op_type == "Gather"]
+    gathers = [node for node in model.graph.node if node.op_type in ("Gather", "Pad")]
     gathered = {node.output[0] for node in gathers} - {node.input[0] for node in gathers}  # rows, then columns
     assert {node.output[0] for node in quantizers} | gathered == {codes_name(name) for name in [INPUT, *coded(network)]}
     for name in writer:
@@ -119,6 +116,7 @@ INTEGER = {
     *("QLinearConv", "QGemm", "QLinearAdd", "QLinearMul", "QLinearConcat"),
     *("QLinearAveragePool", "QLinearGlobalAveragePool", "MaxPool", "NhwcMaxPool"),
     *("Flatten", "Reshape", "Slice", "Split", "Transpose", "Cast", "Gather", "QuantizeLinear", "DequantizeLinear"),
+    *("Pad", "Add"),
 }
 
 
@@ -135,6 +133,9 @@ def test_the_runtime_computes_in_integers(space: Macroarchitecture, scheme: str,
     assert (found["QLinearConv"], found["QGemm"]) == (kinds["conv"], kinds["dense"])
     assert (found["QLinearAdd"], found["QLinearConcat"]) == (kinds["add"], kinds["concat"])
     assert found["QLinearMul"] == kinds["multiply"]
+    order = network.network.order
+    sloped = {node.inputs for node in order if isinstance(node.layer, Activation) and len(node.layer.slopes) > 1}
+    assert found["Add"] == len(sloped)  # where a channel's table begins, int32, once for all that look there
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -148,9 +149,12 @@ def test_any_number_of_images(space: Macroarchitecture, scheme: str) -> None:
         assert real(part).shape == (len(part), space.classes)
 
 
-FUNCTIONS: tuple[Function, ...] = ("relu", "relu6", "hardswish", "hardsigmoid", "sigmoid", "silu")
 CASES: dict[str, dict[str, Layer]] = {
-    **{function: {"a": Activation(function), "f": Flatten()} for function in FUNCTIONS},
+    **{name: {"a": layer, "f": Flatten()} for name, layer in ACTIVATIONS.items()},
+    "slopes of a vector": {"f": Flatten(), "d": Dense(6), "a": ACTIVATIONS["fixed_slopes"]},
+    "zeros": {"z": Pad((0, 1, 0), (2, 0, 3)), "p": Pool("max", (2, 2)), "f": Flatten()},
+    "zeros in a mean": {"z": Pad((0, 1, 1), (0, 1, 1)), "p": Pool("average", (3, 3), (2, 2)), "f": Flatten()},
+    "zeros of a convolution": {"z": Pad((0, 1, 0), (0, 0, 1)), "c": Conv(4), "f": Flatten()},
     "max": {"p": Pool("max", (3, 2), (2, 1), (1, 1)), "f": Flatten()},
     "average": {"p": Pool("average", (3, 3), (2, 1), (1, 0)), "f": Flatten()},
     "global average": {"p": Pool("global_average"), "f": Flatten()},

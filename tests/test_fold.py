@@ -2,7 +2,7 @@ from math import sqrt
 
 import pytest
 import torch
-from networks import MIXED, SCALED, normal, randomized, sequence
+from networks import BENT, MIXED, SCALED, normal, randomized, sequence
 
 from fnet_search.fold import fold
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Foldable, Layer, Pool
@@ -51,6 +51,7 @@ NETWORKS = {
     "norm that two layers read": Macroarchitecture("n", (8, 9, 11), SPREAD),
     "mixed": MIXED,
     "scaled": SCALED,
+    "bent": BENT,
 }
 
 

@@ -12,9 +12,11 @@ import torch
 from conftest import PLAIN, Result
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torchvision import models
 
 from fnet_search.errors import FnetError
 from fnet_search.evaluate import load_trained
+from fnet_search.imported import FAMILIES, torchvision_names
 from fnet_search.macro import Macroarchitecture, load_space, save_space, to_toml
 from fnet_search.network import pretrained
 from fnet_search.plan import legal_rates
@@ -124,6 +126,31 @@ def test_what_is_not_there_is_said(folder: Path, name: str, complaint: str) -> N
     assert str(error.value).startswith(complaint)
     assert "\n" not in str(error.value)
     assert sys.path == path
+
+
+LEAVES = {
+    *("AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm2d", "Conv2d", "Dropout", "Hardsigmoid", "Hardswish", "Linear"),
+    *("MaxPool2d", "ReLU", "ReLU6", "Sequential", "SiLU", "Sigmoid", "StochasticDepth"),
+}
+"""What the networks that `test_tracing` imports are made of."""
+
+
+def test_the_networks_of_torchvision_that_are_named_are_made_of_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each module of torchvision, built without weights. `benchmarks/imports.py NAME` imports any."""
+    register = nn.Module.register_parameter
+
+    def light(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
+
+    monkeypatch.setattr(nn.Module, "register_parameter", light)
+    named = torchvision_names()
+    builders = {models.get_model_builder(name).__module__: name for name in models.list_models(module=models)}
+    assert set(FAMILIES) < {module.rpartition(".")[2] for module in builders}
+    for name in builders.values():
+        slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        modules = models.get_model_builder(name)(weights=None, **slow).modules()
+        leaves = {type(module).__name__ for module in modules if not any(module.children())}
+        assert (name in named) == (leaves <= LEAVES), name
 
 
 def test_code_that_does_not_parse(folder: Path) -> None:

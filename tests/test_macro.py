@@ -228,6 +228,20 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
         ('kind = "conv"\nout_channels = 8\ngroups = 2\nfactorize = true', "with groups cannot be factorized"),
         ('kind = "conv"\nout_channel = 8', "a conv layer has no 'out_channel'; did you mean 'out_channels'?"),
         ('kind = "activation"\nfunction = "rleu"', "unknown activation function 'rleu'; did you mean 'relu'?"),
+        ('kind = "activation"\nfunction = "leaky_relu"', "leaky_relu needs alpha"),
+        ('kind = "activation"\nalpha = 0.1', "relu has no alpha"),
+        ('kind = "activation"\nfunction = "clip"\nlow = 0', "clip needs high"),
+        ('kind = "activation"\nfunction = "clip"\nlow = 1\nhigh = 1', "low must be below high, got 1 and 1"),
+        ('kind = "activation"\nfunction = "clip"\nlow = nan\nhigh = 1', "low must be below high, got nan and 1"),
+        ('kind = "activation"\nfunction = "elu"\nalpha = inf', "alpha must be finite, got inf"),
+        ('kind = "activation"\nfunction = "elu"\nalpha = [1, 2]', "alpha of elu must be one number, got [1, 2]"),
+        ('kind = "activation"\nfunction = "celu"\nalpha = 0', "alpha of celu must not be 0"),
+        ('kind = "activation"\nfunction = "leaky_relu"\nalpha = []', "alpha must be finite, got ()"),
+        ('kind = "activation"\nfunction = "leaky_relu"\nalpha = [1, 2]', "it has 2 slopes for 8 channels"),
+        ('kind = "activation"\nfunction = "leaky_relu"\nalpha = "x"', "alpha must be a number or a list of numbers"),
+        ('kind = "activation"\nper_channel = true', "per_channel is of prelu"),
+        ('kind = "pad"\nbefore = [0, 0, -1]', "zeros must not be fewer than none, got [0, 0, -1] and [0, 0, 0]"),
+        ('kind = "pad"\nafter = 1', "after must be a list of three integers, got 1"),
         ('kind = "pool"\nreduction = "mean"', "unknown pool reduction 'mean'; did you mean 'max'?"),
         ('kind = "pool"\npadding = 2', "padding must be between 0 and half the kernel"),
         ('kind = "pool"\nstride = 0', "stride must be at least 1"),
@@ -428,12 +442,23 @@ def test_other_classes_where_channels_are_mixed(last: tuple[Node, ...]) -> None:
         space.with_classes(5)
 
 
-def test_other_classes_where_the_logits_are_scaled() -> None:
+@pytest.mark.parametrize(
+    ("one", "several"),
+    [
+        (Affine((3.0,)), Affine((3.0,) * 5)),
+        (Activation("leaky_relu", 0.5), Activation("leaky_relu", (0.5,) * 5)),
+    ],
+    ids=lambda layer: str(layer.kind),
+)
+def test_other_classes_where_the_logits_are_scaled(one: Layer, several: Layer) -> None:
     """By one number it is the same layer; numbers for each class are of those classes."""
-    assert SCALED.with_classes(3).shapes["out.scale"] == (3,)
-    last = Node("out.scale", Affine((3.0,) * 5), ("out",))
+
+    def ended(layer: Layer) -> Macroarchitecture:
+        return replace(SCALED, nodes=(*SCALED.nodes[:-1], Node("out.scale", layer, ("out",))))
+
+    assert ended(one).with_classes(3).shapes["out.scale"] == (3,)
     with pytest.raises(FnetError, match="end the space with a dense layer"):
-        replace(SCALED, nodes=(*SCALED.nodes[:-1], last)).with_classes(3)
+        ended(several).with_classes(3)
 
 
 @pytest.mark.parametrize(
@@ -446,7 +471,7 @@ def test_other_classes_where_the_logits_are_scaled() -> None:
         (
             '{ name = "out", kind = "dense", out_features = 4 }, { name = "end", kind = "activation", '
             'function = "sigmoid" }',
-            "it ends with a sigmoid, 'end', as for several labels an image; fnet-search is for classification with one",
+            "it ends with a sigmoid, 'end', as for several labels an image or for numbers; fnet-search is for ",
         ),
     ],
 )

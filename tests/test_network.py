@@ -1,20 +1,22 @@
 import pickle
 import weakref
-from math import prod, sqrt
+from math import expm1, log, prod, sqrt, tanh
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
-from networks import MIXED, RESIDUAL, SCALED, STEPS, compiled, normal, randomized, sequence
+from networks import ACTIVATIONS, MIXED, RESIDUAL, SCALED, STEPS, compiled, normal, randomized, sequence
 from torch import Tensor, nn
 
 from fnet_search.errors import FnetError
 from fnet_search.layers import Activation, Add, BatchNorm, Conv, Dense, Flatten, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
-from fnet_search.network import FUNCTIONS, Network, apply_stateless, build, pretrained, run, walk
+from fnet_search.network import Network, activate, apply_stateless, build, pretrained, run, walk
 from fnet_search.plan import factorize, make_plan, network_cost
 from fnet_search.weights import write_tensors
+
+SELU = 1.0507009873554805
 
 
 class Value:
@@ -94,11 +96,42 @@ def test_weights_are_called_after_their_layers() -> None:
         ("hardswish", [0, 0, -1 / 3, 0, 0.5 * 3.5 / 6, 4, 8]),
         ("sigmoid", [3.353501e-4, 0.01798621, 0.26894142, 0.5, 0.62245933, 0.98201379, 0.99966465]),
         ("silu", [-2.682801e-3, -0.07194484, -0.26894142, 0, 0.31122967, 3.92805516, 7.99731720]),
+        ("leaky_relu", [-1.6, -0.8, -0.2, 0, 0.5, 4, 8]),
+        ("elu", [0.7 * expm1(-8), 0.7 * expm1(-4), 0.7 * expm1(-1), 0, 0.5, 4, 8]),
+        ("celu", [0.6 * expm1(-8 / 0.6), 0.6 * expm1(-4 / 0.6), 0.6 * expm1(-1 / 0.6), 0, 0.5, 4, 8]),
+        ("selu", [*(SELU * 1.6732632423543772 * expm1(x) for x in (-8, -4, -1)), 0, SELU / 2, SELU * 4, SELU * 8]),
+        ("gelu", [0, -1.2668497e-4, -0.15865525, 0, 0.34573123, 3.99987332, 8]),
+        ("gelu_tanh", [0, -7.022943e-5, -0.15880801, 0, 0.34571401, 3.99992977, 8]),
+        ("tanh", [tanh(-8), tanh(-4), tanh(-1), 0, tanh(0.5), tanh(4), tanh(8)]),
+        ("softplus", [3.3540637e-4, 0.01814993, 0.31326169, log(2), 0.97407698, 4.01814993, 8.00033541]),
+        ("mish", [-2.6832505e-3, -0.07259173, -0.30340146, 0, 0.37524524, 3.99741283, 7.99999820]),
+        ("log_sigmoid", [-8.00033541, -4.01814993, -1.31326169, -log(2), -0.47407698, -0.01814993, -3.3540637e-4]),
+        ("abs", [8, 4, 1, 0, 0.5, 4, 8]),
+        ("clip", [-0.75, -0.75, -0.75, 0, 0.5, 0.5, 0.5]),
+        ("at_least", [-0.5, -0.5, -0.5, 0, 0.5, 4, 8]),
     ],
 )
 def test_functions(function: str, expected: list[float]) -> None:
     x = torch.tensor([-8, -4, -1, 0, 0.5, 4, 8], dtype=torch.float64)
-    assert FUNCTIONS[function](x).tolist() == pytest.approx(expected, abs=1e-7)
+    assert activate(ACTIVATIONS[function], x).tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_a_slope_a_channel() -> None:
+    x = torch.tensor([-2.0, 3.0, -4.0]).view(1, 3, 1, 1)
+    assert activate(Activation("leaky_relu", (0.5, 0.5, -1)), x).flatten().tolist() == [-1, 3, 4]
+
+
+def test_slopes_are_learned() -> None:
+    """One, or one a channel, from 0.25 on."""
+    space = sequence((4, 3, 3), one=Activation("prelu"), each=Activation("prelu", per_channel=True), f=Flatten())
+    network = build(space)
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    assert shapes == {"layers.one.weight": (1,), "layers.each.weight": (4,)}
+    assert network_cost(space).params == 1 + 4
+    x = normal(2, 4, 3, 3)
+    network(x).sum().backward()
+    assert torch.equal(network(x), torch.where(x > 0, x, x * 0.25**2).flatten(1))
+    assert all(parameter.grad.abs().min() > 0 for parameter in network.parameters() if parameter.grad is not None)
 
 
 def test_the_padding_of_an_average_pool_is_not_counted() -> None:

@@ -1,6 +1,7 @@
 """The integer network against an oracle in plain numpy: int64 sums, one float32 operation at a time, and fractions
 where the runtime fuses two."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from networks import GATED, MIXED, REUSED, SCALED, batches_of, normal, randomized, sequence
+from networks import BENT, GATED, MIXED, REUSED, SCALED, batches_of, normal, randomized, sequence
 
 from fnet_search.errors import FnetError
 from fnet_search.fold import fold
@@ -27,6 +28,7 @@ from fnet_search.layers import (
     Function,
     Layer,
     Multiply,
+    Pad,
     Pool,
     Resample,
     Reshape,
@@ -149,13 +151,30 @@ FORMULAS: Mapping[str, Any] = {
     "hardswish": lambda x: x * np.clip(x + 3, 0, 6) / 6,
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "silu": lambda x: x / (1 + np.exp(-x)),
+    "leaky_relu": lambda x, slopes: np.where(x > 0, x, slopes * x),
+    "elu": lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(x)),
+    "selu": lambda x: 1.0507009873554805 * np.where(x > 0, x, 1.6732632423543772 * np.expm1(x)),
+    "celu": lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(x / alpha)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "tanh": np.tanh,
+    "softplus": lambda x: np.log1p(np.exp(x)),
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "log_sigmoid": lambda x: -np.log1p(np.exp(-x)),
+    "abs": np.abs,
+    "clip": np.clip,
 }
 
 
-def looked_up(function: str, codes: Array, source: QuantParams, target: QuantParams) -> Array:
-    """Rule 16."""
+def looked_up(layer: Activation | None, codes: Array, source: QuantParams, target: QuantParams) -> Array:
+    """Rule 16; None is the identity."""
+    x = dequantized(codes, source).astype(np.float64)
+    if layer is None:
+        return quantized(x.astype(F32), target)
+    slopes = [np.reshape(layer.slopes, (-1, *[1] * (codes.ndim - 2)))] if layer.slopes else []
+    bounds = [layer.low, layer.high] if layer.function == "clip" else []
     with np.errstate(over="ignore"):
-        return quantized(FORMULAS[function](dequantized(codes, source).astype(np.float64)).astype(F32), target)
+        return quantized(FORMULAS[layer.function](x, *slopes, *bounds).astype(F32), target)
 
 
 def most(layer: Pool, codes: Array) -> Array:
@@ -184,8 +203,8 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
             scales = F32(source.scale) * np.array([one.scale for one in weights.params], dtype=F32)
             total = summed(layer, codes, source.zero, weights)
             return requantized(total, scales / F32(target.scale), target)
-        case Activation(function):
-            return codes if carrier[node.inputs[0]] == node.name else looked_up(function, codes, source, target)
+        case Activation() as layer:
+            return codes if carrier[node.inputs[0]] == node.name else looked_up(layer, codes, source, target)
         case Pool(reduction="max") as layer:
             return most(layer, codes)
         case Pool(reduction="average") as layer:
@@ -205,13 +224,15 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
             return codes[:, [group * size + place for place in range(size) for group in range(groups)]]
         case Resample(rows, columns):
             return codes[:, :, rows][:, :, :, columns]
+        case Pad(before, after):
+            return np.pad(codes, ((0, 0), *zip(before, after, strict=True)), constant_values=source.zero)
         case Multiply():
             return multiplied(codes, inputs[1], source, sources[1], target)
         case Add():
             return added(codes, inputs[1], source, sources[1], target)
         case Concat():
             parts = zip(inputs, sources, strict=True)
-            return np.concatenate([looked_up("identity", part, params, target) for part, params in parts], 1)
+            return np.concatenate([looked_up(None, part, params, target) for part, params in parts], 1)
     raise AssertionError(node)
 
 
@@ -238,7 +259,7 @@ def integer(
 
 
 @pytest.mark.parametrize(("percentile", "per_channel"), [("0", False), ("1", False), ("20", False), ("1", True)])
-@pytest.mark.parametrize("space", [MIXED, REUSED, GATED, SCALED], ids=lambda space: str(space.name))
+@pytest.mark.parametrize("space", [MIXED, REUSED, GATED, SCALED, BENT], ids=lambda space: str(space.name))
 def test_whole_networks(space: Macroarchitecture, percentile: str, per_channel: bool) -> None:
     for seed in range(2):
         x = normal(4, *space.input_shape, seed=seed)
@@ -492,11 +513,16 @@ def test_an_add_fuses_in_the_order_of_its_inputs(order: tuple[str, str]) -> None
 
 def test_tables() -> None:
     source, target = QuantParams(0.0625, 128), QuantParams(0.03125, 10)
-    assert table("identity", source, source).tolist() == list(range(256))
-    assert table("identity", QuantParams(1.0, 0), QuantParams(2.0, 7)).tolist()[:6] == [7, 7, 8, 9, 9, 9]
-    assert table("relu", source, target).tolist() == [min(255, 10 + 2 * max(0, q - 128)) for q in range(256)]
-    assert table("relu6", source, target).tolist() == [10 + min(192, 2 * max(0, q - 128)) for q in range(256)]
-    assert table("hardsigmoid", source, target).tolist()[128] == 10 + 16
+    assert table(None, source, source).tolist() == list(range(256))
+    assert table(None, QuantParams(1.0, 0), QuantParams(2.0, 7)).tolist()[:6] == [7, 7, 8, 9, 9, 9]
+    relu, relu6, sigmoid, slopes = (
+        table(layer, source, target).tolist()
+        for layer in (*map(Activation, ("relu", "relu6", "hardsigmoid")), Activation("leaky_relu", (0.0, -0.5)))
+    )
+    assert relu == [[min(255, 10 + 2 * max(0, q - 128)) for q in range(256)]]
+    assert relu6 == [[10 + min(192, 2 * max(0, q - 128)) for q in range(256)]]
+    assert sigmoid[0][128] == 10 + 16
+    assert slopes == [*relu, [min(255, 10 + max(2 * (q - 128), 128 - q)) for q in range(256)]]
 
 
 def test_weights_by_min_and_max_and_biases_in_their_scale() -> None:
@@ -663,14 +689,42 @@ def test_the_layer_that_cannot_be_quantized_is_named() -> None:
         quantize(folded, stats)
 
 
-@pytest.mark.parametrize(("function", "bound"), [("relu6", 6.0), ("hardsigmoid", 1.0), ("sigmoid", 1.0)])
-def test_the_range_of_a_bounded_function_ends_at_its_bound(function: Function, bound: float) -> None:
-    space = sequence((1, 1, 1), c=Conv(1, (1, 1)), r=Activation(function), f=Flatten())
-    folded = fold(randomized(space))
+def range_params(layer: Activation, low: float, high: float) -> QuantParams:
+    """The parameters of what a function gives, where the samples lie in a range."""
+    folded = fold(randomized(sequence((1, 1, 1), c=Conv(1, (1, 1)), r=layer, f=Flatten())))
     stats = calibrate(folded, batches_of(normal(4, 1, 1, 1)), RangeMethod())
+    return quantize(folded, {**stats, "r": replace(stats["r"], low=low, high=high)}).params["r"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "bound"),
+    [
+        (Activation("relu6"), 6.0),
+        (Activation("hardsigmoid"), 1.0),
+        (Activation("sigmoid"), 1.0),
+        (Activation("clip", low=0.0, high=0.7), 0.7),
+        (Activation("clip", low=-math.inf, high=0.7), 0.7),
+    ],
+    ids=str,
+)
+def test_the_range_of_a_bounded_function_ends_at_its_bound(layer: Activation, bound: float) -> None:
     for high, expected in ((0.0, bound), (1e-44, bound), (bound / 2, bound / 2), (bound, bound), (9.0, bound)):
-        given = {**stats, "r": replace(stats["r"], low=0.0, high=high)}
-        assert quantize(folded, given).params["r"] == QuantParams(float(F32(expected / 255)), 0)
+        assert range_params(layer, 0.0, high) == QuantParams(float(F32(expected / 255)), 0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "low", "high"),
+    [(Activation("tanh"), -1.0, 1.0), (Activation("clip", low=-0.5, high=2.0), -0.5, 2.0)],
+    ids=str,
+)
+def test_the_range_of_a_function_with_two_bounds(layer: Activation, low: float, high: float) -> None:
+    whole = quant_params(low, high)
+    assert range_params(layer, 0.0, 0.0) == range_params(layer, 2 * low, 2 * high) == whole
+    assert range_params(layer, low / 2, high / 2) == quant_params(low / 2, high / 2)
+
+
+def test_zeros_of_a_function_without_an_upper_bound() -> None:
+    assert range_params(Activation("clip", low=-0.5, high=math.inf), 0.0, 0.0) == QuantParams(1.0, 0)
 
 
 def test_ranges_become_parameters() -> None:

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from fnet_search.errors import FnetError
-from fnet_search.tables import Pair, build, is_int
+from fnet_search.tables import Numbers, Pair, build, is_int
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Sample:
     kernel: Pair = (1, 1)
     stride: Pair | None = None
     steps: tuple[float, ...] = ()
+    slopes: Numbers | None = None
     part: Part = field(default_factory=Part)
 
 
@@ -36,10 +37,12 @@ def test_every_type() -> None:
         "kernel": 5,
         "stride": [1, 2],
         "steps": [1, 2.5],
+        "slopes": [1, 2.5],
         "part": Part(7),
     }
-    expected = Sample(-2, 1.0, True, "", (5, 5), (1, 2), (1.0, 2.5), Part(7))
+    expected = Sample(-2, 1.0, True, "", (5, 5), (1, 2), (1.0, 2.5), (1.0, 2.5), Part(7))
     assert build(Sample, table, "a sample") == expected
+    assert build(Sample, {"count": 1, "slopes": 2}, "a sample") == Sample(1, slopes=2.0)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +66,8 @@ def test_every_type() -> None:
         ({"count": 1, "steps": 3}, "steps must be a list of numbers, got 3"),
         ({"count": 1, "steps": [1, "2"]}, "steps must be a list of numbers, got [1, '2']"),
         ({"count": 1, "steps": [True]}, "steps must be a list of numbers, got [True]"),
+        ({"count": 1, "slopes": True}, "slopes must be a number or a list of numbers, got True"),
+        ({"count": 1, "slopes": ["1"]}, "slopes must be a number or a list of numbers, got ['1']"),
     ],
 )
 def test_errors_say_what_would_be_right(table: dict[str, object], message: str) -> None:

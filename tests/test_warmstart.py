@@ -10,7 +10,7 @@ from fnet_search import warmstart
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.fold import fold
-from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pool
+from fnet_search.layers import Activation, Add, BatchNorm, Concat, Conv, Dense, Flatten, Layer, Pad, Pool
 from fnet_search.macro import INPUT, Macroarchitecture, Node, load_space
 from fnet_search.network import Network, build, walk
 from fnet_search.plan import factorize, parse_plan
@@ -228,6 +228,26 @@ def test_affine_layers_are_copied() -> None:
     moved = {"body_norm.running_mean", "body_norm.running_var"}
     assert differing(parent, child) == {"body.weight"} | changed | moved
     assert lost(parent, child, "sum", images) < 0.5 * lost(parent, fresh(SCALED, "body=2"), "sum", images)
+
+
+def test_learned_slopes_are_copied() -> None:
+    space = sequence(
+        (3, 8, 8),
+        stem=Conv(8),
+        slopes=Activation("prelu", per_channel=True),
+        one=Conv(8, factorize=True),
+        slope=Activation("prelu"),
+        zeros=Pad((0, 1, 0), (0, 0, 2)),
+        two=Conv(8, factorize=True),
+        flat=Flatten(),
+    )
+    parent = randomized(space)
+    x = normal(64, 3, 8, 8)
+    child = started(parent, space, "two=2", x)
+    assert differing(parent, child) == {"two.weight", *(name for name in tensors(child) if name.startswith("two."))}
+    with torch.no_grad():
+        expected = parent(x)
+        assert float((child(x) - expected).square().mean()) < 0.5 * float(expected.var())
 
 
 def test_without_changes_before_them_layers_keep_their_bits() -> None:

@@ -155,6 +155,12 @@ class RunFolder:
         """From the `report.candidate_line` of every candidate, by number."""
         write_text(self.path / "candidates.csv", candidates_csv(lines))
 
+    def listed(self) -> set[int]:
+        """Numbers of the candidates in candidates.csv, as far as it can be read."""
+        path = self.path / "candidates.csv"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return {int(line.partition(",")[0]) for line in lines if line.partition(",")[0].isdecimal()}
+
     def write_timings(self, seconds: Mapping[int, float]) -> None:
         lines = [f"{number},{seconds[number]}\n" for number in sorted(seconds)]
         write_text(self.path / "timings.csv", "".join(["number,seconds\n", *lines]))
@@ -219,7 +225,7 @@ class RunFolder:
         fresh.mkdir()
         for path in self.candidate(winner.number).iterdir():
             if path.is_file() and not path.name.startswith(".") and path.name != CHECKPOINT:
-                shutil.copy2(path, fresh)
+                shutil.copyfile(path, fresh / path.name)
         write_json(fresh / "test.json", test.to_json())
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)

@@ -99,7 +99,7 @@ def test_trials_that_stand_for_no_plan_are_left_out_and_said_to_be_once(
     assert re.match(r"left out of the policy's history: 2 trials of the study \(0, 1\), whose", str(said.message))
 
 
-def test_a_plan_that_was_written_counts_where_legal_rates_have_changed() -> None:
+def test_a_plan_that_was_written_tells_that_legal_rates_have_changed() -> None:
     """A layer of 48 channels has as many rates as one of 32: the last index means another rate."""
     wide, narrow = (
         parse_space(

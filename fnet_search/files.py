@@ -12,11 +12,18 @@ from fnet_search.errors import FnetError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and is removed when it does not."""
+    """A temporary path that becomes `path` when the block ends well, and is removed when it does not.
+
+    Its permissions are those of any new file, whoever writes it: safetensors would leave files to their owner alone.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
+        temporary.chmod(permissions)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -53,8 +53,9 @@ from fnet_search.sharing import (
     sharing,
     with_weights,
 )
-from fnet_search.storage import has_study, open_artifacts, open_journal, open_url, telling
+from fnet_search.storage import has_study, open_artifacts, open_journal, open_url, read_journal, telling
 from fnet_search.study import StudyRecord
+from fnet_search.trials import recorded
 from fnet_search.workers import Finished, WorkerPool, cores, how_many
 
 OPTIONS = {
@@ -529,9 +530,12 @@ def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, s
 def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
     """The study of a recorded run whose folder is locked.
 
-    `storage` is the URL of another place to find it than the recorded one. Raises FnetError for a storage without it.
+    `storage` is the URL of another place to find it than the recorded one. Raises FnetError, before anything is
+    written, for a storage without it, or one that has lost candidates of candidates.csv.
     """
-    place, shared = elsewhere(opened, storage) or (open_journal(opened.run.journal), None)
+    found = elsewhere(opened, storage)
+    _check_whole(opened.run, read_journal(opened.run.journal) if found is None else found[0])
+    place, shared = found or (open_journal(opened.run.journal), None)
     return StudyRecord(
         place,
         opened.run,
@@ -542,6 +546,18 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
         searching=opened.searching,
         sharing=shared,
     )
+
+
+def _check_whole(run: RunFolder, storage: BaseStorage) -> None:
+    known = has_study(storage, run.name)
+    trials = optuna.load_study(study_name=run.name, storage=storage).get_trials(deepcopy=False) if known else []
+    lost = run.listed() - {one.number for one in map(recorded, trials) if one is not None}
+    if lost or not known:
+        what = "candidates " + ", ".join(map(str, sorted(lost))) if lost else f"the study {run.name!r}"
+        raise FnetError(
+            f"the journal or storage of {run.path} has lost {what}; restore it from a copy, or let fnet-search run "
+            "train what is missing again"
+        )
 
 
 def report_again(record: StudyRecord) -> Outcome:

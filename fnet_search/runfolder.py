@@ -182,6 +182,12 @@ class RunFolder:
         """From the `report.candidate_line` of every candidate, by number."""
         write_text(self.path / "candidates.csv", candidates_csv(lines))
 
+    def listed(self) -> set[int]:
+        """Numbers of the candidates in candidates.csv, as far as it can be read."""
+        path = self.path / "candidates.csv"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return {int(line.partition(",")[0]) for line in lines if line.partition(",")[0].isdecimal()}
+
     def write_timings(self, seconds: Mapping[int, float]) -> None:
         lines = [f"{number},{seconds[number]}\n" for number in sorted(seconds)]
         write_text(self.path / "timings.csv", "".join(["number,seconds\n", *lines]))
@@ -262,7 +268,7 @@ class RunFolder:
         for folder in dict.fromkeys((self.candidate(winner.number), self.codes(winner))):
             for path in folder.iterdir():
                 if path.is_file() and not path.name.startswith(".") and path.name not in (CHECKPOINT, PROMOTED):
-                    shutil.copy2(path, fresh)
+                    shutil.copyfile(path, fresh / path.name)
         if test is not None:
             write_json(fresh / "test.json", test.to_json())
         if confusion:

@@ -242,19 +242,12 @@ def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraint
 
     For any sampler. `constraints` are those of the study's `PolicySampler`, where it has one. Raises
     ``optuna.TrialPruned``, with the reason, for a plan that they refuse or that repeats another; PolicyDone, which is
-    a ``TrialPruned`` too, where the policy has none. Raises FnetError for another space than the sampler's, and in a
-    study whose parameters of these names are something else.
+    a ``TrialPruned`` too, where the policy has none. Raises FnetError for another space than the sampler's.
     """
     sampler = trial.study.sampler
     if isinstance(sampler, PolicySampler) and distributions(sampler.space) != distributions(space):
         raise FnetError(f"the sampler chooses plans of space {sampler.space.name!r}, not of {space.name!r}")
-    try:
-        params = {layer: trial.suggest_int(layer, 0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
-    except ValueError as error:
-        raise FnetError(
-            f"the study has trials whose parameters of these names are not the indices of rates (Optuna: {error}); "
-            "begin a study for them"
-        ) from None
+    params = {layer: trial.suggest_int(layer, 0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
     plan, now = plan_of(space, params), _now(trial)
     if plan is None:  # Optuna takes enqueued values as they are
         reason = f"the parameters {params} stand for no plan of space {space.name!r}"

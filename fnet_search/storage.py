@@ -175,6 +175,13 @@ def open_journal(journal: Path) -> BaseStorage:
     return _journal(journal, _Journal(str(journal)))
 
 
+def read_journal(journal: Path) -> BaseStorage:
+    """A journal file to look at: it stays as it is. Raises FnetError where it is missing, or something else."""
+    if not journal.is_file():
+        raise FnetError(f"cannot read journal {journal}: there is no such file")
+    return _journal(journal, JournalFileBackend(str(journal)))
+
+
 def _shared_journal(journal: Path) -> BaseStorage:
     if not journal.parent.is_dir():
         raise FileNotFoundError(f"the folder {journal.parent} does not exist")
@@ -189,13 +196,18 @@ def _journal(path: Path, backend: JournalFileBackend) -> BaseStorage:
 
 
 def _cut_torn(journal: Path) -> None:
-    """What a process that was killed had begun to write is no line."""
+    """What a process that was killed had begun to write is no line. Raises FnetError for a file of something else, of
+    which nothing would be left."""
     with journal.open("a+b") as opened:
         end = opened.seek(0, 2)
         opened.seek(max(0, end - 1))
         if opened.read(1) not in (b"", b"\n"):
             opened.seek(0)
-            opened.truncate(opened.read().rfind(b"\n") + 1)
+            content = opened.read()
+            whole = content.rfind(b"\n") + 1
+            if not whole and not content.startswith(b"{"):
+                raise FnetError(f"cannot read journal {journal}: it is something else")
+            opened.truncate(whole)
 
 
 class _Journal(JournalFileBackend):

@@ -58,18 +58,17 @@ def rate_distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
 def plan_of_trial(space: Macroarchitecture, trial: FrozenTrial) -> FactorizationPlan | None:
     """The plan of a trial that anybody made: its parameters are indices or rates, as their distributions say.
 
-    None where a layer is missing, where a distribution says neither, where a value is no legal rate, and for a plan
-    that was written of another space. Where distributions say nothing, a plan that was written counts.
+    None where a layer is missing, where a distribution says neither or a value is no legal rate, and where a plan of
+    another space was written.
     """
-    legal = legal_rates(space)
+    legal, text = legal_rates(space), trial.user_attrs.get(PLAN)
     if not legal.keys() <= trial.params.keys():
         return None
-    written, text = None, trial.user_attrs.get(PLAN)
-    if isinstance(text, str) and "=" in text and (written := written_plan(space, text)) is None:
+    if isinstance(text, str) and "=" in text and written_plan(space, text) is None:
         return None
     rates = {layer: _rate(trial.params[layer], trial.distributions[layer], legal[layer]) for layer in legal}
     known = {layer: rate for layer, rate in rates.items() if rate is not None}
-    return make_plan(space, known) if len(known) == len(legal) else written
+    return make_plan(space, known) if len(known) == len(legal) else None
 
 
 def written_plan(space: Macroarchitecture, text: str) -> FactorizationPlan | None:

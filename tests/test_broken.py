@@ -48,6 +48,18 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def garble(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[: len(lines) // 2], b"not JSON\n", *lines[len(lines) // 2 :]]))
+
+
+def other_study(journal: Path) -> None:
+    journal.unlink()
+    optuna.create_study(storage=open_url(f"journal:{journal}"), study_name="another")
+    for left in journal.parent.glob("journal.log.*"):
+        left.unlink()
+
+
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -87,6 +99,15 @@ REFUSED = [
     Case("the journal is something else", lambda at: write(at / "run/journal.log", "a\nb\n"), RUN, "cannot read journal"),
     Case("the journal is binary", lambda at: (at / "run/journal.log").write_bytes(b"\0\1\n\2\n"), RUN, "cannot read journal"),
     Case("the journal is a folder", lambda at: (remove(at / "run/journal.log"), (at / "run/journal.log").mkdir()), RUN, "Is a directory"),
+    Case("the journal is words, to report", lambda at: write(at / "run/journal.log", "a dog"), ("report", "run"), "cannot read journal|has lost"),
+    Case("the journal is words", lambda at: write(at / "run/journal.log", "a dog"), RUN, "cannot read journal"),
+    Case("the journal is empty, to report", lambda at: empty(at / "run/journal.log"), ("report", "run"), "has lost candidates 0, 1; "),
+    Case("the journal is gone, to report", lambda at: (at / "run/journal.log").unlink(), ("report", "run"), "there is no such file"),
+    Case("the journal is cut, to report", lambda at: cut(at / "run/journal.log"), ("report", "run"), r"has lost candidates \d"),
+    Case("the journal is cut, to quantize", lambda at: cut(at / "run/journal.log"), ("quantize", "run", "--candidate", "1", "--ranges", "mse"), r"has lost candidates \d"),
+    Case("the journal is cut, to time", lambda at: cut(at / "run/journal.log"), ("latency", "run"), r"has lost candidates \d"),
+    Case("a line of the journal is broken, to report", lambda at: garble(at / "run/journal.log"), ("report", "run"), "cannot read journal"),
+    Case("the journal is another study's", lambda at: other_study(at / "run/journal.log"), ("report", "run"), "has lost "),
     Case("an evaluation is cut", lambda at: cut(winner(at) / "evaluation.json"), RUN, "cannot read "),
     Case("an evaluation is a list", lambda at: write(winner(at) / "evaluation.json", "[]"), RUN, "is not the evaluation of a candidate"),
     Case("an evaluation lacks its plan", lambda at: write(winner(at) / "evaluation.json", "{}"), RUN, "is not the evaluation of a candidate"),

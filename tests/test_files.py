@@ -1,10 +1,13 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from fnet_search.errors import FnetError
 from fnet_search.files import read_json, replacing, write_json, write_text
+from fnet_search.weights import write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -71,3 +74,21 @@ def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             read_json(path)
     path.write_bytes(whole)
     assert read_json(path) == {"a": [1, 2, 3]}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_are_as_readable_as_any_new_file(tmp_path: Path, mask: int) -> None:
+    """Also those that replace one, and those that safetensors writes for their owner alone."""
+    before = os.umask(mask)
+    try:
+        (tmp_path / "any").touch()
+        wanted = (tmp_path / "any").stat().st_mode
+        for _ in range(2):
+            write_text(tmp_path / "text", "text")
+            write_tensors(tmp_path / "tensors", {"a": torch.zeros(1)}, {})
+            write_tensors(tmp_path / "tensors", {"a": torch.zeros(1)}, {})
+            assert (tmp_path / "text").stat().st_mode == (tmp_path / "tensors").stat().st_mode == wanted
+            (tmp_path / "text").chmod(0o600)
+            (tmp_path / "tensors").chmod(0o600)
+    finally:
+        os.umask(before)

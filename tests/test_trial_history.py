@@ -2,14 +2,12 @@
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
 from fnet_policies import ReversePyramid
-from fnet_search.errors import FnetError
 from fnet_search.macro import load_space, parse_space
 from fnet_search.plan import legal_rates, uniform
 from fnet_search.sampler import PolicySampler, suggest_plan
@@ -101,7 +99,7 @@ def test_trials_that_stand_for_no_plan_are_left_out_and_said_to_be_once(
     assert re.match(r"left out of the policy's history: 2 trials of the study \(0, 1\), whose", str(said.message))
 
 
-def test_a_plan_that_was_written_counts_where_legal_rates_have_changed() -> None:
+def test_a_plan_that_was_written_tells_that_legal_rates_have_changed() -> None:
     """A layer of 48 channels has as many rates as one of 32: the last index means another rate."""
     wide, narrow = (
         parse_space(
@@ -119,11 +117,3 @@ def test_a_plan_that_was_written_counts_where_legal_rates_have_changed() -> None
     with pytest.warns(UserWarning, match="left out of the policy's history: 1 trial of"):
         found = sampler.history(study).evaluations
     assert [(one.plan["c"], one.quint8_accuracy) for one in found] == [(rate, 0.01 * rate) for rate in (1, 2, 4, 8, 16)]
-
-
-def test_a_study_whose_parameters_are_something_else_is_refused(tmp_path: Path) -> None:
-    study = added(categorical(), TWOS)
-    stored = optuna.create_study(storage=f"sqlite:///{tmp_path}/s.db", direction="maximize", sampler=study.sampler)
-    stored.add_trials(study.trials)
-    with pytest.raises(FnetError, match=r"parameters of these names are not the indices of rates .*; begin a study"):
-        stored.optimize(lambda trial: len(suggest_plan(trial, TINY).rates), n_trials=1)

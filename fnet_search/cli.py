@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import TextIOWrapper
@@ -510,6 +511,7 @@ DEBUG = "--debug"
 def main() -> None:
     """Entry point: errors are one line on stderr, with exit code 2; Ctrl-C gives 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", "Glyph .*missing from font|constrained_layout not applied")  # of a picture
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a path may have letters that the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")

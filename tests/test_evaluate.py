@@ -37,6 +37,7 @@ from fnet_search.network import build
 from fnet_search.plan import FactorizationPlan, factorize, parse_plan, plan_cost
 from fnet_search.policy import Audit, Evaluation, Role
 from fnet_search.prepare import (
+    AT_ONCE,
     CALIBRATION_SAMPLES,
     CORRECTION_SAMPLES,
     calibration,
@@ -158,7 +159,7 @@ def test_progress_runs_from_the_first_step_to_the_last_measurement(outcome: Outc
     assert list(dict.fromkeys(stages)) == ["", "quantizing", "measuring"]
 
 
-@pytest.mark.parametrize(("stage", "epoch"), [("", 1), ("", 2), ("calibrating", 3), ("measuring", 3)])
+@pytest.mark.parametrize(("stage", "epoch"), [("", 1), ("", 2), ("quantizing", 3), ("measuring", 3)])
 def test_an_interrupted_evaluation_goes_on(
     outcome: Outcome, data: DataSet, tmp_path: Path, stage: str, epoch: int
 ) -> None:
@@ -417,10 +418,10 @@ def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     images = len(data.train) * (1 if scheme.ranges.kind == "minmax" else 2)
     assert told[-1] == (images, images), "in one pass or two"
     folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
-    stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES), scheme.ranges)
+    stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES, AT_ONCE), scheme.ranges)
     network = quantize(folded, stats, "per-channel" in text)
     if "bias-correct" in text:
-        few = calibration(data, 3, CORRECTION_SAMPLES)
+        few = calibration(data, 3, CORRECTION_SAMPLES, AT_ONCE)
         network = correct_biases(folded, network, few)
     assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
     assert {name: (one.low, one.high) for name, one in found.stats.items()} == {

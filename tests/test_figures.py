@@ -231,14 +231,14 @@ def test_a_layer_of_the_space_may_be_called_grouped() -> None:
         nodes=tuple(
             replace(
                 node,
-                name=node.name.replace("conv_in", "conv_8.grouped"),
-                inputs=tuple(source.replace("conv_in", "conv_8.grouped") for source in node.inputs),
+                name=node.name.replace("conv_in", "stem.grouped"),
+                inputs=tuple(source.replace("conv_in", "stem.grouped") for source in node.inputs),
             )
             for node in space.nodes
         ),
     )
     plain = trained(renamed, regular(renamed), 0, 0.9, 0.8)
-    assert layer_axis(renamed, [plain])[:2] == [("conv_8.grouped", False), ("conv_8", False)]
+    assert layer_axis(renamed, [plain])[:2] == [("stem.grouped", False), ("conv_8", False)]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from fnet_search.plan import FactorizationPlan, depthwise, make_plan, regular, u
 from fnet_search.policy import Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
-from fnet_search.scheme import PAPER
+from fnet_search.scheme import PAPER, schemes_text
 from fnet_search.storage import open_artifacts, open_url
 from fnet_search.study import Sharing, StudyRecord
 from fnet_search.testing import made_up_probes
@@ -274,7 +274,7 @@ def test_one_that_is_lost_too_often_has_failed(joined: Joined) -> None:
     assert last.start(F4, "candidate", lost.number) is None
     (evaluation,) = last.history().evaluations
     assert evaluation == replace(
-        failed(TINY, F4, 0, f"its worker was lost {TAKEOVERS + 1} times"), epochs=0, scheme=str(SETUP.scheme)
+        failed(TINY, F4, 0, f"its worker was lost {TAKEOVERS + 1} times"), epochs=0, scheme=schemes_text(SETUP.schemes)
     )
     assert last.lost() is None
 

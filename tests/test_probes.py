@@ -75,7 +75,7 @@ def trained(setup: Setup, data: DataSet, plan: str, folder: Path) -> Start:
     """A network of a plan, trained for an epoch."""
     parsed = parse_plan(setup.space, plan)
     assert evaluate(setup, data, Job(7, parsed, folder), lambda progress: None).state == "complete"
-    return Start(7, parsed, folder, 1)
+    return Start(7, parsed, folder, 1, setup.schemes[0])
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +360,8 @@ def test_probes_for_a_loop_of_ones_own_are_those_of_a_search(data: DataSet, star
     assert with_codes == probes_for("tiny", read_state(path), images, scheme=parse_scheme("percentile:1"), fisher=True)
     assert (with_codes.number, with_codes.plan) == (0, regular(TINY))
     trained = load_trained(TINY, regular(TINY), start.folder)
-    prepared = prepare(trained, setup.scheme, held, 0)
-    write_codes(start.folder / "again", regular(TINY), trained, prepared.network, setup.scheme)
+    prepared = prepare(trained, setup.schemes[0], held, 0)
+    write_codes(start.folder / "again", regular(TINY), trained, prepared)
     shutil.copy(path, start.folder / "again" / WEIGHTS)
     again = replace(start, number=0, folder=start.folder / "again")
     assert with_codes == probe_network(setup, held, again, fisher=True)
@@ -393,7 +393,7 @@ def test_probes_for_a_module_and_tensors(data: DataSet) -> None:
     ("network", "weights", "images", "complaint"),
     [
         ("tiny", None, "digits", "space 'tiny' has no weights; give a file or a state dict"),
-        (net(), {"0.weight": torch.zeros(1)}, "digits", "do not fit: '0.bias' is missing"),
+        (net(), {"0.weight": torch.zeros(1)}, "digits", "do not fit: '0.bias', '2.weight', '2.bias' and 2 more are missing"),
         (net(), "nowhere.pt", "digits", "the weights file nowhere.pt does not exist"),
         (net(), None, "digit", "unknown data set 'digit'; did you mean 'digits'?"),
         (net()[:1] + net()[3:], None, "digits", "there is nothing to factorize in"),

@@ -42,6 +42,7 @@ from fnet_search.report import write_report
 from fnet_search.request import Machine, Request, as_json, completed
 from fnet_search.runfolder import RunFolder, differences, versions
 from fnet_search.runtime import Runtime
+from fnet_search.scheme import AUTO
 from fnet_search.search import Event, FixedPlans, search, trained
 from fnet_search.sharing import (
     artifacts_of,
@@ -521,10 +522,20 @@ def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, s
         if one.role == "final" and one.state == "complete":
             more = counted(one.epochs, "epoch")
             yield "final training", f"of candidate {one.parent}, for {more}, as candidate {one.number}"
-    yield "quantization", config["scheme"]
+    yield "quantization", _quantization(config["scheme"], outcome)
     yield "seed", str(config["seed"])
     yield "numerics", str(Numerics.from_json(config["numerics"]))
     yield "versions", ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items())
+
+
+def _quantization(scheme: str, outcome: Outcome) -> str:
+    """How networks are quantized, and which scheme the policy knows."""
+    if scheme != AUTO:
+        return scheme
+    seen = (one.common or one for one in outcome.evaluations if one.state == "complete" and one.role != "final")
+    common = next((one.scheme for one in seen), "")
+    policy = f"; the policy learns from {common}" if common and outcome.winner is not None else ""
+    return f"each network with the scheme whose outputs diverge least from its float ones{policy}"
 
 
 def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:

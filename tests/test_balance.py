@@ -17,6 +17,7 @@ from PIL import Image
 from fnet_search.balance import SHOWN, confusion_csv, counts_line, read_confusion, section, warnings
 from fnet_search.macro import load_space
 from fnet_search.metric import ClassResult
+from fnet_search.paired import score_interval
 from fnet_search.plan import regular
 from fnet_search.policy import Evaluation
 from fnet_search.recorded import open_run
@@ -162,7 +163,9 @@ def test_a_search_for_balanced_accuracy(
     line = out.splitlines()[-1]
     for one in (winner, test):
         fp32, quint8 = (100 * score for score in one.scores("balanced-accuracy"))
-        assert f"{one.split} balanced accuracy fp32 {fp32:.2f} % quint8 {quint8:.2f} % (accuracy fp32" in line
+        low, high = (100 * end for end in score_interval(one, "balanced-accuracy"))
+        sure = f"({low:.1f} to {high:.1f}, {one.images} images)"
+        assert f"{one.split} balanced accuracy fp32 {fp32:.2f} % quint8 {quint8:.2f} % {sure} (accuracy fp32" in line
     pairs = pd.read_csv(run / "best" / "confusion.csv")
     assert pairs.groupby("class")["images"].sum().to_dict() == {"dark": 30, "grey": 10}
     right = pairs[pairs["class"] == pairs["predicted"]]["images"].sum()

@@ -421,7 +421,7 @@ def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, 
         ("--min-quint8", "0.5", "--min-quint8: None recorded, 0.5 wanted"),
         ("--max-drop", "5%", "--max-drop: None recorded, 0.05 wanted"),
         ("--max-params", "2M", "--max-params: None recorded, 2000000 wanted"),
-        ("--ranges", "minmax", "--scheme: 'percentile:1' recorded, 'minmax' wanted"),
+        ("--ranges", "minmax", "--scheme: 'auto' recorded, 'minmax' wanted"),
         ("--dataset", "fashion-mnist", "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
         ("--space", "factorizenet", "space"),
         ("--storage", "sqlite:///s.db", "storage: None recorded, 'sqlite:///s.db' wanted"),
@@ -650,7 +650,7 @@ def test_a_study_of_your_own(fnet: Callable, refused: Callable[..., str], tmp_pa
     code, out, err = fnet(*given)
     assert (code, err) == (0, "")
     table, last = out.splitlines()[-2], last_line(out)
-    assert re.fullmatch(r"\| f2 \| 0\.508 \| percentile:1 \| 1 \| [\d.]+ \| [\d.]+ \| .* 0 of 3,600 \|", table)
+    assert re.fullmatch(r"\| f2 \| 0\.508 \| auto \| 1 \| [\d.]+ \| [\d.]+ \| .* 0 of 3,600 \|", table)
     assert last == "results: runs/study-mine-digits/results.md"
     page = (tmp_path / "runs" / "study-mine-digits" / "results.md").read_text()
     assert table in page

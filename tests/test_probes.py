@@ -393,7 +393,12 @@ def test_probes_for_a_module_and_tensors(data: DataSet) -> None:
     ("network", "weights", "images", "complaint"),
     [
         ("tiny", None, "digits", "space 'tiny' has no weights; give a file or a state dict"),
-        (net(), {"0.weight": torch.zeros(1)}, "digits", "do not fit: '0.bias', '2.weight', '2.bias' and 2 more are missing"),
+        (
+            net(),
+            {"0.weight": torch.zeros(1)},
+            "digits",
+            "do not fit: '0.bias', '2.weight', '2.bias' and 2 more are missing",
+        ),
         (net(), "nowhere.pt", "digits", "the weights file nowhere.pt does not exist"),
         (net(), None, "digit", "unknown data set 'digit'; did you mean 'digits'?"),
         (net()[:1] + net()[3:], None, "digits", "there is nothing to factorize in"),

@@ -28,7 +28,8 @@ from fnet_search.export import read_model
 from fnet_search.macro import load_space
 from fnet_search.metric import ClassResult
 from fnet_search.outcome import Outcome
-from fnet_search.plan import legal_rates, parse_plan, regular
+from fnet_search.paired import as_bits, interval
+from fnet_search.plan import legal_rates, parse_plan, plan_cost, regular
 from fnet_search.policy import Audit, Constraints, Evaluation, Policy
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.recorded import RecordedNetwork, open_run
@@ -361,7 +362,10 @@ def test_headlines(tmp_path: Path) -> None:
     accuracies = "fp32 90.00 % quint8 80.00 %"
     found = f"candidate 4 (init2), 0.434 MMAC, validation {accuracies}; test {accuracies}"
     missed = "no candidate met the constraints; nearest, missing min_quint8, max_drop:"
-    found, place = f"{found}; constraints checked on the validation images", "; files in x/best"
+    found, place = (
+        f"{found}; constraints checked on the validation images",
+        "; quantized with percentile:1; files in x/best",
+    )
     assert outcome.headline() == f"{missed} {found}{place}"
     assert replace(outcome, constraints=Constraints(min_quint8=0.8)).headline() == f"winner: {found}{place}"
     assert replace(outcome, winner=None).headline() == "1 network measured; files in x"
@@ -370,7 +374,7 @@ def test_headlines(tmp_path: Path) -> None:
     final = replace(near, number=7, role="final", parent=4)
     assert replace(outcome, winner=final, test=None).headline() == (
         f"{missed} candidate 7 (init2, candidate 4 trained on), 0.434 MMAC, validation {accuracies}"
-        "; constraints checked on the validation images; files in x/best"
+        f"; constraints checked on the validation images{place}"
     )
     assert replace(outcome, winner=None, evaluations=()).headline() == "no candidate was trained; see x"
     always = (ClassResult(90, 81, 90, 85, 100, "cat"), ClassResult(10, 9, 0, 15, 0, "dog"))
@@ -378,8 +382,26 @@ def test_headlines(tmp_path: Path) -> None:
     balanced = replace(outcome, constraints=Constraints(metric="balanced-accuracy"), winner=one, test=None)
     assert balanced.headline() == (
         "winner: candidate 4 (init2), 0.434 MMAC, validation balanced accuracy fp32 90.00 % quint8 50.00 % "
-        "(accuracy fp32 90.00 % quint8 90.00 %) (quint8 predicts class 'cat' for every image); files in x/best"
+        f"(accuracy fp32 90.00 % quint8 90.00 %) (quint8 predicts class 'cat' for every image){place}"
     )
+
+
+def test_the_headline_says_how_sure_the_winner_is(tmp_path: Path) -> None:
+    """And which is the cheapest of those that the same images do not tell from it."""
+    cheap, dear = parse_plan(TINY, "f4"), parse_plan(TINY, "f2")
+    best = replace(trained(TINY, dear, 3, 0.95, 0.9), images=200, right=as_bits([True] * 180 + [False] * 20))
+    near = replace(trained(TINY, cheap, 1, 0.95, 0.885), images=200, right=as_bits([True] * 177 + [False] * 23))
+    far = replace(near, number=2, quint8_accuracy=0.8, right=as_bits([True] * 160 + [False] * 40))
+    outcome = Outcome(Path("x"), TINY, Constraints(), "validation", (near, far, best), best)
+    low, high = (f"{100 * end:.1f}" for end in interval(180, 200))
+    fewer = 100 * (1 - plan_cost(TINY, cheap).conv_macs / plan_cost(TINY, dear).conv_macs)
+    assert outcome.headline() == (
+        f"winner: candidate 3 (f2), 0.508 MMAC, validation fp32 95.00 % quint8 90.00 % ({low} to {high}, 200 images); "
+        f"quantized with percentile:1; candidate 1: not distinguishable, {fewer:.0f} % fewer MACs; files in x/best"
+    )
+    assert "not distinguishable" not in replace(outcome, evaluations=(far, best)).headline()
+    dearer = replace(near, plan=parse_plan(TINY, "regular"), cost=plan_cost(TINY, parse_plan(TINY, "regular")))
+    assert "not distinguishable" not in replace(outcome, evaluations=(dearer, best)).headline(), "it saves nothing"
 
 
 def test_a_training_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:

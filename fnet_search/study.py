@@ -292,12 +292,13 @@ class StudyRecord:
 
     def _common(self, plan: FactorizationPlan, role: Role) -> Scheme | None:
         """The scheme that the history has a candidate quantized with; None where that is the candidate's own."""
-        first = regular(self.space)
-        if not self.searching or role != "candidate" or (self._setup.referenced and plan == first):
+        setup, first = self._setup, regular(self.space)
+        reference = setup.referenced and plan == first
+        if len(setup.schemes) == 1 or not self.searching or role != "candidate" or reference:
             return None
         known = (one.scheme for one in self.evaluations if one.plan == first and one.state == "complete")
-        found = next(known, None) if self._setup.referenced else None
-        return self._setup.schemes[0] if found is None else parse_scheme(found)
+        found = next(known, None) if setup.referenced else None
+        return setup.schemes[0] if found is None else parse_scheme(found)
 
     def _parent(self, plan: FactorizationPlan, role: Role) -> Evaluation | None:
         """A function of what is recorded: of the networks whose weights are kept, the one to start from."""

@@ -23,7 +23,7 @@ from fnet_search.plan import FactorizationPlan, depthwise, indices, legal_rates,
 from fnet_search.policy import Audit, Constraints, Evaluation, Role
 from fnet_search.recipe import Fidelity, load_recipe
 from fnet_search.runfolder import KEPT, RunFolder
-from fnet_search.scheme import PAPER
+from fnet_search.scheme import CHOICE, PAPER
 from fnet_search.storage import has_study, open_journal, open_url
 from fnet_search.study import StudyRecord
 from fnet_search.testing import made_up_probes as probes
@@ -303,6 +303,48 @@ def test_a_space_is_a_rate_index_a_layer() -> None:
         "conv_16_2": (0, 4),
     }
     assert indices(TINY, make_plan(TINY, {"conv_16_1": 16})) == (0, 4, 0)
+
+
+# Schemes
+
+
+def test_the_policy_sees_all_candidates_quantized_as_the_reference_is(opened: Opened) -> None:
+    """The winner, and what is feasible, goes by the schemes that count: as the policy sees it, f4 drops too much."""
+    record = opened(replace(WARM, schemes=CHOICE, referenced=True))
+    reference = start(record, REGULAR, "reference")
+    assert reference.common is None
+    scheme = str(CHOICE[5])
+    end(record, reference, replace(trained(TINY, REGULAR, 0, 0.9, 0.8), scheme=scheme))
+    found = []
+    for plan, own, common in ((F2, 0.85, 0.7), (F4, 0.84, 0.75)):
+        job = start(record, plan)
+        assert job.common == CHOICE[5]
+        assert job.start is not None
+        assert job.start.scheme == CHOICE[5], "whose codes it has"
+        made = replace(trained(TINY, plan, job.number, 0.9, own), scheme=str(CHOICE[0]))
+        seen = replace(made, scheme=scheme, quint8_accuracy=common, parent=0, inherited_epochs=3)
+        found.append(end(record, job, replace(made, common=seen)))
+    past = record.history().evaluations
+    assert [one.quint8_accuracy for one in past] == [0.8, 0.7, 0.75]
+    assert {one.scheme for one in past} == {scheme}
+    assert record.winner == found[1]
+    assert LIMITS.feasible(found[1])
+    assert LIMITS.missed(past[2]) == ("max_drop",)
+    frame = pd.read_csv(record.run.path / "candidates.csv")
+    assert frame["scheme"].tolist() == [scheme, str(CHOICE[0]), str(CHOICE[0])]
+    assert frame["common_scheme"].tolist() == [scheme] * 3
+    assert frame["common_quint8_accuracy"].tolist() == [0.8, 0.7, 0.75]
+    record.close()
+    again = opened(replace(WARM, schemes=CHOICE, referenced=True))
+    assert again.history() == record.history(), "also when it is opened again"
+    assert start(again, DWS).common == CHOICE[5]
+
+
+def test_without_a_reference_the_policy_sees_one_scheme_too(opened: Opened) -> None:
+    record = opened(replace(PLAIN, schemes=CHOICE))
+    end(record, start(record, REGULAR), replace(trained(TINY, REGULAR, 0, 0.9, 0.8), scheme=str(CHOICE[5])))
+    assert start(record, F2).common == CHOICE[0]
+    assert start(opened(PLAIN), F4).common is None, "there is but one"
 
 
 # Children and parents

@@ -248,7 +248,7 @@ def test_a_configuration_of_another_time_is_refused(begun: tuple[str, Path], mis
     known = published(open_url(begun[0]), "study")
     config = {name: value for name, value in known.config.items() if name != missing}
     with pytest.raises(FnetError, match="configuration"):
-        replace(known, config=config).request("x", Machine(), None, None)
+        replace(known, config=config).request("x", Machine(), None, None, None)
 
 
 def test_one_configuration_a_study(tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def test_metrics_by_hand() -> None:
     assert counts == [3]
     assert found.confusion == ((1, 0, 2), (1, 1, 1))
     assert found.classes == (ClassResult(0, 0, 0, 2, 2, "a"), ClassResult(3, 1, 1, 1, 1, "b"))
-    kept = found.complete(Evaluation.of(TINY, REGULAR))
+    kept = found.complete(Evaluation(0, REGULAR, plan_cost(TINY, REGULAR)))
     assert (kept.classes, kept.fp32_balanced_accuracy, kept.constant) == (found.classes, 1 / 3, "")
 
 
@@ -387,7 +387,10 @@ def test_ties_go_to_the_lowest_class() -> None:
         *[ClassResult(60, 0, 0, name=name) for name in "123456789"],
     )
     assert found.confusion == tuple((label, 0, 60) for label in range(10))
-    assert found.complete(Evaluation.of(TINY, REGULAR)).constant == "fp32 and quint8 predict class '0' for every image"
+    assert (
+        found.complete(Evaluation(0, REGULAR, plan_cost(TINY, REGULAR))).constant
+        == "fp32 and quint8 predict class '0' for every image"
+    )
 
 
 def test_measuring_takes_an_uneven_number_of_images() -> None:

@@ -129,9 +129,7 @@ def test_validation_images_of_the_folder_are_what_candidates_are_compared_on(fou
     (one,) = found.evaluations
     assert (one.validation, one.images, one.trained_images) == ("val", 3 * 14, 3 * 3 * 28)
     assert list(pd.read_csv(found.folder / "candidates.csv")["validation"]) == ["val"]
-    assert found.headline().endswith(
-        f"; constraints checked on the validation images (val); files in {found.folder}/best"
-    )
+    assert "; constraints checked on the validation images (val); quantized with " in found.headline()
     assert found.cautions == []
     page = found.report.read_text()
     assert "at least 1.00 %, checked on the validation images (val)" in page
@@ -158,7 +156,7 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
         "the data set has no test images (test/): what the winner reaches on images that chose nothing is not known"
     )
     assert out.count(f"warning: {caution}") == 2, "at the beginning and at the end"
-    assert out.rstrip().endswith("; no test images; files in run/best")
+    assert "; no test images; quantized with " in out.splitlines()[-1]
     assert not (tmp_path / "run/best/test.json").exists()
     facts = read_model(tmp_path / "run/best/model.onnx")[1]
     assert facts["validation"] == str(tmp_path / "mine")
@@ -199,8 +197,8 @@ def test_validation_images_that_the_weights_may_know(
     assert (code, err) == (0, "")
     caution = "the validation images are a part of the training images, which the weights may have been trained on"
     assert out.count(f"warning: {caution}: accuracies and constraints on them may be too good") == 2
-    checked = f"; constraints checked on the validation images ({MAYBE_KNOWN}); files in run/best"
-    assert out.rstrip().endswith(checked)
+    checked = f"; constraints checked on the validation images ({MAYBE_KNOWN}); quantized with "
+    assert checked in out.splitlines()[-1]
     assert set(pd.read_csv("run/candidates.csv")["validation"]) == {MAYBE_KNOWN}
     page = Path("run/report.html").read_text()
     assert "T" + caution[1:] in page

@@ -135,7 +135,7 @@ def test_validation_images_of_the_folder_are_what_candidates_are_compared_on(fou
     assert "at least 1.00 %, checked on the validation images (val)" in page
     opened = open_run(found.folder)
     assert opened.config["data"]["validation"] == "val"
-    elsewhere = open_run(found.folder).data(Path("data"), lambda done, total: None, str(images / "val"))
+    elsewhere = open_run(found.folder).data(Path("data"), lambda done, total: None, validation=str(images / "val"))
     assert elsewhere.fingerprint() == opened.config["data"]["fingerprint"]
 
 

@@ -32,7 +32,7 @@ def collect(name: str, study: Study, folders: list[Path]) -> pd.DataFrame:
             again = pd.MultiIndex.from_frame(kept[KEY]).isin(pd.MultiIndex.from_frame(new[KEY]))
             kept = kept[~again]
         kept = pd.concat([kept, new])
-    schemes = list(map(str, load_study("clipping").schemes))
+    schemes = list(load_study("clipping").schemes)
     order = {"plan": study.plans.index, "scheme": schemes.index, "seed": int}
     kept = kept.sort_values(list(order), key=lambda column: column.map(order[str(column.name)]), kind="stable")
     kept.to_csv(HERE / f"{name}.csv", index=False, lineterminator="\n")
@@ -55,7 +55,7 @@ def measured(study: Study, networks: pd.DataFrame, layers: pd.DataFrame) -> list
             audit=Audit(codes=row.audited_codes, differing=row.differing_codes),
             layers=tuple(LayerStats(**{str(key): value for key, value in layer.items()}) for layer in stats),
         )
-        found.append(Network(Part(variant, row.seed), row.plan, evaluation))
+        found.append(Network(Part(variant, row.seed), row.plan, row.scheme, evaluation))
     return found
 
 

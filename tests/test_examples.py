@@ -80,7 +80,7 @@ def test_a_package_of_somebody_elses_is_used_by_name(tmp_path: Path) -> None:
     plain = ("--no-warm-start", "--workers", "1")
     out = python("-m", "fnet_search.cli", *command, *plain, folder=tmp_path, installed=target)
     assert "files in runs/tiny-digits-level-60pct/best" in out
-    assert "9 passed" in own_tests(package, target)
+    assert "10 passed" in own_tests(package, target)
 
 
 def test_the_package_for_optunahub_loads_and_its_example_runs() -> None:

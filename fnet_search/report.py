@@ -294,7 +294,7 @@ def _headline(outcome: Outcome) -> str:
             f"{_part(best.cost.conv_macs, whole.conv_macs)}",
         ),
         ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
-        ("quantized with", best.scheme or NONE, "the scheme"),
+        ("quantized with", best.scheme or NONE, "ranges, weight scales, biases"),
     ]
     for one, where in ((best, split), (outcome.test, "test")):
         if one is not None and (one is best or split != "test"):

@@ -29,8 +29,8 @@ CORRECTION_SAMPLES = 256
 """Of these, for bias correction."""
 CHOICE_SAMPLES = 1024
 """Other training samples, at most, that a scheme is chosen on."""
-ROUNDS = (32, 96)
-"""So many of them decide which schemes go on, and the others which of the last two counts."""
+FIRST = 128
+"""So many of them, at most, are for the ranges and the weight scales; the others tell whether biases are corrected."""
 FEWEST, DOUBT = 32, 3.0
 """A round ends sooner where this many images, or more, tell the schemes apart by so many standard errors."""
 AT_ONCE = 32
@@ -158,32 +158,26 @@ def least_divergent(
     from the float network's: by the mean KL divergence, in float64, over up to CHOICE_SAMPLES training images that it
     was not calibrated on. Of equal ones the first.
 
-    In three rounds, so that most images are spent on those that are close: ROUNDS[0] images leave the better half of
-    the schemes without bias correction, ROUNDS[1] two of these and the same with it, the others the best; none takes
-    more of them than it needs (DOUBT). Fewer images than twice ROUNDS are all there in each. Raises FnetError where no
-    scheme can quantize the network.
+    In two rounds, each on images of its own: ranges and weight scales, without bias correction; then that one with it
+    and without. A round takes no more images than it needs (DOUBT). Fewer images than twice FIRST are all there in
+    both. Raises FnetError where no scheme can quantize the network.
     """
     if len(schemes) == 1:
         return calibrated.quantized(schemes[0])
     skipped = _half(data)
     samples = max(1, min(CHOICE_SAMPLES, len(data.train) - skipped))
     batches = list(calibration(data, seed, samples, AT_ONCE, min(skipped, len(data.train) - samples))())
-    few = samples < 2 * sum(ROUNDS)
-    ends = [0, ROUNDS[0] // AT_ONCE, sum(ROUNDS) // AT_ONCE, len(batches)]
-    first, second, last = (batches if few else batches[ends[place] : ends[place + 1]] for place in range(3))
-    plain = [scheme for scheme in schemes if not scheme.bias_correct]
-    left = _best(calibrated, plain, first, math.ceil(len(plain) / 2))
-    left = [one for one in schemes if replace(one, bias_correct=False) in left]
-    seen(ROUNDS[0], samples)
-    left = _best(calibrated, left, second, 2)
-    seen(sum(ROUNDS), samples)
-    (found,) = _best(calibrated, left, last, 1)
+    few, end = samples < 2 * FIRST, FIRST // AT_ONCE
+    plain = _best(calibrated, [one for one in schemes if not one.bias_correct], batches if few else batches[:end])
+    seen(min(FIRST, samples), samples)
+    both = [scheme for scheme in schemes if replace(scheme, bias_correct=False) == plain]
+    found = _best(calibrated, both, batches if few else batches[end:])
     seen(samples, samples)
     return calibrated.quantized(found)
 
 
-def _best(calibrated: Calibrated, schemes: Sequence[Scheme], batches: Sequence[Tensor], count: int) -> list[Scheme]:
-    """So many of the schemes that diverge least on these images, or on the first of them that leave no doubt."""
+def _best(calibrated: Calibrated, schemes: Sequence[Scheme], batches: Sequence[Tensor]) -> Scheme:
+    """The scheme that diverges least on these images, or on the first of them that leave no doubt."""
     networks: dict[Scheme, QuantizedNetwork] = {}
     failure: FnetError | None = None
     for scheme in schemes:
@@ -193,24 +187,21 @@ def _best(calibrated: Calibrated, schemes: Sequence[Scheme], batches: Sequence[T
             failure = error
     if failure is not None and not networks:
         raise failure
-    if len(networks) <= count:
-        return list(networks)
     found = torch.empty(len(networks), 0, dtype=torch.float64)
-    for x in batches:
+    for x in batches if len(networks) > 1 else ():
         log_p = F.log_softmax(calibrated.folded(x).double(), 1)
         log_q = torch.stack([F.log_softmax(network(x).double(), 1) for network in networks.values()])
         found = torch.cat([found, (log_p.exp() * (log_p - log_q)).sum(2).cpu()], dim=1)
-        if _clear(found, count):
+        if _clear(found):
             break
-    order = found.mean(1).argsort(stable=True).tolist()
-    return [list(networks)[place] for place in order[:count]]
+    return list(networks)[int(found.sum(1).argmin())]
 
 
-def _clear(divergence: Tensor, count: int) -> bool:
-    """Whether each scheme but the best `count` is worse than these by more than DOUBT standard errors of the difference
-    on the same images; of [schemes, images]."""
-    ordered = divergence[divergence.mean(1).argsort(stable=True)]
-    kept, rest = ordered[:count, None], ordered[None, count:]
-    difference, images = rest - kept, divergence.shape[1]
-    errors = difference.std(2, correction=0) / math.sqrt(images)
-    return images >= FEWEST and bool((difference.mean(2) > DOUBT * errors).all())
+def _clear(divergence: Tensor) -> bool:
+    """Whether each scheme but the best one is worse than it by more than DOUBT standard errors of the difference on the
+    same images; of [schemes, images]."""
+    best, images = int(divergence.sum(1).argmin()), divergence.shape[1]
+    others = [place for place in range(len(divergence)) if place != best]
+    difference = divergence[others] - divergence[best]
+    errors = difference.std(1, correction=0) / math.sqrt(images)
+    return images >= FEWEST and bool((difference.mean(1) > DOUBT * errors).all())

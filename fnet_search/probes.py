@@ -8,6 +8,7 @@ float and in codes. All rates of a layer share that, and what the warm start fit
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,8 +52,8 @@ from fnet_search.weights import write_tensors
 
 FEWEST, MOST = 128, 512
 """Images of the validation split that are measured on: a tenth of it, within these bounds."""
-CALIBRATED = 128
-"""Training images for the activation ranges after a change."""
+CALIBRATED, CORRECTED = 128, 64
+"""Training images for the activation ranges after a change, and those of them for bias correction."""
 PROFILED = 32
 """Training images for the SQNR of the changed layer."""
 MINIBATCH = 64
@@ -286,8 +287,8 @@ class _Fed:
     def training(self) -> Iterator[Tensor]:
         return iter(torch.split(self.samples, 128))  # as `prepare.calibration`: a warm start draws places by batch
 
-    def few(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.samples[:CALIBRATED], BATCH))
+    def few(self, samples: int = CALIBRATED) -> Iterator[Tensor]:
+        return iter(torch.split(self.samples[:samples], BATCH))
 
     def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Batches: floats, the values that the codes stand for, logits, labels."""
@@ -339,7 +340,7 @@ def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _Fed, layers: 
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
     quantized = quantize(folded, stats, scheme.per_channel)
     if scheme.bias_correct:
-        quantized = correct_biases(folded, quantized, fed.few)
+        quantized = correct_biases(folded, quantized, partial(fed.few, CORRECTED))
     sums, predictions = torch.zeros(4, dtype=torch.float64), []
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)

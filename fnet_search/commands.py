@@ -242,14 +242,17 @@ def quantize(
     if network.folder != network.candidate:
         raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
     own = {one.id: one.evaluation for one in opened.networks if one.candidate == network.candidate}
+    better = False
     with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
+        if promoting and not writable:
+            raise FnetError(f"{folder} cannot be written: leave --promote out")
         data = _data(opened, data_dir, dataset, validation, display)
         study = open_study(opened, storage) if writable else None  # or fail before the work
         known = opened.quantized(network, schemes) if promoting else None
         found = known or requantize(
             opened, network, schemes, data, display.advance, None if writable else Path(scratch)
         )
-        if promoting and study is not None and promote(opened, found):
+        if promoting and study is not None and (better := promote(opened, found)):
             measure_winner(study, found, data, display)
         outcome = _reported(study, display)
     shown = {**own, found.id: found.evaluation}
@@ -260,7 +263,10 @@ def quantize(
     if outcome is None:
         click.echo(_only_shown(folder))
         return
+    if found.id in own:
+        click.echo(f"candidate {network.id} is quantized with {found.scheme} already, as {found.id}")
     if promoting:
+        click.echo(f"{found.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
         click.echo(outcome.headline())
     for remark in remarks(opened):
         click.echo(remark)

@@ -201,7 +201,7 @@ GLOSSARY = {
     "95 % interval": "Where the quint8 accuracy may be, seeing how many images it was measured on (Wilson's score "
     "interval; of balanced accuracy, put together from those of the classes).",
     "not distinguishable": "Feasible, and classifies no more of the same images wrong than chance explains (McNemar's "
-    "exact test, 5 %). The winner is the one with the highest accuracy all the same.",
+    "exact test, 5 %; of balanced accuracy the same by class). The winner is the best one all the same.",
     "QMSE": "Mean over images and classes of (fp32 logit - quint8 logit) squared.",
     "QCE": "Cross entropy, in nats, of the quint8 class probabilities under the fp32 ones.",
     "KL": "QCE less the entropy of the fp32 probabilities: 0 when both networks say the same.",

@@ -37,7 +37,7 @@ def requantize(
     of a run that cannot be written, to `scratch`.
 
     `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
-    quantized so, or is quantized with that scheme already.
+    quantized so, or is quantized with that one scheme already; of several, the one that is there is given back.
     """
     _check_new(opened, network, schemes)  # before the work
     trained = network.load_trained(opened.space)
@@ -49,7 +49,8 @@ def requantize(
     calibrated = calibrated_for(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
     choosing = partial(advance, f"choosing a scheme for candidate {network.id}")
     quantized = least_divergent(calibrated, schemes, data, seed, choosing)
-    _check_new(opened, network, (quantized.scheme,))
+    if (known := opened.quantized(network, (quantized.scheme,))) is not None:
+        return known
     folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)

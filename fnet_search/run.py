@@ -40,7 +40,7 @@ from fnet_search.quantities import counted, counts_meant
 from fnet_search.recorded import RecordedNetwork, RecordedRun, metadata, open_run
 from fnet_search.report import write_report
 from fnet_search.request import Machine, Request, as_json, completed
-from fnet_search.runfolder import RunFolder, differences, versions
+from fnet_search.runfolder import PROMOTED, RunFolder, differences, versions
 from fnet_search.runtime import Runtime
 from fnet_search.scheme import AUTO
 from fnet_search.search import Event, FixedPlans, search, trained
@@ -69,6 +69,8 @@ OPTIONS = {
     "recipe.class_weights": "--class-weights",
 }
 """What people call parts of a configuration."""
+BY_FINGERPRINT = {"validation", "has_test", "skipped", "images"}
+"""What is known of data whose fingerprint is the same, wherever they lie."""
 
 
 class Display(Protocol):
@@ -343,14 +345,18 @@ def compare(run: RunFolder, config: dict[str, Any]) -> None:
     if "fidelity" not in recorded:
         raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")
     recorded = completed(recorded)
-    recorded["data"] = {**config.get("data", {}), **recorded["data"]}  # told by the fingerprint, whatever else is known
+    told = {key: value for key, value in config.get("data", {}).items() if key in BY_FINGERPRINT}
+    recorded["data"] = {**recorded["data"], **told}
     if (recorded["policy"] == FIXED_PLANS) != (config["policy"] == FIXED_PLANS):
         kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
         raise FnetError(f"{run.path} is a run of {kind}; choose another --out")
     parted = (text.partition(":") for text in differences(recorded, config))
     found = [f"{OPTIONS.get(name, name)}{colon}{text}" for name, colon, text in parted]
     if found:
-        raise FnetError(f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out")
+        same = f", or say --scheme {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
+        raise FnetError(
+            f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out{same}"
+        )
 
 
 def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
@@ -395,16 +401,17 @@ def _outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | None
         tables += run.write_explanation(explanation)
     record.attach([*pictures, *tables])
     opened = open_run(run.path)
-    more = [*_classes(run, test), *requantize.section(opened), *latency.section(opened)]
+    measured = test if outcome.has_test else record.winner
+    more = [*_classes(run, measured), *requantize.section(opened), *latency.section(opened)]
     write_report(outcome, run.name, dict(_settings(run.config(), outcome)), pictures, more)
     return outcome
 
 
-def _classes(run: RunFolder, test: Evaluation | None) -> list[tuple[str, str]]:
-    """The report's section on the classes of the data, and of the winner where it was tested."""
+def _classes(run: RunFolder, winner: Evaluation | None) -> list[tuple[str, str]]:
+    """The report's section on the classes of the data, and of the winner as it was measured last."""
     data = run.config()["data"]
-    confusion = [] if test is None else balance.read_confusion(run.confusion, data["classes"])
-    return balance.section(data["classes"], data.get("images", {}), test, confusion)
+    confusion = [] if winner is None else balance.read_confusion(run.confusion, data["classes"])
+    return balance.section(data["classes"], data.get("images", {}), winner, confusion)
 
 
 def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | None:
@@ -441,6 +448,10 @@ def _test(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display
     try:
         network.load(record.space)
     except FnetError as error:  # the same training gives the same network again
+        if network.folder != network.candidate:
+            display.say(f"{network.id} has lost its files ({error}): it is not promoted any more")
+            (network.folder / PROMOTED).unlink()
+            return _test(record, data, pool, display)
         display.status(f"training candidate {winner.number} once more ({error})")
         run.write_candidate(winner)
         _again(record, pool, winner)

@@ -242,13 +242,14 @@ class RunFolder:
         constraints: Constraints,
         parents: Iterable[int] = (),
         among: Collection[int] | None = None,
+        searching: bool = True,
     ) -> set[int]:
         """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept`.
 
         Kept too are the weights of `parents`, and of candidates that were quantized otherwise. `among`: numbers of
         those that may have any; None: it is not known. Returns what to give next time, but for new ones.
         """
-        needed = kept(evaluations, constraints).union(parents)
+        needed = kept(evaluations, constraints, searching).union(parents)
         for number in [one.number for one in evaluations] if among is None else among:
             folder = self.candidate(number)
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -308,13 +309,15 @@ def scheme_folder(candidate: Path, scheme: str) -> Path:
     return candidate / scheme.replace(":", "-")
 
 
-def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> set[int]:
+def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints, searching: bool = True) -> set[int]:
     """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
-    parents, and all of given plans."""
+    parents, and all of given plans (not `searching`)."""
+    if not searching:
+        return {one.number for one in evaluations}
     ranked = ranking(evaluations, constraints)
     candidates = [one.number for one in ranked if one.role == "candidate"][:KEPT]
     finals = [one.number for one in ranked if one.role == "final"][:1]
-    others = [one.number for one in evaluations if one.split == "test" or one.role == "reference"]
+    others = [one.number for one in evaluations if one.role == "reference"]
     parents = [one.parent for one in evaluations if one.parent is not None]
     return {*candidates, *finals, *others, *parents}
 

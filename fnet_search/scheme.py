@@ -90,7 +90,7 @@ def parse_schemes(text: str) -> tuple[Scheme, ...]:
     try:
         return (parse_scheme(text),)
     except FnetError as error:
-        raise FnetError(f"--scheme {text}: {error}; or auto, or paper") from None
+        raise FnetError(f"scheme {text!r}: {error}; or auto, or paper") from None
 
 
 def schemes_text(schemes: Sequence[Scheme]) -> str:

@@ -15,6 +15,7 @@ from fnet_search import __version__
 from fnet_search.data import DataSet
 from fnet_search.errors import FnetError
 from fnet_search.macro import Macroarchitecture
+from fnet_search.policy import HELD_OUT
 from fnet_search.recorded import RecordedRun
 from fnet_search.request import Machine, Request, as_json, completed, request_from
 from fnet_search.runfolder import RunFolder, differences
@@ -54,7 +55,7 @@ class Published:
     ) -> Request:
         """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
         others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
-        others["validation"] = validation or self.data["validation"]
+        others["validation"] = validation or self.data.get("validation", HELD_OUT)
         found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
         again = {**_config(found), "weights": self.config["weights"]}
         if odd := differences(completed(self.config), again):

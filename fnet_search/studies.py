@@ -139,11 +139,11 @@ def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str,
     """How the networks of a study are quantized, each text as results have it. Raises FnetError for what cannot be."""
     found = tuple(map(_normal, texts))
     if len(set(found)) < len(found):
-        raise FnetError(f"ranges must differ, got {list(texts)!r}")
+        raise FnetError(f"schemes must differ, got {list(texts)!r}")
     if AUTO in found[1:]:
         raise FnetError(f"{AUTO} is how networks are quantized first; name it before {found[0]}")
     if search is not None and len(found) > 1:
-        raise FnetError("a [search] is for one of ranges: what it finds depends on it; write a study for each")
+        raise FnetError("a [search] is for one scheme: what it finds depends on it; write a study for each")
     return found
 
 

@@ -268,7 +268,7 @@ class StudyRecord:
             return None
         if job.start is not None and not self.fetch(job.start.number):  # dropped meanwhile, for better ones
             self._ledger.leave(trial._trial_id, "released")
-            if job.start.number in kept(self.evaluations, self.constraints):  # they should be there
+            if job.start.number in kept(self.evaluations, self.constraints, self.searching):  # they should be there
                 raise self._gone(job.start.number)
             return None
         self._trials[number], self._jobs[number] = trial, job
@@ -306,7 +306,7 @@ class StudyRecord:
             return self._best()
         if role == "reference" or not self._setup.fidelity.warm_start:
             return None
-        having = kept(self.evaluations, self.constraints)
+        having = kept(self.evaluations, self.constraints, self.searching)
         past = (one for one in self.evaluations if one.number in having and one.role != "final")
         return choose_parent(past, plan, self.constraints.metric)
 
@@ -378,7 +378,7 @@ class StudyRecord:
     def _to_share(self, evaluation: Evaluation) -> list[Path]:
         """Files that another process needs to start from a network."""
         after = (*self.evaluations, evaluation)
-        if self.sharing is None or evaluation.number not in kept(after, self.constraints):
+        if self.sharing is None or evaluation.number not in kept(after, self.constraints, self.searching):
             return []
         return [self.run.candidate(evaluation.number) / name for name in (WEIGHTS, QUANTIZED)]
 
@@ -428,7 +428,7 @@ class StudyRecord:
             self.run.write_probes(probes)
         parents = {claim.parent for claim in self._ledger.claims.values() if claim.parent is not None}
         before = self._kept or set()
-        self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept)
+        self._kept = self.run.prune(self.evaluations, self.constraints, parents, self._kept, self.searching)
         if self.sharing is not None:
             for number in before - self._kept:
                 for artifact in self._shared_files(number).values():

@@ -129,8 +129,8 @@ def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
     for part in study.parts:
         if study.search is not None:
             if (part, WINNER, study.schemes[0]) not in known:
-                tested = part not in runs or runs[part].config["data"]["has_test"]
-                why = "not finished yet" if tested else "not here, since the data set has no test images"
+                untested = part in runs and runs[part].winner and not runs[part].config["data"]["has_test"]
+                why = "not here, since the data set has no test images" if untested else "not finished yet"
                 lines.append(f"{part.name}: {why}")
             continue
         states = _states(runs[part]) if part in runs else {}

@@ -131,7 +131,6 @@ REFUSED = [
     Case("a data base that is not there", nothing, ("report", "run", "--storage", "sqlite:///no.db"), "the file no.db does not exist"),
     Case("a storage with a password, unreachable", nothing, ("report", "run", "--storage", "postgresql+psycopg://me:secret@127.0.0.1:1/db"), r"me:\*\*\*@127.0.0.1:1"),
     Case("ranges that are none", nothing, ("quantize", "run", "--candidate", "1", "--ranges", "max"), "write minmax, mse or percentile:P"),
-    Case("quantized so already", nothing, ("quantize", "run", "--candidate", "1"), r"candidate 1 is quantized with (mse|minmax)\S* already, as 1$"),
     Case("too few images", nothing, ("analyze", "run", "--images", "1"), "is not in the range x>=2"),
     Case("a port that is none", nothing, ("dashboard", "run", "--port", "70000"), "is not in the range 0<=x<=65535"),
     # Workers

@@ -216,7 +216,7 @@ def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, 
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: finetune, paper, quick"),
         (("run", *TINY, "--ranges", "percentile:60"), "write minmax, mse or percentile:P with 0 <= P < 50"),
-        (("run", *TINY, "--scheme", "atuo"), "--scheme atuo: unknown range method 'atuo'; write minmax, mse or perc"),
+        (("run", *TINY, "--scheme", "atuo"), "scheme 'atuo': unknown range method 'atuo'; write minmax, mse or perc"),
         (
             ("run", *TINY, "--scheme", "paper", "--ranges", "mse", "--per-channel"),
             "--scheme says all of how to quantize; leave it or --ranges, --per-channel out",

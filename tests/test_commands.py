@@ -313,8 +313,8 @@ def test_a_network_quantized_otherwise_may_win(fnet: Callable, refused: Callable
     number = str(own.winner.evaluation.number)
     worse = ("quantize", "run", "--candidate", number, "--scheme", "percentile:40")
     out = fnet(*worse, "--promote")[1]
+    assert f"{number}/percentile:40 is not better than the winner: best/ stays" in out
     assert f"winner: candidate {number} (" in out
-    assert "quantized with auto" not in out
     assert open_run(run).winner.id == number, "it is no better"  # type: ignore[union-attr]
     before = json.loads((run / "best" / "test.json").read_text())
     for path in (run / "candidates").glob("*/evaluation.json"):  # as if the run had quantized badly
@@ -329,6 +329,8 @@ def test_a_network_quantized_otherwise_may_win(fnet: Callable, refused: Callable
     code, out, err = fnet("quantize", "run", "--candidate", number, "--scheme", "minmax", "--promote")
     assert (code, err) == (0, "")
     assert "is better than the winner" not in out
+    assert f"candidate {number} is quantized with minmax already, as {number}/minmax" in out
+    assert f"{number}/minmax is the winner now" in out
     winner = open_run(run).winner
     assert winner is not None
     assert winner.id == f"{number}/minmax"

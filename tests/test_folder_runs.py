@@ -165,9 +165,13 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
     page = (tmp_path / "run/report.html").read_text()
     assert "T" + caution[1:] in page
     assert "1 unreadable image left out, no test images" in page
+    assert "The winner on the validation split: the share of each class that is classified right" in page
+    assert pd.read_csv(tmp_path / "run/best/confusion.csv")["images"].sum() == 42
     again = fnet("run", *SHORT, *asked, "--skip-unreadable")
     assert again[1].splitlines()[-1] == out.splitlines()[-1]
     assert "training candidate" not in again[1]
+    (tmp_path / "data/train/dark/broken.jpg").unlink()
+    assert fnet("run", *SHORT, *asked)[0] == 0, "the images that count are the same"
     (tmp_path / "mine").rename(tmp_path / "moved")
     assert "--validation" in refused("audit", "run")
     code, out, _ = fnet("audit", "run", "--validation", "moved")

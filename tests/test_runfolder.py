@@ -221,6 +221,7 @@ def test_the_best_candidates_the_best_final_one_and_the_reference_are_kept() -> 
     evaluations = (*candidates, reference, *finals, pruned(TINY, regular(TINY), 8))
     assert kept(evaluations, FREE) == {1, 3, 4, 5, 6}
     assert kept(evaluations, Constraints(min_quint8=0.99)) == {1, 3, 4, 5, 6}
+    assert kept(evaluations, FREE, searching=False) == set(range(9)), "of given plans all"
     assert kept((), FREE) == set()
 
 

@@ -103,5 +103,5 @@ def test_what_a_network_may_be_quantized_with() -> None:
 
 @pytest.mark.parametrize("text", ["", "Auto", "best", "mse,per-channel", "mse+channel"])
 def test_unknown_schemes(text: str) -> None:
-    with pytest.raises(FnetError, match=r"--scheme .*: unknown .*; or auto, or paper$"):
+    with pytest.raises(FnetError, match=r"scheme .*: unknown .*; or auto, or paper$"):
         parse_schemes(text)

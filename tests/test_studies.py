@@ -123,7 +123,7 @@ def test_options_of_the_command_line() -> None:
     assert [str(one) for one in study.with_options(None, (), ("mse", "minmax")).schemes] == [
         *("percentile:1", "mse", "minmax")
     ]
-    with pytest.raises(FnetError, match="is for one of ranges"):
+    with pytest.raises(FnetError, match="is for one scheme"):
         load_study("budget-120mmac").with_options(None, (), ("mse",))
     changed = load_study("paper", "digits").with_options(10, (3, 1))
     assert (changed.dataset, changed.seeds) == ("digits", (3, 1))
@@ -151,11 +151,11 @@ def test_options_of_the_command_line() -> None:
         (LEAST.replace("quick", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (
             f'{LEAST}ranges = ["mse", "percentile:1", "percentile:1.0"]',
-            "ranges must differ, got ['mse', 'percentile:1', ",
+            "schemes must differ, got ['mse', 'percentile:1', ",
         ),
         (
             f'{SEARCH}ranges = ["mse", "minmax"]\n{OPTIONS}',
-            "a [search] is for one of ranges: what it finds depends on it",
+            "a [search] is for one scheme: what it finds depends on it",
         ),
         (
             f'{LEAST}validation = "x"',

@@ -218,4 +218,4 @@ def test_validation_images_that_the_weights_may_know(
     data = open_run(Path("run")).data(Path("data"), lambda done, total: None)
     assert data.fingerprint() == hold_out(load_dataset("imagefolder:data", (3, 32, 32))).fingerprint()
     assert fnet("audit", "run")[0] == 0
-    assert "data.validation" in fnet("run", *asked, "--validation", "data/val")[2]
+    assert "data.fingerprint" in fnet("run", *asked, "--validation", "data/val")[2]

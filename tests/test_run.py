@@ -301,7 +301,8 @@ def test_another_configuration_is_refused(run: Path, change: dict[str, object], 
     before = files_in(run)
     with pytest.raises(FnetError) as caught:
         go(run, request=replace(SEARCH, **change))
-    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out"
+    same = ", or say --scheme percentile:1" if "schemes" in change else ""
+    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out{same}"
     assert files_in(run) == before
 
 

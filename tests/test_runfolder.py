@@ -248,7 +248,7 @@ def test_given_plans_all_keep_their_weights(run: RunFolder) -> None:
     evaluations = tuple(replace(one(number, 0.5), split="test") for number in range(KEPT + 2))
     for evaluation in evaluations:
         leave_weights(run, evaluation)
-    run.prune(evaluations, FREE)
+    run.prune(evaluations, FREE, searching=False)
     assert weights(run) == sorted(
         f"candidates/{number:03d}/{name}.safetensors" for number in range(KEPT + 2) for name in ("quantized", "weights")
     )

@@ -14,11 +14,11 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.fold import fold
-from fnet_search.prepare import calibration
-from fnet_search.ranges import calibrate
-from fnet_search.recorded import open_run
-from fnet_search.scheme import parse_ranges
+from fnet_search.quant.calibration import calibration
+from fnet_search.quant.fold import fold
+from fnet_search.quant.ranges import calibrate
+from fnet_search.quant.scheme import parse_ranges
+from fnet_search.rundir.recorded_run import open_run
 
 
 def calibrated(folder: Path, candidate: str, data_dir: Path, ranges: str, samples: int) -> None:

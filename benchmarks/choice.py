@@ -15,12 +15,13 @@ import click
 import torch
 from machine import machine, ratio, spread
 
-from fnet_search.data import DataSet
-from fnet_search.network import Network
-from fnet_search.plan import label
-from fnet_search.prepare import Quantized, calibrated_for, least_divergent, prepare
-from fnet_search.recorded import open_run
-from fnet_search.scheme import CHOICE, PAPER
+from fnet_search.arch.plan import label
+from fnet_search.quant.calibration import Quantized, calibrated_for, prepare
+from fnet_search.quant.scheme import CHOICE, PAPER
+from fnet_search.quant.scheme_choice import least_divergent
+from fnet_search.rundir.recorded_run import open_run
+from fnet_search.training.datasets import DataSet
+from fnet_search.training.network import Network
 
 
 def seconds(work: Callable[[], Quantized]) -> tuple[float, Quantized]:

@@ -31,19 +31,21 @@ from machine import machine
 from optuna.trial import TrialState
 
 from fnet_policies import Random
-from fnet_search.evaluate import QUANTIZED, WEIGHTS, Job, Setup
-from fnet_search.leases import LEFT
-from fnet_search.macro import load_space
-from fnet_search.numerics import Numerics
-from fnet_search.policy import Constraints, Evaluation
-from fnet_search.recipe import load_recipe
-from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import PAPER
-from fnet_search.search import search
-from fnet_search.storage import open_artifacts, open_url
-from fnet_search.study import Sharing, StudyRecord
-from fnet_search.trials import NUMBER, PLAN, ROLE
-from fnet_search.workers import Finished, Judge, WorkerPool
+from fnet_search.candidates.job import Job, Setup
+from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
+from fnet_search.candidates.workers import Finished, Judge, WorkerPool
+from fnet_search.engine.search_loop import search
+from fnet_search.engine.study_record import Sharing, StudyRecord
+from fnet_search.importing.spaces import load_space
+from fnet_search.optuna_bridge.leases import LEFT
+from fnet_search.optuna_bridge.storage import open_artifacts, open_url
+from fnet_search.optuna_bridge.trials import NUMBER, PLAN, ROLE
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.quant.scheme import PAPER
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.numerics import Numerics
+from fnet_search.training.recipe import load_recipe
 
 STUDY, MARK = "faults", "training"
 SPACE = load_space("factorizenet")
@@ -174,7 +176,7 @@ def training(options: argparse.Namespace, url: str) -> tuple[int, int]:
 
     def begin(place: int) -> "subprocess.Popen[bytes]":
         log = (options.out / f"{place}.log").open("a")
-        command = [sys.executable, "-m", "fnet_search.cli", *commands[place]]
+        command = [sys.executable, "-m", "fnet_search", *commands[place]]
         return subprocess.Popen(command, cwd=options.out, stdout=log, stderr=log, start_new_session=True)
 
     running, kills = {0: begin(0)}, 0

@@ -21,7 +21,7 @@ from faults import finished_and_left
 from machine import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from servers import postgres
+from tests.support.servers import postgres
 
 A, B = "10.177.0.1", "10.177.0.2"
 SEARCH = ("--space", "tiny", "--budget", "60%", "--policy", "random", "--epochs", "10", "--warm-epochs", "4")
@@ -51,7 +51,7 @@ def hosts() -> Iterator[None]:
 
 def start(host: str, out: Path, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
     inside = ["ip", "netns", "exec", "fnet-b"] if host == "b" else []
-    command = [*inside, sys.executable, "-m", "fnet_search.cli", *arguments, *PLAIN]
+    command = [*inside, sys.executable, "-m", "fnet_search", *arguments, *PLAIN]
     return subprocess.Popen(command, cwd=out, stdout=(out / f"{name}.log").open("w"), stderr=subprocess.STDOUT)
 
 

@@ -17,16 +17,17 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
-from fnet_search.audit import LayerAudit, audit_layers
-from fnet_search.export import coded, codes_name, quantized_model
-from fnet_search.fold import fold
-from fnet_search.macro import Macroarchitecture
-from fnet_search.network import pretrained
-from fnet_search.plan import legal_rates, network_cost
-from fnet_search.quantize import quantize
-from fnet_search.ranges import calibrate
-from fnet_search.runtime import Runtime, with_outputs
-from fnet_search.scheme import Scheme
+from fnet_search.arch.costs import network_cost
+from fnet_search.arch.plan import legal_rates
+from fnet_search.deploy.audit import LayerAudit, audit_layers
+from fnet_search.deploy.export import coded, codes_name, quantized_model
+from fnet_search.deploy.runtime import Runtime, with_outputs
+from fnet_search.importing.tracing import from_module
+from fnet_search.quant.fold import fold
+from fnet_search.quant.quantize import quantize
+from fnet_search.quant.ranges import calibrate
+from fnet_search.quant.scheme import Scheme
+from fnet_search.training.network import pretrained
 
 NAMES = (
     *("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet"),
@@ -52,7 +53,7 @@ def settled(name: str, size: int) -> nn.Module:
 def row(name: str, size: int) -> str:
     model, x = settled(name, size), torch.randn(4, 3, size, size)
     start = perf_counter()
-    space = Macroarchitecture.from_module(model, x, name)
+    space = from_module(model, x, name)
     seconds = perf_counter() - start
     wanted, network = model(x[:2]), pretrained(space).eval()
     difference = float((network(x[:2]) - wanted).abs().max())

@@ -19,17 +19,18 @@ import psutil
 from machine import machine
 
 from fnet_policies import Random
-from fnet_search.evaluate import Setup
-from fnet_search.macro import load_space
-from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan
-from fnet_search.policy import Constraints, Evaluation
-from fnet_search.recipe import load_recipe
-from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import PAPER
-from fnet_search.storage import open_journal
-from fnet_search.study import StudyRecord
-from fnet_search.testing import made_up_layers
+from fnet_search.arch.plan import FactorizationPlan
+from fnet_search.candidates.job import Setup
+from fnet_search.engine.study_record import StudyRecord
+from fnet_search.importing.spaces import load_space
+from fnet_search.optuna_bridge.storage import open_journal
+from fnet_search.policy.conformance import made_up_layers
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.quant.scheme import PAPER
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.numerics import Numerics
+from fnet_search.training.recipe import load_recipe
 
 SPACE = load_space("factorizenet")
 

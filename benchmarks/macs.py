@@ -21,9 +21,12 @@ from time import perf_counter
 import click
 from machine import machine, ratio, spread
 
-from fnet_search.layers import Activation, BatchNorm, Dense, Flatten, Pool
-from fnet_search.macro import INPUT, Macroarchitecture, load_space
-from fnet_search.plan import FactorizationPlan, all_conv_macs, factorize, network_cost, parse_plan, plan_cost
+from fnet_search.arch.costs import all_conv_macs, network_cost, plan_cost
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.layers import Activation, BatchNorm, Dense, Flatten, Pool
+from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
+from fnet_search.arch.plan import FactorizationPlan, parse_plan
+from fnet_search.importing.spaces import load_space
 
 PLANS = ("regular", "f2", "f4", "f16", "dws", "init2")
 SPACES = ("factorizenet", "factorizenet-gap")
@@ -99,7 +102,7 @@ def built(network: Macroarchitecture):
     """A chain as torch users build one: every layer a module, since some counters see modules only."""
     from torch import nn
 
-    from fnet_search.network import Network
+    from fnet_search.training.network import Network
 
     trained, modules = Network(network), []
     for before, node in zip((INPUT, *(node.name for node in network.order)), network.order, strict=False):

@@ -21,21 +21,27 @@ import optuna
 from machine import machine, spread
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 
-from fnet_search.evaluate import Job, Setup
-from fnet_search.layers import Conv, Dense
-from fnet_search.macro import Macroarchitecture, load_space
-from fnet_search.numerics import Numerics
-from fnet_search.plan import FactorizationPlan, factorize, indices, layer_cost, legal_rates, plan_cost
-from fnet_search.policy import Constraints, Evaluation, History, LayerStats, load_policy
-from fnet_search.recipe import Fidelity, load_recipe
-from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import Scheme
-from fnet_search.search import search
-from fnet_search.storage import open_journal
-from fnet_search.study import StudyRecord
-from fnet_search.train import TrainingProgress
-from fnet_search.trials import distributions
-from fnet_search.workers import Finished, Judge
+from fnet_search.arch.costs import layer_cost, plan_cost
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.arch.plan import FactorizationPlan, indices, legal_rates
+from fnet_search.candidates.job import Job, Setup
+from fnet_search.candidates.workers import Finished, Judge
+from fnet_search.engine.search_loop import search
+from fnet_search.engine.study_record import StudyRecord
+from fnet_search.importing.spaces import load_space
+from fnet_search.optuna_bridge.storage import open_journal
+from fnet_search.optuna_bridge.trials import distributions
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import Evaluation, LayerStats
+from fnet_search.policy.protocol import History
+from fnet_search.policy.registry import load_policy
+from fnet_search.quant.scheme import Scheme
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.numerics import Numerics
+from fnet_search.training.recipe import Fidelity, load_recipe
+from fnet_search.training.train import TrainingProgress
 
 BLOCK = 25
 """Trials of one side before it is the other's turn."""

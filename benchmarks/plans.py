@@ -13,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fnet_search.data import DataSet, load_dataset, read_dataset
-from fnet_search.evaluate import Job, Setup, Start, evaluate, load_quantized, load_trained
-from fnet_search.export import quantized_model
-from fnet_search.macro import Macroarchitecture, load_space
-from fnet_search.numerics import Numerics, resolve
-from fnet_search.plan import FactorizationPlan, label, regular
-from fnet_search.policy import Evaluation, Probe, Probes
-from fnet_search.probes import ProbeTask, probe_layer, probe_tasks, probes_from
-from fnet_search.recipe import Fidelity, load_recipe
-from fnet_search.runtime import Runtime
-from fnet_search.scheme import parse_scheme
-from fnet_search.workers import cores
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.arch.plan import FactorizationPlan, label, regular
+from fnet_search.candidates.evaluate import evaluate
+from fnet_search.candidates.job import Job, Setup, Start
+from fnet_search.candidates.network_files import load_quantized, load_trained
+from fnet_search.candidates.probes import ProbeTask, probe_layer, probe_tasks, probes_from
+from fnet_search.candidates.workers import cores
+from fnet_search.deploy.export import quantized_model
+from fnet_search.deploy.runtime import Runtime
+from fnet_search.importing.spaces import load_space
+from fnet_search.policy.evaluation import Evaluation, Probe, Probes
+from fnet_search.quant.scheme import parse_scheme
+from fnet_search.training.datasets import DataSet, load_dataset, read_dataset
+from fnet_search.training.numerics import Numerics, resolve
+from fnet_search.training.recipe import Fidelity, load_recipe
 
 WARM_RATE, WARM_EPOCHS = 0.05, 0.25
 """Of children: as few images leave a transformed network better at a rate below the recipe's."""

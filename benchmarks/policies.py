@@ -24,11 +24,14 @@ from machine import machine
 from plans import Measured, Study, arguments, line, measure, open_study, probes_of, read, references
 
 from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDoubling, Random, ReversePyramid
-from fnet_search.figures import COLOURS, GREY, MARKERS, new_figure, save_png, style
-from fnet_search.plan import FactorizationPlan, label, plan_cost, regular
-from fnet_search.policy import Constraints, Evaluation, History, Policy
-from fnet_search.quantities import parse_budget
-from fnet_search.workers import cores, environment
+from fnet_search.arch.costs import plan_cost
+from fnet_search.arch.plan import FactorizationPlan, label, regular
+from fnet_search.base.units import parse_budget
+from fnet_search.candidates.workers import cores, environment
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.policy.protocol import History, Policy
+from fnet_search.report.style import COLOURS, GREY, MARKERS, new_figure, save_png, style
 
 POLICIES: dict[str, Policy] = {
     "layer-guided": LayerGuided(),

@@ -21,10 +21,11 @@ from scipy.stats import spearmanr
 
 from fnet_policies import LayerGuided
 from fnet_policies.layer_guided import Model
-from fnet_search.plan import FactorizationPlan, all_conv_macs, from_indices, legal_rates, plan_cost, regular
-from fnet_search.policy import History
-from fnet_search.quantities import parse_budget
-from fnet_search.workers import cores, environment
+from fnet_search.arch.costs import all_conv_macs, plan_cost
+from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates, regular
+from fnet_search.base.units import parse_budget
+from fnet_search.candidates.workers import cores, environment
+from fnet_search.policy.protocol import History
 
 LEARNT_FROM = (3, 6, 12)
 """Evaluations of other plans that predictions are learnt from, beside none and all but the plan itself."""

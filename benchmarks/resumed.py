@@ -26,7 +26,7 @@ def start(out: Path) -> "subprocess.Popen[bytes]":
     """Computing as the uninterrupted one did: equal numerics give equal bits."""
     whole = out.parent / "whole"
     alike = ("--numerics-of", str(whole)) if out != whole else ("--dtype", "float32", "--no-fused")
-    command = [sys.executable, "-m", "fnet_search.cli", *SEARCH, "--workers", "1", *alike, "--out", str(out)]
+    command = [sys.executable, "-m", "fnet_search", *SEARCH, "--workers", "1", *alike, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 

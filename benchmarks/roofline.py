@@ -16,10 +16,11 @@ from machine import machine, ratio, spread
 from torch.profiler import ProfilerActivity, profile
 from trainers import BATCH, PLANS, SPACE, ours
 
-from fnet_search.macro import load_space
-from fnet_search.numerics import Numerics, resolve
-from fnet_search.plan import parse_plan, plan_cost
-from fnet_search.workers import environment
+from fnet_search.arch.costs import plan_cost
+from fnet_search.arch.plan import parse_plan
+from fnet_search.candidates.workers import environment
+from fnet_search.importing.spaces import load_space
+from fnet_search.training.numerics import Numerics, resolve
 
 SIZE = 4096
 KINDS = {

@@ -24,21 +24,18 @@ from scipy.stats import t
 from torchvision import transforms
 from torchvision.transforms.functional import to_pil_image
 
-from fnet_search.data import DataSet, load_dataset
-from fnet_search.evaluate import (
-    measure,
-)
-from fnet_search.macro import load_space
-from fnet_search.network import Network, build
-from fnet_search.numerics import Numerics, resolve
-from fnet_search.plan import factorize, parse_plan
-from fnet_search.prepare import (
-    prepare,
-)
-from fnet_search.recipe import Recipe, load_recipe
-from fnet_search.scheme import Scheme
-from fnet_search.train import settle, train
-from fnet_search.workers import cores, environment
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.plan import parse_plan
+from fnet_search.candidates.measure import measure
+from fnet_search.candidates.workers import cores, environment
+from fnet_search.importing.spaces import load_space
+from fnet_search.quant.calibration import prepare
+from fnet_search.quant.scheme import Scheme
+from fnet_search.training.datasets import DataSet, load_dataset
+from fnet_search.training.network import Network, build
+from fnet_search.training.numerics import Numerics, resolve
+from fnet_search.training.recipe import Recipe, load_recipe
+from fnet_search.training.train import settle, train
 
 SPACE = "factorizenet"
 

@@ -11,8 +11,8 @@ import argparse
 from machine import machine, ratio, spread
 from trainers import Trainer, together
 
-from fnet_search.numerics import resolve
-from fnet_search.workers import cores
+from fnet_search.candidates.workers import cores
+from fnet_search.training.numerics import resolve
 
 
 def main() -> None:

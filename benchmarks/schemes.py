@@ -13,18 +13,19 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.correct import correct_biases
-from fnet_search.data import DataSet
-from fnet_search.equalize import equalize
-from fnet_search.export import quantized_model
-from fnet_search.fold import fold
-from fnet_search.plan import label
-from fnet_search.prepare import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration
-from fnet_search.quantize import QuantizedNetwork, quantize
-from fnet_search.ranges import calibrate
-from fnet_search.recorded import open_run
-from fnet_search.runtime import Runtime
-from fnet_search.scheme import parse_ranges
+from fnet_search.arch.plan import label
+from fnet_search.deploy.export import quantized_model
+from fnet_search.deploy.runtime import Runtime
+from fnet_search.quant.bias_correction import correct_biases
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration
+from fnet_search.quant.equalize import equalize
+from fnet_search.quant.fold import fold
+from fnet_search.quant.quantize import quantize
+from fnet_search.quant.ranges import calibrate
+from fnet_search.quant.scheme import parse_ranges
+from fnet_search.quant.simulator import QuantizedNetwork
+from fnet_search.rundir.recorded_run import open_run
+from fnet_search.training.datasets import DataSet
 
 
 def accuracy(network: QuantizedNetwork, data: DataSet) -> float:

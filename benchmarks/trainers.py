@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fnet_search.numerics import Numerics
-from fnet_search.train import TrainingProgress
-from fnet_search.workers import environment
+from fnet_search.candidates.workers import environment
+from fnet_search.training.numerics import Numerics
+from fnet_search.training.train import TrainingProgress
 
 SPACE = "factorizenet-gap"
 BATCH = 128
@@ -76,7 +76,7 @@ def _images():
     """scikit-learn's digits as 32x32 colour images, and their labels."""
     from torchvision.transforms.functional import to_pil_image
 
-    from fnet_search.data import load_dataset
+    from fnet_search.training.datasets import load_dataset
 
     split = load_dataset("digits", (3, 32, 32)).train
     return [to_pil_image(image) for image in split.images], split.labels
@@ -119,8 +119,8 @@ def ours(plan: str, steps: int, numerics: Numerics, go: Callable[[], None] = lam
     in `_plain`."""
     import torch
 
-    from fnet_search.data import load_dataset
-    from fnet_search.train import train
+    from fnet_search.training.datasets import load_dataset
+    from fnet_search.training.train import train
 
     network, recipe = _network(plan)
     data = load_dataset("digits", (3, 32, 32))
@@ -140,10 +140,11 @@ def ours(plan: str, steps: int, numerics: Numerics, go: Callable[[], None] = lam
 
 
 def _network(plan: str):
-    from fnet_search.macro import load_space
-    from fnet_search.network import build
-    from fnet_search.plan import factorize, parse_plan
-    from fnet_search.recipe import load_recipe
+    from fnet_search.arch.factorize import factorize
+    from fnet_search.arch.plan import parse_plan
+    from fnet_search.importing.spaces import load_space
+    from fnet_search.training.network import build
+    from fnet_search.training.recipe import load_recipe
 
     space = load_space(SPACE)
     recipe = replace(load_recipe("paper").with_epochs(1), batch_size=BATCH)

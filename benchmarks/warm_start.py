@@ -20,18 +20,21 @@ from pathlib import Path
 import torch
 from machine import machine
 
-from fnet_search.data import DataSet, load_dataset
-from fnet_search.evaluate import Job, Setup, Start, child, load_quantized, load_trained
-from fnet_search.export import quantized_model
-from fnet_search.macro import load_space
-from fnet_search.network import build
-from fnet_search.numerics import Numerics, resolve
-from fnet_search.plan import factorize, parse_plan
-from fnet_search.policy import Evaluation
-from fnet_search.recipe import Fidelity, load_recipe
-from fnet_search.runtime import Runtime
-from fnet_search.scheme import parse_scheme
-from fnet_search.workers import Finished, Progressed, WorkerPool, cores, environment
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.plan import parse_plan
+from fnet_search.candidates.evaluate import child
+from fnet_search.candidates.job import Job, Setup, Start
+from fnet_search.candidates.network_files import load_quantized, load_trained
+from fnet_search.candidates.workers import Finished, Progressed, WorkerPool, cores, environment
+from fnet_search.deploy.export import quantized_model
+from fnet_search.deploy.runtime import Runtime
+from fnet_search.importing.spaces import load_space
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.quant.scheme import parse_scheme
+from fnet_search.training.datasets import DataSet, load_dataset
+from fnet_search.training.network import build
+from fnet_search.training.numerics import Numerics, resolve
+from fnet_search.training.recipe import Fidelity, load_recipe
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ from sklearn.datasets import load_digits
 
 from fnet_policies import ReversePyramid
 from fnet_search import AskTell, Constraints, Evaluation, FactorizationPlan, load_space
-from fnet_search.network import build
-from fnet_search.plan import factorize, label
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.plan import label
+from fnet_search.training.network import build
 
 SPACE = load_space("tiny")
 

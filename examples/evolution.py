@@ -8,7 +8,7 @@ from bare_loop import SPACE, train
 
 from fnet_policies import ReversePyramid
 from fnet_search import AskTell, Evaluation, FactorizationPlan, parse_constraints
-from fnet_search.plan import from_indices, indices, label, legal_rates
+from fnet_search.arch.plan import from_indices, indices, label, legal_rates
 
 GENERATIONS, CHILDREN = 2, 3
 

@@ -7,7 +7,7 @@ from bare_loop import SPACE, digits, train, trained
 
 from fnet_policies import LayerGuided
 from fnet_search import AskTell, Evaluation, parse_constraints, probes_for
-from fnet_search.plan import label, regular
+from fnet_search.arch.plan import label, regular
 
 
 def main() -> None:

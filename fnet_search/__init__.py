@@ -1,62 +1,92 @@
 """fnet-search: factorize a CNN layer by layer under a MAC budget and a quint8 accuracy floor.
 
 The names of `__all__` are its Python API; each is loaded when it is first used, so that importing the package loads
-nothing heavy. The policies are in `fnet_policies`.
+nothing heavy. Start with `fnet_search.engine.search_loop`: the search itself. The policies are in `fnet_policies`.
+
+The rooms, each importing only from those before it:
+
+    base           errors, files, units, TOML tables, plug-ins
+    arch           layers, macroarchitectures, plans, costs
+    policy         what a policy sees and returns: evaluations, constraints, history; no torch
+    training       data, recipes, networks, numerics, training, warm start
+    importing      spaces by name, torch modules as macroarchitectures
+    quant          quint8: schemes, ranges, folding, the integer simulator, layer statistics
+    report         outcome, figures, tables, pages; no torch
+    optuna_bridge  trials, samplers, storages, leases; no torch
+    deploy         ONNX export, the runtime, audit, timing
+    candidates     from a plan to its evaluation; probes; worker processes
+    rundir         the run folder
+    inspection     what is done to recorded networks: analysis, requantization, latency
+    engine         the search loop and a whole run
+    comparison     runs compared with each other and with the paper
+    api            `search` and `evaluate`
+    cli            the command line
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 _API = {
-    "AskTell": "asktell",
-    "ClassResult": "metric",
-    "Constraints": "policy",
-    "Evaluation": "policy",
-    "FactorizationPlan": "plan",
-    "FnetError": "errors",
-    "History": "policy",
-    "Machine": "request",
-    "Macroarchitecture": "macro",
-    "Outcome": "outcome",
-    "PolicyDone": "sampler",
-    "PolicySampler": "sampler",
-    "Probes": "policy",
-    "Recipe": "recipe",
-    "SamplerPolicy": "sampler_policy",
-    "Scheme": "scheme",
-    "TimeUp": "deadline",
+    "__version__": "base.version",
+    "AskTell": "policy.asktell",
+    "ClassResult": "policy.metric",
+    "Constraints": "policy.constraints",
+    "doublings": "arch.plan",
     "evaluate": "api",
-    "load_space": "macro",
-    "parse_constraints": "policy",
-    "parse_plan": "plan",
-    "plan_cost": "plan",
-    "probes_for": "probes",
-    "report_evaluation": "sampler",
+    "Evaluation": "policy.evaluation",
+    "FactorizationPlan": "arch.plan",
+    "FnetError": "base.errors",
+    "from_module": "importing.tracing",
+    "History": "policy.protocol",
+    "load_space": "importing.spaces",
+    "Machine": "engine.request",
+    "Macroarchitecture": "arch.macroarchitecture",
+    "Outcome": "report.outcome",
+    "parse_constraints": "policy.constraints",
+    "parse_plan": "arch.plan",
+    "plan_cost": "arch.costs",
+    "PolicyConformance": "policy.conformance",
+    "PolicyDone": "optuna_bridge.sampler",
+    "PolicySampler": "optuna_bridge.sampler",
+    "pretrained": "training.network",
+    "probe_network": "candidates.probes",
+    "Probes": "policy.evaluation",
+    "probes_for": "candidates.probes",
+    "Recipe": "training.recipe",
+    "report_evaluation": "optuna_bridge.sampler",
+    "SamplerPolicy": "optuna_bridge.sampler_policy",
+    "Scheme": "quant.scheme",
     "search": "api",
-    "suggest_plan": "sampler",
+    "suggest_plan": "optuna_bridge.sampler",
+    "TimeUp": "training.deadline",
+    "uniform": "arch.plan",
 }
 """The module that each name is of."""
 
 if TYPE_CHECKING:
     from fnet_search.api import evaluate, search
-    from fnet_search.asktell import AskTell
-    from fnet_search.deadline import TimeUp
-    from fnet_search.errors import FnetError
-    from fnet_search.macro import Macroarchitecture, load_space
-    from fnet_search.metric import ClassResult
-    from fnet_search.outcome import Outcome
-    from fnet_search.plan import FactorizationPlan, parse_plan, plan_cost
-    from fnet_search.policy import Constraints, Evaluation, History, Probes, parse_constraints
-    from fnet_search.probes import probes_for
-    from fnet_search.recipe import Recipe
-    from fnet_search.request import Machine
-    from fnet_search.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
-    from fnet_search.sampler_policy import SamplerPolicy
-    from fnet_search.scheme import Scheme
+    from fnet_search.arch.costs import plan_cost
+    from fnet_search.arch.macroarchitecture import Macroarchitecture
+    from fnet_search.arch.plan import FactorizationPlan, doublings, parse_plan, uniform
+    from fnet_search.base.errors import FnetError
+    from fnet_search.base.version import __version__ as __version__
+    from fnet_search.candidates.probes import probe_network, probes_for
+    from fnet_search.engine.request import Machine
+    from fnet_search.importing.spaces import load_space
+    from fnet_search.importing.tracing import from_module
+    from fnet_search.optuna_bridge.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
+    from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
+    from fnet_search.policy.asktell import AskTell
+    from fnet_search.policy.conformance import PolicyConformance
+    from fnet_search.policy.constraints import Constraints, parse_constraints
+    from fnet_search.policy.evaluation import Evaluation, Probes
+    from fnet_search.policy.metric import ClassResult
+    from fnet_search.policy.protocol import History
+    from fnet_search.quant.scheme import Scheme
+    from fnet_search.report.outcome import Outcome
+    from fnet_search.training.deadline import TimeUp
+    from fnet_search.training.network import pretrained
+    from fnet_search.training.recipe import Recipe
 
 __all__ = [
     "AskTell",
@@ -69,6 +99,7 @@ __all__ = [
     "Machine",
     "Macroarchitecture",
     "Outcome",
+    "PolicyConformance",
     "PolicyDone",
     "PolicySampler",
     "Probes",
@@ -76,34 +107,28 @@ __all__ = [
     "SamplerPolicy",
     "Scheme",
     "TimeUp",
+    "doublings",
     "evaluate",
+    "from_module",
     "load_space",
     "parse_constraints",
     "parse_plan",
     "plan_cost",
+    "pretrained",
+    "probe_network",
     "probes_for",
     "report_evaluation",
     "search",
     "suggest_plan",
+    "uniform",
 ]
 
 
-class _Package(ModuleType):
-    """`search` and `evaluate` are functions here, also when the modules of these names are loaded: those are found by
-    ``from fnet_search.search import ...``."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("search", "evaluate"):
-            return getattr(import_module("fnet_search.api"), name)
-        return super().__getattribute__(name)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _API:
-            return getattr(import_module(f"fnet_search.{_API[name]}"), name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_API})
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(import_module(f"fnet_search.{_API[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})

@@ -13,22 +13,27 @@ from typing import get_args
 
 import optuna
 
-from fnet_search.data import natural_shape
-from fnet_search.deadline import Deadline
-from fnet_search.errors import FnetError, unknown
-from fnet_search.leases import LEASE_SECONDS
-from fnet_search.macro import Macroarchitecture, factorizing, load_space, normalising
-from fnet_search.outcome import Outcome
-from fnet_search.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
-from fnet_search.policy import Policy, SplitName, check_policy, load_policy, parse_constraints
-from fnet_search.progress import TerminalDisplay
-from fnet_search.recipe import Fidelity, Recipe, load_recipe
-from fnet_search.request import Machine, Request
-from fnet_search.run import Display, run_study
-from fnet_search.runfolder import RunFolder
-from fnet_search.scheme import AUTO, Scheme, parse_schemes
-from fnet_search.search import FixedPlans
-from fnet_search.terminal import console
+from fnet_search.arch.macroarchitecture import Macroarchitecture, factorizing, normalising
+from fnet_search.arch.plan import FactorizationPlan, check_plan, legal_rates, parse_plan
+from fnet_search.base.errors import FnetError, unknown
+from fnet_search.base.terminal import console
+from fnet_search.engine.display import Display
+from fnet_search.engine.progress import TerminalDisplay
+from fnet_search.engine.request import Machine, Request
+from fnet_search.engine.run import run_study
+from fnet_search.engine.search_loop import FixedPlans
+from fnet_search.importing.spaces import load_space
+from fnet_search.optuna_bridge.leases import LEASE_SECONDS
+from fnet_search.policy.constraints import parse_constraints
+from fnet_search.policy.evaluation import SplitName
+from fnet_search.policy.protocol import Policy
+from fnet_search.policy.registry import check_policy, load_policy
+from fnet_search.quant.scheme import AUTO, Scheme, parse_schemes
+from fnet_search.report.outcome import Outcome
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.datasets import natural_shape
+from fnet_search.training.deadline import Deadline
+from fnet_search.training.recipe import Fidelity, Recipe, load_recipe
 
 
 def search(

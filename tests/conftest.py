@@ -3,9 +3,8 @@
 import ctypes
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests run on the same cores
@@ -13,20 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests
 import optuna
 import pytest
 
-from fnet_search.cli import main
-
-Files = Mapping[str, bytes]
-Result = tuple[int, str, str]
-"""Exit code, standard output, standard error."""
-
-TINY = ("--space", "tiny", "--budget", "100%")
-PLAIN = ("--workers", "1", "--dtype", "float32", "--no-fused")
-"""The same bits in all runs, and no kernels to compile, which costs seconds."""
-SMALL = (*TINY, "--policy", "reverse-pyramid", "--epochs", "1", "--trials", "2", "--no-warm-start", *PLAIN)
-
-
-def files_in(folder: Path) -> Files:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+from fnet_search.cli.main import main
+from tests.support.command_line import SMALL, Result, files_in, process
 
 
 @pytest.fixture
@@ -84,19 +71,6 @@ def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
         return str(line.removeprefix("fnet-search: "))
 
     return call
-
-
-def process(*arguments: str, cwd: Path) -> "subprocess.Popen[str]":
-    """The command line in a process, and a process group, of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fnet_search.cli", *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fnet_search.macro import load_space
-from fnet_search.network import Network
-from fnet_search.plan import factorize, network_cost, parse_plan, plan_cost, regular
+from fnet_search.arch.costs import network_cost, plan_cost
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.plan import parse_plan, regular
+from fnet_search.importing.spaces import load_space
+from fnet_search.training.network import Network
 
 Import = Callable[[str], Any]
 TINY = load_space("tiny")

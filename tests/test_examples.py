@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fnet_search.macro import load_space
-from fnet_search.plan import legal_rates
+from fnet_search.arch.plan import legal_rates
+from fnet_search.importing.spaces import load_space
 
 ROOT = Path(__file__).parent.parent
 HUB = ROOT / "hub" / "package" / "samplers" / "fnet_progressive"
@@ -78,7 +78,7 @@ def test_a_package_of_somebody_elses_is_used_by_name(tmp_path: Path) -> None:
     python("-m", "pip", "install", "--quiet", "--no-deps", "--target", target, package)
     command = ("run", "--space", "tiny", "--budget", "60%", "--policy", "level", "--epochs", "1", "--trials", "1")
     plain = ("--no-warm-start", "--workers", "1")
-    out = python("-m", "fnet_search.cli", *command, *plain, folder=tmp_path, installed=target)
+    out = python("-m", "fnet_search", *command, *plain, folder=tmp_path, installed=target)
     assert "files in runs/tiny-digits-level-60pct/best" in out
     assert "10 passed" in own_tests(package, target)
 

@@ -17,16 +17,19 @@ import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fnet_search import resources
-from fnet_search.errors import FnetError
-from fnet_search.layers import KINDS
-from fnet_search.macro import Macroarchitecture, load_space, parse_space, to_toml
-from fnet_search.plan import check_plan, load_plan, network_cost, parse_plan, plan_toml
-from fnet_search.policy import parse_constraints
-from fnet_search.quantities import parse_budget, parse_count, parse_duration, parse_share
+from fnet_search.arch.costs import network_cost
+from fnet_search.arch.layers import KINDS
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.arch.plan import check_plan, load_plan, parse_plan, plan_toml
+from fnet_search.arch.space_file import parse_space, to_toml
+from fnet_search.base import shipped
+from fnet_search.base.errors import FnetError
+from fnet_search.base.units import parse_budget, parse_count, parse_duration, parse_share
+from fnet_search.importing.spaces import load_space
+from fnet_search.policy.constraints import parse_constraints
 
 TINY = load_space("tiny")
-SPACES = [resources.find("spaces", "space", name).read_text() for name in resources.names("spaces")]
+SPACES = [shipped.find("spaces", "space", name).read_text() for name in shipped.names("spaces")]
 FUZZ = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
     deadline=None,

@@ -1,8 +1,5 @@
-import ast
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,13 +20,13 @@ def loaded(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import fnet_search, fnet_search.cli",
-        "import fnet_search.policy, fnet_search.plan, fnet_search.macro",
-        "from fnet_search.cli import main\nimport sys\nsys.argv = ['fnet-search', '--help']\n"
+        "import fnet_search, fnet_search.cli.main",
+        "import fnet_search.policy.protocol, fnet_search.policy.ranking, fnet_search.arch.costs",
+        "from fnet_search.cli.main import main\nimport sys\nsys.argv = ['fnet-search', '--help']\n"
         "try: main()\nexcept SystemExit: pass",
-        "from fnet_search.cli import main\nimport sys\nsys.argv = ['fnet-search', 'run', '--help']\n"
+        "from fnet_search.cli.main import main\nimport sys\nsys.argv = ['fnet-search', 'run', '--help']\n"
         "try: main()\nexcept SystemExit: pass",
-        "from fnet_search.cli import main\nimport sys\nsys.argv = ['fnet-search', 'show', 'tiny']\n"
+        "from fnet_search.cli.main import main\nimport sys\nsys.argv = ['fnet-search', 'show', 'tiny']\n"
         "try: main()\nexcept SystemExit: pass",
     ],
 )
@@ -47,30 +44,3 @@ def test_versions_agree() -> None:
 
 def test_type_hints_are_shipped() -> None:
     assert (Path(fnet_search.__file__).parent / "py.typed").is_file()
-
-
-# The map of the README
-
-MODULES = {path.stem: path for path in Path(fnet_search.__file__).parent.glob("*.py") if path.stem != "__init__"}
-
-
-def imported(statements: list[ast.stmt]) -> Iterator[str]:
-    """Our modules that are loaded with one: not those that a function or a type checker asks for."""
-    for one in statements:
-        if isinstance(one, ast.ImportFrom) and one.module == "fnet_search":
-            yield from (alias.name for alias in one.names if alias.name in MODULES)
-        elif isinstance(one, ast.ImportFrom) and (one.module or "").startswith("fnet_search."):
-            yield str(one.module).removeprefix("fnet_search.")
-
-
-def test_each_file_imports_only_from_those_before_it() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    drawn = readme.partition("each file importing only from those before it:")[2].split("```")[1]
-    order = [name for line in drawn.splitlines() for name in re.findall(r"\w+", line.partition("  ")[0])]
-    assert sorted(order) == sorted(MODULES)
-    assert {
-        (name, other)
-        for place, name in enumerate(order)
-        for other in imported(ast.parse(MODULES[name].read_text()).body)
-        if other not in order[:place]
-    } == set()

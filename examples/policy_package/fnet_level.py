@@ -1,7 +1,8 @@
 """A policy of one's own: all layers sink to a common level of MACs."""
 
 from fnet_search import FactorizationPlan, History
-from fnet_search.plan import cost_table, legal_rates, make_plan
+from fnet_search.arch.costs import cost_table
+from fnet_search.arch.plan import legal_rates, make_plan
 
 
 class Level:

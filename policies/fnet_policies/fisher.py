@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from fnet_search.choose import best_plan
-from fnet_search.plan import FactorizationPlan
-from fnet_search.policy import FISHER, PROBES, History, probes_of
+from fnet_search.arch.plan import FactorizationPlan
+from fnet_search.policy.exact_choice import best_plan
+from fnet_search.policy.protocol import FISHER, PROBES, History, probes_of
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fnet_search.plan import FactorizationPlan, cost_table, legal_rates, make_plan, plan_cost
-from fnet_search.policy import PROBES, History, Probes, probes_of
+from fnet_search.arch.costs import cost_table, plan_cost
+from fnet_search.arch.plan import FactorizationPlan, legal_rates, make_plan
+from fnet_search.policy.evaluation import Probes
+from fnet_search.policy.protocol import PROBES, History, probes_of
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,14 @@ from scipy.stats import norm
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Kernel
 
-from fnet_search.choose import best_plan, pareto_front, sample_plan
-from fnet_search.errors import FnetError
-from fnet_search.plan import FactorizationPlan, convolutions, cost_table, indices, legal_rates
-from fnet_search.policy import (
-    PROBES,
-    Evaluation,
-    Explanation,
-    History,
-    LayerChoice,
-    LayerStats,
-    Probe,
-    Probes,
-    Step,
-    probes_of,
-)
+from fnet_search.arch.costs import cost_table
+from fnet_search.arch.factorize import convolutions
+from fnet_search.arch.plan import FactorizationPlan, indices, legal_rates
+from fnet_search.base.errors import FnetError
+from fnet_search.policy.evaluation import Evaluation, LayerStats, Probe, Probes
+from fnet_search.policy.exact_choice import best_plan, pareto_front, sample_plan
+from fnet_search.policy.explanation import Explanation, LayerChoice, Step
+from fnet_search.policy.protocol import PROBES, History, probes_of
 
 Values = npt.NDArray[np.float64]
 Table = dict[str, Values]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from optuna.samplers import BaseSampler, NSGAIISampler
 
-from fnet_search.sampler_policy import SamplerPolicy
+from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
 
 POPULATION = 8
 """Smaller than Optuna's 50, since trainings are dear."""

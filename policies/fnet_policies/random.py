@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from fnet_search.choose import sample_plan
-from fnet_search.plan import FactorizationPlan
-from fnet_search.policy import History
+from fnet_search.arch.plan import FactorizationPlan
+from fnet_search.policy.exact_choice import sample_plan
+from fnet_search.policy.protocol import History
 
 
 @dataclass(frozen=True)

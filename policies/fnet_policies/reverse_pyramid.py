@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from fnet_search.plan import FactorizationPlan, initial_rates, reverse_pyramid
-from fnet_search.policy import History
+from fnet_search.arch.plan import FactorizationPlan, initial_rates, reverse_pyramid
+from fnet_search.policy.protocol import History
 
 
 @dataclass(frozen=True)

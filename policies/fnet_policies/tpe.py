@@ -11,11 +11,11 @@ from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator
 from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.trial import TrialState
 
-from fnet_search.choose import best_plan
-from fnet_search.plan import FactorizationPlan, from_indices, legal_rates
-from fnet_search.policy import History
-from fnet_search.sampler_policy import SamplerPolicy
-from fnet_search.trials import distributions
+from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates
+from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
+from fnet_search.optuna_bridge.trials import distributions
+from fnet_search.policy.exact_choice import best_plan
+from fnet_search.policy.protocol import History
 
 Values = npt.NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fnet_search.study_results import markdown
+from fnet_search.comparison.results import markdown
 
 EARLY = ("conv_in", "conv_64")
 IMAGES = 10_000

@@ -13,11 +13,11 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from fnet_search.figures import save_png
-from fnet_search.plan import parse_plan
-from fnet_search.policy import Audit, Evaluation, LayerStats
-from fnet_search.studies import Part, Study, load_study
-from fnet_search.study_results import Network, figures, markdown, rows, table
+from fnet_search.arch.plan import parse_plan
+from fnet_search.comparison.definition import Part, Study, load_study
+from fnet_search.comparison.results import Network, figures, markdown, rows, table
+from fnet_search.policy.evaluation import Audit, Evaluation, LayerStats
+from fnet_search.report.style import save_png
 
 HERE = Path(__file__).parent
 KEY = ["plan", "seed", "scheme"]

@@ -1,8 +1,8 @@
-from hosts import GAP, TINY, run
-
 from fnet_policies import ProgressiveDoubling
-from fnet_search.plan import depthwise, regular, uniform
-from fnet_search.policy import Constraints, History
+from fnet_search.arch.plan import depthwise, regular, uniform
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.protocol import History
+from tests.support.policy_hosts import GAP, TINY, run
 
 
 def test_doubles_from_regular_to_depthwise() -> None:

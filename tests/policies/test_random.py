@@ -1,11 +1,12 @@
 from dataclasses import replace
 
 import pytest
-from hosts import GAP, TINY, every_plan, run
 
 from fnet_policies import Random
-from fnet_search.plan import all_conv_macs, plan_cost
-from fnet_search.policy import Constraints, History
+from fnet_search.arch.costs import all_conv_macs, plan_cost
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.protocol import History
+from tests.support.policy_hosts import GAP, TINY, every_plan, run
 
 CEILING = Constraints(conv_macs=440_000, params=4_500)
 

@@ -7,17 +7,19 @@ from time import perf_counter
 import numpy as np
 import optuna
 import pytest
-from hosts import GAP, TINY, evaluate, every_plan, run
 from optuna.distributions import IntDistribution
 from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from fnet_policies import TPE, Random, tpe
-from fnet_search.choose import sample_plan
-from fnet_search.layers import Dense, Flatten
-from fnet_search.macro import INPUT, Macroarchitecture, Node
-from fnet_search.plan import FactorizationPlan, all_conv_macs, depthwise, indices, legal_rates, plan_cost, regular
-from fnet_search.policy import Constraints, History
+from fnet_search.arch.costs import all_conv_macs, plan_cost
+from fnet_search.arch.layers import Dense, Flatten
+from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
+from fnet_search.arch.plan import FactorizationPlan, depthwise, indices, legal_rates, regular
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.exact_choice import sample_plan
+from fnet_search.policy.protocol import History
+from tests.support.policy_hosts import GAP, TINY, evaluate, every_plan, run
 
 CEILING = Constraints(conv_macs=440_000, params=4_500)
 BUDGET = Constraints(conv_macs=60_000_000)

@@ -1,6 +1,6 @@
 from fnet_level import Level
 
-from fnet_search.testing import PolicyConformance
+from fnet_search.policy.conformance import PolicyConformance
 
 
 class TestLevel(PolicyConformance):

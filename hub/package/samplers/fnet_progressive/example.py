@@ -8,8 +8,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from fnet_search import suggest_plan
-from fnet_search.network import build
-from fnet_search.plan import factorize
+from fnet_search.arch.factorize import factorize
+from fnet_search.training.network import build
 
 here = Path(__file__).resolve()
 if (here.parents[2] / "samplers").is_dir():  # a checkout of the registry

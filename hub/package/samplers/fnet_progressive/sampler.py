@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from fnet_search import Constraints, PolicySampler, load_space, parse_constraints
-from fnet_search.macro import Macroarchitecture
-from fnet_search.policy import Policy, load_policy
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.policy.protocol import Policy
+from fnet_search.policy.registry import load_policy
 
 
 class FnetProgressiveSampler(PolicySampler):

@@ -1,0 +1,84 @@
+"""Frozen dataclasses from TOML tables, with errors that say what would be right."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from fnet_search.base.errors import FnetError, nearest
+
+T = TypeVar("T")
+Pair = tuple[int, int]
+Numbers = float | tuple[float, ...]
+"""A number, or several."""
+
+
+def is_int(value: object) -> bool:
+    """An integer, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or is_int(value)
+
+
+def read_table(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file; `what` is what messages call it, as in "recipe". Raises FnetError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FnetError(f"cannot read {what} {path}: {error}") from None
+
+
+def build(kind: type[T], table: Mapping[str, Any], what: str) -> T:
+    """`kind` from the entries of a table; `what` is what messages call it, as in "a conv layer".
+
+    Raises FnetError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
+    """
+    options = {option.name: option for option in fields(cast(Any, kind))}
+    values = {}
+    for key, value in table.items():
+        if key not in options:
+            raise FnetError(f"{what} has no {key!r}{nearest(key, options)}")
+        values[key] = _value(key, value, options[key].type)
+    for name, option in options.items():
+        if option.default is MISSING and option.default_factory is MISSING and name not in values:
+            raise FnetError(f"{what} needs {name!r}")
+    return kind(**values)
+
+
+def _value(key: str, value: object, wanted: object) -> object:
+    if wanted in (Pair, Pair | None):
+        pair = [value, value] if is_int(value) else value
+        if isinstance(pair, list) and len(pair) == 2 and all(map(is_int, pair)):
+            return tuple(pair)
+        raise FnetError(f"{key} must be an integer or two of them [height, width], got {value!r}")
+    if wanted == tuple[int, ...]:
+        if isinstance(value, list) and all(map(is_int, value)):
+            return tuple(value)
+        raise FnetError(f"{key} must be a list of integers, got {value!r}")
+    if wanted == tuple[int, int, int]:
+        if isinstance(value, list) and len(value) == 3 and all(map(is_int, value)):
+            return tuple(value)
+        raise FnetError(f"{key} must be a list of three integers, got {value!r}")
+    if wanted in (tuple[float, ...], Numbers | None):
+        if isinstance(value, list) and all(map(_is_number, value)):
+            return tuple(value)
+        if wanted == Numbers | None and _is_number(value):
+            return value
+        alone = "" if wanted == tuple[float, ...] else "a number or "
+        raise FnetError(f"{key} must be {alone}a list of numbers, got {value!r}")
+    if is_dataclass(wanted):
+        return value  # a table that was built before
+    number = _is_number(value), "a number"
+    kinds: dict[object, tuple[bool, str]] = {
+        bool: (isinstance(value, bool), "true or false"),
+        float: number,
+        float | None: number,
+        int: (is_int(value), "an integer"),
+    }
+    good, name = kinds.get(wanted, (isinstance(value, str), "a string"))
+    if not good:
+        raise FnetError(f"{key} must be {name}, got {value!r}")
+    return value

@@ -1,0 +1,155 @@
+"""From a plan to its Evaluation: build, train, quantize, measure, audit, profile."""
+
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from math import prod
+
+import torch
+
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.base.errors import FnetError, first_line
+from fnet_search.base.units import percent
+from fnet_search.candidates.job import Job, Setup, Start, unfinished
+from fnet_search.candidates.measure import measured, record
+from fnet_search.candidates.network_files import CHECKPOINT, WEIGHTS, load_trained
+from fnet_search.deploy.export import quantized_model
+from fnet_search.deploy.runtime import Runtime
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibrated_for, calibration
+from fnet_search.quant.scheme_choice import least_divergent
+from fnet_search.training.datasets import DataSet
+from fnet_search.training.network import Network, build, pretrained
+from fnet_search.training.train import Report, TrainingFailed, TrainingProgress, accuracy, train
+from fnet_search.training.warm_start import warm_start
+from fnet_search.training.weights import write_tensors
+
+TRANSFORM_SAMPLES = 256
+"""Random training samples that a network is fitted to its parent on; fewer where its feature maps are large."""
+FITTED = 1 << 26
+"""Values that a layer gives for all of them, at most: a quarter of a gigabyte."""
+ATTEMPTS = 2
+
+
+def transform_samples(space: Macroarchitecture) -> int:
+    """How many training samples a network of a space is fitted to its parent on."""
+    return max(32, min(TRANSFORM_SAMPLES, FITTED // max(map(prod, space.shapes.values()))))
+
+
+def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluation:
+    """Trains and measures one candidate; leaves its weights, float and quantized, in its folder.
+
+    A training that fails (loss not finite, not quantizable) is tried once more with another seed, one that was out of
+    memory from its checkpoint on; then the evaluation is ``failed`` with the reason. Errors of files are raised, also
+    where those of the parent cannot be read.
+    """
+    reason, seed, judged = "", setup.seed, report
+
+    def unjudged(progress: TrainingProgress) -> None:
+        """What the first seed reached has been compared with others: a second one is not stopped for it."""
+        report(progress)
+
+    for _ in range(ATTEMPTS):
+        try:
+            return _attempt(setup, data, job, seed, judged)
+        except TrainingFailed as failure:
+            reason, seed, judged = str(failure), seed + 1_000_000, unjudged  # not from its checkpoint: the key differs
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = f"out of memory: {first_line(error)}" if str(error) else "out of memory"
+            if setup.numerics.device.startswith("cuda"):
+                torch.cuda.empty_cache()
+    (job.folder / CHECKPOINT).unlink(missing_ok=True)
+    return unfinished(setup, job, "failed", f"{reason} (tried {ATTEMPTS} times)")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "enough memory" in text
+    )
+
+
+def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -> Evaluation:
+    recipe, folder = setup.recipe_of(job), job.folder
+    stages = _Stages(report, recipe.epochs * recipe.images(len(data.train)), CALIBRATION_SAMPLES, len(data.evaluation))
+    trained = build(factorize(setup.space, job.plan), setup.recipe.initializer, seed)
+    watch = data.evaluation if setup.split == "validation" else None
+    evaluation = replace(unfinished(setup, job, "complete", ""), seed=seed)
+    key = f"{job.plan} seed={seed} epochs={recipe.epochs}"
+    if job.start is not None or setup.imported(job):
+        parent = f"candidate {job.start.number}" if job.start else "the imported weights"
+        stages.before(f"starting from {parent}")
+        try:
+            trained = child(setup, data, job.start, trained)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch does not export it
+            raise TrainingFailed(f"cannot start from {parent}: {error}") from None
+        zero_shot = accuracy(trained, data, data.evaluation, setup.numerics, setup.metric)
+        evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
+        key += f" parent={job.start.number if job.start else 'imported'}"
+    checkpoint, metric = folder / CHECKPOINT, setup.metric
+    found = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, key, watch, metric)
+    evaluation = replace(
+        evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
+    )
+    if found.stopped:
+        behind = f"behind the others after epoch {evaluation.epochs} of {recipe.epochs}"
+        return replace(evaluation, state="pruned", reason=f"{behind} ({percent(found.accuracies[-1], 1)})")
+    trained.eval().to(memory_format=torch.contiguous_format)
+    stages.after("quantizing", 0)
+    try:
+        calibrated = calibrated_for(trained, setup.schemes, data, setup.seed)
+        quantized = least_divergent(calibrated, setup.schemes, data, setup.seed)
+    except FnetError as error:
+        raise TrainingFailed(f"cannot be quantized: {error}") from None
+    write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
+    runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
+    seen = partial(stages.after, "measuring")
+    own = record(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
+    if job.common in (None, quantized.scheme):
+        return own
+    with suppress(FnetError):  # where only that scheme fails, the policy sees the candidate's own
+        common = calibrated.quantized(job.common)
+        return replace(own, common=measured(evaluation, trained, common, data, setup.seed))
+    return own
+
+
+def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> Network:
+    """A freshly built network, made to compute nearly what the one that it starts from does, a trained one or, without
+    `start`, the imported one; in evaluation mode.
+
+    Raises FnetError, naming the file, where weights of the parent are missing or broken.
+    """
+    device = setup.numerics.device
+    if start is None:
+        parent = pretrained(setup.space, setup.recipe.initializer, setup.seed).eval().to(device)
+    else:
+        parent = load_trained(setup.space, start.plan, start.folder).to(device)
+    fresh.eval().to(device)
+    warm_start(parent, fresh, calibration(data, setup.seed, transform_samples(setup.space)))
+    return fresh.to(memory_format=setup.numerics.memory_format)
+
+
+class _Stages:
+    """Passes on the progress of a training, and of what comes after it, as shares of the whole.
+
+    The unit is an image trained on; one calibrated with or measured costs about as much (each passes twice).
+    """
+
+    def __init__(self, report: Report, trained: int, calibrated: int, measured: int) -> None:
+        self.report, self.trained, self.calibrated = report, trained, calibrated
+        self.whole = trained + calibrated + measured
+        self.last = TrainingProgress(1, 1, False, 0.0, 0.0, None, "")
+
+    def before(self, stage: str) -> None:
+        self.report(replace(self.last, stage=stage))
+
+    def training(self, progress: TrainingProgress) -> bool | None:
+        self.last = progress
+        return self.report(replace(progress, done=progress.done * self.trained / self.whole))
+
+    def after(self, stage: str, measured: int) -> None:
+        done = self.trained + (self.calibrated + measured if stage == "measuring" else 0)
+        self.report(replace(self.last, ended=False, done=done / self.whole, stage=stage))

@@ -1,0 +1,20 @@
+"""What commands print of an outcome."""
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fnet_search.base.terminal import console
+
+if TYPE_CHECKING:
+    from fnet_search.report.outcome import Outcome
+
+
+def print_outcome(outcome: "Outcome") -> None:
+    from fnet_search.engine.progress import candidates_table
+
+    console().print(candidates_table(outcome))
+    click.echo(f"report: {outcome.report}")
+    for text in outcome.cautions:
+        click.echo(f"warning: {text}")
+    click.echo(outcome.headline())

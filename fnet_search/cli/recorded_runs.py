@@ -1,0 +1,426 @@
+"""The commands that work on a recorded run. Heavy modules are imported inside them, as in `cli`."""
+
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search.base.errors import FnetError
+from fnet_search.base.terminal import PlainTable, console
+from fnet_search.cli.options import (
+    data_dir_option,
+    dataset_option,
+    moved_option,
+    parse_scheme_options,
+    quiet,
+    scheme_options,
+)
+from fnet_search.cli.printing import print_outcome
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from fnet_search.engine.progress import TerminalDisplay
+    from fnet_search.engine.study_record import StudyRecord
+    from fnet_search.report.outcome import Outcome
+    from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
+    from fnet_search.training.datasets import DataSet
+
+CODES_DIFFER = 4
+"""Exit code of an audit that found a difference."""
+
+
+_run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+_storage = click.option(
+    "--storage", show_default="the journal file in the run folder", help="Optuna storage URL, to make the report again."
+)
+
+
+def _networks(**attributes: Any) -> Callable[[Any], Any]:
+    return click.option(
+        "--candidate",
+        "candidates",
+        metavar="ID",
+        help="Candidate number, or 7/mse+equalize where it was quantized otherwise.",
+        **attributes,
+    )
+
+
+_every = {"multiple": True, "show_default": "the winner; of given plans, all"}
+_one = {"show_default": "the winner"}
+
+
+def _opened(folder: Path) -> "RecordedRun":
+    from fnet_search.rundir.recorded_run import open_run
+
+    return open_run(folder)
+
+
+@click.command()
+@_run
+@_networks(**_one)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The ONNX file.")
+@click.option("--float", "as_float", is_flag=True, help="The folded float32 network instead of the quint8 one.")
+def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -> None:
+    """Write a trained network of a run as an ONNX file.
+
+    quint8 as a QDQ graph: uint8 weights and activations, int32 biases. Input [N, C, H, W] float32, normalised as the
+    metadata in the file say.
+    """
+    from fnet_search.deploy.export import IR_VERSION, OPSET, float_model, quantized_model, write_model
+    from fnet_search.rundir.recorded_run import metadata
+
+    opened = _opened(folder)
+    if not output.parent.is_dir():
+        raise FnetError(f"-o {output}: the folder {output.parent} does not exist")
+    network, *others = opened.find([candidates] if candidates else [])
+    if others:
+        raise FnetError(f"{folder} has no winner; say which network with --candidate")
+    folded, quantized = network.load(opened.space)
+    precision = "float32" if as_float else "quint8"
+    facts = metadata(opened.config, opened.space, network.evaluation, opened.test(network), precision)
+    write_model(output, float_model(folded, facts) if as_float else quantized_model(quantized, facts))
+    size = output.stat().st_size / 1e3
+    shape = "x".join(map(str, opened.space.input_shape))
+    click.echo(
+        f"{output}: candidate {network.id} ({facts['plan_label']}), {precision}, {size:,.0f} kB, "
+        f"ONNX opset {OPSET}, IR version {IR_VERSION}, input Nx{shape} float32"
+    )
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option(
+    "--onnx",
+    "file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    show_default="best/model.onnx for the winner, else a fresh export",
+    help="The exported file to audit.",
+)
+@click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@dataset_option
+@moved_option
+@data_dir_option
+def audit(
+    folder: Path,
+    candidates: tuple[str, ...],
+    file: Path | None,
+    layers: bool,
+    dataset: str | None,
+    validation: str | None,
+    data_dir: Path,
+) -> None:
+    """Run exported networks in ONNX Runtime beside the integer simulator, and count the codes that differ.
+
+    On all test images; on the validation images where there are none. Exit code 4: codes differ.
+    """
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    if file is not None and len(networks) > 1:
+        raise FnetError(f"--onnx {file} is one network; say which with one --candidate")
+    models = [_exported(opened, network, file, bool(candidates)) for network in networks]
+    differ = False
+    with _display() as display:
+        data = _data(opened, data_dir, dataset, validation, display)
+        for network, model in zip(networks, models, strict=True):
+            differ |= _audit(opened, network, model, data, layers, display)
+    if differ:
+        sys.exit(CODES_DIFFER)
+
+
+def _exported(
+    opened: "RecordedRun", network: "RecordedNetwork", file: Path | None, named: bool
+) -> "tuple[str, ModelProto]":
+    """The graph to audit, and where it is from. Raises FnetError for a file that is not of this network."""
+    from fnet_search.deploy.export import MODEL, quantized_model, read_model
+    from fnet_search.rundir.recorded_run import metadata
+
+    if file is None and network.folder != network.candidate:
+        file = network.folder / MODEL
+    elif file is None and not named and opened.split == "validation":
+        file = opened.run.best / MODEL
+    if file is None:
+        return "a fresh export", quantized_model(network.load(opened.space)[1])
+    model, facts = read_model(file)
+    if facts.get("precision") != "quint8":
+        raise FnetError(f"{file} is a {facts.get('precision')} export; the audit wants a quint8 one")
+    wanted = metadata(opened.config, opened.space, network.evaluation, None, "quint8")
+    for name, value in wanted.items():
+        if name != "fnet_search" and name in facts and facts[name] != value:  # an earlier version said less
+            raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts[name]}, not {value}")
+    return str(file), model
+
+
+def _audit(
+    opened: "RecordedRun",
+    network: "RecordedNetwork",
+    exported: "tuple[str, ModelProto]",
+    data: "DataSet",
+    layers: bool,
+    display: "TerminalDisplay",
+) -> bool:
+    """Audits one network, says what came out, and whether any code differs."""
+    import torch
+
+    from fnet_search.arch.plan import label
+    from fnet_search.deploy.audit import LayerAudit, audit, audit_layers
+    from fnet_search.deploy.export import coded, codes_name
+    from fnet_search.deploy.runtime import Runtime, with_outputs
+    from fnet_search.policy.evaluation import Audit
+
+    origin, model = exported
+    quantized = network.load(opened.space)[1]
+    tensors = [codes_name(name) for name in coded(quantized)] if layers else []
+    runtime = Runtime(with_outputs(model, tensors), torch.get_num_threads())
+    split, what = (data.test, "test") if data.has_test else (data.evaluation, "validation")
+    batches = (data.normalise(images) for images, _ in split.batches(250))
+    name = f"candidate {network.id} ({label(opened.space, network.evaluation.plan)})"
+    total, inner = Audit(), dict[str, LayerAudit]()
+    found = (
+        audit_layers(quantized, runtime, batches)
+        if layers
+        else ((one, ()) for one in audit(quantized, runtime, batches))
+    )
+    with torch.inference_mode():
+        for one, parts in found:
+            total += one
+            inner |= {part.layer: inner[part.layer] + part if part.layer in inner else part for part in parts}
+            display.advance(f"auditing {name}", total.images, len(split))
+    display.say(f"{name}: {total}; {what} images, {origin} in ONNX Runtime {runtime.version}")
+    if layers:
+        differing = [part for part in inner.values() if part.differing]
+        codes = f"{sum(part.differing for part in differing):,} of {sum(part.codes for part in inner.values()):,}"
+        first = f"; the first is {differing[0]}" if differing else ""
+        display.say(f"  inner activations: {codes} codes differ in {len(differing)} of {len(inner)} tensors{first}")
+    return total.differing > 0 or any(part.differing for part in inner.values())
+
+
+@click.command()
+@_run
+@click.option("--candidate", "candidates", metavar="ID", required=True, help="Candidate number.")
+@scheme_options
+@click.option(
+    "--promote",
+    "promoting",
+    is_flag=True,
+    help="Where it is better than the winner, by the rule of the run: make it the winner. It is measured on the test "
+    "split and becomes best/.",
+)
+@dataset_option
+@moved_option
+@data_dir_option
+@_storage
+def quantize(
+    folder: Path,
+    candidates: str,
+    promoting: bool,
+    dataset: str | None,
+    validation: str | None,
+    data_dir: Path,
+    storage: str | None,
+    **options: Any,
+) -> None:
+    """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
+
+    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder. Of a run that
+    cannot be written it is only shown.
+    """
+
+    from fnet_search.engine.reporting import open_study
+    from fnet_search.engine.winner import measure_winner
+    from fnet_search.inspection.requantize import HEADINGS, MEASURED, promote, remarks, requantize, row
+    from fnet_search.quant.scheme import parse_schemes
+
+    schemes = parse_schemes(parse_scheme_options(options))
+    opened = _opened(folder)
+    if promoting and not opened.searching:
+        raise FnetError(f"{folder} is a run of given plans: it has no winner; leave --promote out")
+    (network,) = opened.find([candidates])
+    if network.folder != network.candidate:
+        raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
+    own = {one.id: one.evaluation for one in opened.networks if one.candidate == network.candidate}
+    better = False
+    with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
+        if promoting and not writable:
+            raise FnetError(f"{folder} cannot be written: leave --promote out")
+        data = _data(opened, data_dir, dataset, validation, display)
+        study = open_study(opened, storage) if writable else None  # or fail before the work
+        known = opened.quantized(network, schemes) if promoting else None
+        found = known or requantize(
+            opened, network, schemes, data, display.advance, None if writable else Path(scratch)
+        )
+        if promoting and study is not None and (better := promote(opened, found)):
+            measure_winner(study, found, data, display)
+        outcome = _reported(study, display)
+    shown = {**own, found.id: found.evaluation}
+    rows = [[text for part in row(opened, one, name) for text in part] for name, one in shown.items()]
+    texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
+    title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
+    console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
+    if outcome is None:
+        click.echo(_only_shown(folder))
+        return
+    if found.id in own:
+        click.echo(f"candidate {network.id} is quantized with {found.scheme} already, as {found.id}")
+    if promoting:
+        click.echo(f"{found.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
+        click.echo(outcome.headline())
+    for remark in remarks(opened):
+        click.echo(remark)
+    click.echo(f"report: {outcome.report}")
+    click.echo(f"files in {found.folder}; its ID is {found.id}")
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option(
+    "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
+)
+@dataset_option
+@moved_option
+@data_dir_option
+def analyze(
+    folder: Path,
+    candidates: tuple[str, ...],
+    images: int,
+    dataset: str | None,
+    validation: str | None,
+    data_dir: Path,
+) -> None:
+    """Show which layer costs the accuracy, and why.
+
+    Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
+    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split. Of a
+    run that cannot be written only the table is made.
+    """
+    from fnet_search.inspection.analysis import analysis_table, analyze
+    from fnet_search.inspection.analysis_page import write_analysis
+
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    with _display() as display:
+        data = _data(opened, data_dir, dataset, validation, display)
+        for network in networks:  # or fail before the work
+            network.load(opened.space)
+        display.status("calibrating")
+        found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
+        page = None
+        if opened.run.writable:
+            display.status("drawing the pictures")
+            page = write_analysis(opened, found)
+    for one in found:
+        console().print(analysis_table(one, console().width))
+    click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
+
+
+@click.command()
+@_run
+@_networks(**_every)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a run.")
+@click.option("--rounds", type=click.IntRange(2), default=30, show_default=True, help="Samples of each graph.")
+@_storage
+def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
+    """Time the exported quint8 and fp32 graphs in ONNX Runtime, per network and per layer.
+
+    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else. Of a run that
+    cannot be written the times are only shown.
+    """
+    from fnet_search.engine.reporting import open_study
+    from fnet_search.inspection.latency import conditions, latency_table, layers_table, pairs, time_networks, write
+
+    opened = _opened(folder)
+    networks = opened.find(candidates)
+    with _display() as display, opened.run.locked_if_writable() as writable:
+        study = open_study(opened, storage) if writable else None
+        display.status("loading the networks into ONNX Runtime")
+        found = time_networks(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
+        paths = write(opened, found) if writable else []
+        outcome = _reported(study, display)
+    for pair in pairs(found):
+        if candidates or len(networks) == 1:  # else the report has them
+            console().print(layers_table(opened, pair))
+    console().print(latency_table(found))
+    click.echo(conditions(found))
+    kept = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
+    click.echo(kept or _only_shown(folder))
+
+
+@click.command()
+@_run
+@click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
+def report(folder: Path, storage: str | None) -> None:
+    """Make the figures and the report of a run again, and print its table."""
+    from fnet_search.engine.progress import TerminalDisplay
+    from fnet_search.engine.reporting import open_study, report_again
+    from fnet_search.rundir.recorded_run import open_run
+
+    quiet()
+    opened = open_run(folder)
+    with TerminalDisplay(console()) as display, opened.run.locked():
+        display.status("drawing figures and the report")
+        outcome = report_again(open_study(opened, storage))
+    print_outcome(outcome)
+
+
+@click.command()
+@_run
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0: any that is free.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; any other lets others in, without a password.")
+@click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
+def dashboard(folder: Path, port: int, host: str, storage: str | None) -> None:
+    """Show a run in the Optuna dashboard, in a browser; a search may go on meanwhile.
+
+    Notes explain the study and each of its trials, and are kept in the study.
+    """
+    from fnet_search.rundir.recorded_run import open_run
+
+    opened = open_run(folder)
+    try:
+        from fnet_search.cli.dashboard import open_dashboard
+    except ImportError as error:
+        raise FnetError(f'{error.name} is not installed; pip install "fnet-search[dashboard]"') from None
+    quiet()
+    shown = open_dashboard(opened, storage)
+    with shown.serve(host, port) as server:
+        shown.annotate()
+        shown.watch()
+        click.echo(f"http://{host}:{server.server_port}/dashboard/studies/{shown.study._study_id} (Ctrl-C ends it)")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+def _reported(study: "StudyRecord | None", display: "TerminalDisplay") -> "Outcome | None":
+    """Makes the report of a run again; None for one that cannot be written."""
+    from fnet_search.engine.reporting import report_again
+
+    if study is None:
+        return None
+    display.status("drawing figures and the report")
+    return report_again(study)
+
+
+def _only_shown(folder: Path) -> str:
+    return f"{folder} cannot be written: what was found is shown here only"
+
+
+def _data(
+    opened: "RecordedRun", data_dir: Path, dataset: str | None, validation: str | None, display: "TerminalDisplay"
+) -> "DataSet":
+    """Of the run, from where its images lie now."""
+    from fnet_search.api import absolute_path
+
+    return opened.data(data_dir, partial(display.advance, "reading images"), dataset, absolute_path(validation))
+
+
+def _display() -> "TerminalDisplay":
+    from fnet_search.engine.progress import TerminalDisplay
+
+    quiet()
+    return TerminalDisplay(console())

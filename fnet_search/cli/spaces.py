@@ -1,0 +1,185 @@
+"""The commands that look at spaces: show, list."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search.base.errors import FnetError
+from fnet_search.base.terminal import PlainTable, console
+from fnet_search.cli.options import (
+    parse_shape,
+    space_options,
+)
+
+if TYPE_CHECKING:
+    from fnet_search.arch.macroarchitecture import Macroarchitecture
+    from fnet_search.arch.plan import FactorizationPlan
+
+
+@click.command()
+@click.argument("space_name", metavar="SPACE")
+@click.option(
+    "--plan", "plan_text", default="regular", help="regular, f2, init2, dws, layer=rate,... or the path of a plan file."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), help="Draw the network into this PNG file.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Save the space as this TOML file, with --weights those too, beside it; it loads without the code it is from.",
+)
+@space_options
+def show(
+    space_name: str,
+    plan_text: str,
+    as_json: bool,
+    draw: Path | None,
+    save: Path | None,
+    input_shape: str | None,
+    weights: str | None,
+    normalise: str | None,
+    factorize: tuple[str, ...],
+    keep: tuple[str, ...],
+) -> None:
+    """Print a space under a plan: a row a layer with shapes, rates, MACs and parameters, and the totals.
+
+    SPACE as of run; an imported network reads 224 pixels a side unless --input says otherwise.
+    """
+    from fnet_search.arch.macroarchitecture import factorizing, normalising
+    from fnet_search.arch.plan import parse_plan
+    from fnet_search.importing.spaces import load_space, save_space
+
+    space = normalising(load_space(space_name, parse_shape(input_shape), weights), normalise)
+    space = factorizing(space, factorize, keep)
+    plan = parse_plan(space, plan_text)
+    if save is not None and save.suffix != ".toml":
+        raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
+    if save is not None and not save.parent.is_dir():
+        raise FnetError(f"--save {save}: the folder {save.parent} does not exist")
+    beside = None if save is None or weights is None else save.with_suffix(".safetensors")
+    if beside is not None and beside.resolve() == Path(str(weights)).resolve():
+        raise FnetError(f"--save {save} would write over the weights that are read, {weights}; choose another name")
+    if draw is not None:
+        from fnet_search.report.drawing import draw as draw_network
+
+        if draw.suffix.lower() != ".png":
+            raise FnetError(f"--draw {draw}: only PNG can be drawn; name it {draw.with_suffix('.png')}")
+        if not draw.parent.is_dir():
+            raise FnetError(f"--draw {draw}: the folder {draw.parent} does not exist")
+        draw_network(space, draw, plan)
+    if save is not None:
+        save_space(space, save)
+    if as_json:
+        click.echo(json.dumps(_described(space, plan), indent=2))
+    else:
+        _show_table(space, plan)
+        if draw is not None:
+            click.echo(f"drawn into {draw}")
+        if save is not None:
+            click.echo(f"saved as {save}" + (f", weights {save.with_suffix('.safetensors')}" if space.weights else ""))
+
+
+@click.command("list")
+@click.argument("what", type=click.Choice(["spaces", "policies", "recipes"]))
+def list_(what: str) -> None:
+    """List the spaces, policies or recipes that can be named; all of them may be of your own too."""
+    for name, text in {"spaces": _spaces, "policies": _policies, "recipes": _recipes}[what]():
+        click.echo(f"{name:24}  {text}")
+
+
+def _spaces() -> "Iterator[tuple[str, str]]":
+    from fnet_search.arch.costs import network_cost
+    from fnet_search.base import shipped
+    from fnet_search.base.units import mmac
+    from fnet_search.importing import torchvision_names
+    from fnet_search.importing.spaces import load_space
+
+    for name in shipped.names("spaces"):
+        space = load_space(name)
+        yield name, f"{mmac(network_cost(space).conv_macs)}; {space.description}"
+    yield "FILE.toml", "a space of your own, or one that show --save wrote"
+    yield "FILE.py:FUNCTION", "what a function of your own returns, a torch module; package.module:FUNCTION too"
+    yield "torchvision:NAME", f"a classifier of torchvision: {', '.join(torchvision_names.NAMES)}"
+
+
+def _policies() -> "Iterator[tuple[str, str]]":
+    from fnet_search.policy.registry import load_policy, policy_names
+
+    for name in policy_names():
+        yield name, (type(load_policy(name)).__doc__ or "").strip().splitlines()[0].replace("``", "")
+    yield "FILE.py:NAME", "a class of your own with suggest(history); package.module:NAME too"
+
+
+def _recipes() -> "Iterator[tuple[str, str]]":
+    from fnet_search.base import shipped
+    from fnet_search.training.recipe import load_recipe
+
+    for name in shipped.names("recipes"):
+        one = load_recipe(name)
+        yield name, f"{one.epochs} epochs in batches of {one.batch_size}, {one.schedule}, rate {one.learning_rate:g}"
+
+
+def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[str, Any]:
+    """A space under a plan as JSON-able data; shapes without the batch."""
+    from dataclasses import asdict
+
+    from fnet_search.arch.costs import layer_cost, plan_cost
+    from fnet_search.arch.factorize import factorize
+    from fnet_search.arch.plan import label, legal_rates
+
+    network = factorize(space, plan)
+    legal = legal_rates(space)
+    layers = []
+    for node in network.order:
+        origin = node.name.removesuffix(".grouped")
+        inputs = network.input_shapes(node)
+        layers.append(
+            {
+                "name": node.name,
+                "kind": node.layer.kind,
+                "inputs": list(node.inputs),
+                "input_shapes": [list(shape) for shape in inputs],
+                "output_shape": list(network.shapes[node.name]),
+                "legal_rates": list(legal[origin]) if origin in legal else None,
+                "rate": plan[origin] if origin in legal else None,
+                **{key: value for key, value in asdict(layer_cost(node, inputs)).items() if key != "conv_macs"},
+            }
+        )
+        layers[-1]["macs"] = layers[-1].pop("total_macs")
+    return {
+        "space": space.name,
+        "plan": {"label": label(space, plan), "rates": dict(plan.rates)},
+        "layers": layers,
+        **asdict(plan_cost(space, plan)),
+    }
+
+
+def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
+    from fnet_search.base.units import mmac, size_text
+
+    shown = _described(space, plan)
+    about = f": {space.description}" if space.description else ""
+    title = f"{space.name}{about}; plan {shown['plan']['label']}"
+    rows = [
+        [
+            layer["name"],
+            layer["kind"],
+            " + ".join(map(size_text, layer["input_shapes"])),
+            size_text(layer["output_shape"]),
+            " ".join(map(str, layer["legal_rates"] or [])),
+            str(layer["rate"] or ""),
+            f"{layer['macs']:,}" if layer["macs"] else "",
+            f"{layer['params']:,}" if layer["params"] else "",
+        ]
+        for layer in shown["layers"]
+    ]
+    texts = {"layer": 20, "kind": 10, "input": 10, "output": 10, "legal rates": 12}
+    names = (*texts, "rate", "MACs", "parameters")
+    console().print(PlainTable(title, names, rows, texts, ("kind", "input", "parameters", "output", "MACs")))
+    click.echo(
+        f"conv MACs {shown['conv_macs']:,} ({mmac(shown['conv_macs'])}), total MACs {shown['total_macs']:,}, "
+        f"parameters {shown['params']:,}"
+    )

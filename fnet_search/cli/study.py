@@ -1,0 +1,145 @@
+"""The command line of studies: ``fnet-search study run``, ``list`` and ``show``."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fnet_search.cli.options import (
+    NOTHING_FEASIBLE,
+    Commands,
+    machine_of,
+    machine_options,
+    until_time_is_up,
+    validation_option,
+)
+
+if TYPE_CHECKING:
+    from fnet_search.comparison.definition import Study
+    from fnet_search.engine.progress import TerminalDisplay
+    from fnet_search.training.deadline import Deadline
+
+
+@click.group(cls=Commands, invoke_without_command=True)
+@click.pass_context
+def study(context: click.Context) -> None:
+    """Run recorded studies: the paper's table and figures, and what its questions compare."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+@study.command("list")
+def list_() -> None:
+    """The studies that ship with the tool."""
+    from fnet_search.base import shipped
+    from fnet_search.comparison.definition import load_study
+
+    names = shipped.names("studies")
+    for name in names:
+        click.echo(f"{name:{max(map(len, names))}}  {load_study(name).description}")
+
+
+@study.command()
+@click.argument("name", metavar="STUDY")
+def show(name: str) -> None:
+    """What a study trains, quantizes and compares. STUDY: a shipped one, or the path of a TOML file."""
+    from fnet_search.comparison.definition import load_study
+
+    for line in described(load_study(name)):
+        click.echo(line)
+
+
+def described(study: "Study") -> list[str]:
+    """A study in lines, for people."""
+    from fnet_search.base.units import counted
+    from fnet_search.comparison.running import epochs
+
+    what = f"plans {', '.join(study.plans)}"
+    if study.search is not None:
+        one = study.search
+        what = f"search of {counted(one.trials, 'candidate')} by {one.policy} under {one.budget}"
+    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
+    about = f": {study.description}" if study.description else ""
+    lines = [f"{study.name}{about}", f"data set {study.dataset}; {seeds}; {what}"]
+    lines += map(str, study.variants)
+    total = sum(epochs(study, part) for part in study.parts)
+    lines.append(f"quantized with {', '.join(study.schemes)}; about {total:,.0f} epochs in all")
+    return lines
+
+
+@study.command()
+@click.argument("name", metavar="STUDY")
+@click.option("--dataset", show_default="the study's", help="Another data set, as of `run`.")
+@validation_option
+@click.option(
+    "--epochs",
+    type=click.IntRange(1),
+    show_default="the recipe's",
+    help="Epochs of each training; steps of the rate move.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=click.IntRange(0, 2**32 - 1),
+    multiple=True,
+    show_default="the study's",
+    help="May be repeated.",
+)
+@click.option(
+    "--ranges",
+    multiple=True,
+    help="Further activation ranges, as of `quantize`, for the same trained networks. May be repeated.",
+)
+@click.option(
+    "--scheme",
+    "schemes",
+    metavar="auto|paper|SCHEME",
+    multiple=True,
+    show_default="the study's",
+    help="How the networks are quantized, as of `run`. May be repeated, for the same trained networks.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), show_default="runs/study-<name>-<data set>", help="Folder of the study."
+)
+@machine_options
+def run(**options: Any) -> None:
+    """Train, quantize and compare all networks of a study; the same command again goes on where it stopped.
+
+    STUDY: a shipped one (see `fnet-search study list`), or the path of a TOML file. Each variant and seed is a run of
+    its own in the study's folder; results.md there has the table and the figures, networks.csv and layers.csv what was
+    measured. With other seeds in the same folder they are added to those that it has. Exit code 3: no candidate of a
+    search met its constraints, the nearest is named.
+    """
+    from fnet_search.api import absolute, absolute_path, dataset_name, folder_of
+    from fnet_search.comparison.definition import load_study
+    from fnet_search.comparison.results import RESULTS, markdown, networks, remarks, rows, table
+    from fnet_search.comparison.running import StudyFolder, run_parts
+    from fnet_search.training.deadline import TimeUp
+
+    chosen = load_study(options["name"], options["dataset"], options["validation"]).with_options(
+        options["epochs"], options["seeds"], options["ranges"], options["schemes"]
+    )
+    chosen = replace(chosen, dataset=absolute(chosen.dataset), validation=absolute_path(chosen.validation))
+    default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
+    folder = StudyFolder(folder_of(options["out"], default))
+
+    def work(display: "TerminalDisplay", deadline: "Deadline | None") -> None:
+        try:
+            run_parts(chosen, folder, machine_of(options), display, deadline)
+        except TimeUp:
+            display.say(f"results so far: {folder.path / RESULTS}")
+            raise
+
+    until_time_is_up(options, work)
+    whole = folder.whole(chosen)
+    runs = folder.recorded(whole)
+    found = networks(whole, runs)
+    if listed := rows(whole, found):
+        click.echo(markdown(table(whole, listed)))
+    for remark in remarks(whole, runs):
+        click.echo(remark)
+    click.echo(f"results: {folder.path / RESULTS}")
+    if any(one.missed for one in found):
+        sys.exit(NOTHING_FEASIBLE)

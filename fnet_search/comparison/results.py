@@ -1,0 +1,458 @@
+"""What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TypeVar
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from fnet_search.arch.costs import Cost
+from fnet_search.arch.plan import label, parse_plan
+from fnet_search.base.files import write_text
+from fnet_search.base.units import millions
+from fnet_search.candidates.network_files import WEIGHTS
+from fnet_search.comparison.definition import Part, Published, Study, Variant
+from fnet_search.policy.evaluation import Evaluation, LayerStats
+from fnet_search.report.figures import PRECISIONS, RANGES, layers_figure
+from fnet_search.report.plot_labels import Labelled, place_labels
+from fnet_search.report.style import (
+    COLOURS,
+    GREY,
+    heading,
+    legend_columns,
+    log_if_wide,
+    new_figure,
+    save_png,
+    shorten,
+    style,
+)
+from fnet_search.rundir.recorded_run import RecordedRun
+from fnet_search.rundir.run_folder import versions
+from fnet_search.training.numerics import Numerics
+
+RESULTS = "results.md"
+T = TypeVar("T")
+
+
+WINNER = "winner"
+"""Stands for the plans that the searches of a variant found, one a seed."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network of a study, as one scheme quantizes it."""
+
+    part: Part
+    plan: str
+    """As the study names it; WINNER of a search."""
+    scheme: str
+    """As the study names it: ``auto``, or that of the evaluation."""
+    evaluation: Evaluation
+    missed: tuple[str, ...] = ()
+    """Of a search's winner, the constraints that it does not meet: it is only the nearest."""
+
+    @property
+    def label(self) -> str:
+        return label(self.part.variant.space, self.evaluation.plan)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The networks that differ in nothing but their seeds (winners also in what was found), and what was published of
+    one like them."""
+
+    variant: Variant
+    plan: str
+    scheme: str
+    networks: tuple[Network, ...]
+    published: Published
+
+    @property
+    def network(self) -> str:
+        """What stands for the plan in a figure."""
+        return shorten(self.networks[0].label if "=" in self.plan else self.plan)
+
+    @property
+    def name(self) -> str:
+        """For a legend."""
+        return shorten(f"{self.variant.name} {self.network}".strip())
+
+    @property
+    def conv_mmac(self) -> float:
+        """Mean over the seeds, whose winners differ."""
+        return fmean(one.evaluation.cost.conv_macs for one in self.networks) / 1e6
+
+    def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
+        """Of each seed, where it was measured."""
+        found = (value(one.evaluation) for one in self.networks)
+        return [scale * one for one in found if one is not None]
+
+
+def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
+    """Those of given plans; of a search the winners, as measured on the test split."""
+    found = []
+    for part, run in runs.items():
+        if study.search is not None:
+            if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
+                found.append(Network(part, WINNER, study.schemes[0], test, run.constraints.missed(winner.evaluation)))
+            continue
+        plans = {plan: parse_plan(part.variant.space, plan) for plan in study.plans}  # some may be the same
+        found += [
+            Network(part, name, scheme, one.evaluation)
+            for one in run.networks
+            for name, plan in plans.items()
+            for scheme in study.schemes
+            if one.evaluation.plan == plan
+            if scheme == one.evaluation.scheme or (scheme == study.schemes[0] and one.folder == one.candidate)
+        ]
+    return found
+
+
+def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
+    """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
+    found = networks(study, runs)
+    known = {(one.part, one.plan, one.scheme) for one in found}
+    lines = [
+        f"{one.part.name}: no candidate met the constraints; the nearest, {one.label}, misses {', '.join(one.missed)}"
+        for one in found
+        if one.missed
+    ]
+    for part in study.parts:
+        if study.search is not None:
+            if (part, WINNER, study.schemes[0]) not in known:
+                untested = part in runs and runs[part].winner and not runs[part].config["data"]["has_test"]
+                why = "not here, since the data set has no test images" if untested else "not finished yet"
+                lines.append(f"{part.name}: {why}")
+            continue
+        states = _states(runs[part]) if part in runs else {}
+        for plan, scheme in product(study.plans, study.schemes):
+            if (part, plan, scheme) not in known:
+                why = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
+                lines.append(f"{part.name}: {plan}, {scheme}: {why}")
+    return lines
+
+
+def _states(run: RecordedRun) -> dict[str, str]:
+    """Of each plan that was trained, by its text, why there is no quantized network."""
+    path = run.run.path / "candidates.csv"
+    if not path.is_file():  # killed as soon as it was begun
+        return {}
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    found = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
+    for one in run.networks:
+        gone = "not quantized: its weights are gone"
+        found[str(one.evaluation.plan)] = "not quantized yet" if (one.candidate / WEIGHTS).is_file() else gone
+    return found
+
+
+def rows(study: Study, found: Sequence[Network]) -> list[Row]:
+    """In the order of variants, plans and schemes that the study has."""
+    listed = []
+    for variant in study.variants:
+        for plan in study.plans or (WINNER,):
+            for scheme in study.schemes:
+                same = tuple(
+                    one for one in found if (one.part.variant, one.plan, one.scheme) == (variant, plan, scheme)
+                )
+                if same:
+                    listed.append(Row(variant, plan, scheme, same, study.published.get(plan, Published())))
+    return listed
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table, and a panel of Figure 4."""
+
+    title: str
+    unit: str
+    value: Callable[[Evaluation], float | None]
+    scale: float = 1.0
+    digits: int = 2
+    published: Callable[[Published], float | None] = lambda published: None
+
+
+MEASURES = (
+    Measure("fp32 accuracy", "%", lambda one: one.fp32_accuracy, 100, published=lambda one: one.fp32_accuracy),
+    Measure("quint8 accuracy", "%", lambda one: one.quint8_accuracy, 100, published=lambda one: one.quint8_accuracy),
+    Measure("relative drop", "%", lambda one: one.relative_drop, 100, published=lambda one: one.relative_drop),
+    Measure("QMSE", "", lambda one: one.qmse, digits=3),
+    Measure("QCE", "nats", lambda one: one.qce, digits=3),
+    Measure("KL", "nats", lambda one: one.kl, digits=3),
+)
+
+
+def mean_and_spread(values: Sequence[float], digits: int) -> str:
+    """``78.47 ± 0.21``: mean and sample standard deviation, which one value does not have; a dash for none."""
+    if not values:
+        return "-"
+    mean = f"{fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
+    """Heads, then a row each: numbers as mean ± standard deviation over seeds; a column of published numbers beside
+    each of ours that has any."""
+    several = len(study.variants) > 1
+    published = [any(one.published(known) is not None for known in study.published.values()) for one in MEASURES]
+    head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
+    for measure, known in zip(MEASURES, published, strict=True):
+        head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
+        head += [_published_name(study)] if known else []
+    lines = [[*head, "codes that differ in ONNX Runtime"]]
+    for row in listed:
+        found = ", ".join(dict.fromkeys(one.label for one in row.networks))
+        line = [*([row.variant.name] if several else []), f"{WINNER}: {found}" if row.plan == WINNER else row.plan]
+        macs = row.values(lambda one: one.cost.conv_macs)
+        same = len(set(macs)) == 1
+        line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
+        line += [row.scheme, str(len(row.networks))]
+        for measure, known in zip(MEASURES, published, strict=True):
+            line.append(mean_and_spread(row.values(measure.value, measure.scale), measure.digits))
+            if known:
+                other = measure.published(row.published)
+                line.append("" if other is None else f"{measure.scale * other:.{measure.digits}f}")
+        audits = [one.evaluation.audit for one in row.networks if one.evaluation.audit is not None]
+        counted = f"{sum(one.differing for one in audits):,} of {sum(one.codes for one in audits):,}"
+        lines.append([*line, counted if audits else "-"])
+    return lines
+
+
+def _published_name(study: Study) -> str:
+    return f"published, {study.published_on}" if study.published_on else "published"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    ruler = ["---" if name in ("variant", "network", "ranges") else "---:" for name in head]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *body))
+
+
+def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
+    """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
+    that a search's winner does not meet."""
+    rows = []
+    for one in found:
+        it, audit = one.evaluation, one.evaluation.audit
+        named = {name: getattr(it, name) for name in _MEASURED}
+        audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
+        what = {"label": one.label, "missed": " ".join(one.missed)}
+        rows.append({**_key(one), **what, **vars(it.cost), **named, **audited})
+    frame = pd.DataFrame(
+        rows, columns=[*_KEY, "label", "missed", *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED]
+    )
+    return frame.astype(dict.fromkeys(_AUDITED, "Int64"))
+
+
+_KEY = ("variant", "plan", "seed", "scheme")
+_MEASURED = (
+    "split",
+    "epochs",
+    "trained_images",
+    "fp32_accuracy",
+    "quint8_accuracy",
+    "fp32_balanced_accuracy",
+    "quint8_balanced_accuracy",
+    "relative_drop",
+    "qmse",
+    "qce",
+    "kl",
+)
+_AUDITED = ("audited_codes", "differing_codes")
+
+
+def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
+    """One row a layer of each network and scheme, every field of LayerStats a column."""
+    rows = [{**_key(one), **asdict(layer)} for one in found for layer in one.evaluation.layers]
+    return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
+
+
+def _key(one: Network) -> dict[str, object]:
+    values = one.part.variant.name, one.plan, one.part.seed, one.evaluation.scheme
+    return dict(zip(_KEY, values, strict=True))
+
+
+# Figures
+
+ACCURACIES, ERROR = {"o": COLOURS[0], "s": COLOURS[1]}, {"D": COLOURS[2]}
+"""Markers of the two accuracies and of whatever is alone in its panel, with their colours where colours do not stand
+for variants."""
+Side = tuple[Variant, str]
+"""A variant, and the text of a scheme: what colours stand for."""
+
+
+def _sides(listed: Sequence[Row]) -> list[Side]:
+    return list(dict.fromkeys((row.variant, row.scheme) for row in listed))
+
+
+def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
+    """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
+    standard deviation over seeds. A colour a variant and scheme, at most as many as there are COLOURS; published
+    numbers are hollow, and grey is what all schemes have in common."""
+    figure = new_figure(7.4, 8.4)
+    heading(figure, f"Accuracy and quantization error against MACs: {study.name}, test split")
+    panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
+    fp32, quint8, drop, qmse, qce, _ = MEASURES
+    sides = _sides(listed)
+    shared = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
+    shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
+    for axes, measures in shown:
+        style(axes)
+        shapes = ACCURACIES if len(measures) > 1 else ERROR
+        drawn: list[float] = []
+        for place, side in enumerate(sides):
+            own = [row for row in listed if (row.variant, row.scheme) == side]
+            for (shape, colour), measure in zip(shapes.items(), measures, strict=True):
+                if len(sides) > 1:
+                    colour = GREY if measure in shared else COLOURS[place]
+                drawn += _points(axes, own, measure, colour, shape)
+        for shape, measure in zip(shapes, measures, strict=True):
+            drawn += _published(axes, listed, measure, shape)
+        unit = f" ({measures[0].unit})" if measures[0].unit else ""
+        axes.set_ylabel(("accuracy" if len(measures) > 1 else measures[0].title) + unit, fontsize=9)
+        log_if_wide(axes, drawn)
+        axes.margins(x=0.1, y=0.12)
+    for axes in panels[2:]:
+        axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
+    _legend(figure, study, sides)
+    for axes, measures in shown:  # last: it fixes where everything is
+        place_labels(axes, _labels(listed, measures))
+    return figure
+
+
+def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
+    """Below all panels: shapes, then a colour a variant and scheme where there are several."""
+
+    def shape(marker: str, name: str, colour: str, face: str) -> Artist:
+        return Line2D(
+            [], [], marker=marker, label=name, color=colour, markerfacecolor=face, linestyle="none", markersize=5
+        )
+
+    found = []
+    for (marker, own), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
+        colour = GREY if len(sides) > 1 else own
+        found.append(shape(marker, name, colour, colour))
+    if study.published:
+        found.append(shape("o", f"hollow: {_published_name(study)}", GREY, "none"))
+    several = len({scheme for _, scheme in sides}) > 1
+    for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
+        name = " ".join(part for part in (variant.name, scheme if several else "") if part)
+        found.append(Patch(color=COLOURS[place], label=shorten(name)))
+    columns = legend_columns([str(one.get_label()) for one in found], 4)
+    figure.legend(handles=found, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+
+
+def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str) -> list[float]:
+    """Mean and standard deviation of each row; gives the means."""
+    found = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
+    means = [fmean(values) for _, values in found]
+    spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
+    axes.errorbar(
+        [macs for macs, _ in found],
+        means,
+        spreads,
+        color=colour,
+        marker=marker,
+        markersize=4.5,
+        linestyle="none",
+        capsize=2,
+    )
+    return means
+
+
+def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str) -> list[float]:
+    known = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
+    values = [measure.scale * value for value in known.values()]
+    axes.plot(list(known), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
+    return values
+
+
+def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[Labelled]:
+    """One for all points of a network above each other, next to the last: sides are told by their colours."""
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in listed:
+        for one in measures:
+            if values := row.values(one.value, one.scale):
+                known = one.published(row.published)
+                points = [] if known is None else [one.scale * known]
+                found.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
+    return [Labelled((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
+
+
+def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:
+    """By file name; where there are more networks or variants than COLOURS, they are drawn in several figures, as
+    ``tradeoff.png``, ``tradeoff-2.png``. Layers are drawn of the first seed, as the first scheme quantizes them."""
+    sides = _sides(listed)
+    drawn: dict[str, Figure] = {}
+    for name, chosen in _in_colours("tradeoff", sides):
+        drawn[name] = tradeoff_figure(study, [row for row in listed if (row.variant, row.scheme) in chosen])
+    for variant in study.variants if study.search is None else ():
+        own = [row for row in listed if row.variant == variant and row.scheme == study.schemes[0]]
+        precision = "folded precision (%)"
+        compared = [row for row in own if row.plan in study.compare]
+        for kind, shown, title, values in (
+            ("ranges", own, "Ranges", RANGES),
+            ("compared", compared, "Ranges and precisions", {**RANGES, precision: PRECISIONS[precision]}),
+        ):
+            for name, some in _in_colours(kind, shown, variant.name):
+                networks = [(row.name, row.networks[0].evaluation) for row in some]
+                drawn[name] = layers_figure(variant.space, networks, title, values)
+    return drawn
+
+
+def _in_colours(kind: str, items: Sequence[T], suffix: str = "") -> Iterator[tuple[str, Sequence[T]]]:
+    """So many of `items` as there are colours, with the name of their figure; then the next ones."""
+    most = len(COLOURS)
+    for place, start in enumerate(range(0, len(items), most), 1):
+        parts = [kind, suffix, str(place) if place > 1 else ""]
+        yield f"{'-'.join(part for part in parts if part)}.png", items[start : start + most]
+
+
+CAPTIONS = {
+    "tradeoff": "The paper's Figure 4. Mean and standard deviation over seeds; hollow: published.",
+    "ranges": "The paper's Figure 5: ranges of trained weights, of weights with BatchNorm folded in, of clipped "
+    "activations.",
+    "compared": "The paper's Figure 6: the same beside average channel precisions of the folded weights.",
+}
+
+
+def write_results(study: Study, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
+    """results.md with its figures, networks.csv and layers.csv, in the study's folder, of all that is trained so far;
+    gives results.md."""
+    found = networks(study, runs)
+    listed = rows(study, found)
+    write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
+    (folder / "figures").mkdir(exist_ok=True)
+    drawn = figures(study, listed)
+    for name, figure in drawn.items():
+        save_png(figure, folder / "figures" / name)
+    write_text(folder / RESULTS, _page(study, runs, listed, list(drawn)))
+    return folder / RESULTS
+
+
+def _page(study: Study, runs: Mapping[Part, RecordedRun], listed: Sequence[Row], drawn: Sequence[str]) -> str:
+    config = next(iter(runs.values())).config
+    facts = {
+        "data set": f"{config['dataset'].partition(':')[0]}, fingerprint {config['data']['fingerprint']}",
+        "trained": "; ".join(map(str, study.variants)),
+        "seeds": ", ".join(map(str, study.seeds)),
+        "numerics": str(Numerics.from_json(config["numerics"])),
+        "versions": ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items()),
+    }
+    lines = [f"# {study.name}", "", study.description, ""]
+    lines += [f"- {name}: {text}" for name, text in facts.items()]
+    split = "On the test split; mean ± standard deviation over seeds, where there are several."
+    lines += ["", split, "", markdown(table(study, listed)) if listed else "Nothing is trained yet.", ""]
+    lines += [f"- {remark}" for remark in remarks(study, runs)] + [""]
+    for name in drawn:
+        caption = CAPTIONS[name.partition(".")[0].partition("-")[0]]
+        lines += [f"![{caption}](figures/{name})", "", caption, ""]
+    return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""A whole study: each of its parts is a run of its own, in a folder of the study's; then all are compared."""
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from fnet_search.arch.plan import parse_plan
+from fnet_search.base.errors import FnetError
+from fnet_search.comparison.definition import Part, Study
+from fnet_search.comparison.results import networks, write_results
+from fnet_search.engine.display import Display
+from fnet_search.engine.preparation import compare
+from fnet_search.engine.reporting import open_study, report_again
+from fnet_search.engine.request import Machine, Request
+from fnet_search.engine.run import run_study
+from fnet_search.engine.search_loop import FixedPlans
+from fnet_search.inspection.requantize import requantize
+from fnet_search.policy.protocol import Policy
+from fnet_search.policy.registry import load_policy
+from fnet_search.quant.scheme import parse_scheme, parse_schemes
+from fnet_search.rundir.recorded_run import RecordedRun, open_run
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.deadline import Deadline
+from fnet_search.training.recipe import Fidelity
+
+
+class StudyDisplay(Display, Protocol):
+    """Shows a user what goes on in a study of several runs."""
+
+    def part(self, name: str, later: float) -> None:
+        """The next run is begun; after it about so many epochs are to be trained in others."""
+        ...
+
+
+PART = re.compile(r"(?:^|-)seed(\d+)$")
+"""How the folder of a part ends (`Part.name`)."""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Where a study is kept: a run folder for each part, and the results of all."""
+
+    path: Path
+
+    def run(self, part: Part) -> RunFolder:
+        return RunFolder(self.path / part.name)
+
+    def check(self) -> None:
+        """Raises FnetError for a folder of something else; one whose first part was killed at once is a study's."""
+        inside = [one.name for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
+        if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
+            raise FnetError(f"{self.path} exists and is not the folder of a study; choose another --out")
+
+    def whole(self, study: Study) -> Study:
+        """With the seeds too that were recorded here before."""
+        found = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
+        seeds = (*study.seeds, *sorted(found - set(study.seeds)))
+        return replace(study, seeds=tuple(seed for seed in seeds if seed in study.seeds or self._has(study, seed)))
+
+    def _has(self, study: Study, seed: int) -> bool:
+        return any(self.run(Part(variant, seed)).exists for variant in study.variants)
+
+    def recorded(self, study: Study) -> dict[Part, RecordedRun]:
+        """The runs of its parts, as far as they were begun."""
+        return {part: open_run(self.run(part).path) for part in study.parts if self.run(part).exists}
+
+
+def run_parts(
+    study: Study,
+    folder: StudyFolder,
+    machine: Machine,
+    display: StudyDisplay,
+    deadline: Deadline | None = None,
+) -> None:
+    """Runs each part, going on where an earlier process stopped, and writes the results after each, whatever ends it.
+
+    All compute as the first one did. Raises FnetError as `run_study` does, of a part that was recorded otherwise before
+    anything is trained, and TimeUp at the deadline.
+    """
+    folder.check()
+    deadline = deadline or Deadline()
+    whole = folder.whole(study)
+    for part in whole.parts:
+        if folder.run(part).exists:
+            compare(folder.run(part), _asked(study, part)[0].config())
+    for place, part in enumerate(study.parts):
+        later = sum(epochs(study, one) - _done(study, folder, one) for one in study.parts[place + 1 :])
+        display.part(part.name, later)
+        try:
+            _run_part(study, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
+        finally:
+            if runs := folder.recorded(whole):
+                write_results(whole, runs, folder.path)
+
+
+def epochs(study: Study, part: Part) -> float:
+    """Of a part, about; searches train a reference, their candidates, and the best one on."""
+    recipe = part.variant.recipe
+    if study.search is None:
+        return len(study.plans) * recipe.epochs
+    return 2 * recipe.epochs + study.search.trials * recipe.warm().epochs
+
+
+def _done(study: Study, folder: StudyFolder, part: Part) -> float:
+    """Of its epochs, those of finished networks; of a search all or none."""
+    if not folder.run(part).exists:
+        return 0.0
+    found = {one.plan for one in networks(study, {part: open_run(folder.run(part).path)})}
+    return epochs(study, part) * (len(found) / len(study.plans) if study.search is None else len(found))
+
+
+def _like(folder: StudyFolder, whole: Study, part: Part, machine: Machine) -> Machine:
+    """The machine, computing as another part did where this one is new and nothing else is asked for."""
+    others = [folder.run(one) for one in whole.parts if one != part]
+    known = next((run.path for run in others if run.exists), None)
+    return machine if folder.run(part).exists else replace(machine, numerics_of=machine.numerics_of or known)
+
+
+def _run_part(
+    study: Study, part: Part, run: RunFolder, machine: Machine, display: StudyDisplay, deadline: Deadline
+) -> None:
+    request, policy, trials = _asked(study, part)
+    run_study(replace(request, machine=machine), policy, run, trials, display, deadline)
+    if study.search is None:
+        _quantize(study, run, machine, display, deadline)
+
+
+def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
+    """What a part asks of a run: the request, its policy, and how many trials."""
+    space, recipe, search = part.variant.space, part.variant.recipe, study.search
+    request = Request(space, study.dataset, recipe, parse_schemes(study.schemes[0]), part.seed)
+    if search is None:
+        plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in study.plans))
+        return replace(request, split="test", audit_all=True), FixedPlans(plans), len(plans)
+    request = replace(
+        request,
+        validation=study.validation,
+        policy_name=search.policy,
+        constraints=search.constraints(space),
+        fidelity=Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs),
+    )
+    return request, load_policy(search.policy), search.trials
+
+
+def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
+    """The trained networks of a part, quantized as each further scheme says too, where they are not yet."""
+    opened = open_run(run.path)
+    known = {(one.candidate, one.scheme) for one in opened.networks}
+    own = [one for one in opened.networks if one.folder == one.candidate and one.has_weights]
+    further = list(map(parse_scheme, study.schemes[1:]))
+    missing = [(one, scheme) for one in own for scheme in further if (one.candidate, scheme) not in known]
+    if not missing:
+        return
+    with opened.run.locked():
+        data = opened.data(machine.data_dir, partial(display.advance, "reading images"))
+        for network, scheme in missing:
+            deadline.check()
+            requantize(opened, network, (scheme,), data, display.advance)
+            deadline.worked = True
+        report_again(open_study(opened, None))

@@ -1,0 +1,340 @@
+"""ONNX files: the quantized network as a QDQ graph of our own codes and parameters, the folded one in float32.
+
+Input ``input``, [N, C, H, W] float32, normalised; output ``logits``, [N, classes] float32. A QDQ graph says in float
+what a runtime computes in integers: each tensor is quantized and dequantized (one pair a tensor, design, section 3,
+rule 18), and a runtime puts one integer kernel in the place of dequantize, operator, quantize.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import pi, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Multiply,
+    Pad,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+)
+from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
+from fnet_search.base.errors import FnetError
+from fnet_search.base.files import replacing
+from fnet_search.base.version import __version__
+from fnet_search.quant.fold import FoldedNetwork
+from fnet_search.quant.quant_params import QuantParams
+from fnet_search.quant.simulator import QuantizedNetwork, row_starts, table
+
+OPSET, IR_VERSION = 13, 7
+"""Of 2020: the first operator set with a scale a channel; what reads QDQ at all reads these."""
+MODEL = "model.onnx"
+LOGITS = "logits"
+PRODUCER = "fnet-search"
+
+
+def codes_name(node: str) -> str:
+    """The uint8 tensor of a node's codes in a quantized graph."""
+    return f"{node}.codes"
+
+
+def coded(quantized: QuantizedNetwork) -> list[str]:
+    """The nodes whose codes are a tensor of the graph, in order: not a layer that a ReLU is fused to."""
+    carrier = quantized.carrier
+    nodes = quantized.network.order
+    return [node.name for node in nodes if carrier[node.name] in (node.name, carrier[node.inputs[0]])]
+
+
+def quantized_model(quantized: QuantizedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
+    """The quantized network as a QDQ graph; `metadata` goes into the file."""
+    graph = _QuantizedGraph(quantized)
+    for node in quantized.network.order:
+        graph.add(node)
+    return _model(graph, quantized.network, metadata or {})
+
+
+def float_model(folded: FoldedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
+    """The folded network in float32; `metadata` goes into the file."""
+    graph = _Graph(folded.network)
+    for node in folded.network.order:
+        inputs = [graph.floats[source] for source in node.inputs]
+        if isinstance(node.layer, Conv | Dense):
+            for part, values in (("weight", folded.weight[node.name]), ("bias", folded.bias[node.name])):
+                inputs.append(graph.constant(f"{node.name}.{part}", values.cpu().numpy()))
+        graph.operator(node, inputs)
+    return _model(graph, folded.network, metadata or {})
+
+
+def write_model(path: Path, model: ModelProto) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
+    """An ONNX file that `write_model` wrote, with its metadata.
+
+    Raises FnetError, naming the file, where it is missing, is not ONNX, or was not written by fnet-search.
+    """
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf and the checker raise what they like
+        reason = error.strerror if isinstance(error, OSError) else "it is not a valid ONNX file"
+        raise FnetError(f"cannot read {path}: {reason}; fnet-search export RUN -o model.onnx writes one") from None
+    if model.producer_name != PRODUCER:
+        raise FnetError(
+            f"{path} was not written by fnet-search export, but by {model.producer_name or 'something else'}"
+        )
+    return model, {entry.key: entry.value for entry in model.metadata_props}
+
+
+READ = "x"
+"""What a function reads, as an operand of one of its steps."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An operator on what the step before it gives, and on operands: `READ` or numbers."""
+
+    operator: str
+    operands: Sequence[Any] = ()
+    attributes: Mapping[str, float] = field(default_factory=dict)
+
+
+def _steps(layer: Activation, axes: int) -> list[_Step]:
+    """A function on values of so many axes (without the batch) in operators of OPSET. Some of a function's own name
+    are younger."""
+    hard_sigmoid = _Step("HardSigmoid", (), {"alpha": 1 / 6, "beta": 0.5})
+    match layer:
+        case Activation("leaky_relu") if len(layer.slopes) > 1:
+            return [_Step("PRelu", [np.reshape(layer.slopes, (-1, *[1] * (axes - 1)))])]
+        case Activation("leaky_relu" | "elu" | "celu"):
+            names = {"leaky_relu": "LeakyRelu", "elu": "Elu", "celu": "Celu"}
+            return [_Step(names[layer.function], (), {"alpha": layer.slopes[0]})]
+        case Activation("relu6"):
+            return [_Step("Clip", (0, 6))]
+        case Activation("clip"):
+            return [_Step("Clip", (layer.low, layer.high))]
+        case Activation("hardsigmoid"):
+            return [hard_sigmoid]
+        case Activation("hardswish"):
+            return [hard_sigmoid, _Step("Mul", [READ])]
+        case Activation("silu"):
+            return [_Step("Sigmoid"), _Step("Mul", [READ])]
+        case Activation("mish"):
+            return [_Step("Softplus"), _Step("Tanh"), _Step("Mul", [READ])]
+        case Activation("log_sigmoid"):
+            return [_Step("Neg"), _Step("Softplus"), _Step("Neg")]
+        case Activation("gelu"):
+            share = [_Step("Div", [sqrt(2)]), _Step("Erf"), _Step("Add", [1])]
+            return [*share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
+        case Activation("gelu_tanh"):
+            cube = [_Step("Mul", [READ]), _Step("Mul", [READ]), _Step("Mul", [0.044715])]
+            share = [_Step("Add", [READ]), _Step("Mul", [sqrt(2 / pi)]), _Step("Tanh"), _Step("Add", [1])]
+            return [*cube, *share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
+    return [_Step(layer.function.capitalize())]  # Relu, Sigmoid, Selu, Tanh, Softplus, Abs
+
+
+class _Graph:
+    """Nodes and constants of an ONNX graph in the making; `floats` names the float tensor of each node."""
+
+    def __init__(self, network: Macroarchitecture) -> None:
+        self.network = network
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self.floats = {INPUT: INPUT}
+
+    def constant(self, name: str, values: Any) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        return self.constant(name, np.array(values, dtype=np.int64))
+
+    def node(self, operator: str, name: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, list(inputs), [output], name, **attributes))
+        return output
+
+    def output(self, node: str) -> str:
+        """The name of the float tensor that the operator of a node writes."""
+        return LOGITS if node == self.network.output else f"{node}.output"
+
+    def moved(self, node: Node, layer: Resample | Pad, tensor: str, output: str, zero: Any) -> str:
+        """What only moves values, of values or codes; `zero` is an array of their type."""
+        if isinstance(layer, Pad):
+            pads = self.integers(f"{node.name}.pads", [0, *layer.before, 0, *layer.after])
+            return self.node("Pad", node.name, [tensor, pads, self.constant(f"{node.name}.zero", zero)], output)
+        rows, columns = (self.integers(f"{node.name}.{part}", getattr(layer, part)) for part in ("rows", "columns"))
+        taken = self.node("Gather", f"{node.name}.take", [tensor, rows], f"{node.name}.taken", axis=2)
+        return self.node("Gather", node.name, [taken, columns], output, axis=3)
+
+    def function(self, node: Node, layer: Activation, tensor: str, output: str) -> str:
+        """A function in float, by one operator or several, one after the other."""
+        *before, last = _steps(layer, len(self.network.shapes[node.name]))
+        read = tensor
+        for number, step in enumerate(before, 1):
+            read = self.step(step, f"{node.name}.step{number}", tensor, read, f"{node.name}.after{number}")
+        return self.step(last, node.name, tensor, read, output)
+
+    def step(self, step: "_Step", name: str, x: str, read: str, output: str) -> str:
+        numbers = (np.asarray(one, np.float32) for one in step.operands if one is not READ)
+        constants = (self.constant(f"{name}.number{index}", one) for index, one in enumerate(numbers))
+        operands = [x if one is READ else next(constants) for one in step.operands]
+        return self.node(step.operator, name, [read, *operands], output, **step.attributes)
+
+    def operator(self, node: Node, inputs: Sequence[str]) -> str:
+        """A layer as ONNX operators on float tensors; returns the name of its output."""
+        layer, name = node.layer, node.name
+        output = self.floats[name] = self.output(name)
+
+        def add(operator: str, *more: str, **attributes: Any) -> str:
+            return self.node(operator, name, [*inputs, *more], output, **attributes)
+
+        match layer:
+            case Conv():
+                geometry = {"kernel_shape": layer.kernel, "strides": layer.stride, "dilations": layer.dilation}
+                return add("Conv", **geometry, pads=[*layer.padding, *layer.padding], group=layer.groups)
+            case Dense():
+                return add("Gemm", transB=1)
+            case Pool(reduction="global_average"):
+                return add("GlobalAveragePool")
+            case Pool():
+                down, right = layer.overhang(self.network.input_shapes(node)[0])  # runtimes disagree on ceil_mode
+                pads = [*layer.padding, layer.padding[0] + down, layer.padding[1] + right]
+                window = {"kernel_shape": layer.kernel, "strides": layer.step, "pads": pads}
+                if layer.reduction == "max":
+                    return add("MaxPool", **window)
+                return add("AveragePool", **window, count_include_pad=int(layer.count_padding))
+            case Flatten():
+                return add("Flatten", axis=1)
+            case Reshape(shape):
+                return add("Reshape", self.integers(f"{name}.shape", [0, *shape]))
+            case Slice(start, stop):
+                interval = {"start": start, "stop": stop, "axis": 1}
+                return add("Slice", *(self.integers(f"{name}.{part}", [value]) for part, value in interval.items()))
+            case Shuffle(groups):
+                channels, height, width = self.network.shapes[name]
+                split = self.integers(f"{name}.split", [0, groups, channels // groups, height, width])
+                joined = self.integers(f"{name}.join", [0, channels, height, width])
+                apart = self.node("Reshape", f"{name}.apart", [*inputs, split], f"{name}.parts")
+                crossed = self.node("Transpose", f"{name}.cross", [apart], f"{name}.crossed", perm=[0, 2, 1, 3, 4])
+                return self.node("Reshape", name, [crossed, joined], output)
+            case Resample() | Pad():
+                return self.moved(node, layer, inputs[0], output, np.float32(0))
+            case Add():
+                return add("Add")
+            case Multiply():
+                return add("Mul")
+            case Concat():
+                return add("Concat", axis=1)
+            case Activation():
+                return self.function(node, layer, inputs[0], output)
+        raise TypeError(f"{layer.kind} is not part of a folded network")
+
+
+class _QuantizedGraph(_Graph):
+    """`codes` names the uint8 tensor, `floats` the float one that stands for it, of each node with codes of its own."""
+
+    def __init__(self, quantized: QuantizedNetwork) -> None:
+        super().__init__(quantized.network)
+        self.quantized, self.carrier, self.coded = quantized, quantized.carrier, coded(quantized)
+        for name, params in quantized.params.items():
+            self.parameters(f"{name}.output", params)
+        self.quantize(INPUT, INPUT)
+
+    def parameters(self, name: str, params: QuantParams) -> None:
+        self.constant(f"{name}_scale", np.float32(params.scale))
+        self.constant(f"{name}_zero", np.uint8(params.zero))
+
+    def output(self, node: str) -> str:
+        return f"{node}.output"  # the logits are what is dequantized at the end
+
+    def quantize(self, node: str, tensor: str) -> None:
+        params = [f"{self.carrier[node]}.output_{part}" for part in ("scale", "zero")]
+        self.node("QuantizeLinear", f"{node}.quantize", [tensor, *params], codes_name(node))
+        self.dequantize(node)
+
+    def dequantize(self, node: str) -> None:
+        params = [f"{self.carrier[node]}.output_{part}" for part in ("scale", "zero")]
+        output = self.floats[node] = LOGITS if node == self.network.output else f"{node}.dequantized"
+        self.node("DequantizeLinear", f"{node}.dequantize", [codes_name(node), *params], output)
+
+    def weights(self, node: Node) -> list[str]:
+        """Weight and bias of a layer, dequantized; a scale a channel is on axis 0."""
+        layer = self.quantized.layers[node.name]
+        scales = layer.bias_scale(self.quantized.params[self.carrier[node.inputs[0]]])
+        parts = {
+            "weight": (layer.codes, layer.scales, layer.zeros),
+            "bias": (layer.bias, scales, (0 * scales).to(layer.bias.dtype)),
+        }
+        names = []
+        for part, (codes, scale, zero) in parts.items():
+            name = f"{node.name}.{part}"
+            single = len(layer.params) == 1
+            arrays = {"scale": scale, "zero": zero}
+            inputs = [self.constant(name, codes.cpu().numpy())]
+            for suffix, values in arrays.items():
+                array = values.cpu().numpy()
+                inputs.append(self.constant(f"{name}_{suffix}", array[0] if single else array))
+            names.append(f"{name}_dequantized")
+            self.node("DequantizeLinear", f"{name}.dequantize", inputs, names[-1], **({} if single else {"axis": 0}))
+        return names
+
+    def add(self, node: Node) -> None:
+        layer, name = node.layer, node.name
+        inputs = [self.floats[source] for source in node.inputs]
+        if isinstance(layer, Activation) and self.carrier[node.inputs[0]] != name:
+            source, target = (self.quantized.params[self.carrier[one]] for one in (node.inputs[0], name))
+            rows = table(layer, source, target)
+            lookup = self.constant(f"{name}.table", rows.flatten().numpy())
+            index = self.node(
+                "Cast", f"{name}.cast", [codes_name(node.inputs[0])], f"{name}.index", to=TensorProto.INT32
+            )
+            if len(rows) > 1:
+                starts = row_starts(len(rows), 1 + len(self.network.shapes[name])).numpy()
+                places = [index, self.constant(f"{name}.rows", starts)]
+                index = self.node("Add", f"{name}.place", places, f"{name}.places")
+            self.node("Gather", name, [lookup, index], codes_name(name))
+            self.dequantize(name)
+            return
+        if isinstance(layer, Resample | Pad):
+            zero = np.uint8(self.quantized.params[self.carrier[name]].zero)
+            self.moved(node, layer, codes_name(node.inputs[0]), codes_name(name), zero)
+            self.dequantize(name)
+            return
+        if isinstance(layer, Conv | Dense):
+            inputs += self.weights(node)
+        output = self.operator(node, inputs)
+        if name in self.coded:  # else a ReLU follows, whose output is quantized instead
+            self.quantize(name, output)
+
+
+def _model(graph: _Graph, network: Macroarchitecture, metadata: Mapping[str, str]) -> ModelProto:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", *shape])
+        for name, shape in ((INPUT, network.input_shape), (LOGITS, network.shapes[network.output]))
+    ]
+    read = {name for node in graph.nodes for name in node.input} | {LOGITS}
+    nodes = [node for node in graph.nodes if read & set(node.output)]  # what only a table reads needs no dequantizing
+    model = helper.make_model(
+        helper.make_graph(nodes, network.name, ends[:1], ends[1:], graph.constants),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name=PRODUCER,
+        producer_version=__version__,
+    )
+    helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model, full_check=True)
+    return model

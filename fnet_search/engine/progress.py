@@ -1,0 +1,250 @@
+"""What a user sees while a search runs, and at its end."""
+
+import time
+from types import TracebackType
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fnet_search.arch.costs import plan_cost
+from fnet_search.arch.plan import FactorizationPlan, label
+from fnet_search.base.terminal import PlainTable
+from fnet_search.base.units import counted, millions, mmac, percent
+from fnet_search.candidates.job import Job, Setup
+from fnet_search.candidates.workers import Finished, Progressed
+from fnet_search.engine.search_loop import Dropped, Event, ProbesProgressed, Started
+from fnet_search.policy.asktell import Refused
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.policy.metric import MetricName
+from fnet_search.report.outcome import Outcome, span
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.train import TrainingProgress
+
+BAR = 20
+"""Characters of a progress bar."""
+
+
+def clock(seconds: float) -> str:
+    """``4:05`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class TerminalDisplay:
+    """A live table on a terminal, a line an epoch elsewhere. Use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._setup: Setup | None = None
+        self._jobs: dict[int, Job] = {}
+        self._running: dict[int, TrainingProgress | None] = {}
+        self._read = set[int]()  # of these, the last epoch known is from a checkpoint
+        self._trials = self._started = 0
+        self._epochs = self._all_epochs = 0.0  # of the candidates that ended, and of all that this run trains
+        self._before = 0.0  # epochs that were done when `_start` was
+        self._later = 0.0  # epochs of the study's runs after this one
+        self._each = 0  # of a candidate, as far as is known before
+        self._start = time.monotonic()
+        self._what, self._quarter, self._since = "", -1, self._start  # of what `advance` shows
+
+    def __enter__(self) -> "TerminalDisplay":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def status(self, text: str) -> None:
+        if self._live:
+            self._live.update(Text(f"{text} ..."), refresh=True)
+        else:
+            self.say(f"{text} ...")
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what, self._quarter, self._since = what, -1, time.monotonic()
+        left = clock((time.monotonic() - self._since) / done * (total - done)) + " left" if done else "starting"
+        text = f"{what}: {done:,} of {total:,}, {left}"
+        if self._live:
+            self._live.update(Text(text))
+        elif 4 * done // total > self._quarter:
+            self.say(text)
+        self._quarter = 4 * done // total
+
+    def part(self, name: str, later: float) -> None:
+        self._later = later
+
+    def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
+        self._setup, self._trials, self._started, self._start = setup, trials, done, time.monotonic()
+        self._epochs, self._before = 0.0, 0.0
+        fidelity, recipe = setup.fidelity, setup.recipe
+        self._each = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
+        self._all_epochs = max(0, trials - done) * self._each + fidelity.final_epochs
+        going_on = f", {done} trained before" if done else ""
+        self.say(f"study {run.name} in {run.path}: up to {counted(trials, 'candidate')}{going_on}; {setup.numerics}")
+
+    def show(self, event: Event) -> None:
+        match event:
+            case Refused(evaluation):
+                named = f"candidate {evaluation.number} ({self._label(evaluation.plan)})"
+                self.say(f"{named} refused: {evaluation.reason}")
+            case Started(job, again):
+                assert self._setup is not None
+                self._jobs[job.number], self._running[job.number] = job, None
+                self._started += job.role == "candidate"
+                planned = {"candidate": self._each, "reference": 0, "final": self._setup.fidelity.final_epochs}
+                self._all_epochs += self._setup.recipe_of(job).epochs - planned[job.role]
+                cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
+                start = f", from candidate {job.start.number}" if job.start else ""
+                begins = "starts again" if again else "starts"
+                self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) {begins}{start}")
+            case ProbesProgressed(done, total):
+                self.advance("probing the rates of all layers", done, total)
+                return
+            case Progressed(number, progress):
+                self._running[number] = progress
+                if progress.ended and progress.loss is None:  # read from a checkpoint: it took no time now
+                    self._before, self._start = self._done(), time.monotonic()
+                    self._read.add(number)
+                    return
+                if number in self._read:
+                    self._read.remove(number)
+                    whence = "after its last epoch" if progress.stage else f"from epoch {progress.epoch}"
+                    self.say(f"{self._named(self._jobs[number])} goes on {whence}")
+                if not self._live and progress.ended:
+                    self.say(f"{self._describe(number, progress)}; {self.left()}")
+            case Dropped(number):
+                self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
+            case Finished(evaluation, seconds):
+                found = _result(evaluation, self._setup.metric if self._setup else "accuracy")
+                self.say(f"{self._ended(evaluation.number)} {found}; took {clock(seconds)}")
+        if self._live:
+            self._live.update(self._table())
+
+    def _ended(self, number: int) -> str:
+        """A training's name, at its end."""
+        assert self._setup is not None
+        self._running.pop(number, None)
+        self._read.discard(number)
+        job = self._jobs.pop(number)
+        self._epochs += self._setup.recipe_of(job).epochs
+        return f"{self._named(job)} ({self._label(job.plan)})"
+
+    def _named(self, job: Job) -> str:
+        kind = {"candidate": "candidate", "reference": "reference", "final": "final training"}[job.role]
+        return f"{kind} {job.number}"
+
+    def _label(self, plan: FactorizationPlan) -> str:
+        assert self._setup is not None
+        return label(self._setup.space, plan)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _describe(self, number: int, progress: TrainingProgress | None) -> str:
+        job = self._jobs[number]
+        if progress is None:
+            return f"{self._named(job)} ({self._label(job.plan)}): worker starting"
+        seen = progress.accuracy is not None and not progress.stage
+        what = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
+        accuracy = f", {progress.split} {what} {percent(progress.accuracy, 1)}" if seen else ""
+        epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
+        return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
+
+    def _done(self) -> float:
+        """Epochs, of those that this run has to train. An image costs about the same in all networks."""
+        assert self._setup is not None
+        parts = [
+            progress.done * self._setup.recipe_of(self._jobs[number]).epochs
+            for number, progress in self._running.items()
+            if progress
+        ]
+        return min(self._all_epochs, self._epochs + sum(parts))
+
+    def left(self) -> str:
+        """As in ``4:05 left``: of this run and the study's later ones, by what the part so far took."""
+        gained, whole = self._done() - self._before, self._all_epochs + self._later
+        if gained < min(1.0, 0.01 * self._all_epochs) or not gained:  # a guess from less would be wild
+            return "time left: measuring"
+        return f"{clock((time.monotonic() - self._start) * (whole - self._done()) / gained)} left"
+
+    def _table(self) -> RenderableType:
+        texts = {number: self._describe(number, progress) for number, progress in sorted(self._running.items())}
+        roomy = max(map(cell_len, texts.values()), default=0) + 2 + BAR <= self.console.width
+        grid = Table.grid(padding=(0, 1))
+        for number, text in texts.items():
+            progress = self._running[number]
+            bar = [ProgressBar(width=BAR, completed=100 * progress.done if progress else 0)] if roomy else []
+            grid.add_row(Text(text), *bar)
+        running = sum(self._jobs[number].role == "candidate" for number in self._running)
+        done = f"{self._started - running} of {self._trials} candidates trained"
+        overall = Table.grid(padding=(0, 1))
+        overall.add_row(
+            done, ProgressBar(width=BAR, total=max(1, self._all_epochs), completed=self._done()), self.left()
+        )
+        return Group(grid, overall)
+
+
+def _result(evaluation: Evaluation, metric: MetricName) -> str:
+    if evaluation.state != "complete":
+        return f"{evaluation.state}: {evaluation.reason}"
+    fp32, quint8 = evaluation.scores(metric)
+    name = "" if metric == "accuracy" else f"{metric.replace('-', ' ')} "
+    said = f"{name}fp32 {percent(fp32)}, quint8 {percent(quint8)} ({evaluation.split})"
+    return f"{said}; {evaluation.constant}" if evaluation.constant else said
+
+
+LEAST = ("QCE", "QMSE", "audit", "parameters", "drop %", "95 % interval", "fp32 %", "conv MMAC")
+"""Columns of the candidates that a narrow terminal has no room for, the least important first."""
+
+
+def candidates_table(outcome: Outcome) -> PlainTable:
+    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
+    accuracy is that in quint8, and shown where it counts or classes are uneven; the interval is that of the metric."""
+    space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
+    alike = {one.number for one in outcome.undecided}
+    images = max((one.images for one in evaluations), default=0)
+    on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
+    balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
+    shown = ("quint8 %", *(["balanced %"] if balanced else []), *(["95 % interval"] if images else []))
+    numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit")
+    rows = []
+    for one in evaluations:
+        measured = [
+            "" if value is None else f"{value:{form}}"
+            for value, form in (
+                (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
+                (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
+                *([(one.quint8_balanced_accuracy and 100 * one.quint8_balanced_accuracy, ".2f")] if balanced else []),
+                *([(span(one, constraints.metric).partition(",")[0] if one.images else None, "")] if images else []),
+                (one.relative_drop and 100 * one.relative_drop, ".2f"),
+                (one.qmse, ".4f"),
+                (one.qce, ".4f"),
+            )
+        ]
+        state = one.state if not one.reason else f"{one.state}: {one.reason}"
+        if one.role == "reference" and one.state == "complete":
+            state = "reference: others start from it"
+        elif one.role == "final" and one.state == "complete":
+            state = f"candidate {one.parent} trained on"
+        if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
+            infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
+            state = f"{state}, {infeasible}" if one.role == "final" else infeasible
+        state = f"{state}; {one.constant}" if one.constant else state
+        if one.number in alike:
+            state += ", not distinguishable from the winner"
+        audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
+        macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
+        rows.append([str(one.number), label(space, one.plan), macs, params, *measured, audit, state])
+    return PlainTable(f"candidates ({on})", ("#", "plan", *numbers, "state"), rows, {"plan": 13, "state": 12}, LEAST)

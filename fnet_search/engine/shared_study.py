@@ -1,0 +1,172 @@
+"""A study that several processes work on, on other hosts too: what its run leaves in it for whoever joins."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from optuna.artifacts import get_all_artifact_meta, upload_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import BaseStorage
+from optuna.study import Study
+
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.base.errors import FnetError
+from fnet_search.base.version import __version__
+from fnet_search.engine.request import Machine, Request, as_json, completed, request_from
+from fnet_search.engine.study_record import Sharing
+from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_url
+from fnet_search.policy.evaluation import HELD_OUT
+from fnet_search.rundir.recorded_run import RecordedRun
+from fnet_search.rundir.run_folder import RunFolder, differences
+from fnet_search.training.datasets import DataSet
+from fnet_search.training.weights import digest, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+PUBLISHED = "fnet_search:run"
+"""System attribute of a study: what was published."""
+IMPORTED = "imported.safetensors"
+"""Artifact of a study: the weights of an imported network."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a worker must know that joins a study."""
+
+    version: str
+    """Of fnet-search."""
+    config: Mapping[str, Any]
+    """As `Request.config`, but for where the storage is, which each host may name otherwise."""
+    data: Mapping[str, Any]
+    """Fingerprint and classes of the data set, and where its validation images are."""
+    fidelity: Mapping[str, Any]
+    trials: int
+    audit_all: bool
+    artifacts: str
+    """Where weights lie, as in ``--artifacts``."""
+    lease: float
+    """Seconds."""
+
+    def request(
+        self, url: str, machine: Machine, dataset: str | None, validation: str | None, artifacts: str | None
+    ) -> Request:
+        """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
+        others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
+        others["validation"] = validation or self.data.get("validation", HELD_OUT)
+        found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
+        again = {**_config(found), "weights": self.config["weights"]}
+        if odd := differences(completed(self.config), again):
+            raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
+        return found if dataset is None else replace(found, dataset=dataset)
+
+
+def _config(request: Request) -> dict[str, Any]:
+    config = request.config()
+    del config["storage"]
+    return config
+
+
+def published(storage: BaseStorage, name: str) -> Published:
+    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version."""
+    if not has_study(storage, name):
+        raise FnetError(f"the storage has no study {name!r}; start one with fnet-search run --storage ... --out {name}")
+    facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(PUBLISHED)
+    if facts is None:
+        raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
+    if facts.get("version") != __version__:
+        raise FnetError(
+            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {__version__}; install the same"
+        )
+    return Published(**facts)
+
+
+def publish(study: Study, request: Request, data: DataSet, trials: int, artifacts: Path | str) -> None:
+    """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
+    run goes on, with more trials. Raises FnetError where another run has left another one."""
+    facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
+    new = Published(
+        __version__,
+        _config(request),
+        facts,
+        asdict(request.fidelity),
+        trials,
+        request.audit_all,
+        str(artifacts),
+        request.lease,
+    )
+    known = study._storage.get_study_system_attrs(study._study_id).get(PUBLISHED)
+    if known is not None and (odd := differences(completed(known["config"]), new.config)):
+        raise FnetError(f"the study in the storage was begun with another configuration ({'; '.join(odd)})")
+    study._storage.set_study_system_attr(study._study_id, PUBLISHED, as_json(asdict(new)))
+
+
+def check_data(known: Published, data: DataSet) -> None:
+    """Raises FnetError for other data than the run's."""
+    if data.fingerprint() != known.data["fingerprint"]:
+        raise FnetError(
+            f"the data set here is not the run's: its fingerprint is {data.fingerprint()}, the run's "
+            f"{known.data['fingerprint']}; name the same images with --dataset, --validation"
+        )
+
+
+def sharing(request: Request, run: RunFolder) -> Sharing:
+    """How a run, or a worker that joined it, shares its study. Raises FnetError for an artifact store that cannot be
+    opened."""
+    return Sharing(run.worker, open_artifacts(artifacts_of(request, run)), request.lease)
+
+
+def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sharing | None] | None:
+    """The storage that the study of a recorded run is in, and how it is shared; None: it is in the run folder.
+
+    `storage` is the URL of another place to find it than the recorded one. Raises FnetError for one without the study.
+    """
+    run, url = opened.run, storage or opened.config.get("storage")
+    if url is None:
+        return None
+    found = open_url(url, new=False)
+    if not has_study(found, run.name):
+        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as --storage")
+    if not opened.searching:
+        return found, None
+    known = published(found, run.name)
+    return found, Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
+
+
+def artifacts_of(request: Request, run: RunFolder) -> str:
+    """Where weights lie that others need: absolute, since others work in other folders."""
+    where = request.artifacts or str(run.artifacts)
+    return where if "://" in where else str(Path(where).expanduser().resolve())
+
+
+def share_weights(study: Study, store: "ArtifactStore", space: Macroarchitecture) -> None:
+    """Leaves the weights of an imported network in the artifact store, once."""
+    if space.weights is None or any(meta.filename == IMPORTED for meta in get_all_artifact_meta(study)):
+        return
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / IMPORTED
+        write_tensors(path, space.weights, {"space": space.name})
+        upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study)
+
+
+def with_weights(
+    space: Macroarchitecture, wanted: str | None, study: Study, store: "ArtifactStore"
+) -> Macroarchitecture:
+    """The space with the weights that the run has left, if it has any (`wanted`: their digest). Raises FnetError where
+    they are missing, or others."""
+    if wanted is None:
+        return space
+    ids = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == IMPORTED]
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / IMPORTED
+        try:
+            with store.open_reader(ids[0]) as opened:
+                path.write_bytes(opened.read())
+        except (IndexError, OSError, ArtifactNotFound):
+            raise FnetError("the weights of the network are not in the artifact store; see --artifacts") from None
+        weights, _ = read_tensors(path)
+    if digest(weights) != wanted:
+        raise FnetError("the weights of the network in the artifact store are not the run's")
+    return replace(space, weights=weights)

@@ -1,0 +1,94 @@
+"""After a search: the winner is measured on the test split, audited and exported."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from fnet_search.base.errors import FnetError
+from fnet_search.candidates.measure import measure
+from fnet_search.candidates.network_files import WEIGHTS, load_trained
+from fnet_search.candidates.workers import WorkerPool
+from fnet_search.deploy.audit import audit
+from fnet_search.deploy.export import quantized_model
+from fnet_search.deploy.runtime import Runtime
+from fnet_search.engine.display import Display
+from fnet_search.engine.study_record import StudyRecord
+from fnet_search.policy.evaluation import Audit, Evaluation
+from fnet_search.rundir.recorded_run import RecordedNetwork, metadata
+from fnet_search.rundir.run_folder import PROMOTED
+from fnet_search.training.datasets import DataSet
+
+
+def test_winner(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
+    """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), and
+    audited there and on the split that it was evaluated on. None: there is no winner, or there are no test images.
+
+    What was measured before is in ``best/``; where that is not of this winner, it is now.
+    """
+    run, winner = record.run, record.winner
+    if winner is None:
+        return None
+    known = run.read_test(winner)
+    if run.has_best(winner) and (known or not data.has_test):
+        return known
+    network = RecordedNetwork(winner, run.candidate(winner.number), run.codes(winner))
+    record.fetch(winner.number)
+    try:
+        network.load(record.space)
+    except FnetError as error:  # the same training gives the same network again
+        if network.folder != network.candidate:
+            display.say(f"{network.id} has lost its files ({error}): it is not promoted any more")
+            (network.folder / PROMOTED).unlink()
+            return test_winner(record, data, pool, display)
+        display.status(f"training candidate {winner.number} once more ({error})")
+        run.write_candidate(winner)
+        _again(record, pool, winner)
+        run.prune(record.evaluations, record.constraints)
+    return measure_winner(record, network, data, display)
+
+
+def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet, display: Display) -> Evaluation | None:
+    """Measures the winner of a run on the test split, if there is one, audits it, and fills ``best/`` with it."""
+    run, winner = record.run, network.evaluation
+    folded, quantized = network.load(record.space)
+    runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
+    if winner.audit is None:
+        found = Audit()
+        for part in audit(quantized, runtime, (data.normalise(images) for images, _ in data.evaluation.batches(250))):
+            found += part
+            display.advance("auditing the winner in ONNX Runtime", found.images, len(data.evaluation))
+        winner = record.audit(winner, found)
+    split = data.test if data.has_test else data.evaluation  # for the confusions, where that is all there is
+    measuring = partial(display.advance, f"measuring the winner on {'test' if data.has_test else 'validation'} images")
+    measures = measure(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)
+    test = None
+    if data.has_test:
+        test = measures.complete(replace(winner, split="test", validation="", layers=(), common=None))
+    facts = metadata(run.config(), record.space, winner, test, "quint8")
+    run.write_best(winner, test, quantized_model(quantized, facts), measures.confusion)
+    return test
+
+
+def restore(record: StudyRecord, pool: WorkerPool, display: Display) -> None:
+    """Trains once more what others start from, where its weights were lost since."""
+    for one in record.starts:
+        folder = record.run.candidate(one.number)
+        record.fetch(one.number)
+        try:
+            load_trained(record.space, one.plan, folder)
+        except FnetError as error:
+            display.status(f"training candidate {one.number} once more ({error})")
+            (folder / WEIGHTS).unlink(missing_ok=True)
+            _again(record, pool, one)
+
+
+def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> None:
+    """Trains a network once more; first the one that it started from, where its weights are gone."""
+    job = record.again(evaluation)
+    if job.start is not None and not (job.start.folder / WEIGHTS).is_file():
+        _again(record, pool, next(one for one in record.evaluations if one.number == evaluation.parent))
+    pool.submit(job)
+    while pool.busy:
+        for _ in pool.events():
+            pass

@@ -1,0 +1,152 @@
+"""Networks of other origin as spaces: torchvision's, or what a user's own Python gives; with weights or without.
+
+This runs the code that it is told to run; a saved space (TOML and safetensors) is data, and runs none.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.base.errors import FnetError, first_line, unknown
+from fnet_search.base.plugins import fault, importable, load_object
+from fnet_search.importing import torchvision_names
+from fnet_search.importing.tracing import from_module
+from fnet_search.training.weights import read_state
+
+OWN = "own"
+"""The name of the weights that a module has as it is made."""
+
+
+def load_imported(
+    name: str,
+    input_shape: tuple[int, int, int] | None,
+    weights: str | None,
+    default_shape: Callable[[int], tuple[int, int, int]],
+) -> Macroarchitecture:
+    """A space from ``torchvision:NAME``, ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
+
+    The function takes no arguments and returns a module; or the name is that of a module that is there already.
+    `input_shape` is (C, H, W); None: what `default_shape` gives for the channels that its first convolution reads.
+    `weights`: a file (safetensors, or a state dict as torch saves it), one of torchvision's (``DEFAULT``), or ``own``
+    for those that the module comes with; None: none, so that it is trained from scratch.
+
+    Raises FnetError for what is not there, code that fails, weights that do not fit, and what cannot be imported.
+    """
+    where, _, what = name.rpartition(":")
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if where == "torchvision":
+        named = None if weights is None or Path(weights).suffix or Path(weights).exists() else weights
+        model, mean, std = _torchvision(what, named)
+        title = what
+    else:
+        named = OWN if weights == OWN else None
+        model = _made(where, what)
+        stem = Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
+        title = stem if what == "make" else f"{stem}-{what}"
+    if weights is not None and named is None:
+        fill(model, weights)
+    shape = input_shape or default_shape(channels_of(model))
+    space = from_module(model, torch.zeros(1, *shape), title)
+    space = replace(space, description=f"imported from {name}")
+    return replace(space, mean=mean, std=std, weights=None if weights is None else space.weights)
+
+
+def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """The module, and the mean and std that its weights want images normalised with."""
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise unknown("torchvision network", name, torchvision_names.NAMES)
+    builder: Callable[..., nn.Module] = models.get_model_builder(name)
+    if weights is None:
+        # GoogLeNet and Inception draw their weights slowly, and say so, unless told not to.
+        slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        return builder(weights=None, **slow), (), ()
+    offered: Any = models.get_model_weights(name)
+    names = [*(one.name for one in offered), "DEFAULT"]
+    if weights not in names:
+        raise unknown(f"weights of torchvision's {name}", weights, [*names, "a file"])
+    found = getattr(offered, weights)
+    try:
+        model = builder(weights=found)
+    except Exception as error:  # torch.hub raises what its parts raise: URLError, OSError, RuntimeError
+        raise FnetError(f"cannot get weights {weights} of torchvision's {name}: {first_line(error)}") from None
+    transform = found.transforms()
+    return model, tuple(transform.mean), tuple(transform.std)
+
+
+def _made(where: str, what: str) -> nn.Module:
+    """What a function of a file or module returns."""
+    name = f"{where}:{what}"
+    try:
+        with importable(where):
+            made = load_object(where, what)
+            model = made if isinstance(made, nn.Module) else made()
+    except FnetError as error:
+        raise FnetError(f"space {name}: {error}") from None
+    except (Exception, SystemExit) as error:  # a user's code raises what it likes
+        raise FnetError(f"space {name}: {fault(error, where)}") from error
+    if not isinstance(model, nn.Module):
+        raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
+    return model
+
+
+def channels_of(model: nn.Module) -> int:
+    """Of the image that a module reads."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first.in_channels if first is not None else 3
+
+
+def fill(model: nn.Module, path: str) -> None:
+    """Loads a state dict from a file, whatever wrapper or module around this one its names begin with."""
+    if not Path(path).exists():
+        raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")
+    own = model.state_dict()
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    state = _unwrapped(read_state(Path(path)), needed, path)
+    missing = [name for name in needed if name not in state]
+    extra = [name for name in state if name not in own]
+    problems = [f"{_some(missing)} missing"] if missing else []
+    problems += [f"{_some(extra)} not of this network"] if extra else []
+    for name in needed:
+        if name in state and own[name].is_floating_point() and not state[name].is_floating_point():
+            problems.append(f"{name!r} is {str(state[name].dtype).removeprefix('torch.')}, not float32")
+            break
+    if problems:
+        raise FnetError(f"the weights in {path} do not fit: {'; '.join(problems)}")
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise FnetError(f"the weights in {path} do not fit: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _unwrapped(state: Mapping[str, Tensor], needed: Sequence[str], path: str) -> dict[str, Tensor]:
+    """What of a state dict stands under the prefix that most of the needed names have there: ``module.`` of
+    DataParallel, ``_orig_mod.`` of torch.compile, the attribute of a Lightning module. Raises FnetError where the whole
+    network is there more than once."""
+    found, wanted = Counter[str](), set(needed)
+    for name in state:
+        ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        found.update(name[:end] for end in ends if name[end:] in wanted)
+    most = max(found.values(), default=0)
+    prefixes = [prefix for prefix, count in found.items() if count == most]
+    if "" in prefixes or not prefixes:
+        return dict(state)
+    if len(prefixes) > 1 and most == len(needed):
+        raise FnetError(f"{path} holds this network more than once, {_some(prefixes)} prefixes of it; save one alone")
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of the names, and the verb."""
+    more = [f"{len(names) - 3} more"] if len(names) > 3 else []
+    *others, last = [*map(repr, names[:3]), *more]
+    return f"{', '.join(others)} and {last} are" if others else f"{last} is"

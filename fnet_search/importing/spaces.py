@@ -1,0 +1,67 @@
+"""Spaces by name: shipped ones, TOML files, and imported networks."""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import tomli_w
+
+from fnet_search.arch.macroarchitecture import Macroarchitecture, check_classifier
+from fnet_search.arch.space_file import read_space, to_toml
+from fnet_search.base import shipped
+from fnet_search.base.errors import FnetError
+from fnet_search.base.files import write_text
+from fnet_search.importing import torchvision_names
+
+
+def load_space(
+    name: str,
+    input_shape: tuple[int, int, int] | None = None,
+    weights: str | None = None,
+    default_shape: Callable[[int], tuple[int, int, int]] = lambda channels: (channels, 224, 224),
+) -> Macroarchitecture:
+    """A shipped space by name (``factorizenet``: paper, Figure 2), a user's own TOML file by path, with weights where
+    they are saved beside it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
+
+    `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, is of imported
+    networks. `weights` of those: see `imported.load_imported`; of others they are a file, as a run leaves it of the
+    regular network (``runs/.../candidates/000/weights.safetensors``; `network.load_weights`). Raises FnetError, with
+    the layer and its line, for whatever is wrong with it.
+    """
+    if name.endswith(".py"):
+        raise FnetError(f"space {name}: name the function too, as in {name}:make")
+    if ":" in name and not name.endswith(".toml"):
+        from fnet_search.importing.modules import load_imported  # torch takes seconds to import
+
+        return load_imported(name, input_shape, weights, default_shape)
+    try:
+        space = read_space(name)
+    except FnetError as error:
+        hint = f"; torchvision's is torchvision:{name}" if name in torchvision_names.NAMES else ""
+        raise FnetError(f"{error}{hint}") from None
+    path = shipped.find("spaces", "space", name)
+    try:
+        check_classifier(space)
+    except FnetError as error:
+        raise FnetError(f"space {path}: {error}") from None
+    if input_shape is not None and input_shape != space.input_shape:
+        raise FnetError(f"--input is of networks that are imported; space {path} says itself what it has")
+    beside = tomllib.loads(path.read_text(encoding="utf-8")).get("weights")
+    if weights is None and beside is None:
+        return space
+    from fnet_search.training.network import load_weights
+
+    return load_weights(space, path.parent / str(beside) if weights is None else Path(weights))
+
+
+def save_space(space: Macroarchitecture, path: Path) -> None:
+    """Writes `space` as TOML, and its weights, if it has any, beside it as safetensors; `load_space` gives an equal one
+    back, and runs no code for it."""
+    text = to_toml(space)
+    if space.weights is not None:
+        from fnet_search.training.weights import write_tensors
+
+        file = path.with_suffix(".safetensors")
+        write_tensors(file, space.weights, {"space": space.name})
+        text = text.replace("input = [", f"{tomli_w.dumps({'weights': file.name})}input = [", 1)
+    write_text(path, text)

@@ -1,0 +1,314 @@
+"""Layer by layer, where a run's networks lose accuracy to 8 bits: measured again, as a table and as a frame."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.macroarchitecture import INPUT
+from fnet_search.arch.plan import label
+from fnet_search.base.terminal import fitting
+from fnet_search.base.units import millions
+from fnet_search.policy.evaluation import Evaluation, LayerStats
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration
+from fnet_search.quant.fold import FoldedNetwork
+from fnet_search.quant.layer_statistics import channel_extremes, channel_precision
+from fnet_search.quant.ranges import TensorStats, calibrate
+from fnet_search.quant.scheme import MINMAX
+from fnet_search.quant.sensitivity import PartSensitivity, Sensitivity, sample, sensitivity
+from fnet_search.quant.simulator import QuantizedNetwork
+from fnet_search.report.style import plan_name
+from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
+from fnet_search.training.datasets import DataSet
+from fnet_search.training.network import Network
+
+IMAGES = 1_000
+"""Of the run's split, for the accuracies of partly quantized networks."""
+
+# What is known of a network
+
+
+TENSORS = ("weight", "folded", "activation")
+"""A layer's raw weights, folded weights and clipped activations, as the names of LayerStats begin."""
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """A convolution or dense layer, or a quantized tensor that belongs to none: the input, a sum, a pool's output.
+
+    `statistics` has the fields of LayerStats by name, None where there is no such value: what has no weights has only
+    activations. `channels` has for each of TENSORS max - min of every output channel, () where there are no weights.
+    """
+
+    statistics: Mapping[str, Any]
+    channels: Mapping[str, tuple[float, ...]]
+    sensitivity: PartSensitivity
+
+    @property
+    def name(self) -> str:
+        return self.sensitivity.layer
+
+    def range(self, tensor: str) -> float | None:
+        """max - min of one of TENSORS."""
+        low, high = (self.statistics[f"{tensor}_{end}"] for end in ("min", "max"))
+        return None if low is None or high is None else float(high - low)
+
+    @property
+    def fold_growth(self) -> float | None:
+        """Range of the folded weights / range of the raw ones."""
+        raw, folded = self.range("weight"), self.range("folded")
+        return folded / raw if raw and folded is not None else None
+
+
+@dataclass(frozen=True)
+class NetworkAnalysis:
+    """`name` is short, and differs from those of the other networks; `id` is what `--candidate` takes."""
+
+    id: str
+    name: str
+    evaluation: Evaluation
+    sensitivity: Sensitivity
+    layers: tuple[LayerAnalysis, ...]
+    """In network order."""
+
+    @property
+    def costliest(self) -> LayerAnalysis:
+        return next(layer for layer in self.layers if layer.sensitivity is self.sensitivity.costliest)
+
+
+def analyze(
+    opened: RecordedRun,
+    networks: Sequence[RecordedNetwork],
+    data: DataSet,
+    images: int = IMAGES,
+    seen: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[NetworkAnalysis, ...]:
+    """Analyses networks of a run, each once, on at most so many images of the run's split.
+
+    They are the networks that were evaluated, with their codes and ranges; the extremes of the activations' channels
+    are found again on the calibration images. `seen` is told how many images are done and how many there are, over all
+    networks. Raises FnetError for weights that are missing or broken.
+    """
+    networks, split = list(dict.fromkeys(networks)), sample(data.evaluation, images)
+    found = []
+    for number, (network, name) in enumerate(zip(networks, _names(opened, networks), strict=True)):
+        before, total = number * len(split), len(networks) * len(split)
+        trained = network.load_trained(opened.space)
+        folded, quantized = network.load(opened.space)
+        samples = calibration(data, opened.config["seed"], CALIBRATION_SAMPLES)
+        stats = calibrate(folded, samples, MINMAX)  # for the extremes and zeros, which are those of any method
+
+        def told(done: int, _: int, before: int = before, total: int = total) -> None:
+            seen(before + done, total)
+
+        costs = sensitivity(folded, quantized, data, split, told)
+        layers = tuple(_layer(part, network.evaluation, trained, folded, quantized, stats) for part in costs.parts)
+        found.append(NetworkAnalysis(network.id, name, network.evaluation, costs, layers))
+    return tuple(found)
+
+
+def _names(opened: RecordedRun, networks: Sequence[RecordedNetwork]) -> list[str]:
+    """What figures call the networks: the plans' names, with the id where that alone would say the same twice."""
+    names = [plan_name(opened.space, one.evaluation) for one in networks]
+    return [name if names.count(name) == 1 else f"{name} ({one.id})" for name, one in zip(names, networks, strict=True)]
+
+
+def _layer(
+    part: PartSensitivity,
+    evaluation: Evaluation,
+    trained: Network,
+    folded: FoldedNetwork,
+    quantized: QuantizedNetwork,
+    stats: Mapping[str, TensorStats],
+) -> LayerAnalysis:
+    known = {layer.layer: asdict(layer) for layer in evaluation.layers}
+    carrier = quantized.carrier[part.layer]
+    layer = None if part.layer == INPUT else trained.network.by_name[part.layer].layer
+    if part.layer in known:
+        statistics = known[part.layer]
+        low, high = statistics["activation_min"], statistics["activation_max"]
+    else:
+        low, high = quantized.params[carrier].dequantize(torch.tensor([0, 255])).tolist()
+    tensor = stats[carrier]
+    channels = {"activation": (tensor.channel_min.clamp(low, high), tensor.channel_max.clamp(low, high))}
+    if part.layer in folded.weight:
+        channels["folded"] = channel_extremes(folded.weight[part.layer])
+    if isinstance(layer, Conv | Dense):
+        channels["weight"] = channel_extremes(trained.layer(part.layer).get_parameter("weight").detach())
+    if part.layer not in known:  # with weights: a BatchNorm of its own, folded into a depthwise convolution
+        statistics = dict.fromkeys(field.name for field in fields(LayerStats))
+        statistics |= {"layer": part.layer, "kind": layer.kind if layer else INPUT, "sparsity": tensor.sparsity}
+        for name, ends in channels.items():
+            precision, dead = channel_precision(*ends)
+            statistics |= {f"{name}_min": float(ends[0].min()), f"{name}_max": float(ends[1].max())}
+            statistics |= {f"{name}_precision": precision}
+            statistics |= {"dead_activation_channels": dead} if name == "activation" else {}
+    ranges = {name: tuple((high - low).tolist()) for name, (low, high) in channels.items()}
+    return LayerAnalysis(statistics, {name: ranges.get(name, ()) for name in TENSORS}, part)
+
+
+# The frame
+
+COLUMNS = {
+    "network": "str",
+    "label": "str",
+    "scheme": "str",
+    "split": "str",
+    "images": "int64",
+    "layer": "str",
+    "kind": "str",
+    "macs": "Int64",
+    "params": "Int64",
+    **{
+        field.name: "Int64" if field.name.startswith("dead_") else "float64"
+        for field in fields(LayerStats)
+        if field.name not in ("layer", "kind", "macs", "params")
+    },
+    **{f"{name}_range": "float64" for name in TENSORS},
+    "fold_growth": "float64",
+    "fp32_accuracy": "float64",
+    "fake_accuracy": "float64",
+    "quint8_accuracy": "float64",
+    "only_accuracy": "float64",
+    "all_but_accuracy": "float64",
+    "cost_points": "float64",
+    "cost_error_points": "float64",
+    "gain_points": "float64",
+    "gain_error_points": "float64",
+    "only_kl": "float64",
+}
+
+
+def analysis_frame(opened: RecordedRun, analyses: Iterable[NetworkAnalysis]) -> pd.DataFrame:
+    """One row a network and layer; NaN: there is no such value. Accuracies are fractions of 1, on `images` images.
+
+    ``cost_points`` is what the network loses when only this layer is quantized, ``gain_points`` what it wins back when
+    only this layer is left in float, in percentage points; errors are standard errors.
+    """
+    rows = []
+    for one in analyses:
+        costs = one.sensitivity
+        network = {
+            "network": one.id,
+            "label": label(opened.space, one.evaluation.plan),
+            "scheme": one.evaluation.scheme,
+            "split": one.evaluation.split,
+            "images": costs.images,
+            **{name: getattr(costs, name) for name in ("fp32_accuracy", "fake_accuracy", "quint8_accuracy")},
+        }
+        for layer in one.layers:
+            part = layer.sensitivity
+            values = {
+                **network,
+                **layer.statistics,
+                **{f"{name}_range": layer.range(name) for name in TENSORS},
+                "fold_growth": layer.fold_growth,
+                **{name: getattr(part, name) for name in ("only_accuracy", "all_but_accuracy", "only_kl")},
+                **{
+                    f"{name}_points": 100 * getattr(part, name) for name in ("cost", "cost_error", "gain", "gain_error")
+                },
+            }
+            rows.append([values[name] for name in COLUMNS])
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+
+
+# In words
+
+
+def points(value: float, error: float) -> str:
+    """A difference of accuracies, a fraction of 1, with its standard error: ``1.9 ± 0.4 points``."""
+    return f"{100 * value:.1f} ± {100 * error:.1f} points"
+
+
+def measured(one: NetworkAnalysis) -> str:
+    """The network's accuracies on the images of the analysis."""
+    costs = one.sensitivity
+    return (
+        f"fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} % "
+        f"(integer network {100 * costs.quint8_accuracy:.1f} %) on {costs.images:,} {one.evaluation.split} images"
+    )
+
+
+def verdict(one: NetworkAnalysis) -> str:
+    """Which layer costs the accuracy, in a sentence or two. Below two standard errors is noise; of one layer, which is
+    the largest of some twenty, below three."""
+    costs, worst, best = one.sensitivity, one.sensitivity.costliest, one.sensitivity.most_gained
+    clear = worst.cost > 3 * worst.cost_error
+    alone = f"{points(worst.cost, worst.cost_error)} when only it is quantized"
+    if costs.drop <= 2 * costs.drop_error:
+        text = f"quint8 costs nothing that {costs.images:,} images can show: {points(costs.drop, costs.drop_error)}."
+        return f"{text} {worst.layer} costs most by itself: {alone}." if clear else text
+    text = f"quint8 costs {points(costs.drop, costs.drop_error)}. "
+    if not clear:
+        farthest = max(costs.parts, key=lambda part: part.only_kl).layer
+        text += f"No layer stands out by itself: {worst.layer}, the costliest, loses {alone}, which may be noise "
+        text += f"(by KL divergence, which is less noisy: {farthest})"
+    else:
+        text += f"{worst.layer} costs most: {alone}"
+    if best is worst:
+        return f"{text}; left in float it gives back {points(worst.gain, worst.gain_error)}."
+    if best.gain <= 3 * best.gain_error:
+        return f"{text}; no layer left in float gives back more than the noise."
+    return (
+        f"{text}; left in float it gives back {points(worst.gain, worst.gain_error)}, "
+        f"{best.layer} {points(best.gain, best.gain_error)}."
+    )
+
+
+# On the terminal
+
+
+def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
+    """A network for a terminal of so many columns, a row a layer; the costliest is marked. Accuracies in percent.
+
+    Columns that do not fit are left out, the last ones first; what there is of a layer's name is folded.
+    """
+    columns = {
+        "layer": [f"{layer.name}{' <' if layer is one.costliest else ''}" for layer in one.layers],
+        "kind": [layer.statistics["kind"] for layer in one.layers],
+        "only it\nquint8 %": [f"{100 * layer.sensitivity.only_accuracy:.1f}" for layer in one.layers],
+        "all but\nit %": [f"{100 * layer.sensitivity.all_but_accuracy:.1f}" for layer in one.layers],
+        "weight\nrange": [_form(layer.range("weight")) for layer in one.layers],
+        "folded\nrange": [_form(layer.range("folded")) for layer in one.layers],
+        "growth\nx": [_form(layer.fold_growth, ".2f") for layer in one.layers],
+        "activ.\nrange": [_form(layer.range("activation")) for layer in one.layers],
+        "precision %\nraw/fold/act": _joined(one, [f"{name}_precision" for name in TENSORS], 100),
+        "SQNR dB\nw/act/accum": _joined(one, ("weight_sqnr_db", "activation_sqnr_db", "accumulated_sqnr_db")),
+        "zero\n%": _joined(one, ("sparsity",), 100),
+        "dead\nw/act": _joined(one, ("dead_weight_channels", "dead_activation_channels")),
+        "MMAC": [
+            "-" if layer.statistics["macs"] is None else millions(layer.statistics["macs"]) for layer in one.layers
+        ],
+    }
+    names, rows = list(columns), list(zip(*columns.values(), strict=True))
+    places = fitting(names, rows, width, {"layer": 24}, reversed(names[1:]), between=1, around=0)
+    table = Table(
+        title=Text(f"{one.id}: {one.name}, quantized with {one.evaluation.scheme}; {measured(one)}"),
+        title_justify="left",
+        caption=Text(f"< {verdict(one)}"),
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+        box=None,
+    )
+    for name in (names[place] for place in places):
+        left, folded = name in ("layer", "kind"), name == "layer"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not folded, overflow="fold")
+    for layer, row in zip(one.layers, rows, strict=True):
+        cells = (Text(row[place]) for place in places)
+        table.add_row(*cells, style="bold red" if layer is one.costliest else "")
+    return table
+
+
+def _form(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _joined(one: NetworkAnalysis, names: Sequence[str], scale: float = 1.0) -> list[str]:
+    """These statistics of each layer, in whole numbers: ``61/58/99``."""
+    known = [[layer.statistics[name] for name in names] for layer in one.layers]
+    return ["/".join("-" if value is None else f"{scale * value:.0f}" for value in values) for values in known]

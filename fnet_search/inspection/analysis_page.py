@@ -1,0 +1,113 @@
+"""The page of an analysis, ``RUN/analysis/analysis.html``, and ``layers.csv`` beside it."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from fnet_search.base.files import write_text
+from fnet_search.base.units import millions
+from fnet_search.inspection.analysis import NetworkAnalysis, analysis_frame, measured, verdict
+from fnet_search.inspection.analysis_figures import boxes_figure, costs_figure, described, heat_figure
+from fnet_search.report.figures import PRECISIONS, RANGES, SHOWN, layers_figure
+from fnet_search.report.html_page import NONE, plain_table, png, write_page
+from fnet_search.report.style import COLOURS, GREY
+from fnet_search.rundir.recorded_run import RecordedRun
+
+EXPLAINED = """<p class="soft">A layer is quantized with its weights, its bias and its output (after the ReLU that
+follows it); the input, sums, concats, average pools and other activations are rows of their own. Partly quantized
+networks are computed in float on quantized values; the integer network is given beside them. All networks saw the same
+images. Differences are in percentage points of accuracy, &plusmn; one standard error of paired images: below two
+of them may be noise, and below three where a layer is the largest of many.</p>"""
+
+CAPTIONS = {
+    "costs": "Left, the accuracy that this layer's quantization costs in a network that is float otherwise; right, "
+    "what leaving this layer in float gives back to a network that is quantized otherwise. A long bar on both sides "
+    "is a layer to mend. Grey lines are one standard error to each side; shaded rows are pointwise convolutions.",
+    "ranges": "As in the paper's Figures 5 and 6, one colour a network: the wider a range, the coarser its 255 steps.",
+    "precisions": "As in the paper's Figure 6: the share of the tensor's range that an average channel uses.",
+    "boxes": "A box far below the dash: most channels use few of the 256 codes, because a few channels, or offsets "
+    "between channels, make the tensor's range. Dead channels are left out. Activations clipped to the quantized "
+    "range.",
+    "heat": "Each column from its best tenth (white) to its worst value in this network (dark), ranges and growth on "
+    "a log scale; accuracies from 0 to no less than two standard errors. Zeros are only counted. Empty: no such value.",
+}
+
+
+def write_analysis(opened: RecordedRun, analyses: Sequence[NetworkAnalysis]) -> Path:
+    """Writes ``layers.csv`` and ``analysis.html`` to the run's folder ``analysis``; returns the page."""
+    folder = opened.run.path / "analysis"
+    folder.mkdir(exist_ok=True)
+    frame = analysis_frame(opened, analyses)
+    write_text(folder / "layers.csv", frame.to_csv(index=False, lineterminator="\n"))
+    space, shown = opened.space, analyses[:SHOWN]
+    sections = [("", _head(analyses) + png(costs_figure(space, shown), CAPTIONS["costs"], "cost of each layer"))]
+    lines = [(one.name, one.evaluation) for one in shown]
+    pictures = [
+        png(layers_figure(space, lines, "Ranges", RANGES), CAPTIONS["ranges"], "ranges"),
+        png(
+            layers_figure(space, lines, "Average channel precisions", PRECISIONS), CAPTIONS["precisions"], "precisions"
+        ),
+    ]
+    sections.append(("Networks side by side", f'<div class="pair">{"".join(pictures)}</div>'))
+    for index, one in enumerate(analyses):
+        rows = frame[frame["network"] == one.id]
+        colour = COLOURS[index] if index < SHOWN else GREY
+        body = (
+            f"<p>{escape(verdict(one))}</p>"
+            + png(heat_figure(space, one, rows), CAPTIONS["heat"], f"heat map of {one.name}")
+            + png(boxes_figure(space, analyses, index, colour), CAPTIONS["boxes"], f"channels of {one.name}")
+            + _table(one, rows)
+        )
+        summary = f"<summary>{escape(described(one))}</summary>"
+        sections.append(
+            (
+                "" if index else "Each network",
+                f'<details class="layers" id="network-{index}"{"" if index else " open"}>{summary}{body}</details>',
+            )
+        )
+    path = folder / "analysis.html"
+    write_page(path, f"{opened.config.get('study') or space.name}: analysis of its layers", sections)
+    return path
+
+
+def _head(analyses: Sequence[NetworkAnalysis]) -> str:
+    """What was found, a line a network."""
+    if len(analyses) == 1:
+        found = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(measured(analyses[0]))}.</p>'
+    else:
+        lines = [
+            f'<li><a href="#network-{index}">{escape(one.name)}</a>: {escape(verdict(one))} '
+            f'<span class="soft">{escape(measured(one))}</span></li>'
+            for index, one in enumerate(analyses)
+        ]
+        found = f"<ul>{''.join(lines)}</ul>"
+    few = f'<p class="soft">The pictures of several networks show the first {SHOWN} of {len(analyses)}.</p>'
+    return found + EXPLAINED + (few if len(analyses) > SHOWN else "")
+
+
+def _table(one: NetworkAnalysis, frame: pd.DataFrame) -> str:
+    names = ("MMAC", "trained weights, range", "folded, range", "growth", "activations, range", "zero %")
+    more = ("only it, quint8 %", "lost, points", "all but it %", "regained, points", "KL alone, mnats")
+    rows = []
+    for layer, row in zip(one.layers, frame.to_dict("records"), strict=True):
+        values, part = layer.statistics, layer.sensitivity
+        known = [
+            NONE if values["macs"] is None else millions(values["macs"]),
+            *(_reach(values[f"{name}_min"], values[f"{name}_max"]) for name in ("weight", "folded")),
+            NONE if layer.fold_growth is None else f"x{layer.fold_growth:.2g}",
+            _reach(values["activation_min"], values["activation_max"]),
+            f"{100 * row['sparsity']:.1f}",
+            f"{100 * part.only_accuracy:.1f}",
+            f"{100 * part.cost:.1f} \N{PLUS-MINUS SIGN} {100 * part.cost_error:.1f}",
+            f"{100 * part.all_but_accuracy:.1f}",
+            f"{100 * part.gain:.1f} \N{PLUS-MINUS SIGN} {100 * part.gain_error:.1f}",
+            f"{1000 * part.only_kl:.2f}",
+        ]
+        rows.append(((layer.name, values["kind"]), known))
+    return plain_table(("layer", "kind"), (*names, *more), rows, one.costliest.name)
+
+
+def _reach(low: float | None, high: float | None) -> str:
+    return NONE if low is None or high is None else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,371 @@
+"""Latency beside MACs: what `timing` measured of a run's networks, as tables, as files, and in the report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from fnet_search.arch.factorize import factorize
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.arch.plan import FactorizationPlan, label, legal_rates
+from fnet_search.base.errors import FnetError
+from fnet_search.base.files import write_text
+from fnet_search.base.terminal import PlainTable
+from fnet_search.base.units import counted, millions
+from fnet_search.deploy.export import float_model, quantized_model
+from fnet_search.deploy.timing import (
+    FP32,
+    OTHER,
+    QUINT8,
+    ROUNDS,
+    THREADS,
+    Latency,
+    LayerLatency,
+    TimedGraph,
+    interleaved,
+    layer_latencies,
+    machine,
+)
+from fnet_search.report.figures import slot_of
+from fnet_search.report.html_page import NONE, cells, heads, plain_table, png, table
+from fnet_search.report.plot_labels import Labelled, place_labels
+from fnet_search.report.style import COLOURS, GREY, MARKERS, heading, legend, new_figure, style
+from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
+
+NETWORKS, LAYERS = "latency.csv", "latency_layers.csv"
+KEYS = ["network", "precision"]
+BUSY = 0.9
+"""Where a thread ran for less of its time than that, others disturbed the measurement."""
+
+Pair = tuple[Latency, Latency]
+"""A network in quint8 and in fp32."""
+
+
+def pairs(results: Sequence[Latency]) -> list[Pair]:
+    """The networks in order, each in both precisions."""
+    found = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
+    return [(quint8, fp32) for quint8, fp32 in found]
+
+
+def _network(one: Latency) -> str:
+    return one.network
+
+
+# Measured
+
+
+def time_networks(
+    opened: RecordedRun,
+    networks: Sequence[RecordedNetwork],
+    batch: int = 1,
+    rounds: int = ROUNDS,
+    seen: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Latency, ...]:
+    """Times networks (each once) on batches of noise; returns the quint8 and the fp32 latency of each.
+
+    `seen` is told how many of how many samples were taken. Raises FnetError for a network without its weights, or one
+    that the runtime cannot run.
+    """
+    with TemporaryDirectory() as folder:
+        subjects: list[tuple[RecordedNetwork, str, Macroarchitecture, TimedGraph]] = []
+        for network in dict.fromkeys(networks):
+            folded, quantized = network.load(opened.space)
+            for precision, model in ((QUINT8, quantized_model(quantized)), (FP32, float_model(folded))):
+                graph = TimedGraph(model, batch, Path(folder) / f"{len(subjects)}")
+                subjects.append((network, precision, folded.network, graph))
+        samples = interleaved([graph.sample for *_, graph in subjects], rounds, seen)
+        quartiles = np.quantile(np.array(samples), (0.25, 0.5, 0.75), axis=1).T.tolist()
+        return tuple(
+            Latency(
+                network=one.id,
+                label=label(opened.space, one.evaluation.plan),
+                precision=precision,
+                conv_macs=one.evaluation.cost.conv_macs,
+                total_macs=one.evaluation.cost.total_macs,
+                batch=batch,
+                threads=THREADS,
+                rounds=rounds,
+                lower_ms=lower,
+                median_ms=middle,
+                upper_ms=upper,
+                cpu_share=min(1.0, graph.cpu / graph.wall),
+                machine=machine(),
+                onnxruntime=graph.version,
+                layers=layer_latencies(network, graph.events(), TimedGraph.COUNTED),
+            )
+            for (one, precision, network, graph), (lower, middle, upper) in zip(subjects, quartiles, strict=True)
+        )
+
+
+# As files
+
+
+def latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
+    """One row a network and precision, every field of `Latency` but the layers a column."""
+    columns = _columns(Latency)
+    return pd.DataFrame([asdict(one) for one in results], columns=list(columns)).astype(columns)
+
+
+def layer_latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
+    """One row a network, precision and layer; `share` is a fraction of 1, of the sum over the network's layers."""
+    columns = {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency), "share": "float64"}
+    rows = [
+        {"network": one.network, "precision": one.precision, **asdict(layer), "share": layer.median_ms / _sum(one)}
+        for one in results
+        for layer in one.layers
+    ]
+    return pd.DataFrame(rows, columns=list(columns)).astype(columns)
+
+
+def _columns(kind: Any) -> dict[str, str]:
+    types = {str: "str", int: "int64", float: "float64"}
+    return {field.name: types[field.type] for field in fields(kind) if field.type in types}
+
+
+def _sum(one: Latency) -> float:
+    return sum(layer.median_ms for layer in one.layers)
+
+
+def write(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
+    """Writes ``latency.csv`` and ``latency_layers.csv`` to the run folder, in the place of what was measured before:
+    only times of the same rounds can be compared. Returns their paths."""
+    frames = {NETWORKS: latency_frame(results), LAYERS: layer_latency_frame(results)}
+    for name, frame in frames.items():
+        write_text(opened.run.path / name, frame.to_csv(index=False, lineterminator="\n"))
+    return [opened.run.path / name for name in frames]
+
+
+def read(opened: RecordedRun) -> tuple[Latency, ...]:
+    """What `write` wrote, of the networks that the run still has; nothing where nothing was measured.
+
+    Raises FnetError, naming the file, for one that is missing or broken.
+    """
+    if not (opened.run.path / NETWORKS).is_file():
+        return ()
+    rows = _read(opened.run.path / NETWORKS, _columns(Latency))
+    layers: dict[tuple[str, str], list[LayerLatency]] = {}
+    for row in _read(opened.run.path / LAYERS, {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency)}):
+        layers.setdefault((row.pop("network"), row.pop("precision")), []).append(LayerLatency(**row))
+    known = {one.id for one in opened.networks}
+    return tuple(
+        Latency(**row, layers=tuple(layers.get((row["network"], row["precision"]), ())))
+        for row in rows
+        if row["network"] in known
+    )
+
+
+def _read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    try:
+        frame = pd.read_csv(path, usecols=list(columns), dtype=str, keep_default_na=False).astype(columns)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not what fnet-search latency writes"
+        raise FnetError(f"cannot read {path}: {reason}; measure again with fnet-search latency") from None
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+# For people
+
+HEADINGS = ("network", "plan")
+MEASURED = (
+    "conv MMAC",
+    "total MMAC",
+    "quint8 ms",
+    "quartiles ms",
+    "GMAC/s",
+    "fp32 ms",
+    "quartiles ms",
+    "GMAC/s",
+    "fp32 / quint8",
+)
+LAYER_HEADINGS = ("layer", "kind")
+LAYER_MEASURED = ("MMAC", "quint8 ms", "% of all", "MMAC/ms", "fp32 ms", "% of all", "MMAC/ms")
+LEAST = ("GMAC/s", "MMAC/ms", "quartiles ms", "total MMAC", "kind", "% of all", "fp32 / quint8", "MMAC", "conv MMAC")
+"""Columns that a narrow terminal has no room for, the least important first."""
+
+
+def conditions(results: Sequence[Latency]) -> str:
+    """How and on what it was measured; and a warning, where the machine had more to do."""
+    one = results[0]
+    threads, images = counted(one.threads, "thread"), f"a batch of {counted(one.batch, 'image')}"
+    found = f"ONNX Runtime {one.onnxruntime} on {one.machine}; {threads}, {images}, {one.rounds} interleaved rounds"
+    share = min(one.cpu_share for one in results)
+    if share < BUSY:
+        found += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
+    return found
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
+
+
+def row(pair: Pair) -> tuple[list[str], list[str]]:
+    """What people see of a network: under HEADINGS and under MEASURED."""
+    quint8, fp32 = pair
+    times = [
+        text
+        for one in pair
+        for text in (
+            _ms(one.median_ms),
+            f"{_ms(one.lower_ms)} to {_ms(one.upper_ms)}",
+            f"{one.macs_per_second / 1e9:.1f}",
+        )
+    ]
+    macs = [millions(quint8.conv_macs), millions(quint8.total_macs)]
+    return [quint8.network, quint8.label], [*macs, *times, f"{fp32.median_ms / quint8.median_ms:.2f}"]
+
+
+def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+    """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
+    the sum, and beside it the network as it was timed whole."""
+    known = [{layer.layer: layer for layer in one.layers} for one in pair]
+    found = []
+    for name in [one for one in [*order, OTHER] if any(one in layers for layers in known)]:
+        timed = [layers.get(name) for layers in known]
+        kinds = dict.fromkeys(layer.kind for layer in timed if layer)
+        macs = max(layer.macs for layer in timed if layer)
+        times = []
+        for layer, one in zip(timed, pair, strict=True):
+            if layer is None:
+                times += [NONE] * 3
+                continue
+            speed = f"{macs * one.batch / 1e6 / layer.median_ms:,.1f}" if macs and layer.median_ms else NONE
+            times += [_ms(layer.median_ms), f"{100 * layer.median_ms / _sum(one):.1f}", speed]
+        found.append(([name, "; ".join(kinds)], [millions(macs) if macs else NONE, *times]))
+    totals = [text for one in pair for text in (_ms(_sum(one)), "100.0", NONE)]
+    whole = [text for one in pair for text in (_ms(one.median_ms), NONE, f"{one.macs_per_second / 1e9:,.1f}")]
+    found.append((["sum of the layers", ""], [NONE, *totals]))
+    found.append((["whole network", "timed on its own"], [millions(pair[0].total_macs), *whole]))
+    return found
+
+
+def latency_table(results: Sequence[Latency]) -> PlainTable:
+    """The networks for the terminal."""
+    rows = [[*words, *values] for words, values in map(row, pairs(results))]
+    return PlainTable("latency: ms a run, median", (*HEADINGS, *MEASURED), rows, {"network": 12, "plan": 12}, LEAST)
+
+
+def layers_table(opened: RecordedRun, pair: Pair) -> PlainTable:
+    """The layers of one network for the terminal."""
+    title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
+    rows = [[*words, *values] for words, values in layer_rows(pair, _order(opened, pair[0].network))]
+    return PlainTable(title, (*LAYER_HEADINGS, *LAYER_MEASURED), rows, {"layer": 20, "kind": 8}, LEAST)
+
+
+def _order(opened: RecordedRun, network: str) -> list[str]:
+    return [node.name for node in factorize(opened.space, _plans(opened)[network]).order]
+
+
+def _plans(opened: RecordedRun) -> dict[str, FactorizationPlan]:
+    return {one.id: one.evaluation.plan for one in opened.networks}
+
+
+# For the report
+
+
+def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
+    """Milliseconds a run against conv MACs, both precisions, with the quartiles; and where the times would be if they
+    followed the MACs, from the network with the most of them."""
+    measured = pairs(results)
+    figure = new_figure(4.2)
+    heading(figure, f"Latency against MACs: {space}, a batch of {results[0].batch}")
+    axes = figure.add_subplot()
+    style(axes)
+    axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
+    axes.set_ylabel("latency, one thread (ms)", fontsize=9)
+    macs = [quint8.conv_macs / 1e6 for quint8, _ in measured]
+    times = [[one.median_ms for one in reversed(pair)] for pair in measured]
+    axes.vlines(macs, list(map(min, times)), list(map(max, times)), color="#bbbbbb", linewidth=1)
+    for index, name in enumerate(("fp32", "quint8")):
+        series = [pair[1 - index] for pair in measured]
+        axes.vlines(macs, [one.lower_ms for one in series], [one.upper_ms for one in series], color=COLOURS[index])
+        medians = [one.median_ms for one in series]
+        axes.plot(macs, medians, MARKERS[index], color=COLOURS[index], markersize=5, label=name)
+    most = max((quint8 for quint8, _ in measured), key=lambda one: one.conv_macs)
+    line = [0, most.conv_macs / 1e6], [0, most.median_ms]
+    axes.plot(*line, color=GREY, linestyle="-.", linewidth=1, label="quint8, if it followed the MACs")
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    legend(axes)
+    labels = []
+    for (quint8, _), x, ys in zip(measured, macs, times, strict=True):
+        name = quint8.label if len(quint8.label) <= 24 else f"#{quint8.network}"
+        labels.append(Labelled(tuple(dict.fromkeys([name, f"#{quint8.network}"])), x, ys))
+    place_labels(axes, labels)
+    return figure
+
+
+def blocks(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[int, tuple[float, int]]]:
+    """What each factorizable layer costs at every rate that was timed: milliseconds in quint8 (of several networks, the
+    median) and MACs of the convolution, or of the grouped and the pointwise one together."""
+    plans = _plans(opened)
+    timed: dict[str, dict[int, list[tuple[float, int]]]] = {layer: {} for layer in legal_rates(opened.space)}
+    for quint8, _ in pairs(results):
+        plan = plans[quint8.network]
+        for layer, rate in plan.rates:
+            parts = [part for part in quint8.layers if slot_of(plan, part.layer)[0] == layer]
+            cost = sum(part.median_ms for part in parts), sum(part.macs for part in parts)
+            timed[layer].setdefault(rate, []).append(cost)
+    return {
+        layer: {rate: (median(ms for ms, _ in found[rate]), found[rate][0][1]) for rate in sorted(found)}
+        for layer, found in timed.items()
+    }
+
+
+def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
+    found = blocks(opened, results)
+    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    if len(rates) < 2:
+        return ""
+    rows = []
+    for layer, by_rate in found.items():
+        columns = []
+        for rate in rates:
+            if rate not in by_rate:
+                columns.append(f'<td class="number">{NONE}</td>')
+                continue
+            (ms, macs), (whole, most) = by_rate[rate], by_rate.get(1, (0.0, 0))
+            text = f"<strong>{_ms(ms)}</strong>" if whole and ms >= whole and rate > 1 else _ms(ms)
+            share = f"{100 * ms / whole:.0f} % | {100 * macs / most:.0f} %" if whole and rate > 1 else ""
+            columns.append(f'<td class="number">{text}<span class="reason">{share}</span></td>')
+        rows.append(f"<tr>{cells([layer], numbers=False)}{''.join(columns)}</tr>")
+    note = (
+        "Below the time of a factorized layer (its grouped and its pointwise convolution together): its share of the "
+        "regular convolution's time | of its MACs. Bold: no faster than the regular one."
+    )
+    timed = table(heads(["layer, quint8 ms at rate"], map(str, rates)), rows)
+    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{timed}'
+
+
+def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
+    """For the report: the networks' latencies beside their MACs, and their layers'; nothing where none was measured."""
+    try:
+        results = read(opened)
+    except FnetError as error:  # the report of a run does not depend on this
+        return [("Latency", f'<p class="soft">{escape(str(error))}</p>')]
+    if not results:
+        return ()
+    measured = pairs(results)
+    winner = opened.winner
+    html = f'<p class="soft">{escape(conditions(results))}; ms a run, median and quartiles.</p>'
+    html += plain_table(HEADINGS, MEASURED, [row(pair) for pair in measured], winner.id if winner else None)
+    if len(measured) > 1:
+        caption = (
+            "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "
+            "lines in the markers' colours, where they show: the quartiles."
+        )
+        html += png(latency_figure(opened.space.name, results), caption, "latency against MACs")
+    html += _blocks(opened, results)
+    for pair in measured:
+        name = escape(f"Layers of network {pair[0].network} ({pair[0].label})")
+        rows = layer_rows(pair, _order(opened, pair[0].network))
+        html += f"<details><summary>{name}</summary>{plain_table(LAYER_HEADINGS, LAYER_MEASURED, rows)}</details>"
+    return [("Latency", html)]

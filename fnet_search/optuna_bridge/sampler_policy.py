@@ -1,0 +1,168 @@
+"""The other way round: an Optuna sampler as a policy. No torch."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, InMemoryStorage
+from optuna.trial import TrialState, create_trial
+
+from fnet_search.arch.costs import plan_cost
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.arch.plan import FactorizationPlan
+from fnet_search.base.errors import FnetError
+from fnet_search.optuna_bridge.trials import distributions, parameters, plan_of, value_and_state
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import Evaluation
+from fnet_search.policy.exact_choice import sample_plan
+from fnet_search.policy.protocol import History
+
+
+@dataclass(frozen=True)
+class SamplerPolicy:
+    """Any Optuna sampler as a policy: ``SamplerPolicy(optuna.samplers.NSGAIISampler)``.
+
+    `sampler` is called with ``seed=...`` for each suggestion, as a class or ``functools.partial(TPESampler, ...)`` is.
+    It sees the candidates of the history as a study that maximises their quint8 score under constraints: the trained
+    ones, the pruned and the refused ones as pruned trials, the running plans as running ones.
+
+    The first `startup` plans are uniform under the ceilings. Then the first of so many `proposals` of the sampler that
+    is unseen and under the ceilings is suggested, or else what `otherwise` gives. None if there is none left.
+
+    `replay`: whether the sampler keeps more in a study than trials, as a genetic algorithm does its generations. Then
+    the past is walked through with it, in order of the numbers; without, only the trials are given.
+    """
+
+    sampler: Callable[..., BaseSampler]
+    startup: int = 10
+    proposals: int = 32
+    replay: bool = True
+    _past: list["_Past"] = field(default_factory=list, init=False, repr=False, compare=False)
+    """A cache: the study of the last suggestion, to go on with."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sampler, BaseSampler):
+            name = type(self.sampler).__name__
+            raise FnetError(f"a sampler is made for each suggestion; give the class, as in SamplerPolicy({name})")
+
+    def suggest(self, history: History) -> FactorizationPlan | None:
+        space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
+        if sum(one.state == "complete" for one in _candidates(history)) < self.startup:
+            return sample_plan(space, constraints, seen, rng)
+        for plan in self.proposed(history, int(rng.integers(2**31))):
+            if plan not in seen and not constraints.refusal(plan_cost(space, plan)):
+                return plan
+        return self.otherwise(history)
+
+    def proposed(self, history: History, seed: int) -> Iterator[FactorizationPlan]:
+        """What the sampler proposes with this seed, whatever it may be."""
+        with self.study(history, seed) as study:
+            for _ in range(self.proposals):
+                plan = plan_of(history.space, study.ask(distributions(history.space)).params)
+                assert plan is not None
+                yield plan
+
+    def otherwise(self, history: History) -> FactorizationPlan | None:
+        """A plan drawn uniformly from those that are unseen and under the ceilings, where no proposal is."""
+        rng = history.rng
+        rng.integers(2**31)  # the sampler's seed
+        return sample_plan(history.space, history.constraints, history.seen, rng)
+
+    @contextmanager
+    def study(self, history: History, seed: int) -> Iterator[optuna.Study]:
+        """The history as a study in memory, with a sampler of this seed.
+
+        The cache is taken out meanwhile: another thread makes a study of its own.
+        """
+        candidates, past = _candidates(history), None
+        with suppress(IndexError):
+            past = self._past.pop()
+        if past is None or not past.begins(history, candidates):
+            past = _Past(history.space, history.constraints, _study(InMemoryStorage()))
+        _end(past.study)
+        for one in candidates[len(past.evaluations) :]:
+            past.take(one, self.sampler(seed=one.number) if self.replay else None)
+        study = _study(copy.deepcopy(past.study._storage)) if self.replay else past.study
+        study.sampler = self.sampler(seed=seed)
+        for plan in history.running:
+            trial = _fixed(study, history.space, plan)
+            if self.replay:
+                _ = trial.relative_params
+        try:
+            yield study
+        finally:
+            self._past[:] = [past]
+
+
+@dataclass
+class _Past:
+    """The `evaluations` that are in a study."""
+
+    space: Macroarchitecture
+    constraints: Constraints
+    study: optuna.Study
+    evaluations: tuple[Evaluation, ...] = ()
+
+    def begins(self, history: History, candidates: tuple[Evaluation, ...]) -> bool:
+        same = self.space == history.space and self.constraints == history.constraints
+        return same and candidates[: len(self.evaluations)] == self.evaluations
+
+    def take(self, one: Evaluation, sampler: BaseSampler | None) -> None:
+        """One more; as if `sampler` had proposed it, where one is given."""
+        self.evaluations += (one,)
+        value, state = value_and_state(one, self.constraints.metric)
+        violations = {name: max(0.0, value) for name, value in self.constraints.of(one).items()}
+        if sampler is None:
+            trial = create_trial(
+                value=(one.accuracies or (None,))[-1] if state is TrialState.PRUNED else value,
+                state=state,
+                params=parameters(self.space, one.plan),
+                distributions=distributions(self.space),
+                intermediate_values=dict(enumerate(one.accuracies, 1)),
+                constraints=violations,
+            )
+            self.study.add_trial(trial)
+            return
+        self.study.sampler = sampler
+        walked = _fixed(self.study, self.space, one.plan)
+        _ = walked.relative_params
+        for epoch, accuracy in enumerate(one.accuracies, 1):
+            walked.report(accuracy, epoch)
+        for name, violation in violations.items():
+            walked.set_constraint(name, violation)
+        self.study.tell(walked, *((value, state) if state is TrialState.COMPLETE else (None, state)))
+
+
+def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPlan) -> optuna.Trial:
+    """A running trial with the rates of a plan."""
+    study.enqueue_trial(parameters(space, plan))
+    return study.ask(distributions(space))
+
+
+def _candidates(history: History) -> tuple[Evaluation, ...]:
+    """What a sampler is told of: not of the reference, which is above the ceilings, nor of what has no value."""
+
+    def told(one: Evaluation) -> bool:
+        value, state = value_and_state(one, history.constraints.metric)
+        known = value is not None if state is TrialState.COMPLETE else state is not TrialState.FAIL
+        return one.role == "candidate" and known
+
+    return tuple(filter(told, history.evaluations))
+
+
+def _study(storage: BaseStorage) -> optuna.Study:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        return optuna.create_study(storage=storage, study_name="history", direction="maximize", load_if_exists=True)
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _end(study: optuna.Study) -> None:
+    """Samplers do not look at failed trials: the study holds the history alone again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -1,0 +1,284 @@
+"""Where studies and their files are kept: Optuna storages by URL, the journal file of a run folder, artifact stores.
+
+A storage on another machine may be out of reach for a while: calls are made again until it answers.
+"""
+
+import re
+import sqlite3
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import optuna
+from filelock import FileLock
+from optuna.artifacts import Backoff, Boto3ArtifactStore, FileSystemArtifactStore, GCSArtifactStore
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+from fnet_search.base.errors import FnetError, first_line
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore
+
+PATIENCE = 600.0
+"""Seconds that a storage may be out of reach before work on its study ends."""
+PAUSE = 2.0
+"""Seconds between two attempts to reach it."""
+TIMEOUT = 30
+"""Seconds after which a silent connection to PostgreSQL or MySQL counts as lost."""
+CREATING = 10
+"""Attempts to open a data base whose tables are just being created."""
+
+WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
+
+
+def masked(url: str) -> str:
+    """A storage URL without its password, for people and files."""
+    hidden = re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(r"(?i)((?:password|passwd)=)[^&]*", r"\1***", hidden)
+
+
+def open_url(url: str, new: bool = True) -> BaseStorage:
+    """The storage behind a URL: one of SQLAlchemy's (``optuna.storages.RDBStorage``), ``grpc://host:port``
+    (``GrpcStorageProxy``) or ``journal:PATH``, a journal file that several processes share; `new`: its file is made.
+    Raises FnetError, without the password, for one that cannot be opened."""
+    try:
+        file = re.fullmatch(r"(?:journal:|sqlite(?:\+\w+)?:///)([^?]+)(?:\?.*)?", url)
+        if file is not None and not new and not Path(file[1]).is_file():
+            raise FileNotFoundError(f"the file {file[1]} does not exist")
+        if url.startswith("journal:"):
+            return _shared_journal(Path(url.removeprefix("journal:")))
+        return _patient(_grpc(url) if url.startswith("grpc://") else optuna.storages.get_storage(_rdb(url)))
+    except Exception as error:  # whatever SQLAlchemy, its drivers and gRPC raise for a bad URL
+        reason = _without_password(first_line(error), url)
+        raise FnetError(f"cannot open storage {masked(url)} ({reason}); {WANTED}") from None
+
+
+def _without_password(text: str, url: str) -> str:
+    """What is said about a URL, by others who may quote it."""
+    text = text.replace(url, masked(url))
+    for secret in re.findall(r"(?<=://)[^:/@]*:(.+)@", url):
+        text = text.replace(secret, "***").replace(unquote(secret), "***")
+    return text
+
+
+def _rdb(url: str) -> RDBStorage:
+    """Connections are looked at before they are used, and given up where nothing comes back."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    limits: dict[str, Any] = {}
+    if url.startswith(("postgresql", "postgres")):
+        alive = {"keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 4}
+        limits = {"connect_timeout": 10, "tcp_user_timeout": 1000 * TIMEOUT, **alive}
+    elif url.startswith("mysql"):
+        limits = {"connect_timeout": 10, "read_timeout": TIMEOUT, "write_timeout": TIMEOUT}
+    attempt = 1
+    while True:
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
+        except SQLAlchemyError as error:  # two processes create its tables at the same time
+            if attempt == CREATING or not re.search(r"(?i)already exists|duplicate", str(error)):
+                raise
+        attempt += 1
+        time.sleep(0.5)
+
+
+def _grpc(url: str) -> BaseStorage:
+    address = re.fullmatch(r"grpc://([^:/]+|\[[^\]]+\]):(\d{1,5})/?", url)
+    if address is None:
+        raise ValueError("no host and port")
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        proxy = GrpcStorageProxy(host=address[1], port=int(address[2]))
+    proxy.wait_server_ready(timeout=10)
+    return proxy
+
+
+# A storage that is out of reach for a while
+
+
+def _patiently(name: str) -> Callable[..., Any]:
+    def call(self: "_Patient", *args: Any, **kwargs: Any) -> Any:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return getattr(self.storage, name)(*args, **kwargs)
+            except Exception as error:
+                if not _unreachable(error):
+                    raise
+                if time.monotonic() > until:
+                    raise FnetError(f"the storage has been out of reach for {PATIENCE:.0f} s: {_line(error)}") from None
+                self.tell(f"the storage is out of reach, trying again ({_line(error)})")
+            time.sleep(PAUSE)
+
+    return call
+
+
+class _Patient:
+    """Every method of a storage (`BaseStorage`), made again while it is out of reach.
+
+    A call whose answer was lost may take effect twice: attributes and states are then set to the same again, a second
+    trial is seen as that (`leases`).
+    """
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self.storage = storage
+        self.tell: Callable[[str], None] = lambda text: None
+        """Told of each attempt that failed."""
+
+
+_methods = {name: _patiently(name) for name in dir(BaseStorage) if not name.startswith("_")}
+_PatientStorage = type("_PatientStorage", (_Patient, BaseStorage), _methods)
+
+
+def _patient(storage: BaseStorage) -> BaseStorage:
+    found: BaseStorage = _PatientStorage(storage)
+    return found
+
+
+def telling(storage: BaseStorage, tell: Callable[[str], None]) -> None:
+    """Has `tell` told when a storage is out of reach."""
+    if isinstance(storage, _Patient):
+        storage.tell = tell
+
+
+def _line(error: BaseException) -> str:
+    return first_line(error.__cause__ or error)
+
+
+def _unreachable(error: Exception) -> bool:
+    """Whether a storage could not be reached (or, of SQLite, is busy): no fault of what was asked of it."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    cause = error.__cause__ or error
+    if isinstance(cause, InterfaceError | OperationalError):
+        return not isinstance(cause.orig, sqlite3.Error) or "locked" in str(cause)
+    code = getattr(error, "code", None)  # of a grpc.RpcError, whose package is an extra
+    return callable(code) and getattr(code(), "name", "") in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+# Journal files
+
+
+def open_journal(journal: Path) -> BaseStorage:
+    """The journal file of a run folder whose lock is held.
+
+    A torn last line is cut off, and the lock of a process that was killed is dropped. Raises FnetError for a file of
+    something else.
+    """
+    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
+    _cut_torn(journal)
+    return _journal(journal, _Journal(str(journal)))
+
+
+def read_journal(journal: Path) -> BaseStorage:
+    """A journal file to look at: it stays as it is. Raises FnetError where it is missing, or something else."""
+    if not journal.is_file():
+        raise FnetError(f"cannot read journal {journal}: there is no such file")
+    return _journal(journal, JournalFileBackend(str(journal)))
+
+
+def _shared_journal(journal: Path) -> BaseStorage:
+    if not journal.parent.is_dir():
+        raise FileNotFoundError(f"the folder {journal.parent} does not exist")
+    return _journal(journal, _SharedJournal(str(journal)))
+
+
+def _journal(path: Path, backend: JournalFileBackend) -> BaseStorage:
+    try:
+        return JournalStorage(backend)
+    except Exception as error:  # whatever Optuna raises for lines that it did not write
+        raise FnetError(f"cannot read journal {path}: {type(error).__name__}: {error}") from None
+
+
+def _cut_torn(journal: Path) -> None:
+    """What a process that was killed had begun to write is no line. Raises FnetError for a file of something else, of
+    which nothing would be left."""
+    with journal.open("a+b") as opened:
+        end = opened.seek(0, 2)
+        opened.seek(max(0, end - 1))
+        if opened.read(1) not in (b"", b"\n"):
+            opened.seek(0)
+            content = opened.read()
+            whole = content.rfind(b"\n") + 1
+            if not whole and not content.startswith(b"{"):
+                raise FnetError(f"cannot read journal {journal}: it is something else")
+            opened.truncate(whole)
+
+
+class _Journal(JournalFileBackend):
+    """A journal file in which what is recorded `together` is one write, or none where that fails."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._held: list[dict[str, Any]] | None = None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is None:
+            super().append_logs(logs)
+        else:
+            self._held += logs
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        held = self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+        self.append_logs(held)
+
+
+class _SharedJournal(JournalFileBackend):
+    """A journal file that several processes write to, any of which may be killed.
+
+    The system drops the lock of a process that is gone at once; Optuna's own, which stays behind, is taken as well, for
+    others that write to the file (the Optuna dashboard).
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, JournalFileSymlinkLock(path, grace_period=3))
+        self._alone = FileLock(f"{path}.flock")
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._alone:
+            _cut_torn(Path(self._file_path))
+            with suppress(RuntimeError):  # it was taken for dead, held up while it wrote
+                super().append_logs(logs)
+
+
+@contextmanager
+def together(storage: BaseStorage) -> Iterator[None]:
+    """Attributes that are set meanwhile reach the journal of a run folder in one write: each is synced to the disk,
+    which takes milliseconds on some. They cannot be read before."""
+    journal = getattr(storage, "_backend", None)
+    with journal.together() if isinstance(journal, _Journal) else nullcontext():
+        yield
+
+
+def has_study(storage: BaseStorage, name: str) -> bool:
+    return name in optuna.get_all_study_names(storage)
+
+
+# Artifact stores
+
+
+def open_artifacts(where: str) -> "ArtifactStore":
+    """A shared folder, ``s3://bucket`` (``optuna.artifacts.Boto3ArtifactStore``) or ``gs://bucket``
+    (``GCSArtifactStore``), with the credentials that their libraries find. Raises FnetError for one that is not there.
+    """
+    kind, remote, bucket = where.partition("://")
+    try:
+        if not remote:
+            folder = Path(where).expanduser().resolve()
+            folder.mkdir(exist_ok=True)
+            return FileSystemArtifactStore(folder)
+        if kind not in ("s3", "gs") or not bucket:
+            raise ValueError("it is neither a folder nor s3://BUCKET nor gs://BUCKET")
+        return Backoff(Boto3ArtifactStore(bucket) if kind == "s3" else GCSArtifactStore(bucket))
+    except Exception as error:  # whatever the clients of the stores raise
+        raise FnetError(f"cannot open artifact store {where}: {_line(error)}") from None

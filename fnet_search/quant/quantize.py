@@ -1,0 +1,60 @@
+"""From a folded network and its activation ranges to the integer one: rules 2 and 17 of docs/quint8.md."""
+
+from collections.abc import Mapping
+from math import inf
+
+from fnet_search.arch.layers import Activation, Conv, Dense
+from fnet_search.arch.macroarchitecture import Node
+from fnet_search.base.errors import FnetError
+from fnet_search.quant.fold import FoldedNetwork
+from fnet_search.quant.quant_params import QuantParams, degenerate, quant_params
+from fnet_search.quant.quantized_layer import quantize_layer
+from fnet_search.quant.ranges import TensorStats, carriers
+from fnet_search.quant.simulator import QuantizedNetwork
+
+BOUNDS: Mapping[str, tuple[float, float]] = {"relu6": (0, 6), "hardsigmoid": (0, 1), "sigmoid": (0, 1), "tanh": (-1, 1)}
+"""What bounded functions lie between."""
+
+
+def quantize(
+    folded: FoldedNetwork,
+    stats: Mapping[str, TensorStats],
+    per_channel: bool = False,
+    like: QuantizedNetwork | None = None,
+) -> QuantizedNetwork:
+    """The integer network of a folded one, with activation ranges from `ranges.calibrate`.
+
+    `like`: one of the same folded network with other ranges; codes of weights that are the same are shared with it.
+    """
+    carrier = carriers(folded.network)
+    params = {name: _activation_params(folded.network.by_name.get(name), tensor) for name, tensor in stats.items()}
+    layers = {}
+    for node in folded.network.order:
+        if isinstance(node.layer, Conv | Dense):
+            source = params[carrier[node.inputs[0]]]
+            weight, bias = folded.weight[node.name], folded.bias[node.name]
+            known = None if like is None else like.layers[node.name]
+            try:
+                layers[node.name] = quantize_layer(weight, bias, source, per_channel, known)
+            except FnetError as error:
+                raise FnetError(f"layer {node.name!r}: {error}") from None
+    return QuantizedNetwork(folded.network, params, layers)
+
+
+def _activation_params(node: Node | None, stats: TensorStats) -> QuantParams:
+    """Rules 2 and 17: a range ends where the function that gives the tensor does. One that was zero over all samples
+    has the whole range of a function bounded from above: with the step 1 of rule 2 its codes would go beyond that."""
+    low, high = stats.low, stats.high
+    if node is not None and isinstance(node.layer, Activation):
+        least, most = _bounds(node.layer)
+        if degenerate(low, high) and most < inf:
+            low, high = (least if least > -inf else low), most
+        low, high = max(low, least), min(high, most)
+    return quant_params(low, high)
+
+
+def _bounds(layer: Activation) -> tuple[float, float]:
+    """What a function lies between."""
+    if layer.low is not None and layer.high is not None:
+        return layer.low, layer.high
+    return BOUNDS.get(layer.function, (-inf, inf))

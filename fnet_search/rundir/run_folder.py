@@ -1,0 +1,367 @@
+"""The run folder: what a search leaves on disk. Every file is whole or not there.
+
+config.json        the resolved configuration, with versions
+journal.log        the Optuna study (unless another storage was given)
+artifacts/         files attached to the study and its trials
+candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
+timings.csv        seconds a candidate took
+probes.csv         where the policy asked for them: one row a layer and rate
+choices.csv        where the policy can say why: the winner's layers, and the steps to the next rates
+front.csv          and the best plan at every budget, as the policy expects it
+candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
+candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
+best/              the winner's files, confusion.csv, model.onnx, and test.json where there are test images
+figures/, report.html
+"""
+
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from socket import gethostname
+from tempfile import TemporaryFile
+from typing import Any
+from uuid import uuid4
+
+from filelock import FileLock, Timeout
+from onnx import ModelProto
+
+from fnet_search.arch.plan import plan_toml
+from fnet_search.base.errors import FnetError
+from fnet_search.base.files import read_json, write_json, write_text
+from fnet_search.base.version import __version__
+from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
+from fnet_search.deploy.export import MODEL, write_model
+from fnet_search.policy.constraints import Constraints
+from fnet_search.policy.evaluation import HELD_OUT, Audit, Evaluation, Probes
+from fnet_search.policy.explanation import Explanation
+from fnet_search.policy.ranking import ranking
+from fnet_search.report import class_balance as balance
+from fnet_search.report.csv_tables import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
+from fnet_search.training.numerics import Numerics
+
+KEPT = 3
+"""So many of the best candidates keep their weights."""
+PROMOTED = "promoted"
+"""A file that marks a network quantized otherwise which may win as the candidates may."""
+
+_RECORDED = {
+    **dict.fromkeys(("space", "dataset", "policy", "scheme", "split"), str),
+    **dict.fromkeys(("recipe", "constraints", "data", "numerics"), dict),
+    "seed": int,
+}
+"""What a configuration must have."""
+_DATA = {"fingerprint", "classes", "mean", "std"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The study's: what the folder was called when the run began, so that it may be moved."""
+        recorded = self.config() if self.config_path.is_file() else {}
+        return str(recorded.get("study", self.path.resolve().name))
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.log"
+
+    @property
+    def artifacts(self) -> Path:
+        folder = self.path / "artifacts"
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def confusion(self) -> Path:
+        """What the winner takes for what, on the images that `read_test` is of."""
+        return self.best / "confusion.csv"
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    def candidate(self, number: int) -> Path:
+        return self.path / "candidates" / f"{number:03d}"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here. Raises FnetError for a folder of something else."""
+        if self.config_path.is_file():
+            return True
+        if self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
+            raise FnetError(f"{self.path} exists and is not a run folder; choose another --out")
+        return False
+
+    def _foreign(self) -> Iterator[Path]:
+        return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
+
+    def config(self) -> dict[str, Any]:
+        """The recorded configuration, with what earlier versions left out. Raises FnetError where there is none."""
+        if not self.config_path.is_file():
+            raise FnetError(f"{self.path} is not a run folder: it has no config.json")
+        config = read_json(self.config_path)
+        if not isinstance(config, dict):
+            raise FnetError(f"{self.config_path} is not the configuration of a run")
+        for key, kind in _RECORDED.items():
+            if not isinstance(config.get(key), kind):
+                raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
+        proper = {
+            "data": config["data"].keys() >= _DATA,
+            "constraints": config["constraints"].keys() <= vars(Constraints()).keys(),
+            "numerics": _are_numerics(config["numerics"]),
+        }
+        for key, is_proper in proper.items():
+            if not is_proper:
+                raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
+        earlier = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
+        return {**config, "data": {**earlier, **config["data"]}}
+
+    @property
+    def writable(self) -> bool:
+        """Tried, since neither permissions nor root's rights tell of a file system that is only to be read."""
+        try:
+            with TemporaryFile(dir=self.path):
+                return True
+        except OSError:
+            return False
+
+    @contextmanager
+    def locked_if_writable(self) -> Iterator[bool]:
+        """`locked`, where the folder can be written; gives whether it can."""
+        if self.writable:
+            with self.locked():
+                yield True
+        else:
+            yield False
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process, and clears away what a killed one was writing.
+
+        Raises FnetError where another process has it, or it cannot be written.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise FnetError(
+                f"{self.path} is in use by another fnet-search process; wait for it, or name another run folder"
+            ) from None
+        except OSError as error:
+            raise FnetError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            for unfinished in self.path.rglob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        write_json(self.config_path, {"study": self.name, **config, "versions": versions()})
+
+    @property
+    def worker(self) -> str:
+        """What a process that works here is called among those that share its study; made up at first. A copy of the
+        folder has another name."""
+        path, place = self.path / ".worker", f"{gethostname()}:{self.path.resolve()}"
+        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if known[1:] != [place]:
+            known = [f"{gethostname()}-{uuid4().hex[:8]}", place]
+            write_text(path, "\n".join(known) + "\n")
+        return known[0]
+
+    def write_candidates(self, lines: Mapping[int, str]) -> None:
+        """From the `report.candidate_line` of every candidate, by number."""
+        write_text(self.path / "candidates.csv", candidates_csv(lines))
+
+    def listed(self) -> set[int]:
+        """Numbers of the candidates in candidates.csv, as far as it can be read."""
+        path = self.path / "candidates.csv"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        return {int(line.partition(",")[0]) for line in lines if line.partition(",")[0].isdecimal()}
+
+    def write_timings(self, seconds: Mapping[int, float]) -> None:
+        lines = [f"{number},{seconds[number]}\n" for number in sorted(seconds)]
+        write_text(self.path / "timings.csv", "".join(["number,seconds\n", *lines]))
+
+    def write_probes(self, probes: Probes) -> Path:
+        path = self.path / "probes.csv"
+        write_text(path, probes_csv(probes))
+        return path
+
+    def write_explanation(self, explanation: Explanation) -> list[Path]:
+        choices, front = self.path / "choices.csv", self.path / "front.csv"
+        write_text(choices, choices_csv(explanation))
+        write_text(front, front_csv(explanation))
+        return [choices, front]
+
+    def requantized(self, number: int) -> list[Path]:
+        """Folders of a candidate's network quantized otherwise, each called after its scheme."""
+        return sorted(path.parent for path in self.candidate(number).glob("*/evaluation.json"))
+
+    @property
+    def promoted(self) -> tuple[Evaluation, ...]:
+        """Of the networks that were quantized otherwise, those that may win. Raises FnetError as `read_evaluation`."""
+        marks = sorted(self.path.glob(f"candidates/[0-9]*/*/{PROMOTED}"))
+        return tuple(read_evaluation(mark.with_name("evaluation.json")) for mark in marks)
+
+    def codes(self, evaluation: Evaluation) -> Path:
+        """The folder with the codes of a candidate, or of one that was promoted."""
+        own = self.candidate(evaluation.number)
+        other = scheme_folder(own, evaluation.scheme)
+        return other if (other / PROMOTED).is_file() else own
+
+    def audits(self) -> dict[int, Audit]:
+        """Audits in the candidates' files, by number: those of winners came after their evaluations were recorded.
+
+        Raises FnetError, naming the file, for one that is broken.
+        """
+        paths = [*self.path.glob("candidates/[0-9]*/evaluation.json"), *self.path.glob("best/evaluation.json")]
+        found = [read_evaluation(path) for path in paths]
+        return {one.number: one.audit for one in found if one.audit is not None}
+
+    def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
+        """Everything about a candidate but its weights; returns the files worth looking at."""
+        folder = folder or self.candidate(evaluation.number)
+        write_text(folder / "plan.toml", plan_toml(evaluation.plan))
+        write_json(folder / "evaluation.json", evaluation.to_json())
+        write_text(folder / "layers.csv", layers_csv(evaluation))
+        return [folder / "layers.csv", folder / "plan.toml"]
+
+    def prune(
+        self,
+        evaluations: tuple[Evaluation, ...],
+        constraints: Constraints,
+        parents: Iterable[int] = (),
+        among: Collection[int] | None = None,
+        searching: bool = True,
+    ) -> set[int]:
+        """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept`.
+
+        Kept too are the weights of `parents`, and of candidates that were quantized otherwise. `among`: numbers of
+        those that may have any; None: it is not known. Returns what to give next time, but for new ones.
+        """
+        needed = kept(evaluations, constraints, searching).union(parents)
+        for number in [one.number for one in evaluations] if among is None else among:
+            folder = self.candidate(number)
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            if number not in needed and not self.requantized(number):
+                (folder / WEIGHTS).unlink(missing_ok=True)
+                (folder / QUANTIZED).unlink(missing_ok=True)
+        return needed
+
+    def write_best(
+        self, winner: Evaluation, test: Evaluation | None, model: ModelProto, confusion: balance.Confusion = ()
+    ) -> None:
+        """Copies the winner's files to ``best/``, with what it reached on the test split, if there is one, and its ONNX
+        file."""
+        fresh = self.path / ".best"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        for folder in dict.fromkeys((self.candidate(winner.number), self.codes(winner))):
+            for path in folder.iterdir():
+                if path.is_file() and not path.name.startswith(".") and path.name not in (CHECKPOINT, PROMOTED):
+                    shutil.copyfile(path, fresh / path.name)
+        if test is not None:
+            write_json(fresh / "test.json", test.to_json())
+        if confusion:
+            names = [one.name for one in (test or winner).classes]
+            write_text(fresh / self.confusion.name, balance.confusion_csv(names, confusion))
+        write_model(fresh / MODEL, model)
+        shutil.rmtree(self.best, ignore_errors=True)
+        fresh.rename(self.best)
+
+    def has_best(self, winner: Evaluation) -> bool:
+        """Whether ``best/`` has the files of this very network."""
+        return self._best(winner, "evaluation.json") is not None and (self.best / MODEL).is_file()
+
+    def read_test(self, winner: Evaluation) -> Evaluation | None:
+        """The winner's test result, if this very network was measured before."""
+        return self._best(winner, "test.json")
+
+    def _best(self, winner: Evaluation, name: str) -> Evaluation | None:
+        path = self.best / name
+        if not path.is_file():
+            return None
+        try:
+            found = read_evaluation(path)
+        except FnetError:  # broken: it can be measured again
+            return None
+        return found if _same(found, winner) else None
+
+
+def _same(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two evaluations are of one quantized network."""
+    facts = [(each.number, each.plan, each.seed, each.epochs, each.scheme) for each in (one, other)]
+    return facts[0] == facts[1]
+
+
+def scheme_folder(candidate: Path, scheme: str) -> Path:
+    """Where a candidate's network quantized otherwise is kept; no colon, which some file systems refuse."""
+    return candidate / scheme.replace(":", "-")
+
+
+def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints, searching: bool = True) -> set[int]:
+    """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
+    parents, and all of given plans (not `searching`)."""
+    if not searching:
+        return {one.number for one in evaluations}
+    ranked = ranking(evaluations, constraints)
+    candidates = [one.number for one in ranked if one.role == "candidate"][:KEPT]
+    finals = [one.number for one in ranked if one.role == "final"][:1]
+    others = [one.number for one in evaluations if one.role == "reference"]
+    parents = [one.parent for one in evaluations if one.parent is not None]
+    return {*candidates, *finals, *others, *parents}
+
+
+def _are_numerics(facts: dict[str, Any]) -> bool:
+    try:
+        Numerics.from_json(facts)
+    except TypeError:
+        return False
+    return True
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Raises FnetError, naming the file, where it is missing or not an evaluation."""
+    try:
+        return Evaluation.from_json(read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FnetError(f"{path} is not the evaluation of a candidate") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"fnet-search": __version__}
+    for package in ("torch", "torchvision", "optuna", "numpy", "onnx", "onnxruntime"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # torch under another distribution name
+            found[package] = "unknown"
+    return found
+
+
+def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
+    """What differs between two configurations, key by key, as ``seed: 0 recorded, 1 wanted``."""
+    found = []
+    for key in wanted:
+        name = f"{path}{key}"
+        old, new = recorded.get(key), wanted[key]
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{name}.")
+        elif old != new:
+            short = [f"{value!r}"[:60] for value in (old, new)]
+            found.append(name if "\n" in f"{old}{new}" else f"{name}: {short[0]} recorded, {short[1]} wanted")
+    return found

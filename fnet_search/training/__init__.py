@@ -1,0 +1,5 @@
+"""Data sets, recipes, networks as torch modules, numerics, the training loop, and the warm start from a parent.
+
+Comes in: What makes float weights. No quantization, no search.
+Read first: `train.py`.
+"""

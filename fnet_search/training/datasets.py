@@ -1,0 +1,317 @@
+"""Data sets as uint8 tensors in memory, in the shape of the space's input; splits; batched augmentation."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from os.path import isdir
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor
+
+from fnet_search.base.errors import FnetError, first_line, unknown
+from fnet_search.policy.evaluation import HELD_OUT, SplitName
+from fnet_search.training.imagefolder import (
+    Progress,
+    Samples,
+    first_size,
+    list_folder,
+    read_images,
+    samples,
+    validation_folder,
+)
+from fnet_search.training.recipe import Augmentation
+from fnet_search.training.weights import read_tensors, write_tensors
+
+LARGEST = 224
+"""Pixels a side, where nobody says how many."""
+FOLDER = "imagefolder:"
+NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", f"{FOLDER}PATH")
+
+
+Batches = Callable[[], Iterator[Tensor]]
+"""Gives samples, normalised [N, C, H, W], anew at each call."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images` uint8 [N, C, H, W], `labels` int64 [N]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, chosen: Tensor) -> "Split":
+        return Split(self.images[chosen], self.labels[chosen])
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels in order, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.images[start : start + size], self.labels[start : start + size]
+
+    def to(self, device: str) -> "Split":
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """`mean` and `std` are per channel, of the training images in [0, 1].
+
+    `evaluation` is what candidates are compared on: the validation split in a search, the test split in a study of
+    fixed plans. A folder of images may have no test images: `test` is empty then.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    evaluation: Split
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flips: bool
+    """Whether a mirrored image keeps its class."""
+    validation: str | None = None
+    """What `evaluation` is: the folder of its images, in that of the data set relative to it, or HELD_OUT; None: the
+    test split."""
+    unreadable: tuple[str, ...] = ()
+    """Files that were left out, with the reasons."""
+
+    @property
+    def has_test(self) -> bool:
+        return len(self.test) > 0
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
+        mean, std = (_on(values, images.device) for values in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    def to(self, device: str) -> "DataSet":
+        test = self.test.to(device)
+        evaluation = test if self.evaluation is self.test else self.evaluation.to(device)
+        return replace(self, train=self.train.to(device), evaluation=evaluation, test=test)
+
+    def save(self, path: Path) -> None:
+        """Writes everything to one safetensors file; `read_dataset` reads it."""
+        splits = {"train": self.train, "test": self.test}
+        if self.evaluation is not self.test:
+            splits["evaluation"] = self.evaluation
+        tensors = {
+            f"{name}.{part}": getattr(split, part) for name, split in splits.items() for part in ("images", "labels")
+        }
+        facts = {"name": self.name, "classes": self.classes, "mean": self.mean, "std": self.std, "flips": self.flips}
+        write_tensors(path, tensors, {"facts": json.dumps(facts)})
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all images and labels, first 16 hex digits."""
+        digest = hashlib.sha256()
+        for split in (self.train, self.evaluation, self.test):
+            digest.update(split.images.contiguous().numpy().data)
+            digest.update(split.labels.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[1, C, 1, 1], sent to a device once."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def read_dataset(path: Path) -> DataSet:
+    """Inverse of `DataSet.save`."""
+    tensors, metadata = read_tensors(path)
+    facts = json.loads(metadata["facts"])
+    train, test, evaluation = (
+        Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) if f"{name}.images" in tensors else None
+        for name in ("train", "test", "evaluation")
+    )
+    assert train is not None
+    assert test is not None
+    evaluation = test if evaluation is None else evaluation
+    classes, mean, std = (tuple(facts[name]) for name in ("classes", "mean", "std"))
+    return DataSet(facts["name"], classes, train, evaluation, test, mean, std, facts["flips"])
+
+
+def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
+    """The size that images of a data set have, (C, H, W), for a network that takes any: of a folder that of its first
+    image, upright, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large."""
+    root = _root(name)
+    width, height = (None if root is None else first_size(root)) or ({"fashion-mnist": 28}.get(name, 32),) * 2
+    return channels, min(height, LARGEST), min(width, LARGEST)
+
+
+def _root(name: str) -> Path | None:
+    """The folder of an image folder; None: another data set."""
+    return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
+
+
+def load_dataset(
+    name: str,
+    input_shape: tuple[int, int, int],
+    folder: Path = Path("data"),
+    download: bool = False,
+    progress: Progress = lambda done, total: None,
+    split: SplitName = "test",
+    validation: str | None = None,
+    skip_unreadable: bool = False,
+) -> DataSet:
+    """A data set in the shape of a space's input, with that `split` as `evaluation`.
+
+    `folder` is where torchvision's data sets lie. The validation split is what lies in the folder `validation`
+    (absolute, or in that of the data set), else in ``val/`` of an image folder, else, or for HELD_OUT, what `hold_out`
+    takes from the training images.
+
+    Raises FnetError for an unknown name, files that are missing (and `download` not set), unreadable images (naming
+    them) unless they are to be left out, neither test nor own validation images, or a space that takes neither 1 nor 3
+    channels.
+    """
+    if input_shape[0] not in (1, 3):
+        raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
+    root, splits, files = _root(name), dict[str, Split](), dict[str, Samples]()
+    own = validation_folder(root, validation) if split == "validation" else None
+    if root is not None:
+        classes, files = list_folder(root, needs_test=own is None)
+    elif name == "digits":
+        classes, splits["train"], splits["test"] = _digits(input_shape)
+    elif name in NAMES:
+        classes, splits["train"], splits["test"] = _torchvision(name, input_shape, folder, download)
+    elif isdir(name):  # noqa: PTH112 (False of what is too long for a path)
+        raise FnetError(f"unknown data set {name!r}; images in a folder are imagefolder:{name}")
+    else:
+        raise unknown("data set", name, NAMES)
+    if own is not None:
+        files["validation"] = samples(own, classes, f"validation images {own}")
+    read, unreadable = read_images(files, input_shape, progress, skip_unreadable)
+    splits |= {part: Split(torch.from_numpy(images), torch.tensor(labels)) for part, (images, labels) in read.items()}
+    train, mean, std = splits["train"], *_moments(splits["train"].images)
+    test = splits.get("test", train.take(torch.arange(0)))
+    facts = tuple(mean.tolist()), tuple(std.tolist()), name != "digits"
+    data = DataSet(name, classes, train, test, test, *facts, unreadable=unreadable)
+    if split == "test":
+        return data
+    if own is None:
+        return hold_out(data)
+    where = own.relative_to(root) if root is not None and own.is_relative_to(root) else own
+    return replace(data, evaluation=splits["validation"], validation=str(where))
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images [N, C, H, W] in [0, 1], float32 [C].
+
+    From counts of the 256 values: exact, and without a float copy of all images.
+    """
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+    values, number = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
+    mean = (counts * values).sum(1) / number
+    variance = (counts * (values - mean[:, None]).square()).sum(1) / (number - 1).clamp_min(1)
+    return mean.float(), variance.sqrt().clamp_min(1e-3).float()
+
+
+def hold_out(data: DataSet) -> DataSet:
+    """Moves a stratified part of the training images to `evaluation`, a fixed one: 10 %, below 10,000 images 20 %.
+
+    Raises FnetError for a class with fewer than two training images.
+    """
+    fraction = 0.1 if len(data.train) >= 10_000 else 0.2
+    rng = np.random.default_rng(0)
+    held = np.zeros(len(data.train), dtype=bool)
+    labels = data.train.labels.numpy()
+    for index, class_name in enumerate(data.classes):
+        members = np.flatnonzero(labels == index)
+        if len(members) < 2:
+            raise FnetError(f"class {class_name!r} has {len(members)} training images; validation needs at least 2")
+        held[rng.permutation(members)[: max(1, round(fraction * len(members)))]] = True
+    kept = torch.from_numpy(~held)
+    return replace(data, train=data.train.take(kept), evaluation=data.train.take(~kept), validation=HELD_OUT)
+
+
+def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [N, 1 or 3, H, W] to the channels and size of `shape`; bilinear with antialiasing, luma of ITU-R 601."""
+    if images.shape[1] == 3 and shape[0] == 1:
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        images = (images.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
+    images = images.expand(-1, shape[0], -1, -1)
+    if images.shape[2:] != shape[1:]:
+        resized = F.interpolate(images.float(), shape[1:], mode="bilinear", antialias=True)
+        images = resized.round_().clamp_(0, 255).to(torch.uint8)
+    return images.contiguous()
+
+
+def _digits(shape: tuple[int, int, int]) -> tuple[tuple[str, ...], Split, Split]:
+    """scikit-learn's 1,797 scanned digits, 8x8 grey, 0 to 16; a fixed stratified fifth is the test split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    whole = Split(_fit(images, shape), torch.from_numpy(digits.target.astype(np.int64)))
+    train, test = train_test_split(
+        np.arange(len(whole)), test_size=0.2, stratify=digits.target, random_state=0, shuffle=True
+    )
+    chosen = torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(test))
+    return tuple(str(digit) for digit in range(10)), whole.take(chosen[0]), whole.take(chosen[1])
+
+
+def _torchvision(
+    name: str, shape: tuple[int, int, int], folder: Path, download: bool
+) -> tuple[tuple[str, ...], Split, Split]:
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
+    splits = []
+    for train in (True, False):
+        try:
+            part = source(str(folder), train=train, download=download)
+        except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
+            advice = (
+                f"its download failed: {first_line(error)}"
+                if download
+                else "pass --download, or --data-dir where it lies"
+            )
+            raise FnetError(f"data set {name} is not in {folder}/; {advice}") from None
+        images = torch.as_tensor(np.asarray(part.data))
+        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
+        splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))
+    return tuple(part.classes), splits[0], splits[1]
+
+
+def affine_maps(
+    count: int, size: tuple[int, ...], how: Augmentation, flips: bool, generator: torch.Generator
+) -> Tensor:
+    """Random affine changes of `count` images of `size` (H, W), as [count, 2, 3] for `augment`.
+
+    `flips` False leaves mirroring out, for data sets whose classes change under it. `generator` lives on the CPU, so
+    that the draws do not depend on the device.
+    """
+    height, width = size
+    draw = torch.rand(count, 6, generator=generator)
+    angle = (2 * draw[:, 0] - 1) * math.radians(how.rotation)
+    scale = 1 + (2 * draw[:, 1] - 1) * how.zoom
+    mirror = [
+        torch.where(draw[:, 2 + axis] < 0.5, -1.0, 1.0) if wanted and flips else torch.ones(count)
+        for axis, wanted in enumerate((how.horizontal_flip, how.vertical_flip))
+    ]
+    reach_x, reach_y = round(how.shift * width), round(how.shift * height)
+    shift_x = torch.floor(draw[:, 4] * (2 * reach_x + 1)) - reach_x
+    shift_y = torch.floor(draw[:, 5] * (2 * reach_y + 1)) - reach_y
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    # Output to input, in grid_sample's coordinates: [-1, 1] spans each side, so a rotation needs the aspect ratio.
+    return torch.stack(
+        [
+            torch.stack([mirror[0] * cos, -mirror[0] * sin * height / width, 2 * shift_x / width], dim=1),
+            torch.stack([mirror[1] * sin * width / height, mirror[1] * cos, 2 * shift_y / height], dim=1),
+        ],
+        dim=1,
+    )
+
+
+def augment(images: Tensor, maps: Tensor) -> Tensor:
+    """A float batch [N, C, H, W], each image changed by its map [2, 3]; edges reflected (grid_sample, bilinear)."""
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

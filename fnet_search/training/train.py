@@ -1,0 +1,230 @@
+"""Training one candidate. Every random number is a function of (seed, epoch): a training that was cut off and goes on
+from its checkpoint gives, on the CPU, bit for bit the network of one that was not."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from fnet_search.base.errors import FnetError
+from fnet_search.policy.metric import MetricName, score
+from fnet_search.training.datasets import DataSet, Split, affine_maps, augment
+from fnet_search.training.network import Network
+from fnet_search.training.numerics import Numerics
+from fnet_search.training.recipe import Recipe
+from fnet_search.training.weights import read_tensors, write_tensors
+
+
+class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded, not shown as a bug)
+    """The candidate could not be trained or quantized; the message says why and is recorded."""
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Where a candidate stands: in epoch `epoch` (from 1) of `epochs`, or, when `stage` is set, before or after the
+    training."""
+
+    epoch: int
+    epochs: int
+    ended: bool
+    """Whether this epoch has just ended."""
+    done: float
+    """Share of the work done, 0 to 1; what comes after the training included once `evaluate` has passed it on."""
+    loss: float | None
+    """Mean of this epoch so far; None where to read it would hold up a CUDA device."""
+    accuracy: float | None
+    """Of the last epoch that ended, a fraction of 1, by the search's metric; None before."""
+    split: str
+    """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
+    stage: str = ""
+    """What is done before or after the training, as in ``measuring``."""
+
+
+Report = Callable[[TrainingProgress], bool | None]
+"""Takes news of a training; True at the end of an epoch stops it there (multi-fidelity: a hopeless candidate)."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to: accuracy after each epoch, on the split that was watched, as trained."""
+
+    images: int
+    """Trained on, earlier epochs of a resumed training included."""
+    accuracies: tuple[float, ...]
+    stopped: bool = False
+    """By `Report`, before the last epoch."""
+
+
+SETTLING = 1024
+"""Training images for the final BatchNorm statistics."""
+WATCHED = 2000
+"""Images of the validation split, at most, that are looked at after an epoch; `evaluate` measures the end on all."""
+
+
+def train(
+    network: Network,
+    data: DataSet,
+    recipe: Recipe,
+    numerics: Numerics,
+    seed: int,
+    report: Report,
+    checkpoint: Path,
+    key: str,
+    watch: Split | None,
+    metric: MetricName = "accuracy",
+) -> Trained:
+    """Trains in place.
+
+    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`; what it had
+    reached is reported again. `watch` is the split whose accuracy, or what the metric says, is reported after each
+    epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
+    """
+    network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
+    network.speed_up(numerics.fused, numerics.group_widths)
+    optimizer = _optimizer(network, recipe)
+    count = recipe.images(len(data.train))
+    steps = min(math.ceil(count / recipe.batch_size), count // 2)  # no batch of one: BatchNorm
+    accuracies, weights = _resume(network, optimizer, checkpoint, key), class_weights(data, recipe)
+    split = "training" if watch is None else "validation"
+
+    def ended(epoch: int, loss: float | None) -> bool:
+        done, accuracy = (epoch + 1) / recipe.epochs, accuracies[epoch]
+        stop = report(TrainingProgress(epoch + 1, recipe.epochs, True, done, loss, accuracy, split))
+        return bool(stop) and epoch + 1 < recipe.epochs
+
+    for epoch in range(len(accuracies)):
+        if ended(epoch, None):
+            return Trained((epoch + 1) * count, tuple(accuracies[: epoch + 1]), stopped=True)
+    for epoch in range(len(accuracies), recipe.epochs):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(len(data.train), generator=generator)[:count].to(numerics.device)
+        maps = affine_maps(len(order), data.train.images.shape[2:], recipe.augmentation, data.flips, generator)
+        maps = maps.to(numerics.device)
+        network.train()
+        loss_sum = torch.zeros((), device=numerics.device)
+        correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
+        for step, (chosen, theta) in enumerate(zip(order.tensor_split(steps), maps.tensor_split(steps), strict=True)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch * steps + step, steps)
+            batch = data.train.take(chosen)
+            images = augment(data.normalise(batch.images), theta).to(memory_format=numerics.memory_format)
+            with numerics.arithmetic():
+                logits = network(images)
+                loss = _loss(logits.float(), batch.labels, recipe.label_smoothing, weights)
+            optimizer.zero_grad(set_to_none=True)
+            with numerics.arithmetic(autocast=False):
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss_sum += loss.detach()
+            correct += (logits.argmax(1) == batch.labels).sum()
+            if numerics.device == "cpu" or step % 20 == 0:  # on CUDA the host runs ahead: nothing is read back
+                done = (epoch + (step + 1) / steps) / recipe.epochs
+                mean = float(loss_sum) / (step + 1) if numerics.device == "cpu" else None
+                last = accuracies[-1] if accuracies else None
+                report(TrainingProgress(epoch + 1, recipe.epochs, False, done, mean, last, split))
+        if not math.isfinite(float(loss_sum)):
+            raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
+        if epoch + 1 == recipe.epochs:
+            settle(network, data, numerics, seed)
+        seen = float(correct) / count
+        accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics, metric))
+        _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
+        if ended(epoch, float(loss_sum) / steps):
+            return Trained((epoch + 1) * count, tuple(accuracies), stopped=True)
+    return Trained(recipe.epochs * count, tuple(accuracies))
+
+
+def class_weights(data: DataSet, recipe: Recipe) -> Tensor | None:
+    """[classes] float32: N / (K n) for each of the K classes that have any, n, of the N training images. None: all
+    images count alike."""
+    if recipe.class_weights == "none":
+        return None
+    counts = torch.bincount(data.train.labels, minlength=len(data.classes)).float()
+    return (len(data.train) / (counts * (counts > 0).sum())).nan_to_num(posinf=0.0)
+
+
+def _loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    """Mean cross entropy of a batch; each image's times the weight of its class."""
+    if weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return (weights[labels] * F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")).mean()
+
+
+def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
+    decayed = [parameter for parameter in network.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )
+
+
+def settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> None:
+    """BatchNorm statistics anew, from random training images as they are, once the weights rest.
+
+    The running ones lag behind the weights: after the few steps of a short training they are worth nothing.
+    """
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:SETTLING]
+    images = data.train.images[chosen.to(numerics.device)].tensor_split(math.ceil(len(chosen) / 128))
+    batches = (data.normalise(batch).to(memory_format=numerics.memory_format) for batch in images)
+    with numerics.arithmetic():
+        update_bn(batches, network)
+
+
+@torch.no_grad()
+def accuracy(
+    network: nn.Module,
+    data: DataSet,
+    split: Split,
+    numerics: Numerics,
+    metric: MetricName = "accuracy",
+    batch: int = 500,
+) -> float:
+    """Accuracy, or what the metric says, as trained (numerics of the training) on an evenly spread part of a split; for
+    watching only."""
+    network.eval()
+    part = split.take(torch.arange(0, len(split), math.ceil(len(split) / WATCHED), device=numerics.device))
+    images_of = torch.bincount(part.labels, minlength=len(data.classes))
+    right_of = torch.zeros_like(images_of)
+    for images, labels in part.batches(batch):
+        with numerics.arithmetic():
+            logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
+        right_of += torch.bincount(labels[logits.argmax(1) == labels], minlength=len(data.classes))
+    return score(metric, zip(right_of.tolist(), images_of.tolist(), strict=True)) or 0.0
+
+
+def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: dict[str, str]) -> None:
+    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        momentum = optimizer.state[parameter].get("momentum_buffer")
+        if momentum is not None:
+            tensors[f"momentum.{name}"] = momentum
+    write_tensors(path, tensors, metadata)
+
+
+def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) -> list[float]:
+    """Accuracies of the epochs already done: none without a usable checkpoint (a broken one is work to do again, not
+    an error)."""
+    try:
+        tensors, metadata = read_tensors(path)
+    except FnetError:
+        return []
+    weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    shapes, own = ({name: t.shape for name, t in state.items()} for state in (weights, network.state_dict()))
+    if metadata.get("key") != key or shapes != own:
+        return []
+    network.load_state_dict(weights)
+    for name, parameter in network.named_parameters():
+        if (momentum := tensors.get(f"momentum.{name}")) is not None:
+            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+    accuracies: list[float] = json.loads(metadata["accuracies"])
+    return accuracies

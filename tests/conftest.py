@@ -1,6 +1,7 @@
 """The command line as the tests call it."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from fnet_search.cli.main import main
 from tests.support.command_line import SMALL, Result, files_in, process
+from tests.support.shared import made_once
 
 
 @pytest.fixture
@@ -75,8 +77,13 @@ def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A run in its folder, and what it said."""
-    cwd = tmp_path_factory.mktemp("finished")
-    run = process("run", *SMALL, cwd=cwd)
-    out, err = run.communicate()
-    return cwd / "runs" / "tiny-digits-reverse-pyramid-100pct", (run.returncode, out, err)
+    """A run in its folder, by a process with a worker process, and what it said. Copy it before anything is changed."""
+
+    def make(folder: Path) -> None:
+        run = process("run", *SMALL, "--workers", "1", cwd=folder)
+        out, err = run.communicate()
+        (folder / "result.json").write_text(json.dumps([run.returncode, out, err]))
+
+    folder = made_once(tmp_path_factory, "finished", make)
+    code, out, err = json.loads((folder / "result.json").read_text())
+    return folder / "runs" / "tiny-digits-reverse-pyramid-100pct", (code, out, err)

@@ -20,6 +20,7 @@ from tests.support.command_line import files_in
 PLAIN = Machine(workers=1, dtype="float32", fused=False)
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_readme(tmp_path: Path) -> None:
     """As a script, which workers must not run again."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

@@ -234,6 +234,7 @@ def test_repaired(
     tell(case, 0, next(line for line in out.splitlines() if case.message in line))
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, finished: tuple[Path, Result]) -> None:
     """A limit on the size of files stands for it; what was recorded before is still there, and the run goes on."""
 

@@ -528,6 +528,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
     assert kinds[0] == kinds[1], "nothing is left of what was interrupted"
 
 
+@pytest.mark.slow
 def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
     """The host, by SIGKILL: within the training of a child, and of the final one."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "2")
@@ -572,6 +573,7 @@ def last_line(out: str) -> str:
     return out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     """No option but for the size of it: a worker a core, kernels compiled where they are faster."""
     said = []
@@ -594,6 +596,7 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     assert said[0][-1].startswith("winner: candidate ")
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
 def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def faults(storage: str, out: Path) -> dict[str, str]:
     return {line[:52].strip(): line[52:].strip() for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "database", "grpc"])
 def test_workers_that_are_killed_lose_nothing(storage: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     rows = faults("journal" if storage == "journal" else request.getfixturevalue(storage), tmp_path / "faults")
@@ -87,6 +88,7 @@ def test_workers_that_are_killed_lose_nothing(storage: str, request: pytest.Fixt
 ASKED = ("--space", "tiny", "--budget", "60%", "--policy", "random", "--epochs", "2", "--trials", "4")
 
 
+@pytest.mark.slow
 def test_a_run_and_a_worker_share_candidates_and_no_password(database: str, tmp_path: Path) -> None:
     """Two processes, one of which is killed and started again."""
     url = ("--storage", database)

@@ -77,6 +77,7 @@ print(torch.get_num_threads())
 """
 
 
+@pytest.mark.slow
 def test_fused_norms_without_a_compiler(tmp_path: Path) -> None:
     """They are left out, and one line where they were asked for."""
     nothing = {"CXX": "/nonexistent", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}

@@ -12,7 +12,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.base.units import counted, counts_meant
 from fnet_search.candidates.job import Setup
-from fnet_search.candidates.workers import cores, how_many
+from fnet_search.candidates.worker_count import cores, how_many
 from fnet_search.engine.display import Display
 from fnet_search.engine.request import Machine, Request, as_json, completed
 from fnet_search.optuna_bridge.storage import has_study, open_url

@@ -3,37 +3,22 @@
 import ctypes
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests run on the same cores
 
-import optuna
 import pytest
 
-from fnet_search.cli.main import main
-from tests.support.command_line import SMALL, Result, files_in, process
+from tests.support.command_line import SMALL, Result, files_in, in_process, process
 from tests.support.shared import made_once
 
 
 @pytest.fixture
-def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command line, run in this process in an empty folder."""
-    handler, verbosity = signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity()
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fnet-search", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return (end.value.code, *capsys.readouterr())
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    optuna.logging.set_verbosity(verbosity)
+    return in_process
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
 from tests.support.command_line import files_in
 
-PLAIN = Machine(workers=1, dtype="float32", fused=False)
+PLAIN = Machine(workers=0, dtype="float32", fused=False)
 
 
 @pytest.mark.slow

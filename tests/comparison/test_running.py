@@ -35,7 +35,7 @@ STUDY = Study(
     compare=("dws",),
     published={"f2": Published(0.9, None, 0.25)},
 )
-PLAIN = Machine("cpu", "float32", 1, False, workers=2)
+PLAIN = Machine("cpu", "float32", 1, False, workers=0)
 
 
 class Notes:

@@ -72,7 +72,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A search on them."""
-    machine = Machine("cpu", "float32", 1, False, workers=1)
+    machine = Machine("cpu", "float32", 1, False, workers=0)
     options = {"policy": "progressive-doubling", "trials": 1, "epochs": 3, "warm_start": False, "machine": machine}
     out = tmp_path_factory.mktemp("run") / "run"
     return search("tiny", f"imagefolder:{images}", budget="100%", min_quint8=0.01, out=out, **options)

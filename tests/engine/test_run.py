@@ -56,7 +56,7 @@ SEARCH = Request(
     seed=3,
     policy_name="random",
     constraints=Constraints(conv_macs=600_000),
-    machine=Machine("cpu", "float32", 1, False, workers=1),
+    machine=Machine("cpu", "float32", 1, False, workers=0),
 )
 RANDOM = Random()
 WARM = replace(SEARCH, fidelity=Fidelity(warm_start=True, warm_epochs=1, prune=True, final_epochs=2))
@@ -97,7 +97,7 @@ class Notes:
 
 
 def go(
-    folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = RANDOM, workers: int = 1
+    folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = RANDOM, workers: int = 0
 ) -> tuple[Outcome, Notes]:
     notes = Notes()
     request = replace(request, machine=replace(request.machine, workers=workers))
@@ -439,7 +439,7 @@ def test_given_plans_are_measured_on_the_test_split_and_more_may_follow(tmp_path
     assert one.audit == Audit(360, 3600, 0, 0)
     assert (outcome.winner, outcome.test) == (None, None)
     assert not (tmp_path / "given" / "best").exists()
-    outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[1:]), workers=2)
+    outcome, notes = go(tmp_path / "given", 1, GIVEN, FixedPlans(plans[1:]))
     assert (notes.begun, notes.started) == ([(2, 1)], [1])
     assert outcome.evaluations[0] == one
     assert [found.plan for found in outcome.evaluations] == list(plans)
@@ -497,7 +497,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     ],
 )
 def test_what_cannot_be_run_leaves_no_folder(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    workers = change.pop("workers", 1)
+    workers = change.pop("workers", 0)
     if change.get("machine") == Machine(dtype="tf32") and torch.cuda.is_available():
         pytest.skip("this machine has what cannot be there")
     with pytest.raises(FnetError, match=message):

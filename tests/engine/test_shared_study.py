@@ -258,7 +258,7 @@ def test_a_configuration_of_another_time_is_refused(begun: tuple[str, Path], mis
 def test_one_configuration_a_study(tmp_path: Path) -> None:
     """Two runs that begin at the same moment under one name."""
     asked = {"budget": "100%", "policy": "reverse-pyramid", "epochs": 1, "trials": 1, "warm_start": False}
-    machine = Machine(dtype="float32", fused=False, workers=1)
+    machine = Machine(dtype="float32", fused=False, workers=0)
     url = f"journal:{tmp_path}/study.log"
     first = search("tiny", **asked, storage=url, out=tmp_path / "a" / "study", machine=machine)  # type: ignore[arg-type]
     assert first.winner is not None

@@ -136,7 +136,7 @@ def test_a_search_for_balanced_accuracy(
     images: Path, fnet: Callable[..., Result], finished: tuple[Path, Result], tmp_path: Path
 ) -> None:
     asked = ("run", *TINY, "--policy", "reverse-pyramid", "--epochs", "1", "--trials", "2", "--no-warm-start")
-    here = ("--workers", "1", "--numerics-of", str(finished[0]), "--dataset", f"imagefolder:{images}", "--out", "run")
+    here = ("--workers", "0", "--numerics-of", str(finished[0]), "--dataset", f"imagefolder:{images}", "--out", "run")
     balanced = ("--metric", "balanced-accuracy", "--class-weights", "balanced")
     code, out, _ = fnet(*asked, *here, *balanced)
     assert code == 0

@@ -516,7 +516,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
     fnet: Callable, tmp_path: Path, stops: tuple[tuple[int, int, str], ...], again: list[str]
 ) -> None:
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "3")
-    arguments += ("--no-warm-start", "--min-quint8", "100%")
+    arguments += ("--no-warm-start", "--min-quint8", "100%", "--scheme", "paper")
     said = {}
     for signum, code, pattern in stops:
         run = process(*arguments, *PLAIN, "--workers", "1", "--out", "stopped", cwd=tmp_path)

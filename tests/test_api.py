@@ -17,6 +17,8 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
 from tests.support.command_line import files_in
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 PLAIN = Machine(workers=0, dtype="float32", fused=False)
 
 

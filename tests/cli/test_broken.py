@@ -21,6 +21,8 @@ import pytest
 from fnet_search.optuna_bridge.storage import open_url
 from tests.support.command_line import PLAIN, SMALL, Result, files_in, remove
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 RUN = ("run", *SMALL, "--out", "run")
 """The command that `finished` is from."""
 WORKER = ("worker", "--storage", "journal:study.log", "--study", "study")

@@ -25,7 +25,7 @@ from tests.support.evaluations import failed, outcome, refused, trained
 
 pytest.importorskip("optuna_dashboard", reason="no dashboard: install fnet-search[dashboard]")
 
-from fnet_search.cli.dashboard import open_dashboard, pareto_figure, study_note, trial_note  # noqa: E402
+from fnet_search.cli.dashboard import open_dashboard, pareto_figure, study_note, trial_note
 
 pytestmark = pytest.mark.slow
 TINY = load_space("tiny")

@@ -22,6 +22,8 @@ from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.deadline import Deadline, TimeUp
 from fnet_search.training.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
 HALF, MINMAX = "percentile:0.5", "minmax"
 STUDY = Study(

@@ -21,6 +21,8 @@ from fnet_search.rundir.recorded_run import metadata, open_run
 from fnet_search.training.datasets import hold_out, load_dataset
 from tests.support.command_line import PLAIN
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 ONE = ("--space", "tiny", "--budget", "100%", "--policy", "progressive-doubling", "--trials", "1", *PLAIN)
 SHORT = (*ONE, "--epochs", "1", "--no-warm-start")
 KINDS = ("exif.jpg", "exif.tif", "grey.png", "rgba.png", "cmyk.jpg", "cmyk.tif", "palette.gif", "clear.png", "la.png")

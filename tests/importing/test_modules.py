@@ -25,6 +25,8 @@ from fnet_search.rundir.run_folder import read_evaluation
 from fnet_search.training.network import pretrained
 from tests.support.command_line import PLAIN, Result
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 MODEL = '''
 """A user's own: a skip connection and a head."""
 import torch

@@ -25,6 +25,8 @@ from fnet_search.rundir.run_folder import read_evaluation
 from tests.support.command_line import SMALL, TINY, Result
 from tests.support.evaluations import trained
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 SPACE = load_space("tiny")
 PETS = ("cat", "dog", "ship")
 COUNTS = {"training": [480, 160, 32], "validation": [120, 40, 8], "test": [300, 100, 40]}

@@ -9,9 +9,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests run on the same cores
 
 import pytest
-from matplotlib.figure import Figure
 
 from tests.support.command_line import SMALL, Result, files_in, in_process, process
+from tests.support.pictures import reports_of_one_picture
 from tests.support.shared import made_once
 
 
@@ -46,10 +46,7 @@ def read_only() -> Iterator[Callable[[Path], None]]:
 @pytest.fixture(scope="module")
 def one_picture() -> Iterator[None]:
     """Reports have one small figure, instead of all, which take seconds: `report/test_figures` looks at those."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            "fnet_search.engine.reporting.figures", lambda outcome: {"accuracy_vs_macs.png": Figure(figsize=(1, 1))}
-        )
+    with reports_of_one_picture():
         yield
 
 

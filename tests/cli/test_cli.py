@@ -412,18 +412,10 @@ def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, 
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
-        ("--seed", "1", "seed: 0 recorded, 1 wanted"),
         ("--epochs", "2", "recipe.epochs: 1 recorded, 2 wanted"),
-        ("--recipe", "paper", "recipe.name: 'quick' recorded, 'paper' wanted"),
-        ("--policy", "tpe", "policy: 'reverse-pyramid' recorded, 'tpe' wanted"),
         ("--budget", "90%", "--budget (conv MACs): 811008 recorded, 729907 wanted"),
-        ("--min-quint8", "0.5", "--min-quint8: None recorded, 0.5 wanted"),
         ("--max-drop", "5%", "--max-drop: None recorded, 0.05 wanted"),
-        ("--max-params", "2M", "--max-params: None recorded, 2000000 wanted"),
         ("--ranges", "minmax", "--scheme: 'auto' recorded, 'minmax' wanted"),
-        ("--dataset", "fashion-mnist", "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
-        ("--space", "factorizenet", "space"),
-        ("--storage", "sqlite:///s.db", "storage: None recorded, 'sqlite:///s.db' wanted"),
         ("--dtype", "bfloat16", "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
     ],
 )

@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 
 from fnet_search.base.errors import FnetError
+from fnet_search.engine.preparation import compare
 from fnet_search.engine.request import Machine
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
 from fnet_search.quant.scheme import parse_scheme
+from fnet_search.report.outcome import Outcome
+from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.recipe import Fidelity
 from tests.support.command_line import files_in
 from tests.support.runs import SEARCH, WARM, go
@@ -30,40 +33,49 @@ pytestmark = pytest.mark.usefixtures("one_picture")
         ({"seed": 4}, "seed: 3 recorded, 4 wanted"),
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
+        ({"dataset": "fashion-mnist"}, "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
         ({"constraints": Constraints(conv_macs=1)}, "--budget (conv MACs): 600000 recorded, 1 wanted"),
         (
-            {"recipe": replace(SEARCH.recipe, batch_size=32)},
-            "recipe.batch_size: 64 recorded, 32 wanted",
+            {"constraints": Constraints(600_000, 2_000_000, 0.5, 0.05, "balanced-accuracy")},
+            "--max-params: None recorded, 2000000 wanted; --min-quint8: None recorded, 0.5 wanted; "
+            "--max-drop: None recorded, 0.05 wanted; --metric: 'accuracy' recorded, 'balanced-accuracy' wanted",
+        ),
+        (
+            {"recipe": replace(SEARCH.recipe, batch_size=32, epochs=2, class_weights="balanced")},
+            "recipe.epochs: 1 recorded, 2 wanted; recipe.batch_size: 64 recorded, 32 wanted; "
+            "--class-weights: 'none' recorded, 'balanced' wanted",
         ),
         ({"fidelity": Fidelity(prune=True)}, "fidelity.prune: False recorded, True wanted"),
-        (
-            {"fidelity": Fidelity(warm_start=True, final_epochs=9)},
-            "fidelity.warm_start: False recorded, True wanted",
-        ),
+        ({"fidelity": Fidelity(True, final_epochs=9)}, "fidelity.warm_start: False recorded, True wanted"),
         ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
-        (
-            {"machine": replace(SEARCH.machine, threads=9)},
-            "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
-        ),
         (
             {"schemes": (parse_scheme("minmax+equalize"),)},
             "--scheme: 'percentile:1' recorded, 'minmax+equalize' wanted",
         ),
         ({"space": load_space("factorizenet")}, "space"),
-        (
-            {"machine": replace(SEARCH.machine, dtype="bfloat16")},
-            "numerics.dtype: 'float32' recorded, 'bfloat16' wanted",
-        ),
         ({"storage": "sqlite:///x.db"}, "storage: None recorded, 'sqlite:///x.db' wanted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_configuration_is_refused(run: Path, change: dict[str, object], named: str) -> None:
-    before = files_in(run)
+def test_another_configuration_is_refused(whole: tuple[Path, Outcome], change: dict[str, object], named: str) -> None:
     with pytest.raises(FnetError) as caught:
-        go(run, request=replace(SEARCH, **change))
+        compare(RunFolder(whole[0]), replace(SEARCH, **change).config())
     same = ", or say --scheme percentile:1" if "schemes" in change else ""
-    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out{same}"
+    assert str(caught.value) == f"{whole[0]} was made with another configuration ({named}); choose another --out{same}"
+
+
+def test_a_run_that_is_refused_stays_as_it_was(run: Path) -> None:
+    """For what was asked for, and for how this machine computes."""
+    before = files_in(run)
+    otherwise = {
+        "seed: 3 recorded, 4 wanted": replace(SEARCH, seed=4),
+        "numerics.dtype: 'float32' recorded, 'bfloat16' wanted": replace(
+            SEARCH, machine=replace(SEARCH.machine, dtype="bfloat16")
+        ),
+    }
+    for named, request in otherwise.items():
+        with pytest.raises(FnetError, match=rf"made with another configuration \({re.escape(named)}\); choose another"):
+            go(run, request=request)
     assert files_in(run) == before
 
 

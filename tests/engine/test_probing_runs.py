@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from fnet_search.rundir.recorded_run import open_run
 from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.deadline import Deadline, TimeUp
 from fnet_search.training.recipe import Fidelity
+from tests.support.pictures import reports_of_one_picture
 from tests.support.runs import TINY, WARM, Notes, go, reported
 
 GUIDED = replace(WARM, policy_name="layer-guided")
@@ -74,7 +76,15 @@ class PulledPlug(Notes):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [1, 9])
+@pytest.fixture
+def one_small_picture() -> Iterator[None]:
+    """`guided` has all of them."""
+    with reports_of_one_picture():
+        yield
+
+
+@pytest.mark.usefixtures("one_small_picture")
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 9])
 def test_a_search_that_was_cut_off_while_probing_ends_the_same(
     guided: tuple[Path, Outcome, list[Event]], tmp_path: Path, after: int
 ) -> None:
@@ -89,6 +99,7 @@ def test_a_search_that_was_cut_off_while_probing_ends_the_same(
         assert (folder / name).read_bytes() == (guided[0] / name).read_bytes()
 
 
+@pytest.mark.usefixtures("one_small_picture")
 def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
     guided: tuple[Path, Outcome, list[Event]], tmp_path: Path
 ) -> None:
@@ -107,6 +118,7 @@ def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
         assert (folder / name).read_bytes() == (guided[0] / name).read_bytes()
 
 
+@pytest.mark.usefixtures("one_small_picture")
 def test_a_report_can_be_made_where_the_policy_is_gone(
     guided: tuple[Path, Outcome, list[Event]], tmp_path: Path
 ) -> None:
@@ -119,6 +131,7 @@ def test_a_report_can_be_made_where_the_policy_is_gone(
     assert "Why this plan" not in (folder / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("one_small_picture")
 def test_from_scratch_the_regular_network_is_trained_to_be_probed(tmp_path: Path) -> None:
     request = replace(GUIDED, fidelity=Fidelity())
     outcome, _ = go(tmp_path / "run", 1, request, LayerGuided())

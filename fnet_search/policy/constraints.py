@@ -127,8 +127,8 @@ def parse_constraints(
         )
     return Constraints(
         conv_macs,
-        None if max_params is None else parse_count(str(max_params), "--max-params"),
-        None if min_quint8 is None else parse_share(str(min_quint8), "--min-quint8"),
-        None if max_drop is None else parse_share(str(max_drop), "--max-drop"),
+        None if max_params is None else parse_count(str(max_params), "max_params"),
+        None if min_quint8 is None else parse_share(str(min_quint8), "min_quint8"),
+        None if max_drop is None else parse_share(str(max_drop), "max_drop"),
         cast(MetricName, metric),
     )

@@ -181,7 +181,7 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
     for options, fault in (
         (
             (),
-            "data/test does not exist; class folders must lie in train/ and test/, or, for a search and --split valid",
+            "data/test does not exist; class folders must lie in train/ and test/, or, for the validation split, as in",
         ),
         (
             ("--validation", "moved"),

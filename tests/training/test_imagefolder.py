@@ -403,7 +403,7 @@ def test_a_folder_may_have_its_validation_images(tmp_path: Path, name: str) -> N
 def test_validation_images_in_another_folder(tmp_path: Path) -> None:
     source = split_folder(tmp_path / "data", "test", "val", "valid")
     split_folder(tmp_path / "other", "mine")
-    both = r"^imagefolder .*/data: val/ and valid/ are there; name the validation images with --validation$"
+    both = r"^imagefolder .*/data: val/ and valid/ are there; name the validation images with `validation`$"
     with pytest.raises(FnetError, match=both):
         load_dataset(source, (1, 6, 4), split="validation")
     mine = tmp_path / "other" / "mine"

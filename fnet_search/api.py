@@ -72,8 +72,9 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
 
     A plan as an object, by name as ``"init2"``, or as ``"layer=rate,..."``; ``outcome.evaluation(plan)`` is what it
     came to. `split` ``"test"`` trains on all training images, and is for reporting; a loop that chooses plans by the
-    outcome asks for ``"validation"``, whose images are those of `search`, as the other parameters are. What was
-    evaluated in the folder `out` before, ``runs/evaluate-<space>-<data set>`` if none is given, is not trained again.
+    outcome asks for ``"validation"``, whose images are those of `search`. The other parameters are those of `search`
+    too. What was evaluated in the folder `out` before, ``runs/evaluate-<space>-<data set>`` if none is given, is not
+    trained again.
 
     Raises FnetError, and TimeUp at the `deadline`.
     """

@@ -101,8 +101,9 @@ def test_an_evaluation_is_recorded_as_before() -> None:
     made = asked.request()
     assert json.dumps(made.config()) == recorded(
         TINY,
-        f'"dataset": "cifar10", "recipe": {{"name": "quick", "epochs": 3, {QUICK}}}, "fidelity": {{"warm_start": '
-        f'false, "warm_epochs": 1, "prune": false, "finetune": false}}, "policy": "fixed plans", "constraints": {NO_LIMITS}, '
+        f'"dataset": "cifar10", "recipe": {{"name": "quick", "epochs": 3, {QUICK}}}, '
+        '"fidelity": {"warm_start": false, "warm_epochs": 1, "prune": false, "finetune": false}, '
+        f'"policy": "fixed plans", "constraints": {NO_LIMITS}, '
         '"scheme": "mse+equalize", "seed": 4294967295, "split": "validation", "storage": null',
     )
     assert asked.folder(made) == Path("runs/evaluate-tiny-cifar10-validation")

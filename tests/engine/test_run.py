@@ -275,7 +275,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"seed": 4}, "seed: 3 recorded, 4 wanted"),
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
-        ({"constraints": Constraints(conv_macs=1)}, "--budget (conv MACs): 600000 recorded, 1 wanted"),
+        ({"constraints": Constraints(conv_macs=1)}, "`budget` (conv MACs): 600000 recorded, 1 wanted"),
         (
             {"recipe": replace(SEARCH.recipe, batch_size=32)},
             "recipe.batch_size: 64 recorded, 32 wanted",
@@ -285,14 +285,17 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
             {"fidelity": Fidelity(warm_start=True, final_epochs=9)},
             "fidelity.warm_start: False recorded, True wanted",
         ),
-        ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
+        (
+            {"fidelity": Fidelity(warm_start=True, warm_epochs=2)},
+            "fidelity.warm_start: False recorded, True wanted; fidelity.warm_epochs: 1 recorded, 2 wanted",
+        ),
         (
             {"machine": replace(SEARCH.machine, threads=9)},
             "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
         ),
         (
             {"schemes": (parse_scheme("minmax+equalize"),)},
-            "--scheme: 'percentile:1' recorded, 'minmax+equalize' wanted",
+            "`scheme`: 'percentile:1' recorded, 'minmax+equalize' wanted",
         ),
         ({"space": load_space("factorizenet")}, "space"),
         (

@@ -206,7 +206,7 @@ def test_a_second_run_of_the_same_name_is_shown_the_worker(
 def test_artifacts_are_of_shared_studies(refused: Callable[..., str]) -> None:
     for option, value in (("--artifacts", "store"), ("--lease", "5")):
         assert refused("run", "--budget", "100%", option, value) == (
-            f"{option} is for studies that several workers share; name their storage with --storage"
+            f"{option} is for studies that several workers share; name their --storage"
         )
 
 

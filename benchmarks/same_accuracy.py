@@ -36,7 +36,7 @@ from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.network import Network, build
 from fnet_search.training.numerics import Numerics, resolve
 from fnet_search.training.recipe import Recipe, load_recipe
-from fnet_search.training.train import settle, train
+from fnet_search.training.train import Checkpoint, settle, train
 
 SPACE = "factorizenet"
 
@@ -65,8 +65,8 @@ class Training:
             _plain(network, data, recipe, self.seed)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint = Path(folder) / "checkpoint"
-                train(network, data, recipe, self.numerics, self.seed, lambda progress: None, checkpoint, "", None)
+                checkpoint = Checkpoint(Path(folder) / "checkpoint", "")
+                train(network, data, recipe, self.numerics, self.seed, lambda progress: None, checkpoint)
         network.eval().to(memory_format=torch.contiguous_format)
         quantized = prepare(network, Scheme(), data, self.seed)
         part = data.test.take(torch.arange(0, len(data.test), max(1, len(data.test) // 2000)))

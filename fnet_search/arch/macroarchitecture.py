@@ -274,7 +274,7 @@ def normalising(space: Macroarchitecture, text: str | None) -> Macroarchitecture
     try:
         mean, std = IMAGENET if text == "imagenet" else (tuple(map(float, one.split(","))) for one in text.split("/"))
     except ValueError:
-        raise FnetError(f"--normalise {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
+        raise FnetError(f"`normalise` {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
     return replace(space, mean=mean, std=std)
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="Save the space as this TOML file, with --weights those too, beside it; it loads without the code it is from.",
 )
 @space_options
-def show(
+def show(  # noqa: PLR0913 (a Click command: a parameter an option)
     space_name: str,
     plan_text: str,
     as_json: bool,

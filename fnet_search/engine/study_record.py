@@ -394,7 +394,7 @@ class StudyRecord:
 
     def _gone(self, number: int) -> FnetError:
         return FnetError(
-            f"the weights of candidate {number} are not in the artifact store; name the run's with --artifacts"
+            f"the weights of candidate {number} are not in the artifact store; name the run's with `artifacts`"
         )
 
     def _shared_files(self, number: int) -> dict[str, str]:

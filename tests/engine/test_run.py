@@ -100,8 +100,9 @@ def go(
     folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = RANDOM, workers: int = 1
 ) -> tuple[Outcome, Notes]:
     notes = Notes()
-    request = replace(request, machine=replace(request.machine, workers=workers))
-    return run_study(request, policy, RunFolder(folder), trials, notes), notes
+    machine = replace(request.machine, workers=workers)
+    request = replace(request, policy=policy, trials=trials, machine=machine)
+    return run_study(request, RunFolder(folder), notes), notes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -274,7 +275,7 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
         ({"seed": 4}, "seed: 3 recorded, 4 wanted"),
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
-        ({"constraints": Constraints(conv_macs=1)}, "--budget (conv MACs): 600000 recorded, 1 wanted"),
+        ({"constraints": Constraints(conv_macs=1)}, "`budget` (conv MACs): 600000 recorded, 1 wanted"),
         (
             {"recipe": replace(SEARCH.recipe, batch_size=32)},
             "recipe.batch_size: 64 recorded, 32 wanted",
@@ -284,14 +285,17 @@ def test_a_folder_in_use_is_refused(run: Path) -> None:
             {"fidelity": Fidelity(warm_start=True, final_epochs=9)},
             "fidelity.warm_start: False recorded, True wanted",
         ),
-        ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
+        (
+            {"fidelity": Fidelity(warm_start=True, warm_epochs=2)},
+            "fidelity.warm_start: False recorded, True wanted; fidelity.warm_epochs: 1 recorded, 2 wanted",
+        ),
         (
             {"machine": replace(SEARCH.machine, threads=9)},
             "numerics.threads: 1 recorded, 9 wanted; numerics.alone_threads: 1 recorded, 9 wanted",
         ),
         (
             {"schemes": (parse_scheme("minmax+equalize"),)},
-            "--scheme: 'percentile:1' recorded, 'minmax+equalize' wanted",
+            "`scheme`: 'percentile:1' recorded, 'minmax+equalize' wanted",
         ),
         ({"space": load_space("factorizenet")}, "space"),
         (
@@ -306,8 +310,8 @@ def test_another_configuration_is_refused(run: Path, change: dict[str, object], 
     before = files_in(run)
     with pytest.raises(FnetError) as caught:
         go(run, request=replace(SEARCH, **change))
-    same = ", or say --scheme percentile:1" if "schemes" in change else ""
-    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another --out{same}"
+    same = ", or say `scheme` percentile:1" if "schemes" in change else ""
+    assert str(caught.value) == f"{run} was made with another configuration ({named}); choose another `out`{same}"
     assert files_in(run) == before
 
 
@@ -327,7 +331,7 @@ def test_a_run_computes_as_another_one_did(run: Path, tmp_path: Path) -> None:
         go(tmp_path / "third", request=replace(WARM, machine=Machine(numerics_of=tmp_path / "none")))
     assert not (tmp_path / "third").exists()
     with pytest.raises(FnetError, match=r"\(numerics\.channels_last: True recorded, False wanted; "):
-        go(run, request=replace(SEARCH, machine=replace(SEARCH.machine, numerics_of=other)))
+        go(run, request=replace(SEARCH, machine=Machine(numerics_of=other)))
 
 
 @pytest.fixture
@@ -467,7 +471,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     assert again.evaluations == outcome.evaluations, "the recorded storage is read"
     with pytest.raises(
         FnetError,
-        match=r"^the storage has a study 'name' of another run folder; choose another --out, or work on it "
+        match=r"^the storage has a study 'name' of another run folder; choose another `out`, or work on it "
         "too: fnet-search worker --storage ... --study name$",
     ):
         go(tmp_path / "two" / "name", 1, replace(request, seed=4))
@@ -492,7 +496,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
         ({"machine": Machine(dtype="tf32")}, "^dtype tf32 needs a CUDA device of compute capability"),
         (
             {"workers": 1_000_000},
-            r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use --workers \d+ ",
+            r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use `workers` \d+ ",
         ),
     ],
 )
@@ -612,7 +616,7 @@ def test_what_others_start_from_is_trained_again_where_it_was_lost(
 
 # A policy that is told of layers
 
-GUIDED = replace(WARM, policy_name="layer-guided")
+GUIDED = replace(WARM, policy=LayerGuided(), policy_name="layer-guided", trials=2)
 
 
 @pytest.fixture(scope="module")
@@ -671,7 +675,7 @@ def test_a_search_that_was_cut_off_while_probing_ends_the_same(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, PulledPlug(after))
+        run_study(GUIDED, RunFolder(folder), PulledPlug(after))
     _, notes = go(folder, 2, GUIDED, LayerGuided())
     total = [event.total for event in notes.events if isinstance(event, ProbesProgressed)]
     rates = [len(rates) for rates in legal_rates(TINY).values()]
@@ -687,7 +691,7 @@ def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
     folder, stops = tmp_path / "run", 0
     while True:
         try:
-            run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, Notes(), Deadline(0))
+            run_study(GUIDED, RunFolder(folder), Notes(), Deadline(0))
             break
         except TimeUp:
             stops += 1
@@ -790,5 +794,5 @@ def test_an_old_run_does_not_go_on(old: Path, request_: Request) -> None:
     before = files_in(old)
     with pytest.raises(FnetError) as caught:
         go(old, 3, request_)
-    assert str(caught.value) == f"{old} was made by an earlier version, which trained otherwise; choose another --out"
+    assert str(caught.value) == f"{old} was made by an earlier version, which trained otherwise; choose another `out`"
     assert files_in(old) == before

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fnet_search.candidates.workers import environment
+from fnet_search.candidates.processes import environment
 from fnet_search.training.numerics import Numerics
 from fnet_search.training.train import Checkpoint, TrainingProgress
 

@@ -8,16 +8,18 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import update_wrapper
-from typing import ParamSpec, TypeVar
-
-import optuna
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from fnet_search.base.terminal import console
+from fnet_search.candidates.processes import start_server
 from fnet_search.engine.arguments import EvaluateArguments, SearchArguments
-from fnet_search.engine.progress import TerminalDisplay
-from fnet_search.engine.run import run_study
+from fnet_search.engine.request import Request
 from fnet_search.report.outcome import Outcome
-from fnet_search.rundir.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from fnet_search.engine.display import Display
+    from fnet_search.training.deadline import Deadline
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -83,11 +85,25 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
 
 def _run(arguments: SearchArguments | EvaluateArguments) -> Outcome:
     request = arguments.request()
-    display, run = arguments.display, RunFolder(arguments.folder(request))
+    return run_request(request, arguments.folder(request), arguments.display, arguments.deadline)
+
+
+def run_request(
+    request: Request, folder: Path, display: "Display | None" = None, deadline: "Deadline | None" = None
+) -> Outcome:
+    """Carries out what was asked, in a run folder. Raises FnetError, and TimeUp at the `deadline`."""
+    if request.machine.workers != 0:
+        start_server(request.machine.threads or 1)
+    import optuna  # with what follows it takes seconds to import: what is asked is checked before
+
+    from fnet_search.engine.progress import TerminalDisplay
+    from fnet_search.engine.run import run_study
+    from fnet_search.rundir.run_folder import RunFolder
+
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we have our own lines for what it says
     try:
         with TerminalDisplay(console()) if display is None else nullcontext(display) as shown:
-            return run_study(request, run, shown, arguments.deadline)
+            return run_study(request, RunFolder(folder), shown, deadline)
     finally:
         optuna.logging.set_verbosity(before)

@@ -1,7 +1,6 @@
 """The commands that train: run, evaluate, worker."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from fnet_search.cli.options import (
 from fnet_search.cli.printing import print_outcome
 
 if TYPE_CHECKING:
-    from fnet_search.engine.arguments import Arguments
+    from fnet_search.engine.arguments import EvaluateArguments, SearchArguments
     from fnet_search.report.outcome import Outcome
 
 
@@ -151,10 +150,9 @@ def run(**options: Any) -> None:
     Candidates are compared on validation images, val/ of the image folder or held out of the training images; the
     winner is measured on the test split once. Exit code 3: no candidate met the constraints, the nearest is named.
     """
-    from fnet_search.api import search
     from fnet_search.engine.arguments import SearchArguments
 
-    outcome = _work(search, SearchArguments, {**options, "audit_all": options["audit"] == "all"})
+    outcome = _work(SearchArguments, {**options, "audit_all": options["audit"] == "all"})
     if not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)
 
@@ -180,10 +178,9 @@ def evaluate(**options: Any) -> None:
     Trains on all training images (but for those that are held out, with --split validation), measures each network on
     the split, and audits its export there. More plans may be added to an earlier run in the same folder.
     """
-    from fnet_search.api import evaluate as evaluate_plans
     from fnet_search.engine.arguments import EvaluateArguments
 
-    _work(evaluate_plans, EvaluateArguments, options)
+    _work(EvaluateArguments, options)
 
 
 @click.command()
@@ -224,12 +221,15 @@ def worker(
     click.echo(until_time_is_up(more, lambda display, until: join_study(join, folder, display, until)))
 
 
-def _work(call: "Callable[..., Outcome]", arguments: "type[Arguments]", options: dict[str, Any]) -> "Outcome":
-    """Makes one of the calls of `api` with those of the options that are its arguments, prints what comes out, and
-    returns it."""
+def _work(kind: "type[SearchArguments | EvaluateArguments]", options: dict[str, Any]) -> "Outcome":
+    """Carries out what those of the options that are its arguments ask for, prints what comes out, and returns it."""
+    from fnet_search.api import run_request
+
     given = {**options, "input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
     given["machine"] = machine_of(options)
-    asked = {one.name: given[one.name] for one in fields(arguments) if one.name in given}
-    outcome = until_time_is_up(options, lambda display, until: call(**asked, display=display, deadline=until))
+    arguments = kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+    request = arguments.request()
+    folder = arguments.folder(request)
+    outcome = until_time_is_up(options, lambda display, until: run_request(request, folder, display, until))
     print_outcome(outcome)
     return outcome

@@ -15,8 +15,8 @@ from fnet_search.engine.preparation import compare, recorded_numerics
 from fnet_search.engine.reporting import open_study, report_again
 from fnet_search.engine.request import Machine, Request
 from fnet_search.engine.run import run_study
-from fnet_search.engine.search_loop import FixedPlans
 from fnet_search.inspection.requantize import requantize
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.registry import load_policy
 from fnet_search.quant.scheme import parse_scheme, parse_schemes
 from fnet_search.rundir.recorded_run import RecordedRun, open_run

@@ -6,24 +6,27 @@ The command line and the Python API both build these; an option of the command l
 import re
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture, factorizing, normalising
 from fnet_search.arch.plan import FactorizationPlan, check_plan, parse_plan
 from fnet_search.base.errors import FnetError, check_least
-from fnet_search.engine.display import Display
 from fnet_search.engine.request import Machine, Request
-from fnet_search.engine.search_loop import FixedPlans
 from fnet_search.importing.spaces import load_space
-from fnet_search.optuna_bridge.leases import LEASE_SECONDS
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
 from fnet_search.policy.constraints import parse_constraints
 from fnet_search.policy.evaluation import SplitName
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.protocol import Policy
 from fnet_search.policy.registry import check_policy, load_policy
 from fnet_search.quant.scheme import AUTO, Scheme, parse_schemes
-from fnet_search.training.datasets import natural_shape
-from fnet_search.training.deadline import Deadline
 from fnet_search.training.recipe import Fidelity, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from fnet_search.engine.display import Display
+    from fnet_search.training.deadline import Deadline
 
 Space = Macroarchitecture | Path | str
 
@@ -47,14 +50,13 @@ class Arguments:
     out: Path | str | None = None
     storage: str | None = None
     machine: Machine | None = None
-    display: Display | None = None
-    deadline: Deadline | None = None
+    display: "Display | None" = None
+    deadline: "Deadline | None" = None
 
     def _request(self, space: Space, dataset: str) -> Request:
         """What both ask for: a network for images as large as the data set's unless another size is asked for."""
         if not isinstance(space, Macroarchitecture):
-            name = str(space)
-            space = load_space(name, self.input_shape, self.weights, lambda channels: natural_shape(dataset, channels))
+            space = load_space(str(space), self.input_shape, self.weights, partial(_natural_shape, dataset))
         space = factorizing(normalising(space, self.normalise), tuple(self.factorize), tuple(self.keep))
         if self.finetune and space.weights is None:
             raise FnetError("`finetune` is for networks with weights; name them with `weights`")
@@ -104,6 +106,8 @@ class SearchArguments(Arguments):
         final_epochs = self.final_epochs
         if final_epochs is None:
             final_epochs = asked.recipe.epochs if self.warm_start else 0
+        limits = self.budget, self.max_params, self.min_quint8, self.max_drop, self.metric
+        constraints = parse_constraints(asked.space, *limits)  # before a policy, which may take a second to import
         policy, name = self.policy, self.policy if isinstance(self.policy, str) else type(self.policy).__name__
         return replace(
             asked,
@@ -111,9 +115,7 @@ class SearchArguments(Arguments):
             policy=load_policy(policy) if isinstance(policy, str) else check_policy(policy, name),
             policy_name=name,
             trials=self.trials,
-            constraints=parse_constraints(
-                asked.space, self.budget, self.max_params, self.min_quint8, self.max_drop, self.metric
-            ),
+            constraints=constraints,
             audit_all=self.audit_all,
             artifacts=self.artifacts,
             lease=self.lease,
@@ -151,6 +153,12 @@ class EvaluateArguments(Arguments):
         """The run folder of the request that these arguments made."""
         split = ["validation"] if request.split != "test" else []
         return folder_of(self.out, "-".join(["evaluate", request.space.name, dataset_name(self.dataset), *split]))
+
+
+def _natural_shape(dataset: str, channels: int) -> tuple[int, int, int]:
+    from fnet_search.training.datasets import natural_shape  # torch takes seconds to import
+
+    return natural_shape(dataset, channels)
 
 
 def absolute(dataset: str) -> str:

@@ -18,7 +18,8 @@ from fnet_search.engine.request import Machine, Request, as_json, completed
 from fnet_search.optuna_bridge.storage import has_study, open_url
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, MAYBE_KNOWN
-from fnet_search.policy.protocol import FIXED_PLANS, requirements
+from fnet_search.policy.fixed_plans import FIXED_PLANS
+from fnet_search.policy.protocol import requirements
 from fnet_search.report import class_balance as balance
 from fnet_search.report.outcome import cautions
 from fnet_search.rundir.run_folder import RunFolder, differences

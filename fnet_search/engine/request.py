@@ -5,21 +5,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.space_file import parse_space, to_toml
 from fnet_search.base.errors import FnetError, check_least, unknown
-from fnet_search.engine.search_loop import FixedPlans
-from fnet_search.optuna_bridge.leases import LEASE_SECONDS
-from fnet_search.optuna_bridge.storage import masked
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS, masked
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import SplitName
-from fnet_search.policy.protocol import FIXED_PLANS, Policy
+from fnet_search.policy.fixed_plans import FIXED_PLANS, FixedPlans
+from fnet_search.policy.protocol import Policy
 from fnet_search.quant.scheme import Scheme, parse_schemes, schemes_text
-from fnet_search.training.numerics import Numerics
 from fnet_search.training.recipe import Augmentation, Fidelity, Recipe
-from fnet_search.training.weights import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fnet_search.training.numerics import Numerics
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Machine:
             if getattr(self, name) != getattr(Machine, name):
                 raise FnetError(f"`numerics_of` says how to compute; leave it or `{name}` out")
 
-    def agrees(self, numerics: Numerics) -> bool:
+    def agrees(self, numerics: "Numerics") -> bool:
         """Whether these numerics are what is asked for."""
         return all(getattr(self, name) in (getattr(Machine, name), getattr(numerics, name)) for name in _NUMERICS)
 
@@ -115,7 +117,7 @@ class Request:
         """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
         return {
             "space": to_toml(self.space),
-            "weights": None if self.space.weights is None else digest(self.space.weights),
+            "weights": None if self.space.weights is None else self._digest(self.space.weights),
             "dataset": self.dataset,
             "recipe": as_json(self.recipe.to_json()),
             "fidelity": self._fidelity(),
@@ -126,6 +128,12 @@ class Request:
             "split": self.split,
             "storage": self.storage and masked(self.storage),
         }
+
+    @staticmethod
+    def _digest(weights: "Mapping[str, Tensor]") -> str:
+        from fnet_search.training.weights import digest  # torch takes seconds to import
+
+        return digest(weights)
 
     def _fidelity(self) -> dict[str, Any]:
         """All but the final training, which comes after the search and may be made longer."""

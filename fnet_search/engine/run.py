@@ -14,7 +14,7 @@ from fnet_search.engine.display import Display
 from fnet_search.engine.preparation import Prepared, compare, configure, own_storage, prepare_run
 from fnet_search.engine.reporting import make_outcome
 from fnet_search.engine.request import JoinRequest, Request
-from fnet_search.engine.search_loop import FixedPlans, search, trained
+from fnet_search.engine.search_loop import search, trained
 from fnet_search.engine.shared_study import (
     artifacts_of,
     check_data,
@@ -27,6 +27,7 @@ from fnet_search.engine.shared_study import (
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.engine.winner import restore, test_winner
 from fnet_search.optuna_bridge.storage import open_artifacts, open_journal, open_url, telling
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.protocol import Policy
 from fnet_search.report.outcome import Outcome
 from fnet_search.rundir.run_folder import RunFolder

@@ -16,7 +16,8 @@ from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
 from fnet_search.engine.request import JoinRequest, Request, as_json, completed, request_from
 from fnet_search.engine.study_record import Sharing
-from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage_url import masked
 from fnet_search.policy.evaluation import HELD_OUT
 from fnet_search.policy.registry import load_policy
 from fnet_search.rundir.recorded_run import RecordedRun

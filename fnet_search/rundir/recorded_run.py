@@ -15,7 +15,7 @@ from fnet_search.base.version import __version__
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, SplitName
-from fnet_search.policy.protocol import FIXED_PLANS
+from fnet_search.policy.fixed_plans import FIXED_PLANS
 from fnet_search.policy.ranking import ranking
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.scheme import Scheme, parse_scheme

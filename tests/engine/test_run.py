@@ -27,11 +27,12 @@ from fnet_search.deploy.runtime import Runtime
 from fnet_search.engine.reporting import open_study, report_again
 from fnet_search.engine.request import Machine, Request
 from fnet_search.engine.run import run_study
-from fnet_search.engine.search_loop import Event, FixedPlans, ProbesProgressed, Started
+from fnet_search.engine.search_loop import Event, ProbesProgressed, Started
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.trials import EVALUATION
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Audit, Evaluation
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.protocol import Policy
 from fnet_search.policy.significance import as_bits, interval

@@ -111,7 +111,7 @@ def parse_constraints(
     if not legal_rates(space):
         raise FnetError(
             f"there is nothing to factorize in {space.name}: name convolutions with `factorize` (in a TOML file, set "
-            "factorize = true), or evaluate its only plan, regular"
+            "factorize = true), or quantize it as it is: fnet-search evaluate --plan regular"
         )
     whole, smallest = plan_cost(space, regular(space)).conv_macs, smallest_conv_macs(space)
     units = budgets_meant(str(budget), smallest, whole)

@@ -1,4 +1,4 @@
-"""quint8, exactly as ONNX Runtime computes it (design, section 3): weights, and the integer simulator.
+"""quint8, exactly as ONNX Runtime computes it (docs/quint8.md): weights, and the integer simulator.
 
 Codes are uint8 tensors; every step below is an integer or a single float32 operation, in the runtime's order.
 """
@@ -115,7 +115,7 @@ def table(function: Activation | None, source: QuantParams, target: QuantParams)
 
 
 class Step:
-    """Computes the output codes of a node, for `network.walk`; see the rules of the design for each case."""
+    """Computes the output codes of a node, for `network.walk`; see the rules of docs/quint8.md for each case."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier

@@ -133,9 +133,9 @@ class Step:
                 return _lookup(table(layer, source, target), codes)
             case Pool(reduction="max"):
                 return apply_stateless(node, [codes.float()]).to(torch.uint8)
-            case Pool(reduction="average"):
+            case Pool(reduction="average") if layer.kernel != codes.shape[2:] or any(layer.padding):
                 return _average_pool(layer, codes, source, target)
-            case Pool():
+            case Pool():  # the runtime takes a window over the whole feature map for a global average too
                 pixels = float32(codes.shape[2] * codes.shape[3], codes)
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)

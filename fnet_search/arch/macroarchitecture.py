@@ -1,6 +1,6 @@
 """Macroarchitectures: typed layers on a directed graph, with shapes inferred; loaded from and saved to TOML.
 
-A space (design term for a named macroarchitecture) is data. Shapes leave the batch out: ``(C, H, W)`` for images
+A space (a named macroarchitecture, docs/glossary.md) is data. Shapes leave the batch out: ``(C, H, W)`` for images
 and feature maps, ``(K,)`` for vectors.
 """
 

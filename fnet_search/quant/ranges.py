@@ -1,4 +1,4 @@
-"""Ranges of activations (design, section 3, rule 4): which tensors are quantized, and from where to where."""
+"""Ranges of activations (rule 4 of docs/quint8.md): which tensors are quantized, and from where to where."""
 
 import math
 import sys

@@ -106,7 +106,7 @@ class Recipe:
     def warm(self, epochs: float | None = None) -> "Recipe":
         """For a network that starts from a trained parent: few epochs at a small rate, without a rise (`one-cycle`).
 
-        A transformed network knows most already: a high rate would make it forget (design, section 7). Less than one
+        A transformed network knows most already: a high rate would make it forget (docs/warm-start.md). Less than one
         epoch is one with that share of the images.
         """
         wanted = max(1, round(self.warm_share * self.epochs)) if epochs is None else epochs

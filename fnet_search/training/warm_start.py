@@ -1,4 +1,4 @@
-"""Warm start (design, section 7): a network of one plan from the trained network of another, without training.
+"""Warm start (docs/warm-start.md): a network of one plan from the trained network of another, without training.
 
 A factorized layer is y = P relu(norm(G x)): G reads the patches x of each group, P is pointwise. A norm that lifts its
 channels above zero leaves P G x, a least squares problem: each changed layer is fitted to what the parent computes in

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import pytest
 
-from fnet_search import FnetError, Machine, api, evaluate, search
+from fnet_search import FnetError, Machine, evaluate, search
 from fnet_search.cli.options import with_options
 from fnet_search.engine.request import Request
 from tests.support.command_line import Result
@@ -212,7 +212,7 @@ def made(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[R
         seen.append((request, run.path))
         raise FnetError("the request was made")
 
-    monkeypatch.setattr(api, "run_study", run_study)
+    monkeypatch.setattr("fnet_search.engine.run.run_study", run_study)
     with suppress(FnetError):
         call()
     (one,) = seen

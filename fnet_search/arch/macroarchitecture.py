@@ -1,6 +1,6 @@
 """Macroarchitectures: typed layers on a directed graph, with shapes inferred; loaded from and saved to TOML.
 
-A space (design term for a named macroarchitecture) is data. Shapes leave the batch out: ``(C, H, W)`` for images
+A space (a named macroarchitecture, docs/glossary.md) is data. Shapes leave the batch out: ``(C, H, W)`` for images
 and feature maps, ``(K,)`` for vectors.
 """
 
@@ -274,7 +274,7 @@ def normalising(space: Macroarchitecture, text: str | None) -> Macroarchitecture
     try:
         mean, std = IMAGENET if text == "imagenet" else (tuple(map(float, one.split(","))) for one in text.split("/"))
     except ValueError:
-        raise FnetError(f"--normalise {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
+        raise FnetError(f"`normalise` {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
     return replace(space, mean=mean, std=std)
 
 

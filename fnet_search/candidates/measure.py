@@ -67,7 +67,7 @@ def measure(
     seen: Callable[[int], None] = lambda images: None,
     runtime: Runtime | None = None,
 ) -> Measures:
-    """Runs both networks over a split (design, section 3, metrics). Ties in the logits go to the lowest class.
+    """Runs both networks over a split (docs/quint8.md, metrics). Ties in the logits go to the lowest class.
 
     `runtime` has the quantized network in ONNX Runtime, if it is to be audited; `seen` is told after each batch how
     many images were measured.

@@ -52,6 +52,6 @@ def how_many(
     if wanted > fitting:
         raise FnetError(
             f"{wanted} workers need about {wanted * each / 1e9:.1f} GB, of which {free / 1e9:.1f} GB are free; use "
-            f"--workers {fitting} or a smaller batch"
+            f"`workers` {fitting} or a smaller batch"
         )
     return wanted

@@ -1,27 +1,24 @@
 """Worker processes that train candidates: started once, kept warm, replaced when they die."""
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_all_start_methods, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import torch
-from torch.multiprocessing import get_context
 
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.evaluate import evaluate
 from fnet_search.candidates.job import Job, Setup, unfinished
 from fnet_search.candidates.pool import Finished, Judge, Probed, Probing, Progressed, Task
 from fnet_search.candidates.probes import ProbeTask, probe_layer
+from fnet_search.candidates.processes import process_context, starting
 from fnet_search.training.datasets import DataSet, read_dataset
 from fnet_search.training.train import TrainingProgress
 
@@ -137,11 +134,11 @@ class WorkerPool:
             yield message
 
     def start(self) -> Worker:
-        context = _context()
+        context = process_context()
         ours, theirs = context.Pipe()
-        given = dict(os.environ), theirs, self.setup, self.data_file
-        process = context.Process(target=_process, args=given, daemon=True)
-        with environment(self.setup.numerics.threads), _uninterrupted(), _without_main():
+        with starting(self.setup.numerics.threads):
+            given = dict(os.environ), theirs, self.setup, self.data_file
+            process = context.Process(target=_process, args=given, daemon=True)
             process.start()
         theirs.close()
         return Worker(process, ours)
@@ -164,70 +161,10 @@ class WorkerPool:
         yield Finished(unfinished(self.setup, dead.task, "failed", reason), 0.0)
 
 
-def _context() -> ForkServerContext | SpawnContext:
-    """How processes are started: forked from a server that has imported torch once, where the system has that.
-
-    The server never runs a thread or touches a device, so that forking it is safe.
-    """
-    if "forkserver" not in get_all_start_methods():
-        return get_context("spawn")
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Workers need nothing of the script that called; multiprocessing would run it again in each of them."""
-    main = vars(sys.modules["__main__"])
-    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update({"__spec__": None} | hidden)
-
-
 def _named(task: Task | None) -> str:
     if isinstance(task, ProbeTask):
         return f"probing layer {task.layer!r}"
     return "a worker" if task is None else f"candidate {task.number}"
-
-
-@contextmanager
-def environment(threads: int) -> Iterator[None]:
-    """What a worker must find in its environment from the start.
-
-    OpenMP reads its threads when torch is imported. glibc gives every large tensor fresh pages and takes them back,
-    which costs a training a quarter of its time in page faults; a heap that is kept, in huge pages, avoids that.
-    """
-    wanted = {
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C goes to all processes of a terminal, but one that is started here never sees it: the host ends it."""
-    resource_tracker.ensure_running()  # its start, else part of that of the first process, would let Ctrl-C in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _process(environment: dict[str, str], pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:

@@ -25,12 +25,29 @@ TIME_UP = 5
 
 
 class Commands(click.Group):
-    """Commands; of an unknown one, the nearest is named."""
+    """Commands; of an unknown one, the nearest is named, and errors name options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FnetError as error:
+            if (command := self.commands.get(ctx.invoked_subcommand or "")) is not None:
+                error.args = (with_options(str(error), command),)
+            raise
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in self.commands:
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
+
+
+def with_options(message: str, command: click.Command) -> str:
+    """An error with the command's options in place of the parameters, in backquotes, that it names."""
+    options = dict[str | None, str]()
+    for option in (one for one in command.params if isinstance(one, click.Option)):
+        words = [name.removeprefix("--").replace("-", "_") for name in option.opts]
+        options |= dict.fromkeys((option.name, *words), option.opts[0])
+    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
 def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
@@ -204,12 +221,6 @@ def machine_options(command: Any) -> Any:
 def machine_of(options: dict[str, Any]) -> "Machine":
     from fnet_search.engine.request import Machine
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
-        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
-    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
-    for name, default in own if options["numerics_of"] else ():
-        if options[name] != default:
-            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
     return Machine(**{one.name: options[one.name] for one in fields(Machine)})
 
 
@@ -221,7 +232,7 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
     from fnet_search.training.deadline import Deadline, TimeUp
 
     limit = options["time_limit"]
-    deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
+    deadline = None if limit is None else Deadline(parse_duration(limit, "time_limit"))
     quiet()
     with TerminalDisplay(console()) as display:
         try:

@@ -414,7 +414,7 @@ def _data(
     opened: "RecordedRun", data_dir: Path, dataset: str | None, validation: str | None, display: "TerminalDisplay"
 ) -> "DataSet":
     """Of the run, from where its images lie now."""
-    from fnet_search.api import absolute_path
+    from fnet_search.engine.arguments import absolute_path
 
     return opened.data(data_dir, partial(display.advance, "reading images"), dataset, absolute_path(validation))
 

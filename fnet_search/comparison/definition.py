@@ -126,7 +126,7 @@ class Study:
         Raises FnetError for schemes that cannot be read, and for several of a search.
         """
         if ranges and schemes:
-            raise FnetError("--scheme says all of how to quantize; leave it or --ranges out")
+            raise FnetError("`schemes` says all of how to quantize; leave it or `ranges` out")
         variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
         further = (text for text in map(_normal, ranges) if text not in self.schemes)
         wanted = _schemes(schemes or (*self.schemes, *dict.fromkeys(further)), self.search)

@@ -1,8 +1,8 @@
 """ONNX files: the quantized network as a QDQ graph of our own codes and parameters, the folded one in float32.
 
 Input ``input``, [N, C, H, W] float32, normalised; output ``logits``, [N, classes] float32. A QDQ graph says in float
-what a runtime computes in integers: each tensor is quantized and dequantized (one pair a tensor, design, section 3,
-rule 18), and a runtime puts one integer kernel in the place of dequantize, operator, quantize.
+what a runtime computes in integers: each tensor is quantized and dequantized (one pair a tensor, rule 18 of
+docs/quint8.md), and a runtime puts one integer kernel in the place of dequantize, operator, quantize.
 """
 
 from collections.abc import Mapping, Sequence

@@ -221,14 +221,3 @@ class _Host:
 def trained(evaluations: Iterable[Evaluation]) -> int:
     """How many candidates were trained, wholly or in part."""
     return sum(evaluation.state != "refused" and evaluation.role == "candidate" for evaluation in evaluations)
-
-
-@dataclass(frozen=True)
-class FixedPlans:
-    """The policy of a study of given plans: each once, in order."""
-
-    plans: tuple[FactorizationPlan, ...]
-
-    def suggest(self, history: History) -> FactorizationPlan | None:
-        seen = history.seen
-        return next((plan for plan in self.plans if plan not in seen), None)

@@ -14,10 +14,12 @@ from optuna.study import Study
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.engine.request import Machine, Request, as_json, completed, request_from
+from fnet_search.engine.request import JoinRequest, Request, as_json, completed, request_from
 from fnet_search.engine.study_record import Sharing
-from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage_url import masked
 from fnet_search.policy.evaluation import HELD_OUT
+from fnet_search.policy.registry import load_policy
 from fnet_search.rundir.recorded_run import RecordedRun
 from fnet_search.rundir.run_folder import RunFolder, differences
 from fnet_search.training.datasets import DataSet
@@ -46,21 +48,28 @@ class Published:
     trials: int
     audit_all: bool
     artifacts: str
-    """Where weights lie, as in ``--artifacts``."""
+    """Where weights lie, as `Request.artifacts`."""
     lease: float
     """Seconds."""
 
-    def request(
-        self, url: str, machine: Machine, dataset: str | None, validation: str | None, artifacts: str | None
-    ) -> Request:
+    def request(self, join: JoinRequest) -> Request:
         """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
-        others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
-        others["validation"] = validation or self.data.get("validation", HELD_OUT)
-        found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
+        found = request_from(
+            self.config,
+            self.fidelity,
+            trials=self.trials,
+            audit_all=self.audit_all,
+            lease=self.lease,
+            machine=join.machine,
+            storage=join.storage,
+            validation=join.validation or self.data.get("validation", HELD_OUT),
+            artifacts=join.artifacts or self.artifacts,
+        )
         again = {**_config(found), "weights": self.config["weights"]}
         if odd := differences(completed(self.config), again):
             raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
-        return found if dataset is None else replace(found, dataset=dataset)
+        policy, dataset = load_policy(found.policy_name), join.dataset or found.dataset
+        return replace(found, policy=policy, dataset=dataset)
 
 
 def _config(request: Request) -> dict[str, Any]:
@@ -83,7 +92,7 @@ def published(storage: BaseStorage, name: str) -> Published:
     return Published(**facts)
 
 
-def publish(study: Study, request: Request, data: DataSet, trials: int, artifacts: Path | str) -> None:
+def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
     """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
     run goes on, with more trials. Raises FnetError where another run has left another one."""
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
@@ -92,7 +101,7 @@ def publish(study: Study, request: Request, data: DataSet, trials: int, artifact
         _config(request),
         facts,
         asdict(request.fidelity),
-        trials,
+        request.trials,
         request.audit_all,
         str(artifacts),
         request.lease,
@@ -108,7 +117,7 @@ def check_data(known: Published, data: DataSet) -> None:
     if data.fingerprint() != known.data["fingerprint"]:
         raise FnetError(
             f"the data set here is not the run's: its fingerprint is {data.fingerprint()}, the run's "
-            f"{known.data['fingerprint']}; name the same images with --dataset, --validation"
+            f"{known.data['fingerprint']}; name the same images with `dataset`, `validation`"
         )
 
 
@@ -128,7 +137,7 @@ def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sh
         return None
     found = open_url(url, new=False)
     if not has_study(found, run.name):
-        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as --storage")
+        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
         return found, None
     known = published(found, run.name)
@@ -165,7 +174,8 @@ def with_weights(
             with store.open_reader(ids[0]) as opened:
                 path.write_bytes(opened.read())
         except (IndexError, OSError, ArtifactNotFound):
-            raise FnetError("the weights of the network are not in the artifact store; see --artifacts") from None
+            missing = "the weights of the network are not in the artifact store; name the run's with `artifacts`"
+            raise FnetError(missing) from None
         weights, _ = read_tensors(path)
     if digest(weights) != wanted:
         raise FnetError("the weights of the network in the artifact store are not the run's")

@@ -45,7 +45,7 @@ def load_space(
     except FnetError as error:
         raise FnetError(f"space {path}: {error}") from None
     if input_shape is not None and input_shape != space.input_shape:
-        raise FnetError(f"--input is of networks that are imported; space {path} says itself what it has")
+        raise FnetError(f"`input_shape` can only be given for an imported network; space {path} has its own")
     beside = tomllib.loads(path.read_text(encoding="utf-8")).get("weights")
     if weights is None and beside is None:
         return space

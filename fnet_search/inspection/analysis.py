@@ -67,7 +67,7 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class NetworkAnalysis:
-    """`name` is short, and differs from those of the other networks; `id` is what `--candidate` takes."""
+    """`name` is short, and differs from those of the other networks; `id` is what commands call it."""
 
     id: str
     name: str

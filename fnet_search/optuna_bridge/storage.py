@@ -21,6 +21,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from fnet_search.base.errors import FnetError, first_line
+from fnet_search.optuna_bridge.storage_url import masked
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -37,12 +38,6 @@ CREATING = 10
 """Attempts to open a data base whose tables are just being created."""
 
 WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
-
-
-def masked(url: str) -> str:
-    """A storage URL without its password, for people and files."""
-    hidden = re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
-    return re.sub(r"(?i)((?:password|passwd)=)[^&]*", r"\1***", hidden)
 
 
 def open_url(url: str, new: bool = True) -> BaseStorage:

@@ -109,7 +109,10 @@ def parse_constraints(
     Raises FnetError for what cannot be read, an unknown metric, and a budget below the smallest network of the space.
     """
     if not legal_rates(space):
-        raise FnetError(f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer")
+        raise FnetError(
+            f"there is nothing to factorize in {space.name}: name convolutions with `factorize` (in a TOML file, set "
+            "factorize = true), or quantize it as it is: fnet-search evaluate --plan regular"
+        )
     whole, smallest = plan_cost(space, regular(space)).conv_macs, smallest_conv_macs(space)
     units = budgets_meant(str(budget), smallest, whole)
     try:
@@ -127,8 +130,8 @@ def parse_constraints(
         )
     return Constraints(
         conv_macs,
-        None if max_params is None else parse_count(str(max_params), "--max-params"),
-        None if min_quint8 is None else parse_share(str(min_quint8), "--min-quint8"),
-        None if max_drop is None else parse_share(str(max_drop), "--max-drop"),
+        None if max_params is None else parse_count(str(max_params), "max_params"),
+        None if min_quint8 is None else parse_share(str(min_quint8), "min_quint8"),
+        None if max_drop is None else parse_share(str(max_drop), "max_drop"),
         cast(MetricName, metric),
     )

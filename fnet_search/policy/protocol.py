@@ -1,8 +1,8 @@
 """What a policy sees and what it returns. No torch and no Optuna: a host needs this file, `plan` and `macro` only.
 
-A policy is a function of the past (design, section 5). It keeps no state that matters between calls, and its random
-numbers come from ``(history.seed, history.number)``; so a resumed search suggests what an uninterrupted one would
-have, and any number of workers can share one policy.
+A policy is a function of the past (docs/policy-protocol.md). It keeps no state that matters between calls, and its
+random numbers come from ``(history.seed, history.number)``; so a resumed search suggests what an uninterrupted one
+would have, and any number of workers can share one policy.
 """
 
 from dataclasses import dataclass, field
@@ -88,7 +88,3 @@ def probes_of(history: History, policy: object) -> Probes:
             "fnet_search.probes_for, and give them as AskTell(probes=...) or History(probes=...)"
         )
     return history.probes
-
-
-FIXED_PLANS = "fixed plans"
-"""What runs of given plans have as the name of their policy. They have no winner."""

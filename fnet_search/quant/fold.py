@@ -1,4 +1,4 @@
-"""Folding of BatchNorm (design, section 3, rule 1): the float network that is quantized."""
+"""Folding of BatchNorm (rule 1 of docs/quint8.md): the float network that is quantized."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

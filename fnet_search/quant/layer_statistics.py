@@ -1,4 +1,4 @@
-"""Layer statistics of a trained, folded, quantized network (paper, section 2; design, section 3)."""
+"""Layer statistics of a trained, folded, quantized network (paper, section 2; docs/quint8.md, metrics)."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Scale and zero point: how codes stand for real numbers (design, section 3, rules 2, 5 and 9)."""
+"""Scale and zero point: how codes stand for real numbers (rules 2, 5 and 9 of docs/quint8.md)."""
 
 from dataclasses import dataclass
 

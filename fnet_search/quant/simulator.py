@@ -1,4 +1,4 @@
-"""quint8, exactly as ONNX Runtime computes it (design, section 3): weights, and the integer simulator.
+"""quint8, exactly as ONNX Runtime computes it (docs/quint8.md): weights, and the integer simulator.
 
 Codes are uint8 tensors; every step below is an integer or a single float32 operation, in the runtime's order.
 """
@@ -115,7 +115,7 @@ def table(function: Activation | None, source: QuantParams, target: QuantParams)
 
 
 class Step:
-    """Computes the output codes of a node, for `network.walk`; see the rules of the design for each case."""
+    """Computes the output codes of a node, for `network.walk`; see the rules of docs/quint8.md for each case."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier
@@ -133,9 +133,9 @@ class Step:
                 return _lookup(table(layer, source, target), codes)
             case Pool(reduction="max"):
                 return apply_stateless(node, [codes.float()]).to(torch.uint8)
-            case Pool(reduction="average"):
+            case Pool(reduction="average") if layer.kernel != codes.shape[2:] or any(layer.padding):
                 return _average_pool(layer, codes, source, target)
-            case Pool():
+            case Pool():  # the runtime takes a window over the whole feature map for a global average too
                 pixels = float32(codes.shape[2] * codes.shape[3], codes)
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)

@@ -15,7 +15,7 @@ from fnet_search.base.version import __version__
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, SplitName
-from fnet_search.policy.protocol import FIXED_PLANS
+from fnet_search.policy.fixed_plans import FIXED_PLANS
 from fnet_search.policy.ranking import ranking
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.scheme import Scheme, parse_scheme
@@ -162,10 +162,10 @@ class RecordedRun:
         name, facts = dataset or self.config["dataset"], self.config["data"]
         kind, _, path = name.partition(":")
         if dataset is None and kind == "imagefolder" and not Path(path).is_dir():
-            raise FnetError(f"the run's images are not in {path} here; name the same ones with --dataset")
+            raise FnetError(f"the run's images are not in {path} here; name the same ones with `dataset`")
         shape, own = self.space.input_shape, validation or facts["validation"]
         if validation is None and own is not None and Path(own).is_absolute() and not Path(own).is_dir():
-            raise FnetError(f"the run's validation images are not in {own} here; name the same ones with --validation")
+            raise FnetError(f"the run's validation images are not in {own} here; name the same ones with `validation`")
         data = load_dataset(name, shape, data_dir, False, seen, self.split, own, facts["skipped"] > 0)
         recorded = facts["fingerprint"]
         if data.fingerprint() != recorded:

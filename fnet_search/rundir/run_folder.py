@@ -100,7 +100,7 @@ class RunFolder:
         if self.config_path.is_file():
             return True
         if self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
-            raise FnetError(f"{self.path} exists and is not a run folder; choose another --out")
+            raise FnetError(f"{self.path} exists and is not a run folder; choose another `out`")
         return False
 
     def _foreign(self) -> Iterator[Path]:

@@ -272,7 +272,7 @@ def _torchvision(
             advice = (
                 f"its download failed: {first_line(error)}"
                 if download
-                else "pass --download, or --data-dir where it lies"
+                else "set `download`, or `data_dir` to where it lies"
             )
             raise FnetError(f"data set {name} is not in {folder}/; {advice}") from None
         images = torch.as_tensor(np.asarray(part.data))

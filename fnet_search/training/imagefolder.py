@@ -48,16 +48,16 @@ def validation_folder(root: Path | None, named: str | None) -> Path | None:
     if named is not None:
         found = [(root or Path()) / Path(named).expanduser()]
         if not found[0].is_dir():
-            raise FnetError(f"--validation {found[0]} does not exist, or is not a folder; class folders must lie in it")
+            raise FnetError(f"`validation` {found[0]} does not exist, or is not a folder; class folders must lie in it")
     else:
         found = [] if root is None else [root / name for name in VALIDATION if (root / name).is_dir()]
     if len(found) > 1:
         names = " and ".join(f"{folder.name}/" for folder in found)
-        raise FnetError(f"imagefolder {root}: {names} are there; name the validation images with --validation")
+        raise FnetError(f"imagefolder {root}: {names} are there; name the validation images with `validation`")
     for folder in found:
         for part, name in (("train", "training"), ("test", "test")):
             if root is not None and (root / part).is_dir() and folder.samefile(root / part):
-                raise FnetError(f"the validation images {folder} are the {name} images; name others with --validation")
+                raise FnetError(f"the validation images {folder} are the {name} images; name others with `validation`")
     return found[0] if found else None
 
 
@@ -72,7 +72,7 @@ def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str
     if not train.is_dir():
         raise FnetError(f"{whose}: {train} does not exist; {wanted}")
     if needs_test and not test.is_dir():
-        without = "or, for a search and --split validation, in train/ and val/"
+        without = "or, for the validation split, as in a search, in train/ and val/"
         raise FnetError(f"{whose}: {test} does not exist; {wanted}, {without}")
     folders = class_folders(train)
     if len(folders) < 2:
@@ -181,7 +181,7 @@ def read_images(
             found[part] = images[: len(labels)], labels
     if unreadable and not skip_unreadable:
         many = f"{len(unreadable):,} of {total:,} images:" if len(unreadable) > 1 else "image"
-        raise FnetError(f"cannot read {many} {listing(unreadable)}; --skip-unreadable leaves out what cannot be read")
+        raise FnetError(f"cannot read {many} {listing(unreadable)}; `skip_unreadable` leaves out what cannot be read")
     for part, (_, labels) in found.items():
         read = set(labels)
         if lost := [path for path, label in files[part] if label not in read]:

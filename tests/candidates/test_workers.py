@@ -320,19 +320,19 @@ def test_how_many_workers_there_is_room_for(data: DataSet, monkeypatch: pytest.M
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * each + 1000))
     assert [found(None, threads) for threads in (1, 4, 5, 6, 12, 13)] == [3, 3, 2, 2, 1, 1]
     assert [found(wanted) for wanted in (1, 2, 3)] == [1, 2, 3]
-    free = f"of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or a smaller batch"
+    free = f"of which {3 * each / 1e9:.1f} GB are free; use `workers` 3 or a smaller batch"
     with pytest.raises(FnetError) as caught:
         found(4)
     assert str(caught.value) == f"4 workers need about {4 * each / 1e9:.1f} GB, {free}"
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * each + 1000, 80 * each))
     assert (found(None, device="cuda:1"), found(5, device="cuda:1")) == (2, 5)
-    with pytest.raises(FnetError, match=f" of which {5 * each / 1e9:.1f} GB are free; use --workers 5 or a smaller"):
+    with pytest.raises(FnetError, match=f" of which {5 * each / 1e9:.1f} GB are free; use `workers` 5 or a smaller"):
         found(6, device="cuda:1")
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=each // 2))
     assert (found(None), found(1)) == (1, 1), "it may still fit: an estimate must not keep anyone from trying"
-    with pytest.raises(FnetError, match=r"use --workers 1 or a smaller batch$"):
+    with pytest.raises(FnetError, match=r"use `workers` 1 or a smaller batch$"):
         found(2)
 
 

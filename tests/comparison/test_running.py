@@ -71,7 +71,8 @@ def go(
 ) -> tuple[dict[Part, RecordedRun], Notes]:
     """Computing like an earlier run, where one is given: what is fast is measured, and depends on what else runs."""
     notes = Notes()
-    run_parts(study, StudyFolder(folder), replace(PLAIN, numerics_of=like), notes, deadline)
+    machine = PLAIN if like is None else PLAIN.computing_as(like)
+    run_parts(study, StudyFolder(folder), machine, notes, deadline)
     return StudyFolder(folder).recorded(study), notes
 
 
@@ -297,6 +298,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes" / "results.md").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("run", "notes", "file"):
-        with pytest.raises(FnetError, match=f"{name} exists and is not the folder of a study; choose another --out"):
+        with pytest.raises(FnetError, match=f"{name} exists and is not the folder of a study; choose another `out`"):
             go(study, tmp_path / name)
     assert (tmp_path / "notes" / "results.md").read_text() == "mine"

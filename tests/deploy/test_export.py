@@ -48,7 +48,7 @@ def shape_of(value: onnx.ValueInfoProto) -> list[int | str]:
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES.keys())
 def test_the_graph(space: Macroarchitecture, scheme: str) -> None:
     """One pair of quantize and dequantize a tensor: what is quantized is a float of its own, and no codes are made of
-    floats that only stand for codes (design, section 3, rule 18)."""
+    floats that only stand for codes (rule 18 of docs/quint8.md)."""
     network = quantized_network(space, scheme)
     model = quantized_model(network)
     onnx.checker.check_model(model, full_check=True)

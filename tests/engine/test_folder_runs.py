@@ -183,9 +183,12 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
     for options, fault in (
         (
             (),
-            "data/test does not exist; class folders must lie in train/ and test/, or, for a search and --split valid",
+            "data/test does not exist; class folders must lie in train/ and test/, or, for the validation split, as in",
         ),
-        (("--validation", "moved"), "--validation names the images of --split validation; leave it out, or say that"),
+        (
+            ("--validation", "moved"),
+            "--validation names the images of the validation --split; leave it out, or say that",
+        ),
     ):
         assert fault in refused("evaluate", "--space", "tiny", "--plan", "regular", *asked[:2], *options)
 

@@ -34,23 +34,26 @@ pytestmark = pytest.mark.usefixtures("one_picture")
         ({"policy_name": "tpe"}, "policy: 'random' recorded, 'tpe' wanted"),
         ({"split": "test"}, "split: 'validation' recorded, 'test' wanted"),
         ({"dataset": "fashion-mnist"}, "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
-        ({"constraints": Constraints(conv_macs=1)}, "--budget (conv MACs): 600000 recorded, 1 wanted"),
+        ({"constraints": Constraints(conv_macs=1)}, "`budget` (conv MACs): 600000 recorded, 1 wanted"),
         (
             {"constraints": Constraints(600_000, 2_000_000, 0.5, 0.05, "balanced-accuracy")},
-            "--max-params: None recorded, 2000000 wanted; --min-quint8: None recorded, 0.5 wanted; "
-            "--max-drop: None recorded, 0.05 wanted; --metric: 'accuracy' recorded, 'balanced-accuracy' wanted",
+            "`max_params`: None recorded, 2000000 wanted; `min_quint8`: None recorded, 0.5 wanted; "
+            "`max_drop`: None recorded, 0.05 wanted; `metric`: 'accuracy' recorded, 'balanced-accuracy' wanted",
         ),
         (
             {"recipe": replace(SEARCH.recipe, batch_size=32, epochs=2, class_weights="balanced")},
             "recipe.epochs: 1 recorded, 2 wanted; recipe.batch_size: 64 recorded, 32 wanted; "
-            "--class-weights: 'none' recorded, 'balanced' wanted",
+            "`class_weights`: 'none' recorded, 'balanced' wanted",
         ),
         ({"fidelity": Fidelity(prune=True)}, "fidelity.prune: False recorded, True wanted"),
         ({"fidelity": Fidelity(True, final_epochs=9)}, "fidelity.warm_start: False recorded, True wanted"),
-        ({"fidelity": Fidelity(warm_epochs=2)}, "fidelity.warm_epochs: 1 recorded, 2 wanted"),
+        (
+            {"fidelity": Fidelity(True, 2)},
+            "fidelity.warm_start: False recorded, True wanted; fidelity.warm_epochs: 1 recorded, 2 wanted",
+        ),
         (
             {"schemes": (parse_scheme("minmax+equalize"),)},
-            "--scheme: 'percentile:1' recorded, 'minmax+equalize' wanted",
+            "`scheme`: 'percentile:1' recorded, 'minmax+equalize' wanted",
         ),
         ({"space": load_space("factorizenet")}, "space"),
         ({"storage": "sqlite:///x.db"}, "storage: None recorded, 'sqlite:///x.db' wanted"),
@@ -60,8 +63,8 @@ pytestmark = pytest.mark.usefixtures("one_picture")
 def test_another_configuration_is_refused(whole: tuple[Path, Outcome], change: dict[str, object], named: str) -> None:
     with pytest.raises(FnetError) as caught:
         compare(RunFolder(whole[0]), replace(SEARCH, **change).config())
-    same = ", or say --scheme percentile:1" if "schemes" in change else ""
-    assert str(caught.value) == f"{whole[0]} was made with another configuration ({named}); choose another --out{same}"
+    same = ", or say `scheme` percentile:1" if "schemes" in change else ""
+    assert str(caught.value) == f"{whole[0]} was made with another configuration ({named}); choose another `out`{same}"
 
 
 def test_a_run_that_is_refused_stays_as_it_was(run: Path) -> None:
@@ -95,7 +98,7 @@ def test_a_run_computes_as_another_one_did(run: Path, tmp_path: Path) -> None:
         go(tmp_path / "third", request=replace(WARM, machine=Machine(numerics_of=tmp_path / "none")))
     assert not (tmp_path / "third").exists()
     with pytest.raises(FnetError, match=r"\(numerics\.channels_last: True recorded, False wanted; "):
-        go(run, request=replace(SEARCH, machine=replace(SEARCH.machine, numerics_of=other)))
+        go(run, request=replace(SEARCH, machine=Machine(numerics_of=other)))
 
 
 @pytest.fixture
@@ -142,7 +145,7 @@ def test_other_images_under_the_same_name_are_refused(images: Path, tmp_path: Pa
         ({"machine": Machine(dtype="tf32")}, "^dtype tf32 needs a CUDA device of compute capability"),
         (
             {"workers": 1_000_000},
-            r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use --workers \d+ ",
+            r"^1000000 workers need about [\d.]+ GB, of which [\d.]+ GB are free; use `workers` \d+ ",
         ),
     ],
 )

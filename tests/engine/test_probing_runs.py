@@ -23,7 +23,7 @@ from fnet_search.training.recipe import Fidelity
 from tests.support.pictures import reports_of_one_picture
 from tests.support.runs import TINY, WARM, Notes, go, reported
 
-GUIDED = replace(WARM, policy_name="layer-guided")
+GUIDED = replace(WARM, policy=LayerGuided(), policy_name="layer-guided", trials=2)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_search_that_was_cut_off_while_probing_ends_the_same(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, PulledPlug(after))
+        run_study(GUIDED, RunFolder(folder), PulledPlug(after))
     _, notes = go(folder, 2, GUIDED, LayerGuided())
     total = [event.total for event in notes.events if isinstance(event, ProbesProgressed)]
     rates = [len(rates) for rates in legal_rates(TINY).values()]
@@ -107,7 +107,7 @@ def test_a_search_under_a_time_limit_gets_further_each_time_and_ends_the_same(
     folder, stops = tmp_path / "run", 0
     while True:
         try:
-            run_study(GUIDED, LayerGuided(), RunFolder(folder), 2, Notes(), Deadline(0))
+            run_study(GUIDED, RunFolder(folder), Notes(), Deadline(0))
             break
         except TimeUp:
             stops += 1

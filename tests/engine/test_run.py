@@ -18,8 +18,8 @@ from fnet_search.deploy.audit import compare
 from fnet_search.deploy.export import read_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.engine.request import Machine
-from fnet_search.engine.search_loop import FixedPlans
 from fnet_search.policy.evaluation import Audit, Evaluation
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.report.class_balance import read_confusion
 from fnet_search.report.outcome import Outcome
 from fnet_search.rundir.recorded_run import RecordedNetwork
@@ -226,7 +226,7 @@ def test_a_run_in_a_database(tmp_path: Path, whole: tuple[Path, Outcome], quiet:
     assert again.evaluations == outcome.evaluations, "the recorded storage is read"
     with pytest.raises(
         FnetError,
-        match=r"^the storage has a study 'name' of another run folder; choose another --out, or work on it "
+        match=r"^the storage has a study 'name' of another run folder; choose another `out`, or work on it "
         "too: fnet-search worker --storage ... --study name$",
     ):
         go(tmp_path / "two" / "name", 1, replace(request, seed=4))

@@ -22,7 +22,7 @@ from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import regular
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.engine.request import Machine, Request
+from fnet_search.engine.request import JoinRequest, Machine, Request
 from fnet_search.engine.shared_study import PUBLISHED, published, share_weights, with_weights
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage import open_url
@@ -213,7 +213,7 @@ def test_a_second_run_of_the_same_name_is_shown_the_worker(
 def test_artifacts_are_of_shared_studies(refused: Callable[..., str]) -> None:
     for option, value in (("--artifacts", "store"), ("--lease", "5")):
         assert refused("run", "--budget", "100%", option, value) == (
-            f"{option} is of studies that several workers share; name their storage with --storage"
+            f"{option} is for studies that several workers share; name their --storage"
         )
 
 
@@ -245,10 +245,10 @@ def test_a_request_travels_in_the_study(begun: tuple[str, Path]) -> None:
     fidelity = vars(asked.fidelity)
     there = replace(known, config=json.loads(json.dumps(config)), fidelity=json.loads(json.dumps(fidelity)), lease=60.0)
     machine = Machine(workers=3)
-    assert there.request("grpc://host:1", machine, None, None, "store") == replace(
+    assert there.request(JoinRequest("grpc://host:1", "study", machine, artifacts="store")) == replace(
         asked, storage="grpc://host:1", machine=machine, artifacts="store", validation=HELD_OUT
     )
-    moved = there.request("x", machine, "imagefolder:/there", "/there/val", "store")
+    moved = there.request(JoinRequest("x", "study", machine, "imagefolder:/there", "/there/val", "store"))
     assert (moved.dataset, moved.validation) == ("imagefolder:/there", "/there/val")
 
 
@@ -257,7 +257,7 @@ def test_a_configuration_of_another_time_is_refused(begun: tuple[str, Path], mis
     known = published(open_url(begun[0]), "study")
     config = {name: value for name, value in known.config.items() if name != missing}
     with pytest.raises(FnetError, match="configuration"):
-        replace(known, config=config).request("x", Machine(), None, None, None)
+        replace(known, config=config).request(JoinRequest("x", "study"))
 
 
 def test_one_configuration_a_study(tmp_path: Path) -> None:

@@ -457,8 +457,8 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--finetune",), "--finetune is of networks with weights; name them with --weights"),
-        (("--weights", "own", "--no-warm-start"), "leave --weights or --no-warm-start out"),
+        (("--finetune",), "--finetune is for networks with weights; name them with --weights"),
+        (("--weights", "own", "--no-warm-start"), "leave --weights out, or set --warm-start"),
         (("--input", "8x8"), "--input 8x8: write channels, height and width, as in 3x224x224"),
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
         (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),
@@ -467,7 +467,7 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
         (("--normalise", "0.5/0"), "std positive, got [0.5] and [0.0]"),
         (("--factorize", "bdy"), "'bdy' matches no convolution without groups of space 'mine'; did you mean 'body'?"),
         (("--space", "tiny", "--weights", "own"), "the weights file own does not exist"),
-        (("--space", "tiny", "--input", "1x8x8"), "--input is of networks that are imported; space "),
+        (("--space", "tiny", "--input", "1x8x8"), "--input can only be given for an imported network; space "),
         (("--input", "2x8x8"), "cannot trace mine for an input of 2x8x8: "),
     ],
 )

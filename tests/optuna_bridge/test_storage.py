@@ -17,7 +17,8 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 
 from fnet_search.base.errors import FnetError
 from fnet_search.optuna_bridge import storage as storages
-from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_journal, open_url
+from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_journal, open_url
+from fnet_search.optuna_bridge.storage_url import masked
 from tests.support.storages import opened_as
 
 

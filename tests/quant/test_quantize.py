@@ -203,7 +203,7 @@ def expected(network: QuantizedNetwork, node: Node, inputs: list[Array]) -> Arra
             return codes if carrier[node.inputs[0]] == node.name else looked_up(layer, codes, source, target)
         case Pool(reduction="max") as layer:
             return most(layer, codes)
-        case Pool(reduction="average") as layer:
+        case Pool(reduction="average") as layer if layer.kernel != codes.shape[2:] or any(layer.padding):
             return averaged(layer, codes, source, target)
         case Pool():
             pixels = codes.shape[2] * codes.shape[3]
@@ -382,6 +382,8 @@ FUNCTIONS: tuple[Function, ...] = ("relu", "relu6", "hardswish", "hardsigmoid", 
         Pool("average", (3, 2), (2, 1), (1, 1)),
         Pool("average", (3, 2), (2, 2), (1, 1), count_padding=True),
         Pool("average", (3, 3), (3, 2), (1, 0), ceil=True),
+        Pool("average", (9, 8)),
+        Pool("average", (9, 8), padding=(0, 1)),
         Pool("max", (3, 3), (2, 2), (1, 1)),
         Pool("max", (2, 3), (2, 3), ceil=True),
         *(Activation(function) for function in FUNCTIONS),
@@ -467,8 +469,8 @@ def test_an_average_pool_adds_the_zero_point_before_rounding() -> None:
     """The mean of 1 and 2 is 1.5, and 1.5 + 1 rounds to 2, though 1.5 rounds to 2 and 2 + 1 is 3."""
     nodes = (Node("p", Pool("average", (1, 2)), (INPUT,)), Node("f", Flatten(), ("p",)))
     params = {INPUT: QuantParams(1.0, 0), "p": QuantParams(1.0, 1)}
-    network = QuantizedNetwork(Macroarchitecture("n", (1, 1, 2), nodes), params, {})
-    assert check(network, torch.tensor([[[[1.0, 2.0]]]]))["p"].tolist() == [[[[2]]]]
+    network = QuantizedNetwork(Macroarchitecture("n", (1, 1, 4), nodes), params, {})
+    assert check(network, torch.tensor([[[[1.0, 2.0, 1.0, 2.0]]]]))["p"].tolist() == [[[[2, 2]]]]
 
 
 def test_a_global_average_divides_by_a_rounded_product() -> None:

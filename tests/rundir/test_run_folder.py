@@ -91,7 +91,7 @@ def test_what_is_no_run_is_left_alone(tmp_path: Path, kind: str) -> None:
     else:
         path.mkdir()
         (path / "notes.txt").write_text("")
-    with pytest.raises(FnetError, match="other exists and is not a run folder; choose another --out"):
+    with pytest.raises(FnetError, match="other exists and is not a run folder; choose another `out`"):
         _ = RunFolder(path).exists
 
 

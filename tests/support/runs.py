@@ -71,5 +71,6 @@ def go(
     folder: Path, trials: int = 2, request: Request = SEARCH, policy: Policy = RANDOM, workers: int = 0
 ) -> tuple[Outcome, Notes]:
     notes = Notes()
-    request = replace(request, machine=replace(request.machine, workers=workers))
-    return run_study(request, policy, RunFolder(folder), trials, notes), notes
+    machine = replace(request.machine, workers=workers)
+    request = replace(request, policy=policy, trials=trials, machine=machine)
+    return run_study(request, RunFolder(folder), notes), notes

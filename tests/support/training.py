@@ -11,7 +11,7 @@ from fnet_search.training.datasets import DataSet
 from fnet_search.training.network import Network, build
 from fnet_search.training.numerics import Numerics
 from fnet_search.training.recipe import Augmentation, Recipe
-from fnet_search.training.train import Report, Trained, TrainingProgress, train
+from fnet_search.training.train import Checkpoint, Report, Trained, TrainingProgress, Watch, train
 from tests.support.networks import CPU, normal
 
 TINY = load_space("tiny")
@@ -35,8 +35,9 @@ class Training:
         self, report: Report = silent, recipe: Recipe = RECIPE, seed: int = 0, key: str = "k"
     ) -> dict[str, Tensor]:
         network = build(TINY, recipe.initializer, seed)
-        watch = self.data.evaluation if self.watched else None
-        self.trained = train(network, self.data, recipe, self.numerics, seed, report, self.checkpoint, key, watch)
+        watch = Watch(self.data.evaluation) if self.watched else None
+        checkpoint = Checkpoint(self.checkpoint, key)
+        self.trained = train(network, self.data, recipe, self.numerics, seed, report, checkpoint, watch)
         return network.state_dict()
 
 

@@ -150,7 +150,7 @@ def test_unknown_data_sets_and_inputs() -> None:
 def test_missing_files_say_how_to_get_them(tmp_path: Path, name: str) -> None:
     with pytest.raises(FnetError) as caught:
         load_dataset(name, (3, 32, 32), tmp_path)
-    assert f"data set {name} is not in {tmp_path}/; pass --download" in str(caught.value)
+    assert f"data set {name} is not in {tmp_path}/; set `download`, or `data_dir`" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.rglob("*-ubyte")) == []
 

@@ -167,7 +167,7 @@ def test_fused_norms_without_a_compiler(tmp_path: Path) -> None:
     assert child.returncode == 0, child.stderr
     left_out, asked_for, after = child.stdout.splitlines()
     assert left_out == "False 5"
-    assert asked_for.startswith("the kernels of --fused cannot be compiled here: ")
+    assert asked_for.startswith("the kernels of `fused` cannot be compiled here: ")
     assert len(asked_for) > 60
     assert after == "5", "threads are as they were after an error too"
 

@@ -13,7 +13,16 @@ from fnet_search.training.datasets import DataSet, Split
 from fnet_search.training.network import Network, build
 from fnet_search.training.numerics import Numerics
 from fnet_search.training.recipe import Augmentation, Recipe
-from fnet_search.training.train import Trained, TrainingFailed, TrainingProgress, accuracy, class_weights, train
+from fnet_search.training.train import (
+    Checkpoint,
+    Trained,
+    TrainingFailed,
+    TrainingProgress,
+    Watch,
+    accuracy,
+    class_weights,
+    train,
+)
 from tests.support.networks import CPU, digits, sequence
 from tests.support.training import RECIPE, TINY, Training, same, silent, stopping
 
@@ -169,7 +178,7 @@ def test_broken_checkpoints_are_ignored(data: DataSet, whole: Whole, tmp_path: P
 
 def test_a_checkpoint_of_another_network_is_ignored(data: DataSet, whole: Whole, tmp_path: Path) -> None:
     other = build(factorize(TINY, parse_plan(TINY, "dws")), "he_normal", 0)
-    train(other, data, RECIPE, CPU, 0, silent, tmp_path / "c", "k", None)
+    train(other, data, RECIPE, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
     assert same(Training(data, tmp_path / "c")(), whole[0])
 
 
@@ -184,7 +193,7 @@ def test_it_learns(tmp_path: Path) -> None:
     recipe = Recipe("r", 6, 32, 0.1, augmentation=Augmentation(shift=0.05))
     network = build(TINY, "glorot_uniform", 0)
     seen: list[TrainingProgress] = []
-    train(network, data, recipe, CPU, 0, seen.append, tmp_path / "c", "k", data.evaluation)
+    train(network, data, recipe, CPU, 0, seen.append, Checkpoint(tmp_path / "c", "k"), Watch(data.evaluation))
     with torch.no_grad():
         logits = network.eval()(data.normalise(data.evaluation.images))
     accuracy = float((logits.argmax(1) == data.evaluation.labels).float().mean())
@@ -228,7 +237,7 @@ def test_two_steps_by_hand(tmp_path: Path, nesterov: bool) -> None:
         "r", 2, 40, 0.2, 0.8, nesterov, weight_decay=0.1, label_smoothing=0.2, schedule="steps", milestones=(1,)
     )
     network = one_dense()
-    train(network, data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+    train(network, data, recipe, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
 
     layer = one_dense().layer("d")
     values = [layer.get_parameter(name).detach().double() for name in ("weight", "bias")]
@@ -257,7 +266,7 @@ def test_every_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
         network = one_dense()
         before = network.layer("d").get_parameter("weight").detach().clone().double()
         recipe = Recipe("r", 1, batch, 1e-3 * batch / 30, 0.0, schedule="steps")
-        train(network, data, recipe, CPU, 0, silent, tmp_path / str(batch), "k", None)
+        train(network, data, recipe, CPU, 0, silent, Checkpoint(tmp_path / str(batch), "k"))
         moved.append(network.layer("d").get_parameter("weight").detach().double() - before)
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(moved[1], moved[0], rtol=0.05, atol=2e-6)
@@ -281,7 +290,7 @@ def test_no_batch_holds_one_image(tmp_path: Path, images: int) -> None:
     split = Split(torch.zeros(images, 3, 4, 4, dtype=torch.uint8), torch.arange(images) % 2)
     data = DataSet("d", ("a", "b"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
     recipe = Recipe("r", 1, 2 if images < 33 else 32, 0.01)
-    found = train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+    found = train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
     assert found.images == images
 
 
@@ -330,7 +339,7 @@ def test_the_loss_is_the_mean_over_images_each_times_the_weight_of_its_class(tmp
     for weighting, of_class in (("none", (1, 1)), ("balanced", (48 / 80, 48 / 16))):
         before, after = (build(space, "he_normal", 0) for _ in range(2))
         chosen = replace(recipe, class_weights=weighting)
-        train(after, data, chosen, CPU, 0, silent, tmp_path / weighting, "k", None)
+        train(after, data, chosen, CPU, 0, silent, Checkpoint(tmp_path / weighting, "k"))
         log_p = before(data.normalise(data.train.images)).log_softmax(1)
         wanted = torch.full((48, 3), smoothing / 3)
         wanted[torch.arange(48), data.train.labels] += 1 - smoothing

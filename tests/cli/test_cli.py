@@ -45,13 +45,7 @@ def test_a_run_shows_what_it_does_and_names_the_winner(finished: tuple[Path, Res
     ("plan", "conv_macs"),
     [
         ("regular", 266_010_624),
-        ("f2", 153_812_992),
-        ("f4", 92_471_296),
-        ("f8", 61_800_448),
-        ("f16", 46_465_024),
         ("init2", 104_267_776),
-        ("init4", 67_698_688),
-        ("dws", 33_415_168),
     ],
 )
 def test_show_prints_json_for_programs(fnet: Callable, plan: str, conv_macs: int) -> None:

@@ -19,7 +19,7 @@ from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Job, Setup, Start
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.importing.spaces import load_space
-from fnet_search.optuna_bridge.storage import has_study, open_journal, open_url
+from fnet_search.optuna_bridge.storage import open_journal, open_url
 from fnet_search.optuna_bridge.trials import distributions, parameters
 from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints
@@ -799,26 +799,8 @@ def journal(tmp_path: Path) -> Path:
     return run.journal
 
 
-@pytest.mark.parametrize("torn", [b'{"op_code":', b"{", b"\0\0\0"])
-def test_a_torn_last_line_is_cut_off(journal: Path, torn: bytes) -> None:
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + torn)
-    storage = open_journal(journal)
-    assert journal.read_bytes() == whole
-    record = StudyRecord(storage, RunFolder(journal.parent), TINY, LIMITS, 0, "validation", PLAIN)
-    finish(record, F2, 0.9, 0.8)
-    assert len(open_journal(journal).get_all_trials(0)) == 2
-
-
 @pytest.mark.parametrize("kept", [0, 1, 200, -1])
 def test_a_journal_that_ends_anywhere_can_be_opened(journal: Path, kept: int) -> None:
     journal.write_bytes(journal.read_bytes()[:kept])
     record = StudyRecord(open_journal(journal), RunFolder(journal.parent), TINY, LIMITS, 0, "validation", PLAIN)
     assert finish(record, F2, 0.9, 0.8).plan == F2
-
-
-def test_the_lock_of_a_killed_process_is_dropped(journal: Path) -> None:
-    lock = journal.with_name("journal.log.lock")
-    lock.symlink_to(journal)
-    assert has_study(open_journal(journal), "run")
-    assert not lock.is_symlink()

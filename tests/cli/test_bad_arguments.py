@@ -140,8 +140,6 @@ def test_bad_arguments(refused: Callable[..., str], arguments: tuple[str, ...], 
 
 
 HEAD = 'name = "mine"\ninput = [3, 8, 8]\n\nlayer = [\n'
-
-
 TAIL = '    { name = "flat", kind = "flatten" },\n    { name = "out", kind = "dense", out_features = 10 },\n]\n'
 
 

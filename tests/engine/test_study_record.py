@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.distributions import IntDistribution
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from fnet_search.arch.plan import indices, make_plan
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.optuna_bridge.storage import open_journal
-from fnet_search.optuna_bridge.trials import distributions, parameters
+from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Audit
 from fnet_search.policy.metric import ClassResult
@@ -223,8 +223,16 @@ def test_files_are_artifacts(opened: Opened, tmp_path: Path) -> None:
 
 def test_a_study_of_an_earlier_version_goes_on_with_indices(opened: Opened) -> None:
     record = opened()
-    record._ledger.indexed = True  # as that version wrote all
-    finish(record, F4, 0.9, 0.75)
+    evaluation = trained(TINY, F4, 0, 0.9, 0.75)
+    record.study.add_trial(
+        create_trial(
+            value=0.75,
+            params=parameters(TINY, F4),
+            distributions=distributions(TINY),
+            user_attrs=suggested(TINY, 0, F4),
+            system_attrs={EVALUATION: evaluation.to_json()},
+        )
+    )
     again = opened()
     assert [one.plan for one in again.evaluations] == [F4]
     finish(again, F2, 0.9, 0.8)

@@ -25,11 +25,7 @@ from tests.support.modules import check, images, lively
 from tests.support.networks import noise
 
 QUICK = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1")
-
-
 SLOW = ("resnet50", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet", "regnet_y_400mf", "efficientnet_b0")
-
-
 NETWORKS = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 

@@ -186,8 +186,6 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "twice an activation": (lambda x, parts: parts["a"](-parts["a"](x)), {"a": nn.Hardswish()}),
     "unused": (lambda x: (F.relu(x), x)[1], {}),
 }
-
-
 AT_ONCE = 8
 
 

@@ -16,17 +16,9 @@ from fnet_search.training.weights import read_tensors
 from tests.support.networks import CPU
 
 TINY = load_space("tiny")
-
-
 PLAN = parse_plan(TINY, "f2")
-
-
 REGULAR = parse_plan(TINY, "regular")
-
-
 RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
-
-
 SETUP = Setup(TINY, RECIPE, (PAPER,), CPU, 7, "validation")
 
 

@@ -18,11 +18,7 @@ from fnet_search.training.recipe import Fidelity, load_recipe
 from tests.support.evaluations import trained
 
 TINY = load_space("tiny")
-
-
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
-
-
 LIMITS = Constraints(conv_macs=500_000, min_quint8=0.6, max_drop=0.1)
 
 
@@ -32,14 +28,8 @@ def trained_with(fidelity: Fidelity) -> Setup:
 
 
 PLAIN = trained_with(Fidelity())
-
-
 WARM = trained_with(Fidelity(warm_start=True, warm_epochs=2, prune=True, final_epochs=8))
-
-
 STORAGES = pytest.mark.parametrize("kind", ["journal", "sqlite"])
-
-
 Opened = Callable[..., StudyRecord]
 
 

@@ -113,8 +113,10 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def config(self) -> dict[str, Any]:
-        """The recorded configuration, with what earlier versions left out. Raises FnetError where there is none, and for
-        a folder of a later format."""
+        """The recorded configuration, with what earlier versions left out.
+
+        Raises FnetError where there is none, and for a folder of a later format.
+        """
         if not self.config_path.is_file():
             raise FnetError(f"{self.path} is not a run folder: it has no config.json")
         config = read_json(self.config_path)
@@ -342,8 +344,8 @@ def _check_format(folder: Path, config: Mapping[str, Any]) -> None:
     if number > FORMAT:
         writer = known.get("fnet-search", "unknown") if isinstance(known, dict) else "unknown"
         raise FnetError(
-            f"{folder} was written by fnet-search {writer} in format {number}; this is fnet-search {__version__}, which "
-            f"reads formats 0 to {FORMAT}: install the version that wrote it, or a later one"
+            f"{folder} was written by fnet-search {writer} in format {number}; this is fnet-search {__version__}, "
+            f"which reads formats 0 to {FORMAT}: install the version that wrote it, or a later one"
         )
 
 

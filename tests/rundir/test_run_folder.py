@@ -72,8 +72,8 @@ def test_a_folder_of_a_later_format_is_refused(run: RunFolder) -> None:
     with pytest.raises(FnetError) as caught:
         run.config()
     assert str(caught.value) == (
-        f"{run.path} was written by fnet-search 9.9 in format 2; this is fnet-search {__version__}, which reads formats "
-        "0 to 1: install the version that wrote it, or a later one"
+        f"{run.path} was written by fnet-search 9.9 in format 2; this is fnet-search {__version__}, "
+        "which reads formats 0 to 1: install the version that wrote it, or a later one"
     )
 
 
@@ -81,7 +81,7 @@ def test_a_folder_of_a_later_format_is_refused(run: RunFolder) -> None:
 def test_a_format_is_a_number(run: RunFolder, wrong: object) -> None:
     config = json.loads(run.config_path.read_text())
     run.config_path.write_text(json.dumps({**config, "format": wrong}))
-    with pytest.raises(FnetError, match="it has no proper 'format'$"):
+    with pytest.raises(FnetError, match=r"it has no proper 'format'$"):
         run.config()
 
 

@@ -4,8 +4,9 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import degenerate, quant_params
-from fnet_search.quant.scheme import RangeMethod
+from fnet_search.quant.scheme import RangeMethod, range_spec
 from fnet_search.training.datasets import Batches
 from fnet_search.training.network import walk
 
@@ -74,7 +75,7 @@ def calibrate_each(
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
     observers = {
-        name: [OBSERVERS[method.kind if name not in ends else "minmax"](method) for method in methods]
+        name: [(Observer if name in ends else observer_of(method))(method) for method in methods]
         for name in carrier.values()
     }
     for name, tensor in _tensors(folded, batches, observers):
@@ -90,7 +91,15 @@ def calibrate_each(
 
 def passes(*methods: RangeMethod) -> int:
     """How often `calibrate` looks at the samples, at most."""
-    return 1 if all(method.kind == "minmax" for method in methods) else 2
+    return max(observer_of(method).passes for method in methods)
+
+
+def observer_of(method: RangeMethod) -> "type[Observer]":
+    """Raises FnetError for a method that is not there, or whose observer is none."""
+    found = range_spec(method.name).load()
+    if not (isinstance(found, type) and issubclass(found, Observer)):
+        raise FnetError(f"range method {method.name!r} cannot be loaded: its observer must be a subclass of Observer")
+    return found
 
 
 @torch.no_grad()
@@ -103,8 +112,15 @@ def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, objec
                 yield node.name, output
 
 
-class _Observer:
-    """Extremes of one tensor; a subclass for each range method finds its range from histograms of two passes."""
+class Observer:
+    """What a range method sees of one tensor: here its extremes, which are the range of ``minmax``.
+
+    A subclass for each other method finds its `range` from what it keeps in one pass over the samples or in two; what
+    it keeps must not grow with their number.
+    """
+
+    passes: ClassVar[int] = 1
+    """Over the samples, at most: 1, or 2 with a `second_pass`."""
 
     def __init__(self, method: RangeMethod) -> None:
         self.method = method
@@ -146,8 +162,10 @@ class _Observer:
         return TensorStats(*self.range(), self.channel_min, self.channel_max, self.zeros / self.count)
 
 
-class _Percentiles(_Observer):
+class Percentiles(Observer):
     """Exact order statistics in 64 Ki counters a pass: first the upper half of the floats' bits, then the lower."""
+
+    passes = 2
 
     def __init__(self, method: RangeMethod) -> None:
         super().__init__(method)
@@ -180,7 +198,7 @@ class _Percentiles(_Observer):
 
     def ranks(self) -> tuple[int, ...]:
         """Nearest ranks, from 1, of the lower and the upper percentile; one entry where they are the same."""
-        part = self.method.percentile / 100
+        part = (self.method.number or Fraction(0)) / 100
         return tuple(dict.fromkeys(max(1, math.ceil(share * self.count)) for share in (part, 1 - part)))
 
     def range(self) -> tuple[float, float]:
@@ -224,13 +242,14 @@ def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
     return bucket, int(cumulative[bucket] - histogram[bucket])
 
 
-class _LeastSquares(_Observer):
+class LeastSquares(Observer):
     """The range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
 
     A bin is at least 16 times narrower than a step, down to a range of a sixteenth of the whole: then what a bin's
     place within a step says about its values is exact enough. Zeros are left out: they are always represented.
     """
 
+    passes = 2
     BINS = 1 << 16
 
     def __init__(self, method: RangeMethod) -> None:
@@ -279,6 +298,3 @@ class _Moments:
         cuts = np.concatenate([[0], np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int), [-1]])
         count, total, squares = (np.diff(sums[cuts]) for sums in self.sums)
         return float((squares - 2 * values * total + values**2 * count).sum())
-
-
-OBSERVERS: dict[str, type[_Observer]] = {"minmax": _Observer, "percentile": _Percentiles, "mse": _LeastSquares}

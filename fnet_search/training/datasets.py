@@ -336,7 +336,9 @@ def _load(name: str, folder: Path, download: bool) -> Loaded:
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise FnetError(f"data set {name!r}: its {part} labels must be int64, one an image")
         if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-            raise FnetError(f"data set {name!r}: its {part} labels must be numbers of its {len(classes)} classes, from 0")
+            raise FnetError(
+                f"data set {name!r}: its {part} labels must be numbers of its {len(classes)} classes, from 0"
+            )
     return classes, train, test
 
 

@@ -12,7 +12,7 @@ from fnet_search.arch.macroarchitecture import INPUT
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quant_params import quant_params
-from fnet_search.quant.ranges import OBSERVERS, TensorStats, calibrate, carriers
+from fnet_search.quant.ranges import TensorStats, calibrate, carriers, observer_of
 from fnet_search.quant.scheme import MINMAX, MSE, RangeMethod, parse_ranges
 from fnet_search.training.network import walk
 from tests.support.networks import MIXED, REUSED, batches_of, normal, randomized, sequence
@@ -304,7 +304,7 @@ def held(part: object) -> int:
 def test_memory_does_not_grow_with_the_samples(method: RangeMethod) -> None:
     kept = []
     for batches in (1, 30):
-        observer = OBSERVERS[method.kind](method)
+        observer = observer_of(method)(method)
         for seed in range(batches):
             observer.first_pass(normal(20, 3, 4, 4, seed=seed))
         for seed in range(batches):

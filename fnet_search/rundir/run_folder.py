@@ -21,7 +21,7 @@ older folder lacks.
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from socket import gethostname
@@ -128,7 +128,7 @@ class RunFolder:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         proper = {
             "data": config["data"].keys() >= _DATA,
-            "constraints": config["constraints"].keys() <= vars(Constraints()).keys(),
+            "constraints": config["constraints"].keys() <= {one.name for one in fields(Constraints)},
             "numerics": _are_numerics(config["numerics"]),
         }
         for key, is_proper in proper.items():

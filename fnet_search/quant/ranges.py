@@ -6,13 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fnet_search.arch.layers import Activation, Moving, Pool
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Layer,
+    Moving,
+    Multiply,
+    Pool,
+)
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
@@ -30,15 +42,26 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
     """
     carrier = {INPUT: INPUT}
     for node in network.order:
-        layer = node.layer
-        moves = isinstance(layer, Moving)
-        if moves or (isinstance(layer, Pool) and layer.reduction == "max"):
+        if _keeps_codes(node.layer):
             carrier[node.name] = carrier[node.inputs[0]]
             continue
         readers = network.consumers(node.name)
         fused = len(readers) == 1 and _clips(readers[0].layer) and not isinstance(node.layer, Activation)
         carrier[node.name] = readers[0].name if fused else node.name
     return carrier
+
+
+def _keeps_codes(layer: Layer) -> bool:
+    """Whether the codes that a layer gives are some of those that it reads."""
+    if isinstance(layer, Moving):
+        return True
+    match layer:
+        case Pool(reduction):
+            return reduction == "max"
+        case Conv() | BatchNorm() | Affine() | Activation() | Dense() | Add() | Multiply() | Concat():
+            return False
+        case _:
+            assert_never(layer)
 
 
 def _clips(layer: object) -> bool:

@@ -506,6 +506,11 @@ def figures(outcome: Outcome) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def caption(name: str) -> str:
+    """Of the figure of that name."""
+    return next(one.caption for one in FIGURES if one.name == name)
+
+
 def save_figures(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
     """Writes each as a PNG called after its name; returns the files."""
     paths = {folder / f"{name}.png": figure for name, figure in drawn.items()}

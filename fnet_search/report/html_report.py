@@ -13,7 +13,7 @@ from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.explanation import Explanation, Step
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.drawing import drawing
-from fnet_search.report.figures import FIGURES
+from fnet_search.report.figures import caption
 from fnet_search.report.html_page import NONE, cells, heads, picture, png, table, write_page
 from fnet_search.report.outcome import Outcome, span
 from fnet_search.report.style import plan_name
@@ -314,15 +314,14 @@ def write_report(
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Writes ``report.html``: the winner (or nearest); how it was found (`settings`); every candidate; why the winner,
-    where its policy says; `more` sections, heading and HTML; the `pictures` that FIGURES were saved as."""
+    where its policy says; `more` sections, heading and HTML; the `pictures` that `figures` were saved as."""
     space, best = outcome.space, outcome.winner
     ranked = ranking(outcome.evaluations, outcome.constraints)
     others = sorted((one for one in outcome.evaluations if one not in ranked), key=lambda one: one.number)
     if best is not None and all((one.number, one.scheme) != (best.number, best.scheme) for one in ranked):
         ranked = [best, *ranked]  # it was promoted
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
-    captions = {one.name: one.caption for one in FIGURES}
-    shown = [picture(one.read_bytes(), captions[one.stem], one.stem.replace("_", " ")) for one in pictures]
+    shown = [picture(one.read_bytes(), caption(one.stem), one.stem.replace("_", " ")) for one in pictures]
     nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
         ("", _headline(outcome)),
@@ -335,8 +334,8 @@ def write_report(
     layers = []
     if best is not None:
         name = escape(plan_name(space, best))
-        caption = f"The network as built: {space.name}, {label(space, best.plan)}."
-        graph = png(drawing(space, best.plan), caption, "graph of the network")
+        built = f"The network as built: {space.name}, {label(space, best.plan)}."
+        graph = png(drawing(space, best.plan), built, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{graph}')
     for one in ranked[:DETAILED]:
         summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"

@@ -31,7 +31,7 @@ LIMITS = [
     Constraints(conv_macs=MACS[60], params=PARAMS[55]),
 ]
 LARGER = sorted(max(cost.conv_macs, 150 * cost.params) for cost in COST.values())
-NO_SUMS = [WithLarger(larger=LARGER[40]), WithLarger(MACS[70], PARAMS[65], larger=LARGER[60])]
+NO_SUMS = [WithLarger(larger=LARGER[40]), WithLarger(MACS[70], PARAMS[65], larger=LARGER[45])]
 """With a ceiling that only whole plans can be tested by."""
 
 Scores = dict[str, list[float]]

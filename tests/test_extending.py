@@ -70,6 +70,22 @@ learning_rate = 0.02
 """
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_diffs_of_the_page_apply() -> None:
+    """Every line that a diff takes away, or shows around what it adds, is in the file that is named before it."""
+    seen, text = 0, ""
+    for block in re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), re.DOTALL):
+        for line in block.splitlines():
+            if name := re.match(r" # (fnet_search/[\w/]+\.py)", line):
+                text = (ROOT / name[1]).read_text(encoding="utf-8")
+            elif line and line[0] in " -":
+                seen += 1
+                assert line[1:] in text.splitlines()
+    assert seen > 8
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages with a data set and a range method."""

@@ -169,7 +169,7 @@ def test_a_worker_of_a_study_that_is_not_there(begun: tuple[str, Path], refused:
 
 
 @pytest.mark.parametrize("other", ["9.9, format 1", f"{__version__}, format 2", __version__])
-def test_a_worker_of_another_version_or_format(
+def test_a_worker_of_another_version(
     begun: tuple[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     """Or of the version before formats had numbers, which compares the same text."""

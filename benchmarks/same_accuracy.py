@@ -27,7 +27,8 @@ from torchvision.transforms.functional import to_pil_image
 from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import parse_plan
 from fnet_search.candidates.measure import measure
-from fnet_search.candidates.workers import cores, environment
+from fnet_search.candidates.worker_count import cores
+from fnet_search.candidates.workers import environment
 from fnet_search.importing.spaces import load_space
 from fnet_search.quant.calibration import prepare
 from fnet_search.quant.scheme import Scheme

@@ -174,9 +174,9 @@ def machine_options(command: Any) -> Any:
         ),
         click.option(
             "--workers",
-            type=click.IntRange(1),
+            type=click.IntRange(0),
             show_default="one a core; on CUDA 2",
-            help="Processes that train candidates at the same time.",
+            help="Processes that train candidates at the same time; 0: this process trains, for debuggers.",
         ),
         click.option(
             "--threads",

@@ -10,7 +10,7 @@ from optuna.storages import BaseStorage
 from fnet_search.base.errors import FnetError
 from fnet_search.base.units import counted
 from fnet_search.candidates.job import Setup
-from fnet_search.candidates.workers import cores, how_many
+from fnet_search.candidates.worker_count import cores, how_many
 from fnet_search.engine.display import Display
 from fnet_search.engine.request import Machine, Request, as_json, completed
 from fnet_search.optuna_bridge.storage import has_study, open_url

@@ -30,6 +30,7 @@ class Machine:
     numerics_of: Path | None = None
     """An earlier run, to compute as it did."""
     workers: int | None = None
+    """None: one a core, on CUDA 2. 0: this process itself trains, which is slower; for debuggers."""
     data_dir: Path = Path("data")
     download: bool = False
     skip_unreadable: bool = False

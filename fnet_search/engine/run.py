@@ -7,7 +7,9 @@ from dataclasses import replace
 import optuna
 from optuna.storages import BaseStorage
 
-from fnet_search.candidates.workers import Finished, WorkerPool
+from fnet_search.candidates.in_process import InProcessPool
+from fnet_search.candidates.pool import Finished, Pool
+from fnet_search.candidates.workers import WorkerPool
 from fnet_search.engine.display import Display
 from fnet_search.engine.preparation import Prepared, compare, configure, own_storage, prepare_run
 from fnet_search.engine.reporting import make_outcome
@@ -125,17 +127,22 @@ def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> 
 
 
 @contextmanager
-def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[WorkerPool]:
+def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[Pool]:
     done, setup = trained(record.evaluations), prepared.setup
     if (done < trials or record.to_finish() is not None) and setup.numerics.fused:  # where there was a compiler
         check_kernels(setup.numerics)
     display.begin(record.run, setup, trials, done)
-    with WorkerPool(prepared.workers, setup, prepared.data, record.run.path) as pool:
+    alone, scratch = prepared.request.machine.workers == 0, record.run.path
+    with (
+        InProcessPool(setup, prepared.data, scratch)
+        if alone
+        else WorkerPool(prepared.workers, setup, prepared.data, scratch)
+    ) as pool:
         yield pool
 
 
 def _search(
-    policy: Policy, record: StudyRecord, pool: WorkerPool, trials: int, display: Display, deadline: Deadline | None
+    policy: Policy, record: StudyRecord, pool: Pool, trials: int, display: Display, deadline: Deadline | None
 ) -> int:
     """Returns how many trainings were finished here."""
     unfinished = trained(record.evaluations) < trials or record.to_finish() is not None

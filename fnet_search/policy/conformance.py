@@ -174,7 +174,8 @@ class PolicyConformance:
         assert found is made, f"{made} must be a class that can be imported from {made.__module__}, as a plug-in is"
         code = (
             f"import json, sys; from {made.__module__} import {name}\n"
-            "from fnet_search.arch.space_file import read_space; from fnet_search.policy.conformance import made_up_probes\n"
+            "from fnet_search.arch.space_file import read_space\n"
+            "from fnet_search.policy.conformance import made_up_probes\n"
             "from fnet_search import Constraints, Evaluation, History\n"
             f"space, past = read_space({self.space!r}), tuple(map(Evaluation.from_json, json.load(sys.stdin)))\n"
             f"for known, number in {[(len(one.evaluations), one.number) for one in histories]}:\n"

@@ -1,5 +1,11 @@
 """Policies by name: installed plug-ins, and classes of a user's own files."""
 
+import ast
+from contextlib import suppress
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+
 from fnet_search.base.errors import FnetError
 from fnet_search.base.plugins import fault, importable, installed, load_installed, load_object
 from fnet_search.policy.protocol import Policy
@@ -11,6 +17,21 @@ GROUP = "fnet_search.policies"
 def policy_names() -> list[str]:
     """Names of the installed policies: entry points of GROUP."""
     return installed(GROUP)
+
+
+def policy_summary(name: str) -> str:
+    """The first line of an installed policy's docstring, read from its source where there is one: importing a policy
+    may take seconds. Raises FnetError as `load_policy`."""
+    found = entry_points(group=GROUP, name=name)
+    spec = None
+    with suppress(ImportError):  # `load_policy` says what is wrong
+        spec = find_spec(next(iter(found)).module) if found else None
+    if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+        attribute = next(iter(found)).attr
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == attribute:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+    return (type(load_policy(name)).__doc__ or "").strip().partition("\n")[0]
 
 
 def load_policy(name: str) -> Policy:

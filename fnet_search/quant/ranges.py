@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from math import prod
 from typing import Any, ClassVar, assert_never
 
 import numpy as np
@@ -80,34 +81,46 @@ class TensorStats:
     """Share of elements that are exactly zero."""
 
 
-def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> Mapping[str, TensorStats]:
+HELD = 1 << 26
+"""Values of activations that are held between two passes, at most: a quarter of a gigabyte."""
+
+
+def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held: int = 0) -> Mapping[str, TensorStats]:
     """Statistics of every quantized tensor, keyed by its carrier.
 
     The network's input and its logits get min and max, hidden tensors what `method` says: nearest-rank percentiles
     pooled over all elements, exact, or the range of least squared error. Percentiles between which there is nothing but
     zero (a sparse tensor) give way to min and max. Both take two passes over the samples and keep histograms, so memory
-    does not grow with their number. Raises FnetError for activations that are not finite.
+    does not grow with their number.
+
+    `held`: the samples are so many, and few: what the network gives for them is held for the second pass, where that is
+    at most HELD values, and not computed again. Raises FnetError for activations that are not finite.
     """
-    return calibrate_each(folded, batches, (method,))[0]
+    return calibrate_each(folded, batches, (method,), held)[0]
 
 
 def calibrate_each(
-    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod]
+    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod], held: int = 0
 ) -> list[Mapping[str, TensorStats]]:
     """As `calibrate`, for several range methods in the same passes."""
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
+    kinds = [observer_of(method) for method in methods]
     observers = {
-        name: [(Observer if name in ends else observer_of(method))(method) for method in methods]
+        name: [(Observer if name in ends else kind)(method) for kind, method in zip(kinds, methods, strict=True)]
         for name in carrier.values()
     }
+    hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= HELD if held else False
+    tensors = []
     for name, tensor in _tensors(folded, batches, observers):
         for observer in observers[name]:
             observer.first_pass(tensor)
+        if hold:
+            tensors.append((name, tensor))
     left = {name: [one for one in each if not one.settled] for name, each in observers.items()}
     if unsettled := {name: each for name, each in left.items() if each}:
-        for name, tensor in _tensors(folded, batches, unsettled):
-            for observer in unsettled[name]:
+        for name, tensor in tensors if hold else _tensors(folded, batches, unsettled):
+            for observer in unsettled.get(name, ()):
                 observer.second_pass(tensor)
     return [{name: each[place].stats(name) for name, each in observers.items()} for place in range(len(methods))]
 
@@ -173,7 +186,7 @@ class Observer:
     @property
     def settled(self) -> bool:
         """Whether one pass was enough. Raises nothing, also for values that are not finite: `stats` does."""
-        return True
+        return self.passes == 1
 
     def range(self) -> tuple[float, float]:
         """From where to where values are represented."""
@@ -299,7 +312,8 @@ class LeastSquares(Observer):
         moments = _Moments(histogram.numpy(), self.low, self.high)
         grids = [np.arange(1, 65) / 64 if end else np.ones(1) for end in ends]
         for finer in (8, 64, 512):
-            shares = min(product(*grids), key=lambda pair: moments.error(ends[0] * pair[0], ends[1] * pair[1]))
+            pairs = list(product(*grids))
+            shares = pairs[int(moments.errors([(ends[0] * low, ends[1] * high) for low, high in pairs]).argmin())]
             grids = [np.clip(share + np.arange(-8, 9) / (64 * finer), 1e-4, 1) for share in shares]
         return ends[0] * float(shares[0]), ends[1] * float(shares[1])
 
@@ -312,12 +326,18 @@ class _Moments:
         centres = low + (np.arange(len(counts)) + 0.5) * self.width
         self.sums = [np.concatenate([[0.0], np.cumsum(counts * centres**power)]) for power in range(3)]
 
-    def error(self, low: float, high: float) -> float:
-        """sum (x - x_q)^2 with the parameters of a range."""
-        params = quant_params(low, high)
+    def errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        """sum (x - x_q)^2 with the parameters of each range, a few ranges at a time."""
+        return np.concatenate([self._errors(ranges[start : start + 64]) for start in range(0, len(ranges), 64)])
+
+    def _errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        params = [quant_params(low, high) for low, high in ranges]
+        scales, zeros = np.array([[one.scale for one in params], [one.zero for one in params]])[:, :, None]
         codes = np.arange(256.0)
-        values = params.scale * (codes - params.zero)
-        edges = (params.scale * (codes[1:] - 0.5 - params.zero) - self.low) / self.width
-        cuts = np.concatenate([[0], np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int), [-1]])
+        values = scales * (codes - zeros)
+        edges = (scales * (codes[1:] - 0.5 - zeros) - self.low) / self.width
+        inner = np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int)
+        cuts = np.pad(inner, ((0, 0), (1, 1)))
+        cuts[:, -1] = -1
         count, total, squares = (np.diff(sums[cuts]) for sums in self.sums)
-        return float((squares - 2 * values * total + values**2 * count).sum())
+        return np.asarray((squares - 2 * values * total + values**2 * count).sum(1))

@@ -10,8 +10,8 @@ from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, depthwise, make_plan, regular, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Job, Setup, Start
+from fnet_search.candidates.pool import Finished, Judge, Probed, Probing, Progressed
 from fnet_search.candidates.probes import ProbeTask, probe_tasks, probes_from
-from fnet_search.candidates.workers import Finished, Judge, Probed, Probing, Progressed
 from fnet_search.engine.search_loop import FixedPlans, ProbesProgressed, Started, search
 from fnet_search.engine.search_loop import trained as count_trained
 from fnet_search.importing.spaces import load_space

@@ -6,17 +6,17 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from fnet_search.base.errors import FnetError, unknown
-from fnet_search.base.plugins import fault, importable, load_object
+from fnet_search.base.errors import FnetError
+from fnet_search.base.plugins import fault, importable, installed, load_installed, load_object
 from fnet_search.policy.protocol import Policy
 
 GROUP = "fnet_search.policies"
-"""The group of entry points that policies are installed under."""
+"""Of entry points: each is a class whose objects are policies."""
 
 
 def policy_names() -> list[str]:
-    """Names of the installed policies: entry points of the group ``fnet_search.policies``."""
-    return sorted(entry_points(group=GROUP).names)
+    """Names of the installed policies: entry points of GROUP."""
+    return installed(GROUP)
 
 
 def policy_summary(name: str) -> str:
@@ -51,14 +51,7 @@ def load_policy(name: str) -> Policy:
         except Exception as error:  # a user's code raises what it likes
             raise FnetError(f"policy {name} cannot be loaded: {fault(error, where)}") from error
         return check_policy(own, name)
-    found = entry_points(group=GROUP, name=name)
-    if not found:
-        raise unknown("policy", name, policy_names())
-    entry = next(iter(found))
-    try:
-        policy: Policy = entry.load()()
-    except Exception as error:
-        raise FnetError(f"policy {name!r} cannot be loaded: {fault(error, entry.module)}") from error
+    policy: Policy = load_installed(GROUP, "policy", name, make=lambda kind: kind())
     return check_policy(policy, name)
 
 

@@ -136,8 +136,9 @@ class RecordedRun:
 
     def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
         number, slash, scheme = name.partition("/")
-        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash
-        wanted += scheme.replace("percentile-", "percentile:")
+        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash + scheme
+        of_folder = {one.replace(":", "-"): one for one in networks}  # what `scheme_folder` makes of it
+        wanted = of_folder.get(wanted.replace(":", "-"), wanted)
         kept = [one.id for one in networks.values() if one.has_weights]
         if wanted not in networks:
             raise FnetError(

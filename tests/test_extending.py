@@ -54,7 +54,7 @@ class Part(Observer):
         part = float(self.method.number) / 100
         return self.low * part, self.high * part
 
-PART = RangeSpec("their_ranges:Part", (1, 101))
+PART = RangeSpec("added_ranges:Part", (1, 101))
 """
 THEIR_POLICY = """
 from fnet_search import uniform
@@ -89,10 +89,10 @@ def test_the_diffs_of_the_page_apply() -> None:
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages with a data set and a range method."""
-    data, ranges = {"stripes": "their_data:STRIPES"}, {"part": "their_ranges:PART"}
+    data, ranges = {"stripes": "their_data:STRIPES"}, {"part": "added_ranges:PART"}
     monkeypatch.syspath_prepend(install(tmp_path / "a", "their_data", THEIR_DATA, {"fnet_search.datasets": data}))
     group = {"fnet_search.range_methods": ranges}
-    monkeypatch.syspath_prepend(install(tmp_path / "b", "their_ranges", THEIR_RANGES, group))
+    monkeypatch.syspath_prepend(install(tmp_path / "b", "added_ranges", THEIR_RANGES, group))
 
 
 @pytest.mark.usefixtures("installed")

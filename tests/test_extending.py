@@ -89,8 +89,8 @@ def test_the_diffs_of_the_page_apply() -> None:
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packages with a data set and a range method."""
-    data, ranges = {"stripes": "their_data:STRIPES"}, {"part": "added_ranges:PART"}
-    monkeypatch.syspath_prepend(install(tmp_path / "a", "their_data", THEIR_DATA, {"fnet_search.datasets": data}))
+    data, ranges = {"stripes": "added_data:STRIPES"}, {"part": "added_ranges:PART"}
+    monkeypatch.syspath_prepend(install(tmp_path / "a", "added_data", THEIR_DATA, {"fnet_search.datasets": data}))
     group = {"fnet_search.range_methods": ranges}
     monkeypatch.syspath_prepend(install(tmp_path / "b", "added_ranges", THEIR_RANGES, group))
 

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-from fnet_search.base.errors import FnetError
+from fnet_search.base.errors import FnetError, unknown
 from fnet_search.base.plugins import fault, importable, installed, load_installed, load_object
 from fnet_search.policy.protocol import Policy
 
@@ -32,6 +32,15 @@ def policy_summary(name: str) -> str:
             if isinstance(node, ast.ClassDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n")[0]
     return (type(load_policy(name)).__doc__ or "").strip().partition("\n")[0]
+
+
+def check_policy_name(name: str) -> None:
+    """Raises FnetError for a name that no installed policy has, without importing the one that has it; for one of a
+    file or module as `load_policy`."""
+    if ":" in name:
+        load_policy(name)
+    elif name not in policy_names():
+        raise unknown("policy", name, policy_names())
 
 
 def load_policy(name: str) -> Policy:

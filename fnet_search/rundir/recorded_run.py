@@ -21,7 +21,8 @@ from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.rundir.run_folder import KEPT, PROMOTED, RunFolder, read_evaluation, scheme_folder
-from fnet_search.training.datasets import FOLDER, DataSet, load_dataset
+from fnet_search.training.dataset_names import FOLDER
+from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.imagefolder import READING
 from fnet_search.training.network import Network
 

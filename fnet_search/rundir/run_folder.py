@@ -44,6 +44,7 @@ from fnet_search.policy.explanation import Explanation
 from fnet_search.policy.ranking import ranking
 from fnet_search.report import class_balance as balance
 from fnet_search.report.csv_tables import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
+from fnet_search.rundir.config_file import CONFIG, config_file
 from fnet_search.training.numerics import Numerics
 
 FORMAT = 1
@@ -95,7 +96,7 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.json"
+        return self.path / CONFIG
 
     def candidate(self, number: int) -> Path:
         return self.path / "candidates" / f"{number:03d}"
@@ -117,9 +118,7 @@ class RunFolder:
 
         Raises FnetError where there is none, and for a folder of a later format.
         """
-        if not self.config_path.is_file():
-            raise FnetError(f"{self.path} is not a run folder: it has no config.json")
-        config = read_json(self.config_path)
+        config = read_json(config_file(self.path))
         if not isinstance(config, dict):
             raise FnetError(f"{self.config_path} is not the configuration of a run")
         _check_format(self.path, config)

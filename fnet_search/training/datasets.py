@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from os.path import isdir
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from fnet_search.base.errors import FnetError, first_line
 from fnet_search.base.plugins import load_installed
 from fnet_search.policy.evaluation import HELD_OUT, SplitName
+from fnet_search.training.dataset_names import GROUP, check_dataset, root_of
 from fnet_search.training.imagefolder import (
     Progress,
     Samples,
@@ -31,9 +31,6 @@ from fnet_search.training.weights import read_tensors, write_tensors
 
 LARGEST = 224
 """Pixels a side, where nobody says how many."""
-FOLDER = "imagefolder:"
-GROUP = "fnet_search.datasets"
-"""Of entry points: each is a `Source`."""
 
 
 Batches = Callable[[], Iterator[Tensor]]
@@ -162,16 +159,11 @@ def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
 
     Raises FnetError for an unknown name.
     """
-    root = _root(name)
+    root = root_of(name)
     if root is None:
         return channels, *_source(name).size
     width, height = first_size(root) or (32, 32)
     return channels, min(height, LARGEST), min(width, LARGEST)
-
-
-def _root(name: str) -> Path | None:
-    """The folder of an image folder; None: another data set."""
-    return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
 
 
 def load_dataset(
@@ -196,7 +188,7 @@ def load_dataset(
     """
     if input_shape[0] not in (1, 3):
         raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
-    root, splits, files = _root(name), dict[str, Split](), dict[str, Samples]()
+    root, splits, files = root_of(name), dict[str, Split](), dict[str, Samples]()
     own = validation_folder(root, validation) if split == "validation" else None
     if root is not None:
         classes, files = list_folder(root, needs_test=own is None)
@@ -308,11 +300,10 @@ SOURCES: Mapping[str, Source] = {
 
 def _source(name: str) -> Source:
     """Raises FnetError for a name that no data set has."""
+    check_dataset(name)
     if name in SOURCES:
         return SOURCES[name]
-    if isdir(name):  # noqa: PTH112 (False of what is too long for a path)
-        raise FnetError(f"unknown data set {name!r}; images in a folder are imagefolder:{name}")
-    found = load_installed(GROUP, "data set", name, (*SOURCES, f"{FOLDER}PATH"))
+    found = load_installed(GROUP, "data set", name)
     if not isinstance(found, Source):
         raise FnetError(f"data set {name!r} cannot be loaded: it is a {type(found).__name__}, not a Source")
     return found

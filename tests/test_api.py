@@ -17,9 +17,12 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
 from tests.support.command_line import files_in
 
-PLAIN = Machine(workers=1, dtype="float32", fused=False)
+pytestmark = pytest.mark.usefixtures("one_picture")
+
+PLAIN = Machine(workers=0, dtype="float32", fused=False)
 
 
+@pytest.mark.slow
 def test_the_tour_of_the_readme(tmp_path: Path) -> None:
     """As a script, which workers must not run again."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()

@@ -32,6 +32,8 @@ PAUSE = 2.0
 """Seconds between two attempts to reach it."""
 TIMEOUT = 30
 """Seconds after which a silent connection to PostgreSQL or MySQL counts as lost."""
+GRACE = 3
+"""Seconds after which a journal's lock counts as that of a process that was killed."""
 CREATING = 10
 """Attempts to open a data base whose tables are just being created."""
 
@@ -229,7 +231,7 @@ class _SharedJournal(JournalFileBackend):
     """
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, JournalFileSymlinkLock(path, grace_period=3))
+        super().__init__(path, JournalFileSymlinkLock(path, grace_period=GRACE))
         self._alone = FileLock(f"{path}.flock")
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:

@@ -630,6 +630,7 @@ def test_an_evaluation_with_nothing_measured() -> None:
     )
 
 
+@pytest.mark.slow
 @compiled
 def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_path: Path) -> None:
     """A network that was trained fast is an ordinary one."""

@@ -188,6 +188,7 @@ def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: P
     assert epochs[-3:] == [1, 2, 3], "what was reached is reported again"
 
 
+@pytest.mark.slow
 @compiled
 def test_what_a_worker_did_before_changes_nothing(data: DataSet, tmp_path: Path) -> None:
     """Nor do kernels that it compiled for another network and another number of threads."""
@@ -296,6 +297,7 @@ def test_memory_of_a_worker_by_hand() -> None:
         assert found == fixed + images + 24 * params + 8 * activations * rows
 
 
+@pytest.mark.slow
 def test_memory_of_a_worker_as_measured(tmp_path: Path) -> None:
     """Of one that has trained and measured the regular network; its heap is kept."""
     space, recipe, data = load_space("factorizenet"), Recipe("r", 1, 64, 0.01), digits(128)

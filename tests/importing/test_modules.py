@@ -25,6 +25,8 @@ from fnet_search.rundir.run_folder import read_evaluation
 from fnet_search.training.network import pretrained
 from tests.support.command_line import PLAIN, Result
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 MODEL = '''
 """A user's own: a skip connection and a head."""
 import torch
@@ -332,8 +334,9 @@ def test_a_saved_import_comes_back_without_its_code(folder: Path) -> None:
     assert torch.equal(pretrained(again).eval()(x), pretrained(space).eval()(x))
 
 
-def test_a_large_import_comes_back(tmp_path: Path) -> None:
-    space = load_space("torchvision:shufflenet_v2_x0_5", (3, 32, 32))
+@pytest.mark.parametrize("name", ["squeezenet1_1", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
+def test_a_large_import_comes_back(tmp_path: Path, name: str) -> None:
+    space = load_space(f"torchvision:{name}", (3, 32, 32))
     save_space(space, tmp_path / "s.toml")
     assert load_space(str(tmp_path / "s.toml")) == space
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.toml"]

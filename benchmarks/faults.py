@@ -33,7 +33,8 @@ from optuna.trial import TrialState
 from fnet_policies import Random
 from fnet_search.candidates.job import Job, Setup
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
-from fnet_search.candidates.workers import Finished, Judge, WorkerPool
+from fnet_search.candidates.pool import Finished, Judge
+from fnet_search.candidates.workers import WorkerPool
 from fnet_search.engine.search_loop import search
 from fnet_search.engine.study_record import Sharing, StudyRecord
 from fnet_search.importing.spaces import load_space

@@ -27,7 +27,7 @@ from fnet_search.arch.layers import Conv, Dense
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, indices, legal_rates
 from fnet_search.candidates.job import Job, Setup
-from fnet_search.candidates.workers import Finished, Judge
+from fnet_search.candidates.pool import Finished, Judge
 from fnet_search.engine.search_loop import search
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.importing.spaces import load_space

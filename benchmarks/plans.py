@@ -19,7 +19,7 @@ from fnet_search.candidates.evaluate import evaluate
 from fnet_search.candidates.job import Job, Setup, Start
 from fnet_search.candidates.network_files import load_quantized, load_trained
 from fnet_search.candidates.probes import ProbeTask, probe_layer, probe_tasks, probes_from
-from fnet_search.candidates.workers import cores
+from fnet_search.candidates.worker_count import cores
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.spaces import load_space

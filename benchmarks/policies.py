@@ -27,7 +27,8 @@ from fnet_policies import NSGA2, TPE, Fisher, Greedy, LayerGuided, ProgressiveDo
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, label, regular
 from fnet_search.base.units import parse_budget
-from fnet_search.candidates.workers import cores, environment
+from fnet_search.candidates.processes import environment
+from fnet_search.candidates.worker_count import cores
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.protocol import History, Policy

@@ -24,7 +24,8 @@ from fnet_policies.layer_guided import Model
 from fnet_search.arch.costs import all_conv_macs, plan_cost
 from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates, regular
 from fnet_search.base.units import parse_budget
-from fnet_search.candidates.workers import cores, environment
+from fnet_search.candidates.processes import environment
+from fnet_search.candidates.worker_count import cores
 from fnet_search.policy.protocol import History
 
 LEARNT_FROM = (3, 6, 12)

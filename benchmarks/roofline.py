@@ -18,7 +18,7 @@ from trainers import BATCH, PLANS, SPACE, ours
 
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import parse_plan
-from fnet_search.candidates.workers import environment
+from fnet_search.candidates.processes import environment
 from fnet_search.importing.spaces import load_space
 from fnet_search.training.numerics import Numerics, resolve
 

@@ -27,7 +27,8 @@ from torchvision.transforms.functional import to_pil_image
 from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import parse_plan
 from fnet_search.candidates.measure import measure
-from fnet_search.candidates.workers import cores, environment
+from fnet_search.candidates.processes import environment
+from fnet_search.candidates.worker_count import cores
 from fnet_search.importing.spaces import load_space
 from fnet_search.quant.calibration import prepare
 from fnet_search.quant.scheme import Scheme
@@ -35,7 +36,7 @@ from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.network import Network, build
 from fnet_search.training.numerics import Numerics, resolve
 from fnet_search.training.recipe import Recipe, load_recipe
-from fnet_search.training.train import settle, train
+from fnet_search.training.train import Checkpoint, settle, train
 
 SPACE = "factorizenet"
 
@@ -64,8 +65,8 @@ class Training:
             _plain(network, data, recipe, self.seed)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint = Path(folder) / "checkpoint"
-                train(network, data, recipe, self.numerics, self.seed, lambda progress: None, checkpoint, "", None)
+                checkpoint = Checkpoint(Path(folder) / "checkpoint", "")
+                train(network, data, recipe, self.numerics, self.seed, lambda progress: None, checkpoint)
         network.eval().to(memory_format=torch.contiguous_format)
         quantized = prepare(network, Scheme(), data, self.seed)
         part = data.test.take(torch.arange(0, len(data.test), max(1, len(data.test) // 2000)))

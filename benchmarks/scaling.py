@@ -11,7 +11,7 @@ import argparse
 from machine import machine, ratio, spread
 from trainers import Trainer, together
 
-from fnet_search.candidates.workers import cores
+from fnet_search.candidates.worker_count import cores
 from fnet_search.training.numerics import resolve
 
 

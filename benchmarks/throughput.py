@@ -14,7 +14,7 @@ from math import prod
 from machine import machine, ratio, spread
 from trainers import PLANS, Trainer, together
 
-from fnet_search.candidates.workers import cores
+from fnet_search.candidates.worker_count import cores
 from fnet_search.training.numerics import resolve
 
 

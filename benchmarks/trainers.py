@@ -9,9 +9,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fnet_search.candidates.workers import environment
+from fnet_search.candidates.processes import environment
 from fnet_search.training.numerics import Numerics
-from fnet_search.training.train import TrainingProgress
+from fnet_search.training.train import Checkpoint, TrainingProgress
 
 SPACE = "factorizenet-gap"
 BATCH = 128
@@ -135,7 +135,7 @@ def ours(plan: str, steps: int, numerics: Numerics, go: Callable[[], None] = lam
             times.append(time.monotonic())
 
     with tempfile.TemporaryDirectory() as folder:
-        train(network, data, recipe, numerics, 0, report, Path(folder) / "checkpoint", "", None)
+        train(network, data, recipe, numerics, 0, report, Checkpoint(Path(folder) / "checkpoint", ""))
     return times[0], times[-1]
 
 

@@ -25,7 +25,10 @@ from fnet_search.arch.plan import parse_plan
 from fnet_search.candidates.evaluate import child
 from fnet_search.candidates.job import Job, Setup, Start
 from fnet_search.candidates.network_files import load_quantized, load_trained
-from fnet_search.candidates.workers import Finished, Progressed, WorkerPool, cores, environment
+from fnet_search.candidates.pool import Finished, Progressed
+from fnet_search.candidates.processes import environment
+from fnet_search.candidates.worker_count import cores
+from fnet_search.candidates.workers import WorkerPool
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.spaces import load_space

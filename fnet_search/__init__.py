@@ -26,8 +26,9 @@ The rooms, each importing only from those before it:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fnet_search.base.version import __version__ as __version__
+
 _API = {
-    "__version__": "base.version",
     "AskTell": "policy.asktell",
     "ClassResult": "policy.metric",
     "Constraints": "policy.constraints",
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
     from fnet_search.arch.macroarchitecture import Macroarchitecture
     from fnet_search.arch.plan import FactorizationPlan, doublings, parse_plan, uniform
     from fnet_search.base.errors import FnetError
-    from fnet_search.base.version import __version__ as __version__
     from fnet_search.candidates.probes import probe_network, probes_for
     from fnet_search.engine.request import Machine
     from fnet_search.importing.spaces import load_space

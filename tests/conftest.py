@@ -1,37 +1,25 @@
 """The command line as the tests call it."""
 
 import ctypes
+import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other tests run on the same cores
 
-import optuna
 import pytest
 
-from fnet_search.cli.main import main
-from tests.support.command_line import SMALL, Result, files_in, process
+from tests.support.command_line import SMALL, Result, files_in, in_process, process
+from tests.support.pictures import reports_of_one_picture
+from tests.support.shared import made_once
 
 
 @pytest.fixture
-def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable]:
+def fnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command line, run in this process in an empty folder."""
-    handler, verbosity = signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity()
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["fnet-search", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert isinstance(end.value.code, int)
-        return (end.value.code, *capsys.readouterr())
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
-    optuna.logging.set_verbosity(verbosity)
+    return in_process
 
 
 @pytest.fixture
@@ -55,6 +43,13 @@ def read_only() -> Iterator[Callable[[Path], None]]:
     libc.capset(header, rights)
 
 
+@pytest.fixture(scope="module")
+def one_picture() -> Iterator[None]:
+    """Reports have one small figure, instead of all, which take seconds: `report/test_figures` looks at those."""
+    with reports_of_one_picture():
+        yield
+
+
 @pytest.fixture
 def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
     """The one line that is said of bad input, which leaves everything as it was."""
@@ -75,8 +70,13 @@ def refused(fnet: Callable, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """A run in its folder, and what it said."""
-    cwd = tmp_path_factory.mktemp("finished")
-    run = process("run", *SMALL, cwd=cwd)
-    out, err = run.communicate()
-    return cwd / "runs" / "tiny-digits-reverse-pyramid-100pct", (run.returncode, out, err)
+    """A run in its folder, by a process with a worker process, and what it said. Copy it before anything is changed."""
+
+    def make(folder: Path) -> None:
+        run = process("run", *SMALL, "--workers", "1", cwd=folder)
+        out, err = run.communicate()
+        (folder / "result.json").write_text(json.dumps([run.returncode, out, err]))
+
+    folder = made_once(tmp_path_factory, "finished", make)
+    code, out, err = json.loads((folder / "result.json").read_text())
+    return folder / "runs" / "tiny-digits-reverse-pyramid-100pct", (code, out, err)

@@ -88,6 +88,7 @@ def run(name: str, *arguments: str) -> str:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_policies_are_compared_and_ranked_on_plans_that_are_trained_once(tmp_path: Path) -> None:
     """A small comparison, whole; another benchmark goes on in the folder."""
     small = ("digits", "--space", "tiny", "--images", "200", "--validation", "100", "--out", str(tmp_path))

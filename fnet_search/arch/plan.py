@@ -164,7 +164,7 @@ def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
     if not legal_rates(space) and text != "regular":
         raise FnetError(
             f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer, or name one with "
-            "--factorize; as it is, its only plan is regular"
+            "`factorize`; as it is, its only plan is regular"
         )
     if "=" in text and not text.endswith(".toml"):
         entries = [_assignment(part) for part in text.split(",") if part.strip()]

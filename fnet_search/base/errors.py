@@ -1,4 +1,8 @@
-"""The one error that users see: a line that says what is wrong and what would be right."""
+"""The one error that users see: a line that says what is wrong and what would be right.
+
+A message names a parameter by its Python name in backquotes, as in "choose another `out`". The command line replaces it
+by the option of that name (`cli.options.with_options`).
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,6 +15,13 @@ FEW = 12
 
 class FnetError(Exception):
     """Bad input or an unusable file. The command line prints it as one line and exits with code 2."""
+
+
+def check_least(least: int, **given: float | None) -> None:
+    """Raises FnetError for a parameter, by name, whose value is below `least`; None has no limit."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise FnetError(f"`{name}` must be at least {least}, not {value}")
 
 
 def first_line(error: BaseException) -> str:

@@ -54,36 +54,37 @@ def budgets_meant(text: str, smallest: int, whole: int) -> list[str]:
     return [*counts_meant(number, "MAC", smallest, whole), *shares]
 
 
-def parse_share(text: str, option: str) -> float:
-    """A fraction of 1 from ``0.8`` or ``80%``, above 0 and at most 1. Raises FnetError for anything else."""
+def parse_share(text: str, parameter: str) -> float:
+    """A fraction of 1 from ``0.8`` or ``80%``, above 0 and at most 1. Raises FnetError for anything else, which names
+    the parameter that the text was given for."""
     match = re.fullmatch(rf"{_NUMBER}\s*(%?)", text.strip())
     value = float(_decimal(match[1]) / (100 if match[2] else 1)) if match else -1.0
     if not 0 < value <= 1:
         meant = f"{text.strip()}%" if match and not match[2] and 1 < value <= 100 else "0.8 or 80%"
-        raise FnetError(f"{option} {text!r} must be above 0 and at most 1; write {meant}")
+        raise FnetError(f"`{parameter}` {text!r} must be above 0 and at most 1; write {meant}")
     return value
 
 
-def parse_count(text: str, option: str) -> int:
-    """A positive count from ``2M``, ``250K``, ``2e6`` or ``2000000``. Raises FnetError for anything else."""
+def parse_count(text: str, parameter: str) -> int:
+    """A positive count from ``2M``, ``250K``, ``2e6`` or ``2000000``. Raises FnetError as `parse_share`."""
     match = re.fullmatch(rf"{_NUMBER}\s*([KMG]?)", text.strip(), re.IGNORECASE)
     value = int(Fraction(_decimal(match[1])) * _UNITS[match[2].upper()]) if match else 0
     if value < 1:
-        raise FnetError(f"{option} {text!r} must be a positive number; write 2M, 250K or 2000000")
+        raise FnetError(f"`{parameter}` {text!r} must be a positive number; write 2M, 250K or 2000000")
     return value
 
 
-def parse_duration(text: str, option: str) -> float:
-    """Seconds from ``25m``, ``90s``, ``1h30m`` or ``1.5h``, above 0. Raises FnetError for anything else."""
+def parse_duration(text: str, parameter: str) -> float:
+    """Seconds from ``25m``, ``90s``, ``1h30m`` or ``1.5h``, above 0. Raises FnetError as `parse_share`."""
     match = re.fullmatch(
         rf"(?:{_NUMBER}\s*h)?\s*(?:{_NUMBER}\s*m(?:in)?)?\s*(?:{_NUMBER}\s*s)?", text.strip(), re.IGNORECASE
     )
     parts = zip(match.groups(), (3600, 60, 1), strict=True) if match else ()
     seconds = sum(float(_decimal(part)) * unit for part, unit in parts if part)
     if seconds <= 0 and match is None and re.fullmatch(_NUMBER, text.strip()):
-        raise FnetError(f"{option} {text!r} needs a unit; write {text.strip()}m for minutes, or s or h")
+        raise FnetError(f"`{parameter}` {text!r} needs a unit; write {text.strip()}m for minutes, or s or h")
     if seconds <= 0:
-        raise FnetError(f"{option} {text!r} must be a time above 0; write 25m, 90s or 1h30m")
+        raise FnetError(f"`{parameter}` {text!r} must be a time above 0; write 25m, 90s or 1h30m")
     return seconds
 
 

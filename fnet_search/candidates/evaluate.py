@@ -21,7 +21,7 @@ from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibrated_for, c
 from fnet_search.quant.scheme_choice import least_divergent
 from fnet_search.training.datasets import DataSet
 from fnet_search.training.network import Network, build, pretrained
-from fnet_search.training.train import Report, TrainingFailed, TrainingProgress, accuracy, train
+from fnet_search.training.train import Checkpoint, Report, TrainingFailed, TrainingProgress, Watch, accuracy, train
 from fnet_search.training.warm_start import warm_start
 from fnet_search.training.weights import write_tensors
 
@@ -76,7 +76,7 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     recipe, folder = setup.recipe_of(job), job.folder
     stages = _Stages(report, recipe.epochs * recipe.images(len(data.train)), CALIBRATION_SAMPLES, len(data.evaluation))
     trained = build(factorize(setup.space, job.plan), setup.recipe.initializer, seed)
-    watch = data.evaluation if setup.split == "validation" else None
+    watch = Watch(data.evaluation, setup.metric) if setup.split == "validation" else None
     evaluation = replace(unfinished(setup, job, "complete", ""), seed=seed)
     key = f"{job.plan} seed={seed} epochs={recipe.epochs}"
     if job.start is not None or setup.imported(job):
@@ -89,8 +89,8 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
         zero_shot = accuracy(trained, data, data.evaluation, setup.numerics, setup.metric)
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
         key += f" parent={job.start.number if job.start else 'imported'}"
-    checkpoint, metric = folder / CHECKPOINT, setup.metric
-    found = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, key, watch, metric)
+    checkpoint = Checkpoint(folder / CHECKPOINT, key)
+    found = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, watch)
     evaluation = replace(
         evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
     )

@@ -37,6 +37,7 @@ from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.layer_statistics import profile, sqnr_db
 from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.quantize import quantize
+from fnet_search.quant.quantized_layer import QuantizedLayer
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import CHOICE, Scheme, parse_scheme
 from fnet_search.quant.sensitivity import sample
@@ -206,6 +207,8 @@ def probe_layer(
     at = cut(setup.space, task.layer)
     space = tail(setup.space, at)
     fed = _feed(setup, data, folded, quantized, _source(trained.network, folded.network, at))
+    for layer in quantized.layers.values():
+        _ = layer.slices  # found once, and shared with all that is quantized with the same codes
     parent = _network(space, task.start.plan).to(setup.numerics.device)
     weights = trained.state_dict()
     parent.load_state_dict({name: weights[name] for name in parent.state_dict()})
@@ -281,6 +284,14 @@ class _Fed:
     params: QuantParams
     logits: Tensor
     labels: Tensor
+    folded: FoldedNetwork
+    """The whole trained network, and its quantized layers."""
+    layers: Mapping[str, QuantizedLayer]
+
+    def known(self, tail: FoldedNetwork) -> dict[str, QuantizedLayer]:
+        """The quantized layers whose weights are the same in a tail."""
+        same = (name for name in tail.weight.keys() & self.layers.keys())
+        return {name: self.layers[name] for name in same if torch.equal(tail.weight[name], self.folded.weight[name])}
 
     def training(self) -> Iterator[Tensor]:
         return iter(torch.split(self.samples, 128))  # as `prepare.calibration`: a warm start draws places by batch
@@ -307,6 +318,11 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
             at = output if node.name == source else at
         return at, output
 
+    def at_cut(x: Tensor) -> Tensor:
+        if source == INPUT:
+            return x
+        return next(output for node, output in walk(folded.network, x, folded.apply_node) if node.name == source)
+
     def codes(x: Tensor) -> Tensor:
         if source == INPUT:
             return quantized.params[INPUT].quantize(x)
@@ -314,7 +330,7 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
 
     images = probed_images(data)
     batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
-    samples = [floats(_faster(x))[0] for x in calibration(data, setup.seed, transform_samples(setup.space))()]
+    samples = [at_cut(_faster(x)) for x in calibration(data, setup.seed, transform_samples(setup.space))()]
     given, logits = zip(*map(floats, batches), strict=True)
     return _Fed(
         torch.cat(samples),
@@ -323,6 +339,8 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
         quantized.params[quantized.carrier[source]],
         torch.cat(logits),
         images.labels,
+        folded,
+        quantized.layers,
     )
 
 
@@ -333,10 +351,10 @@ def _faster(x: Tensor) -> Tensor:
 def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
     """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
     folded = folded_for(scheme, trained)
-    stats = dict(calibrate(folded, fed.few, scheme.ranges))
+    stats = dict(calibrate(folded, fed.few, scheme.ranges, held=CALIBRATED))
     low, high = (fed.params.scale * (code - fed.params.zero) for code in (0, 255))  # those of the whole network
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
-    quantized = quantize(folded, stats, scheme.per_channel)
+    quantized = quantize(folded, stats, scheme.per_channel, fed.known(folded))
     if scheme.bias_correct:
         quantized = correct_biases(folded, quantized, partial(fed.few, CORRECTED))
     sums, predictions = torch.zeros(4, dtype=torch.float64), []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fnet_search.base.errors import FnetError, unknown
+from fnet_search.base.units import parse_duration
 
 if TYPE_CHECKING:
     from fnet_search.engine.progress import TerminalDisplay
@@ -25,12 +26,29 @@ TIME_UP = 5
 
 
 class Commands(click.Group):
-    """Commands; of an unknown one, the nearest is named."""
+    """Commands; of an unknown one, the nearest is named, and errors name options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FnetError as error:
+            if (command := self.commands.get(ctx.invoked_subcommand or "")) is not None:
+                error.args = (with_options(str(error), command),)
+            raise
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if args[0] not in self.commands:
             raise unknown("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
+
+
+def with_options(message: str, command: click.Command) -> str:
+    """An error with the command's options in place of the parameters, in backquotes, that it names."""
+    options = dict[str | None, str]()
+    for option in (one for one in command.params if isinstance(one, click.Option)):
+        words = [name.removeprefix("--").replace("-", "_") for name in option.opts]
+        options |= dict.fromkeys((option.name, *words), option.opts[0])
+    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
 def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
@@ -156,6 +174,13 @@ dataset_option = click.option(
 )
 
 
+def _check_duration(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Before a command imports torch for what is no time."""
+    if text is not None:
+        parse_duration(text, "time_limit")
+    return text
+
+
 def machine_options(command: Any) -> Any:
     """Where and how a command trains, how long, and where its data are."""
     options = [
@@ -174,9 +199,9 @@ def machine_options(command: Any) -> Any:
         ),
         click.option(
             "--workers",
-            type=click.IntRange(1),
+            type=click.IntRange(0),
             show_default="one a core; on CUDA 2",
-            help="Processes that train candidates at the same time.",
+            help="Processes that train candidates at the same time; 0: this process trains, for debuggers.",
         ),
         click.option(
             "--threads",
@@ -193,6 +218,7 @@ def machine_options(command: Any) -> Any:
         click.option(
             "--time-limit",
             metavar="TIME",
+            callback=_check_duration,
             help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
         ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
@@ -204,24 +230,17 @@ def machine_options(command: Any) -> Any:
 def machine_of(options: dict[str, Any]) -> "Machine":
     from fnet_search.engine.request import Machine
 
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options["device"]):
-        raise unknown("device", options["device"], ("auto", "cpu", "cuda", "cuda:N"))
-    own = ("device", "auto"), ("dtype", "auto"), ("threads", None), ("fused", None)
-    for name, default in own if options["numerics_of"] else ():
-        if options[name] != default:
-            raise FnetError(f"--numerics-of says how to compute; leave it or --{name} out")
     return Machine(**{one.name: options[one.name] for one in fields(Machine)})
 
 
 def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, Deadline | None], T]") -> T:
     """Does the work of a command with ``--time-limit``, showing its progress; at the limit exits with TIME_UP."""
     from fnet_search.base.terminal import console
-    from fnet_search.base.units import parse_duration
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.training.deadline import Deadline, TimeUp
 
     limit = options["time_limit"]
-    deadline = None if limit is None else Deadline(parse_duration(limit, "--time-limit"))
+    deadline = None if limit is None else Deadline(parse_duration(limit, "time_limit"))
     quiet()
     with TerminalDisplay(console()) as display:
         try:

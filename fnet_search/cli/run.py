@@ -1,7 +1,7 @@
 """The commands that train: run, evaluate, worker."""
 
 import sys
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,11 @@ from fnet_search.cli.options import (
     until_time_is_up,
     validation_option,
 )
+from fnet_search.cli.printing import print_outcome
 
 if TYPE_CHECKING:
+    from fnet_search.engine.arguments import EvaluateArguments, SearchArguments
     from fnet_search.report.outcome import Outcome
-from fnet_search.cli.printing import print_outcome
 
 
 def _shared(command: Any) -> Any:
@@ -149,13 +150,9 @@ def run(**options: Any) -> None:
     Candidates are compared on validation images, val/ of the image folder or held out of the training images; the
     winner is measured on the test split once. Exit code 3: no candidate met the constraints, the nearest is named.
     """
-    from fnet_search.api import search
+    from fnet_search.engine.arguments import SearchArguments
 
-    given = ("space", "dataset", "budget", "min_quint8", "max_drop", "max_params", "policy", "trials", "recipe")
-    more = ("metric", "epochs", "class_weights", "warm_start", "warm_epochs", "prune", "final_epochs", "finetune")
-    shared = ("seed", "out", "storage", "artifacts", "lease", "validation")
-    asked = {name: options[name] for name in (*given, *more, *shared)}
-    outcome = _work(search, options, **asked, audit_all=options["audit"] == "all")
+    outcome = _work(SearchArguments, {**options, "audit_all": options["audit"] == "all"})
     if not outcome.feasible:
         sys.exit(NOTHING_FEASIBLE)
 
@@ -181,11 +178,9 @@ def evaluate(**options: Any) -> None:
     Trains on all training images (but for those that are held out, with --split validation), measures each network on
     the split, and audits its export there. More plans may be added to an earlier run in the same folder.
     """
-    from fnet_search.api import evaluate as evaluate_plans
+    from fnet_search.engine.arguments import EvaluateArguments
 
-    given = ("plans", "space", "dataset", "split", "validation", "recipe", "epochs", "class_weights")
-    more = ("finetune", "seed", "out", "storage")
-    _work(evaluate_plans, options, **{name: options[name] for name in (*given, *more)})
+    _work(EvaluateArguments, options)
 
 
 @click.command()
@@ -215,24 +210,29 @@ def worker(
     The run, fnet-search run --storage URL, leaves its configuration in the storage and weights in its --artifacts. What
     a worker that vanishes was at is taken over by others.
     """
-    from fnet_search.api import absolute, absolute_path, folder_of
+    from fnet_search.optuna_bridge.storage_url import check_there
+
+    check_there(storage, new=False)  # before Optuna and torch are imported
+    from fnet_search.engine.arguments import absolute, absolute_path, folder_of
+    from fnet_search.engine.request import JoinRequest
     from fnet_search.engine.run import join_study
     from fnet_search.rundir.run_folder import RunFolder
 
     folder = RunFolder(folder_of(out, f"{study}-worker"))
-    machine, images = machine_of(more), None if dataset is None else absolute(dataset)
-    where = images, absolute_path(validation), artifacts
-    done = until_time_is_up(
-        more, lambda display, until: join_study(storage, study, folder, machine, *where, display, until)
-    )
-    click.echo(done)
+    images = None if dataset is None else absolute(dataset)
+    join = JoinRequest(storage, study, machine_of(more), images, absolute_path(validation), artifacts)
+    click.echo(until_time_is_up(more, lambda display, until: join_study(join, folder, display, until)))
 
 
-def _work(call: "Callable[..., Outcome]", options: dict[str, Any], **asked: Any) -> "Outcome":
-    """Makes one of the calls of `api`, prints what comes out, and returns it."""
-    asked |= {name: options[name] for name in ("weights", "normalise", "factorize", "keep")}
-    asked |= {"input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
-    asked |= {"machine": machine_of(options)}
-    outcome = until_time_is_up(options, lambda display, until: call(**asked, display=display, deadline=until))
+def _work(kind: "type[SearchArguments | EvaluateArguments]", options: dict[str, Any]) -> "Outcome":
+    """Carries out what those of the options that are its arguments ask for, prints what comes out, and returns it."""
+    from fnet_search.api import run_request
+
+    given = {**options, "input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
+    given["machine"] = machine_of(options)
+    arguments = kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+    request = arguments.request()
+    folder = arguments.folder(request)
+    outcome = until_time_is_up(options, lambda display, until: run_request(request, folder, display, until))
     print_outcome(outcome)
     return outcome

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     help="Save the space as this TOML file, with --weights those too, beside it; it loads without the code it is from.",
 )
 @space_options
-def show(
+def show(  # noqa: PLR0913 (a Click command: a parameter an option)
     space_name: str,
     plan_text: str,
     as_json: bool,
@@ -106,10 +106,10 @@ def _spaces() -> "Iterator[tuple[str, str]]":
 
 
 def _policies() -> "Iterator[tuple[str, str]]":
-    from fnet_search.policy.registry import load_policy, policy_names
+    from fnet_search.policy.registry import policy_names, policy_summary
 
     for name in policy_names():
-        yield name, (type(load_policy(name)).__doc__ or "").strip().splitlines()[0].replace("``", "")
+        yield name, policy_summary(name).replace("``", "")
     yield "FILE.py:NAME", "a class of your own with suggest(history); package.module:NAME too"
 
 

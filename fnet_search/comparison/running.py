@@ -11,13 +11,12 @@ from fnet_search.base.errors import FnetError
 from fnet_search.comparison.definition import Part, Study
 from fnet_search.comparison.results import networks, write_results
 from fnet_search.engine.display import Display
-from fnet_search.engine.preparation import compare
+from fnet_search.engine.preparation import compare, recorded_numerics
 from fnet_search.engine.reporting import open_study, report_again
 from fnet_search.engine.request import Machine, Request
 from fnet_search.engine.run import run_study
-from fnet_search.engine.search_loop import FixedPlans
 from fnet_search.inspection.requantize import requantize
-from fnet_search.policy.protocol import Policy
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.registry import load_policy
 from fnet_search.quant.scheme import parse_scheme, parse_schemes
 from fnet_search.rundir.recorded_run import RecordedRun, open_run
@@ -51,7 +50,7 @@ class StudyFolder:
         """Raises FnetError for a folder of something else; one whose first part was killed at once is a study's."""
         inside = [one.name for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
         if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
-            raise FnetError(f"{self.path} exists and is not the folder of a study; choose another --out")
+            raise FnetError(f"{self.path} exists and is not the folder of a study; choose another `out`")
 
     def whole(self, study: Study) -> Study:
         """With the seeds too that were recorded here before."""
@@ -84,7 +83,7 @@ def run_parts(
     whole = folder.whole(study)
     for part in whole.parts:
         if folder.run(part).exists:
-            compare(folder.run(part), _asked(study, part)[0].config())
+            compare(folder.run(part), _asked(study, part).config())
     for place, part in enumerate(study.parts):
         later = sum(epochs(study, one) - _done(study, folder, one) for one in study.parts[place + 1 :])
         display.part(part.name, later)
@@ -114,34 +113,36 @@ def _done(study: Study, folder: StudyFolder, part: Part) -> float:
 def _like(folder: StudyFolder, whole: Study, part: Part, machine: Machine) -> Machine:
     """The machine, computing as another part did where this one is new and nothing else is asked for."""
     others = [folder.run(one) for one in whole.parts if one != part]
-    known = next((run.path for run in others if run.exists), None)
-    return machine if folder.run(part).exists else replace(machine, numerics_of=machine.numerics_of or known)
+    known = next((run for run in others if run.exists), None)
+    if known is None or machine.numerics_of is not None or folder.run(part).exists:
+        return machine
+    return machine.computing_as(known.path) if machine.agrees(recorded_numerics(known)) else machine
 
 
 def _run_part(
     study: Study, part: Part, run: RunFolder, machine: Machine, display: StudyDisplay, deadline: Deadline
 ) -> None:
-    request, policy, trials = _asked(study, part)
-    run_study(replace(request, machine=machine), policy, run, trials, display, deadline)
+    run_study(replace(_asked(study, part), machine=machine), run, display, deadline)
     if study.search is None:
         _quantize(study, run, machine, display, deadline)
 
 
-def _asked(study: Study, part: Part) -> tuple[Request, Policy, int]:
-    """What a part asks of a run: the request, its policy, and how many trials."""
+def _asked(study: Study, part: Part) -> Request:
+    """What a part asks of a run."""
     space, recipe, search = part.variant.space, part.variant.recipe, study.search
     request = Request(space, study.dataset, recipe, parse_schemes(study.schemes[0]), part.seed)
     if search is None:
         plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in study.plans))
-        return replace(request, split="test", audit_all=True), FixedPlans(plans), len(plans)
-    request = replace(
+        return replace(request, split="test", audit_all=True, policy=FixedPlans(plans))
+    return replace(
         request,
         validation=study.validation,
+        policy=load_policy(search.policy),
         policy_name=search.policy,
+        trials=search.trials,
         constraints=search.constraints(space),
         fidelity=Fidelity(warm_start=True, prune=True, final_epochs=recipe.epochs),
     )
-    return request, load_policy(search.policy), search.trials
 
 
 def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:

@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from optuna.storages import BaseStorage
 
-from fnet_search.arch.costs import cost_table
-from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
-from fnet_search.base.units import counted, counts_meant
+from fnet_search.base.units import counted
 from fnet_search.candidates.job import Setup
-from fnet_search.candidates.workers import cores, how_many
+from fnet_search.candidates.worker_count import cores, how_many
 from fnet_search.engine.display import Display
 from fnet_search.engine.request import Machine, Request, as_json, completed
 from fnet_search.optuna_bridge.storage import has_study, open_url
-from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, MAYBE_KNOWN
-from fnet_search.policy.protocol import FIXED_PLANS, Policy, requirements
+from fnet_search.policy.fixed_plans import FIXED_PLANS
+from fnet_search.policy.protocol import requirements
 from fnet_search.report import class_balance as balance
 from fnet_search.report.outcome import cautions
 from fnet_search.rundir.run_folder import RunFolder, differences
@@ -26,16 +24,16 @@ from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.imagefolder import listing
 from fnet_search.training.numerics import Numerics, check_device, check_dtype, check_kernels, resolve
 
-OPTIONS = {
-    "constraints.conv_macs": "--budget (conv MACs)",
-    "constraints.params": "--max-params",
-    "constraints.min_quint8": "--min-quint8",
-    "constraints.max_drop": "--max-drop",
-    "scheme": "--scheme",
-    "constraints.metric": "--metric",
-    "recipe.class_weights": "--class-weights",
+PARAMETERS = {
+    "constraints.conv_macs": "`budget` (conv MACs)",
+    "constraints.params": "`max_params`",
+    "constraints.min_quint8": "`min_quint8`",
+    "constraints.max_drop": "`max_drop`",
+    "scheme": "`scheme`",
+    "constraints.metric": "`metric`",
+    "recipe.class_weights": "`class_weights`",
 }
-"""What people call parts of a configuration."""
+"""What people give, by the part of a configuration that it becomes."""
 BY_FINGERPRINT = {"validation", "has_test", "skipped", "images"}
 """What is known of data whose fingerprint is the same, wherever they lie."""
 
@@ -74,7 +72,7 @@ class Prepared:
         return {name: torch.bincount(split.labels, minlength=classes).tolist() for name, split in splits.items()}
 
 
-def prepare_run(request: Request, policy: Policy, run: RunFolder, display: Display) -> Prepared:
+def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
     machine = request.machine
     check_dtype(check_device(machine.device), machine.dtype)
     display.status(f"reading {request.dataset}")
@@ -98,14 +96,14 @@ def prepare_run(request: Request, policy: Policy, run: RunFolder, display: Displ
     if space.weights is not None and space != request.space and not request.fidelity.finetune:
         raise FnetError(
             f"the weights of {space.name} are for {request.space.classes} classes, the data set has {space.classes}: "
-            "its last layer is new and wants training; add --finetune"
+            "its last layer is new and wants training; set `finetune`"
         )
     if space.mean:
         data = replace(data, mean=space.mean, std=space.std)
     known = MAYBE_KNOWN if data.validation == HELD_OUT and space.weights is not None else data.validation
-    for text in cautions(known or "", data.has_test or request.policy_name == FIXED_PLANS):
+    for text in cautions(known or "", data.has_test or not request.searching):
         display.say(f"warning: {text}")
-    _check_params(space, request.constraints)
+    request.constraints.check(space)
     recorded = _recorded(run, machine)
     device = recorded.device if recorded else check_device(machine.device)
     threads = recorded.threads if recorded else machine.threads or 1
@@ -125,7 +123,7 @@ def prepare_run(request: Request, policy: Policy, run: RunFolder, display: Displ
         request.audit_all,
         request.fidelity,
         request.constraints.metric,
-        request.fidelity.warm_start or bool(requirements(policy)),
+        request.fidelity.warm_start or bool(requirements(request.policy)),
         known or "",
     )
     prepared = Prepared(request, data, workers, setup)
@@ -142,18 +140,6 @@ def configure(run: RunFolder, config: dict[str, Any]) -> None:
         run.write_config(config)
 
 
-def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
-    table = cost_table(space)
-    fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
-    most = table.fixed.params + sum(max(cost.params for cost in costs) for costs in table.by_layer.values())
-    if constraints.params is not None and constraints.params < fewest:
-        units = counts_meant(str(constraints.params), "", fewest, most)
-        raise FnetError(
-            f"a limit of {constraints.params:,} parameters is below the smallest network of space {space.name!r}, "
-            f"which has {fewest:,}{f'; did you mean {units[0]}?' if units else ''}"
-        )
-
-
 def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:
     """The storage that was asked for. A new run does not go on with what another one has left in it."""
     if url is None:
@@ -161,7 +147,7 @@ def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:
     storage = open_url(url)
     if not run.exists and has_study(storage, run.name):
         raise FnetError(
-            f"the storage has a study {run.name!r} of another run folder; choose another --out, or work on it too: "
+            f"the storage has a study {run.name!r} of another run folder; choose another `out`, or work on it too: "
             f"fnet-search worker --storage ... --study {run.name}"
         )
     return storage
@@ -171,20 +157,25 @@ def compare(run: RunFolder, config: dict[str, Any]) -> None:
     """Raises FnetError where a run was recorded with another configuration than this one."""
     recorded = run.config()
     if "fidelity" not in recorded:
-        raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another --out")
+        raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another `out`")
     recorded = completed(recorded)
     told = {key: value for key, value in config.get("data", {}).items() if key in BY_FINGERPRINT}
     recorded["data"] = {**recorded["data"], **told}
     if (recorded["policy"] == FIXED_PLANS) != (config["policy"] == FIXED_PLANS):
         kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
-        raise FnetError(f"{run.path} is a run of {kind}; choose another --out")
+        raise FnetError(f"{run.path} is a run of {kind}; choose another `out`")
     parted = (text.partition(":") for text in differences(recorded, config))
-    found = [f"{OPTIONS.get(name, name)}{colon}{text}" for name, colon, text in parted]
+    found = [f"{PARAMETERS.get(name, name)}{colon}{text}" for name, colon, text in parted]
     if found:
-        same = f", or say --scheme {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
+        same = f", or say `scheme` {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
         raise FnetError(
-            f"{run.path} was made with another configuration ({'; '.join(found)}); choose another --out{same}"
+            f"{run.path} was made with another configuration ({'; '.join(found)}); choose another `out`{same}"
         )
+
+
+def recorded_numerics(run: RunFolder) -> Numerics:
+    """What a run computed with. Raises FnetError where it cannot be read."""
+    return Numerics.from_json(run.config()["numerics"])
 
 
 def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
@@ -195,14 +186,8 @@ def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
     known = RunFolder(machine.numerics_of) if machine.numerics_of is not None else run
     if known is run and not run.exists:
         return None
-    found = Numerics.from_json(known.config()["numerics"])
-    wanted = (
-        machine.device in ("auto", found.device),
-        machine.dtype in ("auto", found.dtype),
-        machine.threads in (None, found.threads),
-        machine.fused in (None, found.fused),
-    )
-    if not all(wanted):
+    found = recorded_numerics(known)
+    if not machine.agrees(found):
         return None
     check_device(found.device)
     return found

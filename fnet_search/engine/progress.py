@@ -15,7 +15,7 @@ from fnet_search.arch.plan import FactorizationPlan, label
 from fnet_search.base.terminal import PlainTable
 from fnet_search.base.units import counted, millions, mmac, percent
 from fnet_search.candidates.job import Job, Setup
-from fnet_search.candidates.workers import Finished, Progressed
+from fnet_search.candidates.pool import Finished, Progressed
 from fnet_search.engine.search_loop import Dropped, Event, ProbesProgressed, Started
 from fnet_search.policy.asktell import Refused
 from fnet_search.policy.evaluation import Evaluation

@@ -1,22 +1,27 @@
-"""What is asked of a run, as data."""
+"""What is asked of a run, as data. `arguments` makes it of what users write; everything below takes it."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.space_file import parse_space, to_toml
-from fnet_search.base.errors import FnetError
-from fnet_search.optuna_bridge.leases import LEASE_SECONDS
-from fnet_search.optuna_bridge.storage import masked
+from fnet_search.base.errors import FnetError, check_least, unknown
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS, masked
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import SplitName
-from fnet_search.policy.protocol import FIXED_PLANS
+from fnet_search.policy.fixed_plans import FIXED_PLANS, FixedPlans
+from fnet_search.policy.protocol import Policy
 from fnet_search.quant.scheme import Scheme, parse_schemes, schemes_text
 from fnet_search.training.recipe import Augmentation, Fidelity, Recipe
-from fnet_search.training.weights import digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fnet_search.training.numerics import Numerics
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,42 @@ class Machine:
     threads: int | None = None
     fused: bool | None = None
     numerics_of: Path | None = None
-    """An earlier run, to compute as it did."""
+    """An earlier run, to compute as it did; nothing else may say how then."""
     workers: int | None = None
+    """None: one a core, on CUDA 2. 0: this process itself trains, which is slower; for debuggers."""
     data_dir: Path = Path("data")
     download: bool = False
     skip_unreadable: bool = False
     """Images that cannot be read are left out; what is read must be the same all the same, by its fingerprint."""
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise unknown("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+        check_least(1, threads=self.threads)
+        check_least(0, workers=self.workers)
+        for name in _NUMERICS if self.numerics_of is not None else ():
+            if getattr(self, name) != getattr(Machine, name):
+                raise FnetError(f"`numerics_of` says how to compute; leave it or `{name}` out")
+
+    def agrees(self, numerics: "Numerics") -> bool:
+        """Whether these numerics are what is asked for."""
+        return all(getattr(self, name) in (getattr(Machine, name), getattr(numerics, name)) for name in _NUMERICS)
+
+    def computing_as(self, run: Path) -> "Machine":
+        """The same machine, computing as an earlier run did."""
+        return replace(self, device="auto", dtype="auto", threads=None, fused=None, numerics_of=run)
+
+
+_NUMERICS = ("device", "dtype", "threads", "fused")
+"""What a `Machine` says of how to compute; each by default nothing."""
+
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, checked as far as it can be without data. What `config` gives cannot change between runs in
-    one folder."""
+    """What a user asks for, checked as far as it can be without data: raises FnetError for what cannot be.
+
+    What `config` gives cannot change between runs in one folder.
+    """
 
     space: Macroarchitecture
     dataset: str
@@ -47,12 +76,16 @@ class Request:
     schemes: tuple[Scheme, ...]
     """Each candidate is quantized with the one of them that diverges least."""
     seed: int
+    policy: Policy = field(default=FixedPlans(()), compare=False)
     policy_name: str = FIXED_PLANS
+    """What the policy is recorded as; a process that joins the study loads it by this name."""
+    trials: int = 1
+    """Candidates to train; given plans are all trained."""
     constraints: Constraints = field(default_factory=Constraints)
     fidelity: Fidelity = field(default_factory=Fidelity)
     split: SplitName = "validation"
     validation: str | None = None
-    """Where its images are, as in `data.load_dataset`. What it comes to is recorded with the data."""
+    """Where its images are, as in `datasets.load_dataset`. What it comes to is recorded with the data."""
     audit_all: bool = False
     storage: str | None = None
     artifacts: str | None = None
@@ -61,11 +94,30 @@ class Request:
     """Seconds after which a candidate is taken over whose worker is silent."""
     machine: Machine = Machine()
 
+    def __post_init__(self) -> None:
+        if self.split not in get_args(SplitName):
+            raise unknown("split", self.split, get_args(SplitName))
+        if self.split == "test" and self.validation is not None:
+            raise FnetError("`validation` names the images of the validation `split`; leave it out, or say that split")
+        if not 0 <= self.seed < 2**32:
+            raise FnetError(f"`seed` must be from 0 to {2**32 - 1}, not {self.seed}")
+        if self.searching and self.space.weights is not None and not self.fidelity.warm_start:
+            raise FnetError("candidates start from the weights of a network; leave `weights` out, or set `warm_start`")
+        for name in ("artifacts", "lease") if self.storage is None else ():
+            if getattr(self, name) != getattr(Request, name):
+                raise FnetError(f"`{name}` is for studies that several workers share; name their `storage`")
+        check_least(1, trials=self.trials, lease=self.lease)
+
+    @property
+    def searching(self) -> bool:
+        """Or a run of given plans."""
+        return self.policy_name != FIXED_PLANS
+
     def config(self) -> dict[str, Any]:
         """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
         return {
             "space": to_toml(self.space),
-            "weights": None if self.space.weights is None else digest(self.space.weights),
+            "weights": None if self.space.weights is None else self._digest(self.space.weights),
             "dataset": self.dataset,
             "recipe": as_json(self.recipe.to_json()),
             "fidelity": self._fidelity(),
@@ -77,12 +129,31 @@ class Request:
             "storage": self.storage and masked(self.storage),
         }
 
+    @staticmethod
+    def _digest(weights: "Mapping[str, Tensor]") -> str:
+        from fnet_search.training.weights import digest  # torch takes seconds to import
+
+        return digest(weights)
+
     def _fidelity(self) -> dict[str, Any]:
         """All but the final training, which comes after the search and may be made longer."""
         facts = asdict(self.fidelity)
         del facts["final_epochs"]
         warm = self.recipe.warm(self.fidelity.warm_epochs)
         return {**facts, "warm_epochs": warm.epochs if warm.epoch_share == 1 else warm.epoch_share}
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """What is asked of a worker that joins a shared study: the storage's URL and the study's name, and, where this host
+    has them elsewhere, the data set, its validation images and the store of the weights."""
+
+    storage: str
+    study: str
+    machine: Machine = Machine()
+    dataset: str | None = None
+    validation: str | None = None
+    artifacts: str | None = None
 
 
 def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **others: Any) -> Request:

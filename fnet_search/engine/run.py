@@ -7,12 +7,14 @@ from dataclasses import replace
 import optuna
 from optuna.storages import BaseStorage
 
-from fnet_search.candidates.workers import Finished, WorkerPool
+from fnet_search.candidates.in_process import InProcessPool
+from fnet_search.candidates.pool import Finished, Pool
+from fnet_search.candidates.workers import WorkerPool
 from fnet_search.engine.display import Display
 from fnet_search.engine.preparation import Prepared, compare, configure, own_storage, prepare_run
 from fnet_search.engine.reporting import make_outcome
-from fnet_search.engine.request import Machine, Request
-from fnet_search.engine.search_loop import FixedPlans, search, trained
+from fnet_search.engine.request import JoinRequest, Request
+from fnet_search.engine.search_loop import search, trained
 from fnet_search.engine.shared_study import (
     artifacts_of,
     check_data,
@@ -25,23 +27,17 @@ from fnet_search.engine.shared_study import (
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.engine.winner import restore, test_winner
 from fnet_search.optuna_bridge.storage import open_artifacts, open_journal, open_url, telling
-from fnet_search.policy.protocol import FIXED_PLANS, Policy
-from fnet_search.policy.registry import load_policy
+from fnet_search.policy.fixed_plans import FixedPlans
+from fnet_search.policy.protocol import Policy
 from fnet_search.report.outcome import Outcome
 from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.deadline import Deadline
 from fnet_search.training.numerics import check_kernels
 
 
-def run_study(
-    request: Request,
-    policy: Policy,
-    run: RunFolder,
-    trials: int,
-    display: Display,
-    deadline: Deadline | None = None,
-) -> Outcome:
-    """Searches until `trials` candidates are trained or the policy is done, going on where an earlier run stopped.
+def run_study(request: Request, run: RunFolder, display: Display, deadline: Deadline | None = None) -> Outcome:
+    """Searches until `Request.trials` candidates are trained or the policy is done, going on where an earlier run
+    stopped.
 
     Of `FixedPlans`, all are trained. A search whose storage was named is shared with whoever joins it (`join_study`).
     Raises FnetError, before anything is written, for data or a storage that cannot be read, a device that is not there,
@@ -50,7 +46,8 @@ def run_study(
     """
     if run.exists:
         compare(run, request.config())
-    prepared = prepare_run(request, policy, run, display)
+    prepared = prepare_run(request, run, display)
+    policy, trials = request.policy, request.trials
     if request.artifacts is not None:
         open_artifacts(request.artifacts)  # or fail before anything is written
     storage = own_storage(request.storage, run)
@@ -59,7 +56,7 @@ def run_study(
         with closing(_record(prepared, run, storage)) as record:
             if record.sharing is not None:
                 telling(record.storage, display.status)
-                publish(record.study, request, prepared.data, trials, artifacts_of(request, run))
+                publish(record.study, request, prepared.data, artifacts_of(request, run))
                 share_weights(record.study, record.artifacts, request.space)
             if isinstance(policy, FixedPlans):
                 past = {one.plan for one in record.evaluations}
@@ -71,46 +68,34 @@ def run_study(
             return make_outcome(record, test, policy)
 
 
-def join_study(
-    url: str,
-    name: str,
-    run: RunFolder,
-    machine: Machine,
-    dataset: str | None,
-    validation: str | None,
-    artifacts: str | None,
-    display: Display,
-    deadline: Deadline | None = None,
-) -> str:
+def join_study(join: JoinRequest, run: RunFolder, display: Display, deadline: Deadline | None = None) -> str:
     """Works on the study of another process's search until it is done; returns what came of it, in a line.
 
-    `url` of its storage; `dataset`, `validation` and `artifacts` where this host names them otherwise. Raises
-    FnetError, before anything is written, where the study, its data or its weights are not there, or others; TimeUp at
-    the deadline.
+    Raises FnetError, before anything is written, where the study, its data or its weights are not there, or others;
+    TimeUp at the deadline.
     """
-    storage = open_url(url, new=False)
+    storage, name = open_url(join.storage, new=False), join.study
     telling(storage, display.status)
     known = published(storage, name)
-    request = known.request(url, machine, dataset, validation, artifacts)
-    policy = load_policy(request.policy_name)
+    request = known.request(join)
     study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
     request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
     if run.exists:
         compare(run, {**request.config(), "study": name})
-    prepared = prepare_run(request, policy, run, display)
+    prepared = prepare_run(request, run, display)
     check_data(known, prepared.data)
     with run.locked():
         configure(run, {**prepared.config, "study": name})
         with closing(_record(prepared, run, storage)) as record:
             before = {one.number for one in record.evaluations}
-            with _pool(prepared, record, known.trials, display) as pool:
-                own = _search(policy, record, pool, known.trials, display, deadline)
+            with _pool(prepared, record, request.trials, display) as pool:
+                own = _search(request.policy, record, pool, request.trials, display, deadline)
         new = sum(one.number not in before for one in record.evaluations)
     return f"study {name} is done; of {new} candidates since, this worker has finished {own}"
 
 
 def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> StudyRecord:
-    request, searching = prepared.request, prepared.request.policy_name != FIXED_PLANS
+    request = prepared.request
     return StudyRecord(
         storage or open_journal(run.journal),
         run,
@@ -119,23 +104,28 @@ def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> 
         request.seed,
         request.split,
         prepared.setup,
-        searching,
-        sharing(request, run) if storage is not None and searching else None,
+        request.searching,
+        sharing(request, run) if storage is not None and request.searching else None,
     )
 
 
 @contextmanager
-def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[WorkerPool]:
+def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[Pool]:
     done, setup = trained(record.evaluations), prepared.setup
     if (done < trials or record.to_finish() is not None) and setup.numerics.fused:  # where there was a compiler
         check_kernels(setup.numerics)
     display.begin(record.run, setup, trials, done)
-    with WorkerPool(prepared.workers, setup, prepared.data, record.run.path) as pool:
+    alone, scratch = prepared.request.machine.workers == 0, record.run.path
+    with (
+        InProcessPool(setup, prepared.data, scratch)
+        if alone
+        else WorkerPool(prepared.workers, setup, prepared.data, scratch)
+    ) as pool:
         yield pool
 
 
 def _search(
-    policy: Policy, record: StudyRecord, pool: WorkerPool, trials: int, display: Display, deadline: Deadline | None
+    policy: Policy, record: StudyRecord, pool: Pool, trials: int, display: Display, deadline: Deadline | None
 ) -> int:
     """Returns how many trainings were finished here."""
     unfinished = trained(record.evaluations) < trials or record.to_finish() is not None

@@ -12,8 +12,8 @@ from typing import Protocol
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, regular
 from fnet_search.candidates.job import Job
+from fnet_search.candidates.pool import Finished, Pool, Probed, Probing, Progressed
 from fnet_search.candidates.probes import ProbeTask
-from fnet_search.candidates.workers import Finished, Probed, Probing, Progressed, WorkerPool
 from fnet_search.optuna_bridge.leases import Claim
 from fnet_search.policy import asktell
 from fnet_search.policy.asktell import Refused, propose
@@ -90,7 +90,7 @@ class Record(asktell.Record, Protocol):
 
 
 def search(
-    policy: Policy, record: Record, pool: WorkerPool, trials: int, deadline: Deadline | None = None
+    policy: Policy, record: Record, pool: Pool, trials: int, deadline: Deadline | None = None
 ) -> Iterator[Event]:
     """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
     happens.
@@ -118,7 +118,7 @@ class _Host:
     """Gives work to the workers, and records what comes of it."""
 
     record: Record
-    pool: WorkerPool
+    pool: Pool
     deadline: Deadline
 
     def until_done(self, begin: Callable[[], Step]) -> Iterator[Event]:
@@ -221,14 +221,3 @@ class _Host:
 def trained(evaluations: Iterable[Evaluation]) -> int:
     """How many candidates were trained, wholly or in part."""
     return sum(evaluation.state != "refused" and evaluation.role == "candidate" for evaluation in evaluations)
-
-
-@dataclass(frozen=True)
-class FixedPlans:
-    """The policy of a study of given plans: each once, in order."""
-
-    plans: tuple[FactorizationPlan, ...]
-
-    def suggest(self, history: History) -> FactorizationPlan | None:
-        seen = history.seen
-        return next((plan for plan in self.plans if plan not in seen), None)

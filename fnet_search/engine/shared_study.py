@@ -14,12 +14,14 @@ from optuna.study import Study
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.engine.request import Machine, Request, as_json, completed, request_from
+from fnet_search.engine.request import JoinRequest, Request, as_json, completed, request_from
 from fnet_search.engine.study_record import Sharing
-from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_url
+from fnet_search.optuna_bridge.storage_url import masked
 from fnet_search.policy.evaluation import HELD_OUT
+from fnet_search.policy.registry import load_policy
 from fnet_search.rundir.recorded_run import RecordedRun
-from fnet_search.rundir.run_folder import RunFolder, differences
+from fnet_search.rundir.run_folder import FORMAT, RunFolder, differences
 from fnet_search.training.datasets import DataSet
 from fnet_search.training.weights import digest, read_tensors, write_tensors
 
@@ -30,6 +32,8 @@ PUBLISHED = "fnet_search:run"
 """System attribute of a study: what was published."""
 IMPORTED = "imported.safetensors"
 """Artifact of a study: the weights of an imported network."""
+VERSION = f"{__version__}, format {FORMAT}"
+"""What all workers on a study must have in common. One text, so that versions which knew no formats refuse it too."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Published:
     """What a worker must know that joins a study."""
 
     version: str
-    """Of fnet-search."""
+    """VERSION of the run."""
     config: Mapping[str, Any]
     """As `Request.config`, but for where the storage is, which each host may name otherwise."""
     data: Mapping[str, Any]
@@ -46,21 +50,28 @@ class Published:
     trials: int
     audit_all: bool
     artifacts: str
-    """Where weights lie, as in ``--artifacts``."""
+    """Where weights lie, as `Request.artifacts`."""
     lease: float
     """Seconds."""
 
-    def request(
-        self, url: str, machine: Machine, dataset: str | None, validation: str | None, artifacts: str | None
-    ) -> Request:
+    def request(self, join: JoinRequest) -> Request:
         """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
-        others = {"audit_all": self.audit_all, "storage": url, "machine": machine, "lease": self.lease}
-        others["validation"] = validation or self.data.get("validation", HELD_OUT)
-        found = request_from(self.config, self.fidelity, **others, artifacts=artifacts or self.artifacts)
+        found = request_from(
+            self.config,
+            self.fidelity,
+            trials=self.trials,
+            audit_all=self.audit_all,
+            lease=self.lease,
+            machine=join.machine,
+            storage=join.storage,
+            validation=join.validation or self.data.get("validation", HELD_OUT),
+            artifacts=join.artifacts or self.artifacts,
+        )
         again = {**_config(found), "weights": self.config["weights"]}
         if odd := differences(completed(self.config), again):
             raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
-        return found if dataset is None else replace(found, dataset=dataset)
+        policy, dataset = load_policy(found.policy_name), join.dataset or found.dataset
+        return replace(found, policy=policy, dataset=dataset)
 
 
 def _config(request: Request) -> dict[str, Any]:
@@ -70,29 +81,36 @@ def _config(request: Request) -> dict[str, Any]:
 
 
 def published(storage: BaseStorage, name: str) -> Published:
-    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version."""
+    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version or format."""
+    facts = _facts(storage, name)
+    if facts.get("version") != VERSION:
+        raise FnetError(
+            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {VERSION}; install the same"
+        )
+    return Published(**facts)
+
+
+def _facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
+    """The fields of `Published`, as some version wrote them."""
     if not has_study(storage, name):
         raise FnetError(f"the storage has no study {name!r}; start one with fnet-search run --storage ... --out {name}")
     facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(PUBLISHED)
     if facts is None:
         raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
-    if facts.get("version") != __version__:
-        raise FnetError(
-            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {__version__}; install the same"
-        )
-    return Published(**facts)
+    found: Mapping[str, Any] = facts
+    return found
 
 
-def publish(study: Study, request: Request, data: DataSet, trials: int, artifacts: Path | str) -> None:
+def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
     """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
     run goes on, with more trials. Raises FnetError where another run has left another one."""
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
     new = Published(
-        __version__,
+        VERSION,
         _config(request),
         facts,
         asdict(request.fidelity),
-        trials,
+        request.trials,
         request.audit_all,
         str(artifacts),
         request.lease,
@@ -108,7 +126,7 @@ def check_data(known: Published, data: DataSet) -> None:
     if data.fingerprint() != known.data["fingerprint"]:
         raise FnetError(
             f"the data set here is not the run's: its fingerprint is {data.fingerprint()}, the run's "
-            f"{known.data['fingerprint']}; name the same images with --dataset, --validation"
+            f"{known.data['fingerprint']}; name the same images with `dataset`, `validation`"
         )
 
 
@@ -128,11 +146,11 @@ def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sh
         return None
     found = open_url(url, new=False)
     if not has_study(found, run.name):
-        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as --storage")
+        raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
         return found, None
-    known = published(found, run.name)
-    return found, Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
+    known = _facts(found, run.name)  # of any version whose folders can be read: nothing is trained
+    return found, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
 
 
 def artifacts_of(request: Request, run: RunFolder) -> str:
@@ -165,7 +183,8 @@ def with_weights(
             with store.open_reader(ids[0]) as opened:
                 path.write_bytes(opened.read())
         except (IndexError, OSError, ArtifactNotFound):
-            raise FnetError("the weights of the network are not in the artifact store; see --artifacts") from None
+            missing = "the weights of the network are not in the artifact store; name the run's with `artifacts`"
+            raise FnetError(missing) from None
         weights, _ = read_tensors(path)
     if digest(weights) != wanted:
         raise FnetError("the weights of the network in the artifact store are not the run's")

@@ -26,9 +26,10 @@ from fnet_search.base.files import replacing
 from fnet_search.candidates.job import Job, Setup, Start, unfinished
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.candidates.probes import ProbeTask, probe_tasks, probes_from
-from fnet_search.optuna_bridge.leases import LEASE_SECONDS, TAKEOVERS, Claim, Ledger
+from fnet_search.optuna_bridge.leases import TAKEOVERS, Claim, Ledger
 from fnet_search.optuna_bridge.pruner import EqualStart
 from fnet_search.optuna_bridge.storage import has_study, together
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
 from fnet_search.optuna_bridge.trials import EPOCHS, ROLE, START, describe
 from fnet_search.policy.asktell import lowest_free
 from fnet_search.policy.constraints import Constraints
@@ -394,7 +395,7 @@ class StudyRecord:
 
     def _gone(self, number: int) -> FnetError:
         return FnetError(
-            f"the weights of candidate {number} are not in the artifact store; name the run's with --artifacts"
+            f"the weights of candidate {number} are not in the artifact store; name the run's with `artifacts`"
         )
 
     def _shared_files(self, number: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.measure import measure
 from fnet_search.candidates.network_files import WEIGHTS, load_trained
-from fnet_search.candidates.workers import WorkerPool
+from fnet_search.candidates.pool import Pool
 from fnet_search.deploy.audit import audit
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
@@ -20,7 +20,7 @@ from fnet_search.rundir.run_folder import PROMOTED
 from fnet_search.training.datasets import DataSet
 
 
-def test_winner(record: StudyRecord, data: DataSet, pool: WorkerPool, display: Display) -> Evaluation | None:
+def test_winner(record: StudyRecord, data: DataSet, pool: Pool, display: Display) -> Evaluation | None:
     """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), and
     audited there and on the split that it was evaluated on. None: there is no winner, or there are no test images.
 
@@ -70,7 +70,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
     return test
 
 
-def restore(record: StudyRecord, pool: WorkerPool, display: Display) -> None:
+def restore(record: StudyRecord, pool: Pool, display: Display) -> None:
     """Trains once more what others start from, where its weights were lost since."""
     for one in record.starts:
         folder = record.run.candidate(one.number)
@@ -83,7 +83,7 @@ def restore(record: StudyRecord, pool: WorkerPool, display: Display) -> None:
             _again(record, pool, one)
 
 
-def _again(record: StudyRecord, pool: WorkerPool, evaluation: Evaluation) -> None:
+def _again(record: StudyRecord, pool: Pool, evaluation: Evaluation) -> None:
     """Trains a network once more; first the one that it started from, where its weights are gone."""
     job = record.again(evaluation)
     if job.start is not None and not (job.start.folder / WEIGHTS).is_file():

@@ -30,7 +30,8 @@ def trace(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
         except Exception as error:  # torch.export and the module raise what they like
             reason = first_line(error)
             small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
-            advice = f"; --input {shape[0]}x224x224 would give it larger images" if small and shape[1] < 224 else ""
+            larger = f"; `input_shape` {shape[0]}x224x224 would give it larger images"
+            advice = larger if small and shape[1] < 224 else ""
             if any(type(one).__module__ == "torchvision.transforms.transforms" for one in model.modules()):
                 advice = "; torchvision.transforms.v2 has transforms that can be traced"
             said = f"{reason}{advice}"

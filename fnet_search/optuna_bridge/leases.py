@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
 from fnet_search.optuna_bridge.trials import (
     NUMBER,
     ROLE,
@@ -41,8 +42,6 @@ LEASE = "fnet_search:lease"
 """System attribute of a running trial: its worker, and how often the lease was renewed."""
 LEFT = "fnet_search:left"
 """System attribute of a failed trial that has no evaluation: why (`Left`)."""
-LEASE_SECONDS = 120.0
-"""A lease that rests for so long has lost its worker; longer than a minute without a network."""
 BEATS = 8
 """So often a lease is renewed in that time."""
 TAKEOVERS = 5

@@ -20,7 +20,7 @@ import numpy as np
 
 from fnet_search.arch.costs import layer_cost, plan_cost, smallest_conv_macs
 from fnet_search.arch.factorize import factorize
-from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.layers import Conv, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, check_plan, indices, legal_rates, make_plan, regular
 from fnet_search.arch.space_file import read_space
@@ -174,7 +174,8 @@ class PolicyConformance:
         assert found is made, f"{made} must be a class that can be imported from {made.__module__}, as a plug-in is"
         code = (
             f"import json, sys; from {made.__module__} import {name}\n"
-            "from fnet_search.arch.space_file import read_space; from fnet_search.policy.conformance import made_up_probes\n"
+            "from fnet_search.arch.space_file import read_space\n"
+            "from fnet_search.policy.conformance import made_up_probes\n"
             "from fnet_search import Constraints, Evaluation, History\n"
             f"space, past = read_space({self.space!r}), tuple(map(Evaluation.from_json, json.load(sys.stdin)))\n"
             f"for known, number in {[(len(one.evaluations), one.number) for one in histories]}:\n"
@@ -247,7 +248,7 @@ def made_up_layers(space: Macroarchitecture, plan: FactorizationPlan, seed: int 
     network = factorize(space, plan)
     layers = []
     for node in network.order:
-        if not isinstance(node.layer, Conv | Dense):
+        if not isinstance(node.layer, Weighted):
             continue
         cost = layer_cost(node, network.input_shapes(node))
         few = rng.lognormal(0, 0.4) * (3 if isinstance(node.layer, Conv) and node.layer.groups > 1 else 1)

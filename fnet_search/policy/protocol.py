@@ -88,7 +88,3 @@ def probes_of(history: History, policy: object) -> Probes:
             "fnet_search.probes_for, and give them as AskTell(probes=...) or History(probes=...)"
         )
     return history.probes
-
-
-FIXED_PLANS = "fixed plans"
-"""What runs of given plans have as the name of their policy. They have no winner."""

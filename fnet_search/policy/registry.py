@@ -1,15 +1,46 @@
 """Policies by name: installed plug-ins, and classes of a user's own files."""
 
+import ast
+from contextlib import suppress
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 
 from fnet_search.base.errors import FnetError, unknown
-from fnet_search.base.plugins import fault, importable, load_object
+from fnet_search.base.plugins import fault, importable, installed, load_installed, load_object
 from fnet_search.policy.protocol import Policy
+
+GROUP = "fnet_search.policies"
+"""Of entry points: each is a class whose objects are policies."""
 
 
 def policy_names() -> list[str]:
-    """Names of the installed policies: entry points of the group ``fnet_search.policies``."""
-    return sorted(entry_points(group="fnet_search.policies").names)
+    """Names of the installed policies: entry points of GROUP."""
+    return installed(GROUP)
+
+
+def policy_summary(name: str) -> str:
+    """The first line of an installed policy's docstring, read from its source where there is one: importing a policy
+    may take seconds. Raises FnetError as `load_policy`."""
+    found = entry_points(group=GROUP, name=name)
+    spec = None
+    with suppress(ImportError):  # `load_policy` says what is wrong
+        spec = find_spec(next(iter(found)).module) if found else None
+    if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+        attribute = next(iter(found)).attr
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == attribute:
+                return (ast.get_docstring(node) or "").partition("\n")[0]
+    return (type(load_policy(name)).__doc__ or "").strip().partition("\n")[0]
+
+
+def check_policy_name(name: str) -> None:
+    """Raises FnetError for a name that no installed policy has, without importing the one that has it; for one of a
+    file or module as `load_policy`."""
+    if ":" in name:
+        load_policy(name)
+    elif name not in policy_names():
+        raise unknown("policy", name, policy_names())
 
 
 def load_policy(name: str) -> Policy:
@@ -29,14 +60,7 @@ def load_policy(name: str) -> Policy:
         except Exception as error:  # a user's code raises what it likes
             raise FnetError(f"policy {name} cannot be loaded: {fault(error, where)}") from error
         return check_policy(own, name)
-    found = entry_points(group="fnet_search.policies", name=name)
-    if not found:
-        raise unknown("policy", name, policy_names())
-    entry = next(iter(found))
-    try:
-        policy: Policy = entry.load()()
-    except Exception as error:
-        raise FnetError(f"policy {name!r} cannot be loaded: {fault(error, entry.module)}") from error
+    policy: Policy = load_installed(GROUP, "policy", name, make=lambda kind: kind())
     return check_policy(policy, name)
 
 

@@ -5,7 +5,6 @@ from math import sqrt
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
 
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
@@ -28,6 +27,8 @@ def as_bits(right: Iterable[bool]) -> str:
 def interval(right: int, images: int) -> tuple[float, float]:
     """From where to where an accuracy, a fraction of 1, may be that was measured as so many of so many images: Wilson's
     score interval."""
+    from scipy.stats import binomtest  # it takes half a second to import
+
     found = binomtest(right, images).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)
 
@@ -104,6 +105,8 @@ def _p_value(better: Counts, worse: Counts, sizes: Counts) -> float:
     if not len(sizes):
         return 1.0
     if len(set(sizes.tolist())) == 1:  # each image weighs the same
+        from scipy.stats import binomtest
+
         return float(binomtest(int(better.sum()), int(discordant.sum())).pvalue)
     drawn = 2 * np.random.default_rng(0).binomial(discordant, 0.5, (DRAWS, len(sizes))) - discordant
     found = abs(float(((better - worse) / sizes).sum()))

@@ -59,8 +59,10 @@ class Calibrated:
                 plain = self.quantized(replace(scheme, bias_correct=False))
                 network = correct_biases(self.folded, plain.network, self.few, self.means)
             else:
-                alike = (one.network for other, one in self._known.items() if other.per_channel == scheme.per_channel)
-                network = quantize(self.folded, stats, scheme.per_channel, next(alike, None))
+                alike = (
+                    one.network.layers for other, one in self._known.items() if other.per_channel == scheme.per_channel
+                )
+                network = quantize(self.folded, stats, scheme.per_channel, next(alike, {}))
             self._known[scheme] = Quantized(scheme, self.folded, stats, network)
         return self._known[scheme]
 

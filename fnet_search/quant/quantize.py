@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from math import inf
+from types import MappingProxyType
 
-from fnet_search.arch.layers import Activation, Conv, Dense
+from fnet_search.arch.layers import Activation, Weighted
 from fnet_search.arch.macroarchitecture import Node
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import QuantParams, degenerate, quant_params
-from fnet_search.quant.quantized_layer import quantize_layer
+from fnet_search.quant.quantized_layer import QuantizedLayer, quantize_layer
 from fnet_search.quant.ranges import TensorStats, carriers
 from fnet_search.quant.simulator import QuantizedNetwork
 
@@ -20,22 +21,21 @@ def quantize(
     folded: FoldedNetwork,
     stats: Mapping[str, TensorStats],
     per_channel: bool = False,
-    like: QuantizedNetwork | None = None,
+    known: Mapping[str, QuantizedLayer] = MappingProxyType({}),
 ) -> QuantizedNetwork:
     """The integer network of a folded one, with activation ranges from `ranges.calibrate`.
 
-    `like`: one of the same folded network with other ranges; codes of weights that are the same are shared with it.
+    `known`: layers with the same weights, quantized for other ranges, whose codes are shared where they come out equal.
     """
     carrier = carriers(folded.network)
     params = {name: _activation_params(folded.network.by_name.get(name), tensor) for name, tensor in stats.items()}
     layers = {}
     for node in folded.network.order:
-        if isinstance(node.layer, Conv | Dense):
+        if isinstance(node.layer, Weighted):
             source = params[carrier[node.inputs[0]]]
             weight, bias = folded.weight[node.name], folded.bias[node.name]
-            known = None if like is None else like.layers[node.name]
             try:
-                layers[node.name] = quantize_layer(weight, bias, source, per_channel, known)
+                layers[node.name] = quantize_layer(weight, bias, source, per_channel, known.get(node.name))
             except FnetError as error:
                 raise FnetError(f"layer {node.name!r}: {error}") from None
     return QuantizedNetwork(folded.network, params, layers)

@@ -4,19 +4,33 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
-from typing import Any
+from math import prod
+from typing import Any, ClassVar, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fnet_search.arch.layers import Activation, Moving, Pool
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Layer,
+    Moving,
+    Multiply,
+    Pool,
+)
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import degenerate, quant_params
-from fnet_search.quant.scheme import RangeMethod
+from fnet_search.quant.scheme import RangeMethod, range_spec
 from fnet_search.training.datasets import Batches
 from fnet_search.training.network import walk
 
@@ -29,15 +43,26 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
     """
     carrier = {INPUT: INPUT}
     for node in network.order:
-        layer = node.layer
-        moves = isinstance(layer, Moving)
-        if moves or (isinstance(layer, Pool) and layer.reduction == "max"):
+        if _keeps_codes(node.layer):
             carrier[node.name] = carrier[node.inputs[0]]
             continue
         readers = network.consumers(node.name)
         fused = len(readers) == 1 and _clips(readers[0].layer) and not isinstance(node.layer, Activation)
         carrier[node.name] = readers[0].name if fused else node.name
     return carrier
+
+
+def _keeps_codes(layer: Layer) -> bool:
+    """Whether the codes that a layer gives are some of those that it reads."""
+    if isinstance(layer, Moving):
+        return True
+    match layer:
+        case Pool(reduction):
+            return reduction == "max"
+        case Conv() | BatchNorm() | Affine() | Activation() | Dense() | Add() | Multiply() | Concat():
+            return False
+        case _:
+            assert_never(layer)
 
 
 def _clips(layer: object) -> bool:
@@ -56,41 +81,61 @@ class TensorStats:
     """Share of elements that are exactly zero."""
 
 
-def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod) -> Mapping[str, TensorStats]:
+HELD = 1 << 26
+"""Values of activations that are held between two passes, at most: a quarter of a gigabyte."""
+
+
+def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held: int = 0) -> Mapping[str, TensorStats]:
     """Statistics of every quantized tensor, keyed by its carrier.
 
     The network's input and its logits get min and max, hidden tensors what `method` says: nearest-rank percentiles
     pooled over all elements, exact, or the range of least squared error. Percentiles between which there is nothing but
     zero (a sparse tensor) give way to min and max. Both take two passes over the samples and keep histograms, so memory
-    does not grow with their number. Raises FnetError for activations that are not finite.
+    does not grow with their number.
+
+    `held`: the samples are so many, and few: what the network gives for them is held for the second pass, where that is
+    at most HELD values, and not computed again. Raises FnetError for activations that are not finite.
     """
-    return calibrate_each(folded, batches, (method,))[0]
+    return calibrate_each(folded, batches, (method,), held)[0]
 
 
 def calibrate_each(
-    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod]
+    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod], held: int = 0
 ) -> list[Mapping[str, TensorStats]]:
     """As `calibrate`, for several range methods in the same passes."""
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
+    kinds = [observer_of(method) for method in methods]
     observers = {
-        name: [OBSERVERS[method.kind if name not in ends else "minmax"](method) for method in methods]
+        name: [(Observer if name in ends else kind)(method) for kind, method in zip(kinds, methods, strict=True)]
         for name in carrier.values()
     }
+    hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= HELD if held else False
+    tensors = []
     for name, tensor in _tensors(folded, batches, observers):
         for observer in observers[name]:
             observer.first_pass(tensor)
+        if hold:
+            tensors.append((name, tensor))
     left = {name: [one for one in each if not one.settled] for name, each in observers.items()}
     if unsettled := {name: each for name, each in left.items() if each}:
-        for name, tensor in _tensors(folded, batches, unsettled):
-            for observer in unsettled[name]:
+        for name, tensor in tensors if hold else _tensors(folded, batches, unsettled):
+            for observer in unsettled.get(name, ()):
                 observer.second_pass(tensor)
     return [{name: each[place].stats(name) for name, each in observers.items()} for place in range(len(methods))]
 
 
 def passes(*methods: RangeMethod) -> int:
     """How often `calibrate` looks at the samples, at most."""
-    return 1 if all(method.kind == "minmax" for method in methods) else 2
+    return max(observer_of(method).passes for method in methods)
+
+
+def observer_of(method: RangeMethod) -> "type[Observer]":
+    """Raises FnetError for a method that is not there, or whose observer is none."""
+    found = range_spec(method.name).load()
+    if not (isinstance(found, type) and issubclass(found, Observer)):
+        raise FnetError(f"range method {method.name!r} cannot be loaded: its observer must be a subclass of Observer")
+    return found
 
 
 @torch.no_grad()
@@ -103,8 +148,15 @@ def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, objec
                 yield node.name, output
 
 
-class _Observer:
-    """Extremes of one tensor; a subclass for each range method finds its range from histograms of two passes."""
+class Observer:
+    """What a range method sees of one tensor: here its extremes, which are the range of ``minmax``.
+
+    A subclass for each other method finds its `range` from what it keeps in one pass over the samples or in two; what
+    it keeps must not grow with their number.
+    """
+
+    passes: ClassVar[int] = 1
+    """Over the samples, at most: 1, or 2 with a `second_pass`."""
 
     def __init__(self, method: RangeMethod) -> None:
         self.method = method
@@ -134,7 +186,7 @@ class _Observer:
     @property
     def settled(self) -> bool:
         """Whether one pass was enough. Raises nothing, also for values that are not finite: `stats` does."""
-        return True
+        return self.passes == 1
 
     def range(self) -> tuple[float, float]:
         """From where to where values are represented."""
@@ -146,8 +198,10 @@ class _Observer:
         return TensorStats(*self.range(), self.channel_min, self.channel_max, self.zeros / self.count)
 
 
-class _Percentiles(_Observer):
+class Percentiles(Observer):
     """Exact order statistics in 64 Ki counters a pass: first the upper half of the floats' bits, then the lower."""
+
+    passes = 2
 
     def __init__(self, method: RangeMethod) -> None:
         super().__init__(method)
@@ -180,7 +234,7 @@ class _Percentiles(_Observer):
 
     def ranks(self) -> tuple[int, ...]:
         """Nearest ranks, from 1, of the lower and the upper percentile; one entry where they are the same."""
-        part = self.method.percentile / 100
+        part = (self.method.number or Fraction(0)) / 100
         return tuple(dict.fromkeys(max(1, math.ceil(share * self.count)) for share in (part, 1 - part)))
 
     def range(self) -> tuple[float, float]:
@@ -224,13 +278,14 @@ def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
     return bucket, int(cumulative[bucket] - histogram[bucket])
 
 
-class _LeastSquares(_Observer):
+class LeastSquares(Observer):
     """The range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
 
     A bin is at least 16 times narrower than a step, down to a range of a sixteenth of the whole: then what a bin's
     place within a step says about its values is exact enough. Zeros are left out: they are always represented.
     """
 
+    passes = 2
     BINS = 1 << 16
 
     def __init__(self, method: RangeMethod) -> None:
@@ -257,7 +312,8 @@ class _LeastSquares(_Observer):
         moments = _Moments(histogram.numpy(), self.low, self.high)
         grids = [np.arange(1, 65) / 64 if end else np.ones(1) for end in ends]
         for finer in (8, 64, 512):
-            shares = min(product(*grids), key=lambda pair: moments.error(ends[0] * pair[0], ends[1] * pair[1]))
+            pairs = list(product(*grids))
+            shares = pairs[int(moments.errors([(ends[0] * low, ends[1] * high) for low, high in pairs]).argmin())]
             grids = [np.clip(share + np.arange(-8, 9) / (64 * finer), 1e-4, 1) for share in shares]
         return ends[0] * float(shares[0]), ends[1] * float(shares[1])
 
@@ -270,15 +326,18 @@ class _Moments:
         centres = low + (np.arange(len(counts)) + 0.5) * self.width
         self.sums = [np.concatenate([[0.0], np.cumsum(counts * centres**power)]) for power in range(3)]
 
-    def error(self, low: float, high: float) -> float:
-        """sum (x - x_q)^2 with the parameters of a range."""
-        params = quant_params(low, high)
+    def errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        """sum (x - x_q)^2 with the parameters of each range, a few ranges at a time."""
+        return np.concatenate([self._errors(ranges[start : start + 64]) for start in range(0, len(ranges), 64)])
+
+    def _errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        params = [quant_params(low, high) for low, high in ranges]
+        scales, zeros = np.array([[one.scale for one in params], [one.zero for one in params]])[:, :, None]
         codes = np.arange(256.0)
-        values = params.scale * (codes - params.zero)
-        edges = (params.scale * (codes[1:] - 0.5 - params.zero) - self.low) / self.width
-        cuts = np.concatenate([[0], np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int), [-1]])
+        values = scales * (codes - zeros)
+        edges = (scales * (codes[1:] - 0.5 - zeros) - self.low) / self.width
+        inner = np.clip(np.rint(edges), 0, len(self.sums[0]) - 1).astype(int)
+        cuts = np.pad(inner, ((0, 0), (1, 1)))
+        cuts[:, -1] = -1
         count, total, squares = (np.diff(sums[cuts]) for sums in self.sums)
-        return float((squares - 2 * values * total + values**2 * count).sum())
-
-
-OBSERVERS: dict[str, type[_Observer]] = {"minmax": _Observer, "percentile": _Percentiles, "mse": _LeastSquares}
+        return np.asarray((squares - 2 * values * total + values**2 * count).sum(1))

@@ -42,7 +42,7 @@ def warnings(classes: Sequence[str], counts: Counts) -> list[str]:
     if few:
         found.append(
             f"less than a tenth of the {most:,} training images of {largest}: {_named(few)}; accuracy hides what "
-            "becomes of them: see --metric balanced-accuracy and --class-weights balanced"
+            "becomes of them: see the metric balanced-accuracy and the class weights balanced"
         )
     for split, images in counts.items():
         if empty := [name for n, name in zip(images, classes, strict=True) if not n]:

@@ -21,7 +21,7 @@ def cautions(validation: str, has_test: bool) -> list[str]:
         found.append(
             "the validation images are a part of the training images, which the weights may have been trained on: "
             "accuracies and constraints on them may be too good; put validation images into val/ of the image folder, "
-            "or name a folder of them with --validation"
+            "or give a folder of validation images"
         )
     if not has_test:
         found.append(

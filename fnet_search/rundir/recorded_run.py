@@ -15,13 +15,14 @@ from fnet_search.base.version import __version__
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, SplitName
-from fnet_search.policy.protocol import FIXED_PLANS
+from fnet_search.policy.fixed_plans import FIXED_PLANS
 from fnet_search.policy.ranking import ranking
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.rundir.run_folder import KEPT, PROMOTED, RunFolder, read_evaluation, scheme_folder
-from fnet_search.training.datasets import FOLDER, DataSet, load_dataset
+from fnet_search.training.dataset_names import FOLDER
+from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.imagefolder import READING
 from fnet_search.training.network import Network
 
@@ -136,8 +137,9 @@ class RecordedRun:
 
     def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
         number, slash, scheme = name.partition("/")
-        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash
-        wanted += scheme.replace("percentile-", "percentile:")
+        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash + scheme
+        of_folder = {one.replace(":", "-"): one for one in networks}  # what `scheme_folder` makes of it
+        wanted = of_folder.get(wanted.replace(":", "-"), wanted)
         kept = [one.id for one in networks.values() if one.has_weights]
         if wanted not in networks:
             raise FnetError(
@@ -162,10 +164,10 @@ class RecordedRun:
         name, facts = dataset or self.config["dataset"], self.config["data"]
         kind, _, path = name.partition(":")
         if dataset is None and kind == "imagefolder" and not Path(path).is_dir():
-            raise FnetError(f"the run's images are not in {path} here; name the same ones with --dataset")
+            raise FnetError(f"the run's images are not in {path} here; name the same ones with `dataset`")
         shape, own = self.space.input_shape, validation or facts["validation"]
         if validation is None and own is not None and Path(own).is_absolute() and not Path(own).is_dir():
-            raise FnetError(f"the run's validation images are not in {own} here; name the same ones with --validation")
+            raise FnetError(f"the run's validation images are not in {own} here; name the same ones with `validation`")
         data = load_dataset(name, shape, data_dir, False, seen, self.split, own, facts["skipped"] > 0)
         recorded = facts["fingerprint"]
         if data.fingerprint() != recorded:

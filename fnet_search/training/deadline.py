@@ -2,8 +2,10 @@
 
 import math
 import time
+from typing import TYPE_CHECKING
 
-from fnet_search.training.train import TrainingProgress
+if TYPE_CHECKING:
+    from fnet_search.training.train import TrainingProgress
 
 
 class TimeUp(Exception):  # noqa: N818 (reads as what happened; not an error)
@@ -35,7 +37,7 @@ class Deadline:
     def over(self) -> bool:
         return self.worked and time.monotonic() >= self._end
 
-    def holds(self, number: int, progress: TrainingProgress) -> bool:
+    def holds(self, number: int, progress: "TrainingProgress") -> bool:
         """Whether a training is to wait where its epoch ended, until it is cut off there: its checkpoint is written."""
         now = time.monotonic()
         begun, self._begun[number] = self._begun[number], now

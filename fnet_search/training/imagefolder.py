@@ -48,17 +48,27 @@ def validation_folder(root: Path | None, named: str | None) -> Path | None:
     if named is not None:
         found = [(root or Path()) / Path(named).expanduser()]
         if not found[0].is_dir():
-            raise FnetError(f"--validation {found[0]} does not exist, or is not a folder; class folders must lie in it")
+            raise FnetError(f"`validation` {found[0]} does not exist, or is not a folder; class folders must lie in it")
     else:
         found = [] if root is None else [root / name for name in VALIDATION if (root / name).is_dir()]
     if len(found) > 1:
         names = " and ".join(f"{folder.name}/" for folder in found)
-        raise FnetError(f"imagefolder {root}: {names} are there; name the validation images with --validation")
+        raise FnetError(f"imagefolder {root}: {names} are there; name the validation images with `validation`")
     for folder in found:
         for part, name in (("train", "training"), ("test", "test")):
             if root is not None and (root / part).is_dir() and folder.samefile(root / part):
-                raise FnetError(f"the validation images {folder} are the {name} images; name others with --validation")
+                raise FnetError(f"the validation images {folder} are the {name} images; name others with `validation`")
     return found[0] if found else None
+
+
+CLASS_FOLDERS = "class folders must lie in train/ and test/"
+
+
+def training_folder(root: Path) -> Path:
+    """Where the training images of a data set in folders lie. Raises FnetError where it is not there."""
+    if not (root / "train").is_dir():
+        raise FnetError(f"imagefolder {root}: {root / 'train'} does not exist; {CLASS_FOLDERS}")
+    return root / "train"
 
 
 def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str, Samples]]:
@@ -67,13 +77,10 @@ def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str
     A class folder in test/ may be missing. Raises FnetError for fewer than two classes, one without a training image,
     one that only test/ has, and, if it is needed, a missing test/.
     """
-    whose, train, test = f"imagefolder {root}", root / "train", root / "test"
-    wanted = "class folders must lie in train/ and test/"
-    if not train.is_dir():
-        raise FnetError(f"{whose}: {train} does not exist; {wanted}")
+    whose, train, test = f"imagefolder {root}", training_folder(root), root / "test"
     if needs_test and not test.is_dir():
-        without = "or, for a search and --split validation, in train/ and val/"
-        raise FnetError(f"{whose}: {test} does not exist; {wanted}, {without}")
+        without = "or, for the validation split, as in a search, in train/ and val/"
+        raise FnetError(f"{whose}: {test} does not exist; {CLASS_FOLDERS}, {without}")
     folders = class_folders(train)
     if len(folders) < 2:
         raise FnetError(f"{whose}: train/ holds {len(folders)} class folders; at least 2 are needed")
@@ -181,7 +188,7 @@ def read_images(
             found[part] = images[: len(labels)], labels
     if unreadable and not skip_unreadable:
         many = f"{len(unreadable):,} of {total:,} images:" if len(unreadable) > 1 else "image"
-        raise FnetError(f"cannot read {many} {listing(unreadable)}; --skip-unreadable leaves out what cannot be read")
+        raise FnetError(f"cannot read {many} {listing(unreadable)}; `skip_unreadable` leaves out what cannot be read")
     for part, (_, labels) in found.items():
         read = set(labels)
         if lost := [path for path, label in files[part] if label not in read]:

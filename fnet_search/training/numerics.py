@@ -110,7 +110,7 @@ def check_kernels(numerics: Numerics) -> None:
     try:
         _block(numerics)()
     except Exception as error:  # whatever torch.compile and the compilers behind it raise
-        raise FnetError(f"the kernels of --fused cannot be compiled here: {first_line(error)}") from None
+        raise FnetError(f"the kernels of `fused` cannot be compiled here: {first_line(error)}") from None
     finally:
         torch.set_num_threads(before)
 

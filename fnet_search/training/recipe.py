@@ -6,7 +6,7 @@ from math import cos, isfinite, pi
 from typing import Any, Literal, get_args
 
 from fnet_search.base import shipped
-from fnet_search.base.errors import FnetError, unknown
+from fnet_search.base.errors import FnetError, check_least, unknown
 from fnet_search.base.toml_tables import build, read_table
 
 Schedule = Literal["steps", "one-cycle", "cosine"]
@@ -149,6 +149,14 @@ class Fidelity:
     """The best candidate is trained on for so many at the end."""
     finetune: bool = False
     """An imported network with weights is itself trained on first; else it is taken as it is."""
+
+    def __post_init__(self) -> None:
+        epochs = self.warm_epochs
+        if epochs is not None and (epochs <= 0 or (epochs > 1 and epochs % 1)):
+            raise FnetError(f"`warm_epochs` {epochs:g} is neither a whole number nor a part of one epoch")
+        if epochs is not None and not self.warm_start:
+            raise FnetError("`warm_epochs` is for candidates that start from others; leave it out, or set `warm_start`")
+        check_least(0, final_epochs=self.final_epochs)
 
 
 def load_recipe(name: str) -> Recipe:

@@ -3,7 +3,7 @@ from its checkpoint gives, on the CPU, bit for bit the network of one that was n
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,49 @@ class Trained:
     """By `Report`, before the last epoch."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file that a training is saved in after each epoch, and goes on from; `key` says which training: what another
+    one has left is written over."""
+
+    path: Path
+    key: str
+
+    def save(self, network: Network, optimizer: torch.optim.SGD, accuracies: Sequence[float]) -> None:
+        tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+        for name, parameter in network.named_parameters():
+            momentum = optimizer.state[parameter].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        write_tensors(self.path, tensors, {"key": self.key, "accuracies": json.dumps(accuracies)})
+
+    def resume(self, network: Network, optimizer: torch.optim.SGD) -> list[float]:
+        """Accuracies of the epochs already done: none without a usable checkpoint (a broken one is work to do again,
+        not an error)."""
+        try:
+            tensors, metadata = read_tensors(self.path)
+        except FnetError:
+            return []
+        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+        shapes, own = ({name: t.shape for name, t in state.items()} for state in (weights, network.state_dict()))
+        if metadata.get("key") != self.key or shapes != own:
+            return []
+        network.load_state_dict(weights)
+        for name, parameter in network.named_parameters():
+            if (momentum := tensors.get(f"momentum.{name}")) is not None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
+        accuracies: list[float] = json.loads(metadata["accuracies"])
+        return accuracies
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The images that a network is looked at on after each epoch, and the metric."""
+
+    split: Split
+    metric: MetricName = "accuracy"
+
+
 SETTLING = 1024
 """Training images for the final BatchNorm statistics."""
 WATCHED = 2000
@@ -74,23 +117,21 @@ def train(
     numerics: Numerics,
     seed: int,
     report: Report,
-    checkpoint: Path,
-    key: str,
-    watch: Split | None,
-    metric: MetricName = "accuracy",
+    checkpoint: Checkpoint,
+    watch: Watch | None = None,
 ) -> Trained:
     """Trains in place.
 
-    `checkpoint` is rewritten after each epoch, and read first if it is there and was written under `key`; what it had
-    reached is reported again. `watch` is the split whose accuracy, or what the metric says, is reported after each
-    epoch; None reports the training accuracy. Raises TrainingFailed when the loss is not finite.
+    `checkpoint` is rewritten after each epoch, and read first if it is there and of this training; what it had reached
+    is reported again. Without `watch`, the training accuracy is reported after each epoch. Raises TrainingFailed when
+    the loss is not finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     network.speed_up(numerics.fused, numerics.group_widths)
     optimizer = _optimizer(network, recipe)
     count = recipe.images(len(data.train))
     steps = min(math.ceil(count / recipe.batch_size), count // 2)  # no batch of one: BatchNorm
-    accuracies, weights = _resume(network, optimizer, checkpoint, key), class_weights(data, recipe)
+    accuracies, weights = checkpoint.resume(network, optimizer), class_weights(data, recipe)
     split = "training" if watch is None else "validation"
 
     def ended(epoch: int, loss: float | None) -> bool:
@@ -133,8 +174,8 @@ def train(
         if epoch + 1 == recipe.epochs:
             settle(network, data, numerics, seed)
         seen = float(correct) / count
-        accuracies.append(seen if watch is None else accuracy(network, data, watch, numerics, metric))
-        _save(network, optimizer, checkpoint, {"key": key, "accuracies": json.dumps(accuracies)})
+        accuracies.append(seen if watch is None else accuracy(network, data, watch.split, numerics, watch.metric))
+        checkpoint.save(network, optimizer, accuracies)
         if ended(epoch, float(loss_sum) / steps):
             return Trained((epoch + 1) * count, tuple(accuracies), stopped=True)
     return Trained(recipe.epochs * count, tuple(accuracies))
@@ -200,31 +241,3 @@ def accuracy(
             logits = network(data.normalise(images).to(memory_format=numerics.memory_format))
         right_of += torch.bincount(labels[logits.argmax(1) == labels], minlength=len(data.classes))
     return score(metric, zip(right_of.tolist(), images_of.tolist(), strict=True)) or 0.0
-
-
-def _save(network: Network, optimizer: torch.optim.SGD, path: Path, metadata: dict[str, str]) -> None:
-    tensors: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
-    for name, parameter in network.named_parameters():
-        momentum = optimizer.state[parameter].get("momentum_buffer")
-        if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
-    write_tensors(path, tensors, metadata)
-
-
-def _resume(network: Network, optimizer: torch.optim.SGD, path: Path, key: str) -> list[float]:
-    """Accuracies of the epochs already done: none without a usable checkpoint (a broken one is work to do again, not
-    an error)."""
-    try:
-        tensors, metadata = read_tensors(path)
-    except FnetError:
-        return []
-    weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-    shapes, own = ({name: t.shape for name, t in state.items()} for state in (weights, network.state_dict()))
-    if metadata.get("key") != key or shapes != own:
-        return []
-    network.load_state_dict(weights)
-    for name, parameter in network.named_parameters():
-        if (momentum := tensors.get(f"momentum.{name}")) is not None:
-            optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum)
-    accuracies: list[float] = json.loads(metadata["accuracies"])
-    return accuracies

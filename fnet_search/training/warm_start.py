@@ -85,12 +85,14 @@ def warm_start(
             if name not in targets:
                 targets[name] = _target(parent, _conv(child.network, node.name), name, wanted, fed)
             _fit(parent, child, name, targets[name])
+            if node is last:  # nothing is fitted to what the child computes from here on
+                return inputs[0]
             wanted = targets[name].wanted
         return _Both(wanted, _outputs(child, node, [fed]))
 
     samples, mode = list(batches()), child.training
     child.eval()
-    last = [node for node in child.network.order if node.name in parts][-1]
+    last = [node for node in child.network.order if node.name in parts and node.name.endswith(".grouped")][-1]
     for node, _ in walk(child.network, _Both(samples, samples), apply):
         if node is last:
             break

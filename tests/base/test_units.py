@@ -102,7 +102,7 @@ def test_every_budget_that_is_taken_can_be_shown() -> None:
     ("text", "share"), [("0.8", 0.8), ("80%", 0.8), ("7 %", 0.07), ("1", 1.0), ("100%", 1.0), (" .5 ", 0.5)]
 )
 def test_shares(text: str, share: float) -> None:
-    assert parse_share(text, "--min-quint8") == share
+    assert parse_share(text, "min_quint8") == share
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_shares(text: str, share: float) -> None:
 )
 def test_bad_shares(text: str) -> None:
     with pytest.raises(FnetError) as caught:
-        parse_share(text, "--max-drop")
+        parse_share(text, "max_drop")
     meant = "80%" if text == "80" else "1.01%" if text == "1.01" else "0.8 or 80%"
-    assert str(caught.value) == f"--max-drop {text!r} must be above 0 and at most 1; write {meant}"
+    assert str(caught.value) == f"`max_drop` {text!r} must be above 0 and at most 1; write {meant}"
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_bad_shares(text: str) -> None:
     [("2M", 2 * 10**6), ("250K", 250 * 10**3), ("0.3g", 300 * 10**6), ("2e6", 2 * 10**6), ("2000000", 2 * 10**6)],
 )
 def test_counts(text: str, count: int) -> None:
-    assert parse_count(text, "--max-params") == count
+    assert parse_count(text, "max_params") == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "0.5", "-2M", "2MB", "2%", "inf", "nan", "1e999", "M"])
 def test_bad_counts(text: str) -> None:
     with pytest.raises(FnetError) as caught:
-        parse_count(text, "--max-params")
-    assert str(caught.value) == f"--max-params {text!r} must be a positive number; write 2M, 250K or 2000000"
+        parse_count(text, "max_params")
+    assert str(caught.value) == f"`max_params` {text!r} must be a positive number; write 2M, 250K or 2000000"
 
 
 def test_what_people_read() -> None:
@@ -158,19 +158,19 @@ def test_what_people_read() -> None:
     ],
 )
 def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text, "--time-limit") == seconds
+    assert parse_duration(text, "time_limit") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0m", "-5m", "m", "1.2.3h", "30m1h", "5 weeks", "infs", "nanm"])
 def test_bad_durations(text: str) -> None:
-    with pytest.raises(FnetError, match=r"^--time-limit '.*' must be a time above 0; write 25m, 90s or 1h30m$"):
-        parse_duration(text, "--time-limit")
+    with pytest.raises(FnetError, match=r"^`time_limit` '.*' must be a time above 0; write 25m, 90s or 1h30m$"):
+        parse_duration(text, "time_limit")
 
 
 @pytest.mark.parametrize("text", ["25", " 1.5"])
 def test_a_duration_without_a_unit(text: str) -> None:
     with pytest.raises(FnetError, match=rf"needs a unit; write {text.strip()}m for minutes, or s or h$"):
-        parse_duration(text, "--time-limit")
+        parse_duration(text, "time_limit")
 
 
 @pytest.mark.parametrize(

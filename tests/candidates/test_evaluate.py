@@ -32,7 +32,7 @@ from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.training.datasets import DataSet, Split, load_dataset
 from fnet_search.training.network import build
 from fnet_search.training.recipe import Augmentation, Fidelity, Recipe
-from fnet_search.training.train import Report, TrainingFailed, TrainingProgress, accuracy, train
+from fnet_search.training.train import Checkpoint, Report, TrainingFailed, TrainingProgress, Watch, accuracy, train
 from fnet_search.training.weights import read_tensors, write_tensors
 from tests.support.networks import CPU, FAST, MIXED, batches_of, compiled, digits, noise, normal, randomized, sequence
 
@@ -489,7 +489,7 @@ def test_a_child_goes_on_from_its_parent(data: DataSet, parent: Start, tmp_path:
     assert not network.training
     assert found.zero_shot_accuracy == accuracy(network, data, data.evaluation, CPU)
     assert found.zero_shot_accuracy > 0.25, "better than chance, before it is trained"
-    train(network, data, RECIPE.warm(), CPU, 7, silent, tmp_path / "directly", "k", data.evaluation)
+    train(network, data, RECIPE.warm(), CPU, 7, silent, Checkpoint(tmp_path / "directly", "k"), Watch(data.evaluation))
     saved = load_trained(TINY, PLAN, tmp_path).state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
 
@@ -536,7 +536,16 @@ def test_the_best_is_trained_on_with_the_whole_recipe(data: DataSet, parent: Sta
     assert (found.epochs, found.inherited_epochs, found.trained_images) == (2, 3, 800)
     before = load_trained(TINY, REGULAR, parent.folder)
     assert found.zero_shot_accuracy == accuracy(before, data, data.evaluation, CPU), "it starts from itself"
-    train(before, data, RECIPE.with_epochs(2), CPU, 7, silent, tmp_path / "directly", "k", data.evaluation)
+    train(
+        before,
+        data,
+        RECIPE.with_epochs(2),
+        CPU,
+        7,
+        silent,
+        Checkpoint(tmp_path / "directly", "k"),
+        Watch(data.evaluation),
+    )
     saved = load_trained(TINY, REGULAR, tmp_path).state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in before.state_dict().items())
 
@@ -621,6 +630,7 @@ def test_an_evaluation_with_nothing_measured() -> None:
     )
 
 
+@pytest.mark.slow
 @compiled
 def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_path: Path) -> None:
     """A network that was trained fast is an ordinary one."""

@@ -19,20 +19,13 @@ from fnet_search.arch.plan import depthwise, regular, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.base.units import percent
 from fnet_search.candidates.evaluate import evaluate
+from fnet_search.candidates.in_process import InProcessPool
 from fnet_search.candidates.job import Job, Setup, Start, unfinished
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
+from fnet_search.candidates.pool import Finished, Probed, Probing, Progressed
 from fnet_search.candidates.probes import probe_layer, probe_tasks
-from fnet_search.candidates.workers import (
-    DEATHS_ALLOWED,
-    Finished,
-    Probed,
-    Probing,
-    Progressed,
-    WorkerPool,
-    cores,
-    how_many,
-    memory_of,
-)
+from fnet_search.candidates.worker_count import cores, how_many, memory_of
+from fnet_search.candidates.workers import DEATHS_ALLOWED, WorkerPool
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.quant.scheme import PAPER
@@ -119,6 +112,30 @@ def test_workers_evaluate_as_this_process_does(data: DataSet, tmp_path: Path, ex
     assert {path.name for path in (tmp_path / "3").iterdir()} == {CHECKPOINT, WEIGHTS, QUANTIZED}
 
 
+def test_a_pool_within_this_process(data: DataSet, tmp_path: Path, expected: Evaluation) -> None:
+    """News come while it trains; a training waits for what is said at the end of an epoch, and may be left there."""
+    epochs: list[int] = []
+
+    def judge(number: int, progress: TrainingProgress) -> bool | None:
+        epochs.append(progress.epoch) if progress.ended else None
+        return None if number == 5 and progress.ended else False
+
+    before = torch.get_num_threads()
+    with InProcessPool(SETUP, data, tmp_path) as pool:
+        pool.submit(Job(3, REGULAR, tmp_path / "3"))
+        with pytest.raises(RuntimeError, match="every worker is busy"):
+            pool.submit(Job(4, F2, tmp_path / "4"))
+        (finished,) = results(pool)
+        pool.submit(Job(5, F2, tmp_path / "5"))
+        while not pool.held:
+            list(pool.events(judge))
+        assert pids() == []
+    assert finished.evaluation == expected
+    assert epochs == [1]
+    assert list(tmp_path.glob(".*")) == [], "the data set's file is gone"
+    assert torch.get_num_threads() == before
+
+
 def test_layers_are_probed_as_in_this_process(data: DataSet, tmp_path: Path) -> None:
     """Beside a candidate; a killed worker's layer is probed again."""
     assert evaluate(SETUP, data, Job(0, REGULAR, tmp_path / "0"), lambda progress: None).state == "complete"
@@ -171,6 +188,7 @@ def test_a_candidate_of_a_killed_worker_is_taken_over(data: DataSet, tmp_path: P
     assert epochs[-3:] == [1, 2, 3], "what was reached is reported again"
 
 
+@pytest.mark.slow
 @compiled
 def test_what_a_worker_did_before_changes_nothing(data: DataSet, tmp_path: Path) -> None:
     """Nor do kernels that it compiled for another network and another number of threads."""
@@ -279,6 +297,7 @@ def test_memory_of_a_worker_by_hand() -> None:
         assert found == fixed + images + 24 * params + 8 * activations * rows
 
 
+@pytest.mark.slow
 def test_memory_of_a_worker_as_measured(tmp_path: Path) -> None:
     """Of one that has trained and measured the regular network; its heap is kept."""
     space, recipe, data = load_space("factorizenet"), Recipe("r", 1, 64, 0.01), digits(128)
@@ -297,23 +316,23 @@ def test_how_many_workers_there_is_room_for(data: DataSet, monkeypatch: pytest.M
     def found(wanted: int | None, threads: int = 1, device: str = "cpu") -> int:
         return how_many(wanted, device, threads, TINY, SETUP.recipe, data)
 
-    monkeypatch.setattr("fnet_search.candidates.workers.cores", lambda: 12)
+    monkeypatch.setattr("fnet_search.candidates.worker_count.cores", lambda: 12)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * each + 1000))
     assert [found(None, threads) for threads in (1, 4, 5, 6, 12, 13)] == [3, 3, 2, 2, 1, 1]
     assert [found(wanted) for wanted in (1, 2, 3)] == [1, 2, 3]
-    free = f"of which {3 * each / 1e9:.1f} GB are free; use --workers 3 or a smaller batch"
+    free = f"of which {3 * each / 1e9:.1f} GB are free; use `workers` 3 or a smaller batch"
     with pytest.raises(FnetError) as caught:
         found(4)
     assert str(caught.value) == f"4 workers need about {4 * each / 1e9:.1f} GB, {free}"
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * each + 1000, 80 * each))
     assert (found(None, device="cuda:1"), found(5, device="cuda:1")) == (2, 5)
-    with pytest.raises(FnetError, match=f" of which {5 * each / 1e9:.1f} GB are free; use --workers 5 or a smaller"):
+    with pytest.raises(FnetError, match=f" of which {5 * each / 1e9:.1f} GB are free; use `workers` 5 or a smaller"):
         found(6, device="cuda:1")
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=each // 2))
     assert (found(None), found(1)) == (1, 1), "it may still fit: an estimate must not keep anyone from trying"
-    with pytest.raises(FnetError, match=r"use --workers 1 or a smaller batch$"):
+    with pytest.raises(FnetError, match=r"use `workers` 1 or a smaller batch$"):
         found(2)
 
 
@@ -325,7 +344,8 @@ def test_far_more_workers_than_memory_holds(data: DataSet) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system does not bind processes to cores")
 def test_cores_are_those_that_may_be_used() -> None:
-    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\nfrom fnet_search.candidates.workers import cores\n"
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    code += "from fnet_search.candidates.worker_count import cores\n"
     child = subprocess.run([sys.executable, "-c", code + "print(cores())"], capture_output=True, text=True, check=True)
     assert child.stdout == "1\n"
     assert 1 <= cores() <= (os.cpu_count() or 1)

@@ -21,6 +21,8 @@ import pytest
 from fnet_search.optuna_bridge.storage import open_url
 from tests.support.command_line import PLAIN, SMALL, Result, files_in, remove
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 RUN = ("run", *SMALL, "--out", "run")
 """The command that `finished` is from."""
 WORKER = ("worker", "--storage", "journal:study.log", "--study", "study")
@@ -117,6 +119,7 @@ REFUSED = [
     Case("codes are another network's", lambda at: shutil.copy(at / "run/candidates/000/quantized.safetensors", at / "run/candidates/001/quantized.safetensors"), ("export", "run", "--candidate", "1", "-o", "m.onnx"), "does not hold the codes of"),
     Case("codes are cut, to export", lambda at: cut(at / "run/candidates/001/quantized.safetensors"), ("export", "run", "--candidate", "1", "-o", "m.onnx"), "cannot read weights"),
     Case("a scheme that leads outside", link_outside, ("export", "run", "-o", "m.onnx"), "scheme|ranges|outside"),
+    Case("a folder that may not be written", nothing, (*RUN[:-1], "/proc/self/run"), "cannot write to /proc/self/run: "),
     Case("the run folder is a file", lambda at: (remove(at / "run"), write(at / "run", "")), RUN, "exists and is not a run folder"),
     Case("the run folder is somebody else's", lambda at: (remove(at / "run"), write(at / "run/notes.txt", "")), RUN, "exists and is not a run folder"),
     # What is asked of a run
@@ -140,7 +143,7 @@ REFUSED = [
     Case("a worker on a proxy that is down", nothing, ("worker", "--storage", "grpc://127.0.0.1", "--study", "s"), "no host and port"),
     Case("a worker of a study of somebody else", study, WORKER, "was not begun by fnet-search run --storage"),
     Case("a worker on a journal of something else", lambda at: write(at / "study.log", "hello\nworld\n"), WORKER, "cannot read journal"),
-    Case("artifacts of a study of one's own", nothing, ("run", *SMALL, "--artifacts", "store"), "--artifacts is of studies that"),
+    Case("artifacts of a study of one's own", nothing, ("run", *SMALL, "--artifacts", "store"), "--artifacts is for studies that"),
     Case("artifacts in no folder", nothing, ("run", *SMALL, "--storage", "journal:a.log", "--artifacts", "/no/such/store"), "cannot open artifact store"),
     Case("a lease of no time", nothing, ("run", *SMALL, "--lease", "1"), "is not in the range x>=2"),
     # What a user writes
@@ -234,6 +237,7 @@ def test_repaired(
     tell(case, 0, next(line for line in out.splitlines() if case.message in line))
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path, finished: tuple[Path, Result]) -> None:
     """A limit on the size of files stands for it; what was recorded before is still there, and the run goes on."""
 
@@ -251,21 +255,3 @@ def test_a_full_disk(tmp_path: Path, finished: tuple[Path, Result]) -> None:
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "candidates.csv").read_bytes() == (finished[0] / "candidates.csv").read_bytes()
-
-
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    """By root neither: it is in a file system that is only to be read."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fnet_search", *RUN[:-1], "/proc/self/run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("fnet-search: cannot write to /proc/self/run: ")
-    tell(Case("a folder that may not be written", nothing, RUN, ""), 2, line.removeprefix("fnet-search: "))
-
-
-def test_there_are_sixty_of_them() -> None:
-    assert len({case.what for case in (*REFUSED, *REPAIRED)}) >= 60

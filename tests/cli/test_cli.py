@@ -212,7 +212,7 @@ def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, 
             ("run", *TINY, "--dataset", "imagefolder"),
             "unknown data set 'imagefolder'; did you mean 'imagefolder:PATH'?",
         ),
-        (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/; pass --download, or --data-dir"),
+        (("run", *TINY, "--dataset", "cifar10"), "data set cifar10 is not in data/; set --download, or --data-dir"),
         (("run", *TINY, "--recipe", "quik"), "unknown recipe 'quik'; did you mean 'quick'?"),
         (("run", *TINY, "--recipe", "."), "unknown recipe '.'; known: finetune, paper, quick"),
         (("run", *TINY, "--ranges", "percentile:60"), "write minmax, mse or percentile:P with 0 <= P < 50"),
@@ -235,7 +235,7 @@ def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, 
         ),
         (("run", *TINY, "--seed", "-1"), "Invalid value for '--seed': -1 is not in the range 0<=x<=4294967295."),
         (("run", *TINY, "--seed", "9" * 20), "is not in the range 0<=x<=4294967295."),
-        (("run", *TINY, "--workers", "0"), "Invalid value for '--workers': 0 is not in the range x>=1."),
+        (("run", *TINY, "--workers", "-1"), "Invalid value for '--workers': -1 is not in the range x>=0."),
         (("run", *TINY, "--epochs", "0"), "Invalid value for '--epochs': 0 is not in the range x>=1."),
         (("run", *TINY, "--trials", "0"), "Invalid value for '--trials': 0 is not in the range x>=1."),
         (("run", *TINY, "--dtype", "float16"), "'float16' is not one of 'auto', 'float32', 'tf32', 'bfloat16'"),
@@ -248,7 +248,7 @@ def test_a_budget_that_lacks_its_unit(refused: Callable[..., str], budget: str, 
         (("run", *TINY, "--final-epochs", "-1"), "Invalid value for '--final-epochs': -1 is not in the range x>=0."),
         (
             ("run", *TINY, "--no-warm-start", "--warm-epochs", "3"),
-            "--warm-epochs is of candidates that start from others; leave it or --no-warm-start out",
+            "--warm-epochs is for candidates that start from others; leave it out, or set --warm-start",
         ),
         (("evaluate", "--space", "tiny", "--plan", "f2", "--warm-epochs", "3"), "'--warm-epochs'"),
         (("run", *TINY, "--numerics-of", "none"), "none is not a run folder: it has no config.json"),
@@ -412,18 +412,10 @@ def test_bad_run_folders(refused: Callable[..., str], tmp_path: Path, out: str, 
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
-        ("--seed", "1", "seed: 0 recorded, 1 wanted"),
         ("--epochs", "2", "recipe.epochs: 1 recorded, 2 wanted"),
-        ("--recipe", "paper", "recipe.name: 'quick' recorded, 'paper' wanted"),
-        ("--policy", "tpe", "policy: 'reverse-pyramid' recorded, 'tpe' wanted"),
         ("--budget", "90%", "--budget (conv MACs): 811008 recorded, 729907 wanted"),
-        ("--min-quint8", "0.5", "--min-quint8: None recorded, 0.5 wanted"),
         ("--max-drop", "5%", "--max-drop: None recorded, 0.05 wanted"),
-        ("--max-params", "2M", "--max-params: None recorded, 2000000 wanted"),
         ("--ranges", "minmax", "--scheme: 'auto' recorded, 'minmax' wanted"),
-        ("--dataset", "fashion-mnist", "dataset: 'digits' recorded, 'fashion-mnist' wanted"),
-        ("--space", "factorizenet", "space"),
-        ("--storage", "sqlite:///s.db", "storage: None recorded, 'sqlite:///s.db' wanted"),
         ("--dtype", "bfloat16", "numerics.dtype: 'float32' recorded, 'bfloat16' wanted"),
     ],
 )
@@ -492,32 +484,49 @@ def until(run: "subprocess.Popen[str]", pattern: str) -> list[str]:
     return said
 
 
-def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
-    """Stopped by SIGTERM, by Ctrl-C (which goes to the workers too) and by SIGKILL, each time within a training."""
+STOPS = (
+    (signal.SIGTERM, 128 + signal.SIGTERM, r"^candidate 0 .*: epoch 1 of 3"),
+    (signal.SIGINT, 130, r"^candidate 0 .*: epoch 2 of 3"),
+    (signal.SIGKILL, -signal.SIGKILL, r"^candidate 1 .*: epoch 1 of 3"),
+)
+"""SIGTERM, Ctrl-C (which goes to the workers too) and SIGKILL, each within a training."""
+
+
+@pytest.mark.parametrize(
+    ("stops", "again"),
+    [
+        (STOPS[1:2], ["up to 2 candidates;", "candidate 0 goes on from epoch 3\n"]),
+        pytest.param(
+            STOPS,
+            ["up to 2 candidates, 1 trained before;", "candidate 1 goes on from epoch 2\n"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["Ctrl-C", "three times"],
+)
+def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
+    fnet: Callable, tmp_path: Path, stops: tuple[tuple[int, int, str], ...], again: list[str]
+) -> None:
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "3")
-    arguments += ("--no-warm-start", "--min-quint8", "100%")
+    arguments += ("--no-warm-start", "--min-quint8", "100%", "--scheme", "paper")
     said = {}
-    for signum, code, pattern in (
-        (signal.SIGTERM, 128 + signal.SIGTERM, r"^candidate 0 .*: epoch 1 of 3"),
-        (signal.SIGINT, 130, r"^candidate 0 .*: epoch 2 of 3"),
-        (signal.SIGKILL, -signal.SIGKILL, r"^candidate 1 .*: epoch 1 of 3"),
-    ):
-        run = process(*arguments, *PLAIN, "--out", "stopped", cwd=tmp_path)
+    for signum, code, pattern in stops:
+        run = process(*arguments, *PLAIN, "--workers", "1", "--out", "stopped", cwd=tmp_path)
         said[signum] = until(run, pattern)
         os.killpg(run.pid, signum)
         _, err = run.communicate()
         assert run.returncode == code
         assert err.strip() == ("" if signum == signal.SIGKILL else "interrupted; the same command goes on from here")
-    again = said[signal.SIGINT]
-    assert "candidate 0 goes on from epoch 2" in again
-    assert not any(": epoch 1 of 3" in line for line in again), "what it had reached is not told again"
+    if signal.SIGTERM in said:
+        second = said[signal.SIGINT]
+        assert "candidate 0 goes on from epoch 2" in second
+        assert not any(": epoch 1 of 3" in line for line in second), "what it had reached is not told again"
     code, out, err = fnet(*arguments, *PLAIN, "--out", "stopped")
     assert (code, err) == (3, "")
-    assert "candidate 1 goes on from epoch 2\n" in out
-    assert "up to 2 candidates, 1 trained before;" in out
+    assert all(text in out for text in again)
     nearest = out.splitlines()[-1].replace("stopped", "whole")
     assert nearest.startswith("no candidate met the constraints; nearest, missing min_quint8: candidate ")
-    code, out, err = fnet(*arguments, "--workers", "1", "--numerics-of", "stopped", "--out", "whole")
+    code, out, err = fnet(*arguments, "--workers", "0", "--numerics-of", "stopped", "--out", "whole")
     assert (code, out.splitlines()[-1]) == (3, nearest)
     whole, stopped = files_in(tmp_path / "whole"), files_in(tmp_path / "stopped")
     assert whole["candidates.csv"] == stopped["candidates.csv"]
@@ -528,6 +537,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tm
     assert kinds[0] == kinds[1], "nothing is left of what was interrupted"
 
 
+@pytest.mark.slow
 def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: Callable, tmp_path: Path) -> None:
     """The host, by SIGKILL: within the training of a child, and of the final one."""
     arguments = ("run", "--space", "tiny", "--budget", "60%", "--policy", "random", "--trials", "2", "--epochs", "2")
@@ -536,7 +546,7 @@ def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: 
         r"^candidate 2 \(.*\): epoch 1 of 2, ",
         r"^final training 3 \(.*\): epoch 1 of 2, ",
     ):
-        run = process(*arguments, *PLAIN, "--out", "stopped", cwd=tmp_path)
+        run = process(*arguments, *PLAIN, "--workers", "1", "--out", "stopped", cwd=tmp_path)
         said = until(run, pattern)
         run.kill()
         run.communicate()
@@ -548,7 +558,7 @@ def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: 
     (start,) = (line for line in lines if " starts" in line)
     assert re.fullmatch(r"final training 3 \(.*, 0\.\d+ MMAC\) starts, from candidate [12]", start)
     assert "│ reference: others start from it │" in out
-    code, out, err = fnet(*arguments, "--workers", "1", "--numerics-of", "stopped", "--out", "whole")
+    code, out, err = fnet(*arguments, "--workers", "0", "--numerics-of", "stopped", "--out", "whole")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == lines[-1].replace("stopped", "whole")
     whole, stopped = (files_in(tmp_path / name) for name in ("whole", "stopped"))
@@ -572,6 +582,7 @@ def last_line(out: str) -> str:
     return out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     """No option but for the size of it: a worker a core, kernels compiled where they are faster."""
     said = []
@@ -594,6 +605,7 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
     assert said[0][-1].startswith("winner: candidate ")
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.skipif(os.name != "posix", reason="finds its compiler otherwise")
 def test_a_run_with_fused_norms_where_the_compiler_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

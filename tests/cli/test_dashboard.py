@@ -10,21 +10,24 @@ from typing import Any
 
 import pytest
 from optuna.artifacts import get_all_artifact_meta
-from playwright import sync_api as sync
 
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import label, legal_rates, make_plan, regular, uniform
 from fnet_search.base.units import mmac
-from fnet_search.cli.dashboard import open_dashboard, pareto_figure, study_note, trial_note
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.metric import ClassResult
 from fnet_search.report.figures import figures, save_figures
 from fnet_search.report.html_report import write_report
 from fnet_search.rundir.recorded_run import open_run
-from tests.support.command_line import PLAIN, Result, process
+from tests.support.command_line import PLAIN, Result, in_process
 from tests.support.evaluations import failed, outcome, refused, trained
 
+pytest.importorskip("optuna_dashboard", reason="no dashboard: install fnet-search[dashboard]")
+
+from fnet_search.cli.dashboard import open_dashboard, pareto_figure, study_note, trial_note
+
+pytestmark = pytest.mark.slow
 TINY = load_space("tiny")
 EVIL = "<script>window.evil=1<|script>"
 """The name of a study; a slash would lead into another folder."""
@@ -32,6 +35,7 @@ EVIL = "<script>window.evil=1<|script>"
 
 @contextmanager
 def browser() -> Iterator[Any]:
+    sync = pytest.importorskip("playwright.sync_api", reason="no browser: install playwright")
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     path = next(filter(None, map(shutil.which, names)), None)
     with sync.sync_playwright() as playwright:
@@ -48,9 +52,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three pyramids, the first refused, on digits."""
     cwd = tmp_path_factory.mktemp("dashboard")
     asked = ("--space", "tiny", "--budget", "80%", "--epochs", "1", "--trials", "2", "--final-epochs", "0")
-    done = process("run", "--policy", "reverse-pyramid", *asked, "--out", EVIL, *PLAIN, cwd=cwd)
-    _, err = done.communicate()
-    assert done.returncode == 0, err
+    code, _, err = in_process("run", "--policy", "reverse-pyramid", *asked, "--out", str(cwd / EVIL), *PLAIN)
+    assert code == 0, err
     return cwd / EVIL
 
 
@@ -143,7 +146,8 @@ def test_a_report_of_many_layers_is_no_wider_than_its_page(tmp_path: Path) -> No
         assert rates.inner_text() == str(plan)
 
 
-def test_annotating_again_writes_nothing(run: Path) -> None:
+def test_annotating_again_writes_nothing(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     shown = open_dashboard(open_run(run), None)
     shown.annotate()
     before = (run / "journal.log").read_bytes()
@@ -152,7 +156,7 @@ def test_annotating_again_writes_nothing(run: Path) -> None:
 
 
 def test_what_is_wrong_is_said_in_a_line(refused: Callable[..., str], finished: tuple[Path, Result]) -> None:
-    assert "no run folder" in refused("dashboard", "nothing") or "nothing" in refused("dashboard", "nothing")
+    assert refused("dashboard", "nothing") == "nothing is not a run folder: it has no config.json"
     assert "'--port': 99999 is not in the range" in refused("dashboard", str(finished[0]), "--port", "99999")
     message = refused("dashboard", str(finished[0]), "--host", "256.0.0.1")
     assert message.startswith("cannot listen on 256.0.0.1:8080 (")

@@ -18,6 +18,8 @@ from fnet_search.training.datasets import hold_out, load_dataset
 from fnet_search.training.weights import read_tensors
 from tests.support.command_line import Result, files_in
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 
 @pytest.fixture
 def run(tmp_path: Path, finished: tuple[Path, Result]) -> Path:

@@ -12,7 +12,7 @@ from fnet_search.arch.plan import label, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Setup
 from fnet_search.comparison.definition import Part, Published, SearchOptions, Study, Variant
-from fnet_search.comparison.results import networks, remarks, rows, write_results
+from fnet_search.comparison.results import figures, networks, remarks, rows, write_results
 from fnet_search.comparison.running import StudyFolder, epochs, run_parts
 from fnet_search.engine.request import Machine
 from fnet_search.engine.search_loop import Event, Started
@@ -21,6 +21,8 @@ from fnet_search.rundir.recorded_run import RecordedRun
 from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.deadline import Deadline, TimeUp
 from fnet_search.training.recipe import load_recipe
+
+pytestmark = pytest.mark.usefixtures("one_picture")
 
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
 HALF, MINMAX = "percentile:0.5", "minmax"
@@ -35,7 +37,7 @@ STUDY = Study(
     compare=("dws",),
     published={"f2": Published(0.9, None, 0.25)},
 )
-PLAIN = Machine("cpu", "float32", 1, False, workers=2)
+PLAIN = Machine("cpu", "float32", 1, False, workers=0)
 
 
 class Notes:
@@ -69,12 +71,13 @@ def go(
 ) -> tuple[dict[Part, RecordedRun], Notes]:
     """Computing like an earlier run, where one is given: what is fast is measured, and depends on what else runs."""
     notes = Notes()
-    run_parts(study, StudyFolder(folder), replace(PLAIN, numerics_of=like), notes, deadline)
+    machine = PLAIN if like is None else PLAIN.computing_as(like)
+    run_parts(study, StudyFolder(folder), machine, notes, deadline)
     return StudyFolder(folder).recorded(study), notes
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Part, RecordedRun], Notes]:
+def done(one_picture: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Part, RecordedRun], Notes]:
     """The study, with its second variant, its second seed and its second scheme after all else."""
     folder = tmp_path_factory.mktemp("study") / "mine"
     first = replace(STUDY, variants=STUDY.variants[:1], seeds=(3,), schemes=(HALF,))
@@ -200,7 +203,10 @@ def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
         assert (folder / part.name / name).read_bytes() == (done[0] / part.name / name).read_bytes()
 
 
-def test_results(done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path) -> None:
+def test_results(
+    done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fnet_search.comparison.results.figures", figures)
     page = write_results(STUDY, done[1], tmp_path).read_text()
     found = table(tmp_path / "networks.csv")
     keys = [(one["variant"], one["seed"], one["plan"], one["scheme"]) for one in found]
@@ -292,6 +298,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes" / "results.md").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("run", "notes", "file"):
-        with pytest.raises(FnetError, match=f"{name} exists and is not the folder of a study; choose another --out"):
+        with pytest.raises(FnetError, match=f"{name} exists and is not the folder of a study; choose another `out`"):
             go(study, tmp_path / name)
     assert (tmp_path / "notes" / "results.md").read_text() == "mine"

@@ -127,7 +127,18 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "plan", "scheme", "images"), WHOLE)
+QUICK = {
+    *((name, "", scheme, 20) for name in SMALL for scheme in ("percentile:1", SCHEMES[-1])),
+    *(("tiny", plan, scheme, 8) for plan, scheme in zip(["regular", "init2", "f16", "dws"], SCHEMES[1:], strict=False)),
+    *(("factorizenet-gap", "f16", SCHEMES[-1], 2), ("factorizenet", "init2", "percentile:1+per-channel", 2)),
+}
+"""Each network, each scheme and each plan at least once."""
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "scheme", "images"),
+    [pytest.param(*one, marks=() if one in QUICK else pytest.mark.slow) for one in WHOLE],
+)
 def test_whole_networks(name: str, plan: str, scheme: str, images: int) -> None:
     space = SMALL.get(name) or load_space(name)
     if plan:

@@ -21,6 +21,8 @@ from fnet_search.rundir.recorded_run import metadata, open_run
 from fnet_search.training.datasets import hold_out, load_dataset
 from tests.support.command_line import PLAIN
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 ONE = ("--space", "tiny", "--budget", "100%", "--policy", "progressive-doubling", "--trials", "1", *PLAIN)
 SHORT = (*ONE, "--epochs", "1", "--no-warm-start")
 KINDS = ("exif.jpg", "exif.tif", "grey.png", "rgba.png", "cmyk.jpg", "cmyk.tif", "palette.gif", "clear.png", "la.png")
@@ -72,7 +74,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A search on them."""
-    machine = Machine("cpu", "float32", 1, False, workers=1)
+    machine = Machine("cpu", "float32", 1, False, workers=0)
     options = {"policy": "progressive-doubling", "trials": 1, "epochs": 3, "warm_start": False, "machine": machine}
     out = tmp_path_factory.mktemp("run") / "run"
     return search("tiny", f"imagefolder:{images}", budget="100%", min_quint8=0.01, out=out, **options)
@@ -181,9 +183,12 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
     for options, fault in (
         (
             (),
-            "data/test does not exist; class folders must lie in train/ and test/, or, for a search and --split valid",
+            "data/test does not exist; class folders must lie in train/ and test/, or, for the validation split, as in",
         ),
-        (("--validation", "moved"), "--validation names the images of --split validation; leave it out, or say that"),
+        (
+            ("--validation", "moved"),
+            "--validation names the images of the validation --split; leave it out, or say that",
+        ),
     ):
         assert fault in refused("evaluate", "--space", "tiny", "--plan", "regular", *asked[:2], *options)
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, depthwise, legal_rates, make_plan, regular, uniform
 from fnet_search.candidates.job import Job, Setup, Start
-from fnet_search.candidates.workers import Finished, Progressed
+from fnet_search.candidates.pool import Finished, Progressed
 from fnet_search.engine import progress as module
 from fnet_search.engine.progress import TerminalDisplay, candidates_table, clock
 from fnet_search.engine.search_loop import ProbesProgressed, Started

@@ -10,15 +10,16 @@ from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, depthwise, make_plan, regular, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Job, Setup, Start
+from fnet_search.candidates.pool import Finished, Judge, Probed, Probing, Progressed
 from fnet_search.candidates.probes import ProbeTask, probe_tasks, probes_from
-from fnet_search.candidates.workers import Finished, Judge, Probed, Probing, Progressed
-from fnet_search.engine.search_loop import FixedPlans, ProbesProgressed, Started, search
+from fnet_search.engine.search_loop import ProbesProgressed, Started, search
 from fnet_search.engine.search_loop import trained as count_trained
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.asktell import REPEATS_IN_A_ROW, Refused
 from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, Probe, Role
+from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.protocol import History, Policy
 from fnet_search.policy.ranking import choose_parent, ranking
 from fnet_search.quant.scheme import PAPER

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,8 +22,7 @@ from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import regular
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.cli.dashboard import open_dashboard
-from fnet_search.engine.request import Machine, Request
+from fnet_search.engine.request import JoinRequest, Machine, Request
 from fnet_search.engine.shared_study import PUBLISHED, published, share_weights, with_weights
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage import open_url
@@ -33,7 +33,7 @@ from fnet_search.rundir.recorded_run import open_run
 from fnet_search.training.network import build
 from fnet_search.training.recipe import Fidelity, load_recipe
 from fnet_search.training.weights import digest
-from tests.support.command_line import PLAIN, Result, files_in, process
+from tests.support.command_line import PLAIN, Result, files_in, in_process, process
 from tests.support.servers import PASSWORD, free_port, postgres
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +42,14 @@ TINY = load_space("tiny")
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
+    pytest.importorskip("psycopg", reason="no PostgreSQL client: install fnet-search[postgresql]")
     with postgres() as url:
         yield url
 
 
 @pytest.fixture
 def grpc(tmp_path: Path) -> Iterator[str]:
+    pytest.importorskip("grpc", reason="no gRPC: install grpcio")
     port = free_port()
     server = multiprocessing.get_context("spawn").Process(
         target=run_grpc_proxy_server,
@@ -77,6 +79,7 @@ def faults(storage: str, out: Path) -> dict[str, str]:
     return {line[:52].strip(): line[52:].strip() for line in done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "database", "grpc"])
 def test_workers_that_are_killed_lose_nothing(storage: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     rows = faults("journal" if storage == "journal" else request.getfixturevalue(storage), tmp_path / "faults")
@@ -87,20 +90,22 @@ def test_workers_that_are_killed_lose_nothing(storage: str, request: pytest.Fixt
 ASKED = ("--space", "tiny", "--budget", "60%", "--policy", "random", "--epochs", "2", "--trials", "4")
 
 
+@pytest.mark.slow
 def test_a_run_and_a_worker_share_candidates_and_no_password(database: str, tmp_path: Path) -> None:
-    """Two processes, one of which is killed and started again."""
+    """Two processes, one of which is killed as soon as it trains, and started again."""
     url = ("--storage", database)
     run = process("run", *ASKED, *url, "--lease", "20", "--out", "shared", *PLAIN, cwd=tmp_path)
     until = time.monotonic() + 120
     while not (tmp_path / "shared" / "candidates.csv").is_file():
         assert time.monotonic() < until
         assert run.poll() is None, run.communicate()
-        time.sleep(0.2)
+        time.sleep(0.05)
     joined = ("worker", *url, "--study", "shared", *PLAIN)
     worker = process(*joined, cwd=tmp_path)
-    time.sleep(12)
+    assert worker.stdout is not None
+    said = next(line for line in worker.stdout if re.match(r"candidate \d+ .*: epoch", line) or "is done" in line)
     os.killpg(worker.pid, 9)
-    killed = worker.communicate()
+    killed = (said, *worker.communicate())
     worker = process(*joined, cwd=tmp_path)
     texts = [*killed, *run.communicate(), *worker.communicate()]
     assert (run.returncode, worker.returncode) == (0, 0), texts
@@ -138,14 +143,12 @@ def test_a_run_and_a_worker_share_candidates_and_no_password(database: str, tmp_
 def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The storage of a run that is done, and its folder."""
     folder = tmp_path_factory.mktemp("begun")
-    run = process(
+    code, _, err = in_process(
         *("run", "--space", "tiny", "--budget", "100%", "--policy", "reverse-pyramid", "--epochs", "1"),
         *("--trials", "1", "--no-warm-start", "--final-epochs", "0", "--storage", f"journal:{folder}/study.log"),
-        *("--artifacts", "store", "--out", "study", *PLAIN),
-        cwd=folder,
+        *("--artifacts", str(folder / "store"), "--out", str(folder / "study"), *PLAIN),
     )
-    _, err = run.communicate()
-    assert run.returncode == 0, err
+    assert code == 0, err
     return f"journal:{folder}/study.log", folder / "study"
 
 
@@ -155,7 +158,11 @@ def test_a_worker_that_comes_when_all_is_done(begun: tuple[str, Path], fnet: Cal
     assert out.splitlines()[-1] == "study study is done; of 0 candidates since, this worker has finished 0"
 
 
+@pytest.mark.slow
 def test_the_dashboard_of_a_shared_study_serves_its_artifacts(begun: tuple[str, Path]) -> None:
+    pytest.importorskip("optuna_dashboard", reason="no dashboard: install fnet-search[dashboard]")
+    from fnet_search.cli.dashboard import open_dashboard
+
     shown = open_dashboard(open_run(begun[1]), None)
     (picture,) = (one for one in get_all_artifact_meta(shown.study) if one.filename == "accuracy_vs_macs.png")
     with shown.artifacts.open_reader(picture.artifact_id) as opened:
@@ -168,12 +175,14 @@ def test_a_worker_of_a_study_that_is_not_there(begun: tuple[str, Path], refused:
     assert line == "the storage has no study 'other'; start one with fnet-search run --storage ... --out other"
 
 
+@pytest.mark.parametrize("other", ["9.9, format 1", f"{__version__}, format 2", __version__])
 def test_a_worker_of_another_version(
-    begun: tuple[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    begun: tuple[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    monkeypatch.setattr("fnet_search.engine.shared_study.__version__", "9.9")
+    """Or of the version before formats had numbers, which compares the same text."""
+    monkeypatch.setattr("fnet_search.engine.shared_study.VERSION", other)
     line = refused("worker", "--storage", begun[0], "--study", "study")
-    assert line == f"study 'study' is one of fnet-search {__version__}, this is 9.9; install the same"
+    assert line == f"study 'study' is one of fnet-search {__version__}, format 1, this is {other}; install the same"
 
 
 def test_a_worker_with_other_images(begun: tuple[str, Path], refused: Callable[..., str], tmp_path: Path) -> None:
@@ -206,7 +215,7 @@ def test_a_second_run_of_the_same_name_is_shown_the_worker(
 def test_artifacts_are_of_shared_studies(refused: Callable[..., str]) -> None:
     for option, value in (("--artifacts", "store"), ("--lease", "5")):
         assert refused("run", "--budget", "100%", option, value) == (
-            f"{option} is of studies that several workers share; name their storage with --storage"
+            f"{option} is for studies that several workers share; name their --storage"
         )
 
 
@@ -238,10 +247,10 @@ def test_a_request_travels_in_the_study(begun: tuple[str, Path]) -> None:
     fidelity = vars(asked.fidelity)
     there = replace(known, config=json.loads(json.dumps(config)), fidelity=json.loads(json.dumps(fidelity)), lease=60.0)
     machine = Machine(workers=3)
-    assert there.request("grpc://host:1", machine, None, None, "store") == replace(
+    assert there.request(JoinRequest("grpc://host:1", "study", machine, artifacts="store")) == replace(
         asked, storage="grpc://host:1", machine=machine, artifacts="store", validation=HELD_OUT
     )
-    moved = there.request("x", machine, "imagefolder:/there", "/there/val", "store")
+    moved = there.request(JoinRequest("x", "study", machine, "imagefolder:/there", "/there/val", "store"))
     assert (moved.dataset, moved.validation) == ("imagefolder:/there", "/there/val")
 
 
@@ -250,13 +259,13 @@ def test_a_configuration_of_another_time_is_refused(begun: tuple[str, Path], mis
     known = published(open_url(begun[0]), "study")
     config = {name: value for name, value in known.config.items() if name != missing}
     with pytest.raises(FnetError, match="configuration"):
-        replace(known, config=config).request("x", Machine(), None, None, None)
+        replace(known, config=config).request(JoinRequest("x", "study"))
 
 
 def test_one_configuration_a_study(tmp_path: Path) -> None:
     """Two runs that begin at the same moment under one name."""
     asked = {"budget": "100%", "policy": "reverse-pyramid", "epochs": 1, "trials": 1, "warm_start": False}
-    machine = Machine(dtype="float32", fused=False, workers=1)
+    machine = Machine(dtype="float32", fused=False, workers=0)
     url = f"journal:{tmp_path}/study.log"
     first = search("tiny", **asked, storage=url, out=tmp_path / "a" / "study", machine=machine)  # type: ignore[arg-type]
     assert first.winner is not None

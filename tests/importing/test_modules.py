@@ -25,6 +25,8 @@ from fnet_search.rundir.run_folder import read_evaluation
 from fnet_search.training.network import pretrained
 from tests.support.command_line import PLAIN, Result
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 MODEL = '''
 """A user's own: a skip connection and a head."""
 import torch
@@ -332,8 +334,9 @@ def test_a_saved_import_comes_back_without_its_code(folder: Path) -> None:
     assert torch.equal(pretrained(again).eval()(x), pretrained(space).eval()(x))
 
 
-def test_a_large_import_comes_back(tmp_path: Path) -> None:
-    space = load_space("torchvision:shufflenet_v2_x0_5", (3, 32, 32))
+@pytest.mark.parametrize("name", ["squeezenet1_1", pytest.param("shufflenet_v2_x0_5", marks=pytest.mark.slow)])
+def test_a_large_import_comes_back(tmp_path: Path, name: str) -> None:
+    space = load_space(f"torchvision:{name}", (3, 32, 32))
     save_space(space, tmp_path / "s.toml")
     assert load_space(str(tmp_path / "s.toml")) == space
     assert sorted(path.name for path in tmp_path.iterdir()) == ["s.toml"]
@@ -454,8 +457,8 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--finetune",), "--finetune is of networks with weights; name them with --weights"),
-        (("--weights", "own", "--no-warm-start"), "leave --weights or --no-warm-start out"),
+        (("--finetune",), "--finetune is for networks with weights; name them with --weights"),
+        (("--weights", "own", "--no-warm-start"), "leave --weights out, or set --warm-start"),
         (("--input", "8x8"), "--input 8x8: write channels, height and width, as in 3x224x224"),
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
         (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),
@@ -464,7 +467,7 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
         (("--normalise", "0.5/0"), "std positive, got [0.5] and [0.0]"),
         (("--factorize", "bdy"), "'bdy' matches no convolution without groups of space 'mine'; did you mean 'body'?"),
         (("--space", "tiny", "--weights", "own"), "the weights file own does not exist"),
-        (("--space", "tiny", "--input", "1x8x8"), "--input is of networks that are imported; space "),
+        (("--space", "tiny", "--input", "1x8x8"), "--input can only be given for an imported network; space "),
         (("--input", "2x8x8"), "cannot trace mine for an input of 2x8x8: "),
     ],
 )

@@ -30,10 +30,9 @@ from fnet_search.quant.scheme import parse_scheme
 from fnet_search.training.network import pretrained
 from tests.support.networks import noise
 
-NETWORKS = (
-    *("resnet18", "resnet50", "vgg11_bn", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "googlenet"),
-    *("regnet_y_400mf", "efficientnet_b0", "shufflenet_v2_x1_0", "squeezenet1_1"),
-)
+QUICK = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x1_0", "squeezenet1_1")
+SLOW = ("resnet50", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet", "regnet_y_400mf", "efficientnet_b0")
+NETWORKS = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 
 @torch.no_grad()
@@ -88,7 +87,10 @@ def test_networks_of_torchvision(name: str) -> None:
     assert len(chosen) == sum(one.groups == 1 for one in spatial)
 
 
-AUDITED = ("resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
+AUDITED = (
+    *("mobilenet_v3_small", "squeezenet1_1"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "shufflenet_v2_x0_5")),
+)
 """Of each kind one; `benchmarks/imports.py` has all."""
 
 

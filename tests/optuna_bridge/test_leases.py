@@ -2,13 +2,13 @@
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
@@ -22,7 +22,7 @@ from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
 from fnet_search.engine.study_record import Sharing, StudyRecord
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge import storage as storages
-from fnet_search.optuna_bridge.leases import LEASE, LEFT, TAKEOVERS, _leave
+from fnet_search.optuna_bridge.leases import LEASE, LEFT, TAKEOVERS, Heart
 from fnet_search.optuna_bridge.storage import open_artifacts, open_url
 from fnet_search.optuna_bridge.trials import EVALUATION
 from fnet_search.policy.conformance import made_up_probes
@@ -34,13 +34,15 @@ from fnet_search.training.numerics import Numerics
 from fnet_search.training.recipe import Fidelity, load_recipe
 from fnet_search.training.train import TrainingProgress
 from tests.support.evaluations import failed, trained
+from tests.support.storages import opened_as
 
 TINY = load_space("tiny")
 REGULAR, F2, F4, DWS = regular(TINY), uniform(TINY, 2), uniform(TINY, 4), depthwise(TINY)
-LEASE_FOR_TESTS = 0.4
+LEASE_FOR_TESTS = 0.2
 SETUP = Setup(TINY, load_recipe("quick"), (PAPER,), Numerics("cpu"), 0, "validation", fidelity=Fidelity(True))
 
 Joined = Callable[..., StudyRecord]
+Vanish = Callable[[StudyRecord], None]
 
 
 @pytest.fixture(params=["journal", "sqlite"])
@@ -50,22 +52,46 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def joined(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Joined]:
+def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Heart]]]:
+    """What renews the leases of each worker."""
+    found = defaultdict[str, list[Heart]](list)
+
+    class Known(Heart):
+        def __init__(self, storage: BaseStorage, worker: str, seconds: float) -> None:
+            super().__init__(storage, worker, seconds)
+            found[worker].append(self)
+
+    monkeypatch.setattr("fnet_search.optuna_bridge.leases.Heart", Known)
+    yield found
+    for heart in chain.from_iterable(found.values()):
+        heart.stop()
+
+
+@pytest.fixture
+def vanish(hearts: dict[str, list[Heart]]) -> Vanish:
+    """As a process that is killed: its leases are not renewed any more, and nothing is told."""
+
+    def gone(record: StudyRecord) -> None:
+        for heart in hearts[record.run.worker]:
+            heart.stop()
+
+    return gone
+
+
+@pytest.fixture
+def joined(url: str, tmp_path: Path, hearts: dict[str, list[Heart]], monkeypatch: pytest.MonkeyPatch) -> Joined:
     """Opens the study as the process that works in a folder does."""
     monkeypatch.setattr("fnet_search.engine.study_record.POLL", 0.0)
-    records = []
+    monkeypatch.setattr("fnet_search.optuna_bridge.leases.JITTER", 0.0)
 
     def join(host: str, lease: float = 60.0, storage: BaseStorage | None = None) -> StudyRecord:
         run = RunFolder(tmp_path / host / "study")
         run.path.mkdir(parents=True, exist_ok=True)
         sharing = Sharing(run.worker, open_artifacts(str(tmp_path / "artifacts")), lease)
         place = storage or open_url(url)
-        records.append(StudyRecord(place, run, TINY, Constraints(), 0, "validation", SETUP, sharing=sharing))
-        return records[-1]
+        return StudyRecord(place, run, TINY, Constraints(), 0, "validation", SETUP, sharing=sharing)
 
-    yield join
-    for record in records:
-        record._ledger._heart.stop()  # type: ignore[union-attr]
+    return join
 
 
 def start(record: StudyRecord, plan: FactorizationPlan, role: Role = "candidate", number: int | None = None) -> Job:
@@ -86,11 +112,6 @@ def end(record: StudyRecord, job: Job, accuracy: float = 0.8) -> Evaluation:
     return evaluation
 
 
-def vanish(record: StudyRecord) -> None:
-    """As a process that is killed: its leases are not renewed any more, and nothing is told."""
-    record._ledger._heart.stop()  # type: ignore[union-attr]
-
-
 def states(record: StudyRecord) -> list[tuple[int, TrialState, str | None]]:
     found = record.study.get_trials()
     return [(one.user_attrs["number"], one.state, one.system_attrs.get(LEFT)) for one in found]
@@ -101,7 +122,7 @@ def waiting(found: Callable[[], Any]) -> Any:
     until = time.monotonic() + 20
     while (result := found()) is None:
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.01)
     return result
 
 
@@ -183,7 +204,7 @@ def test_a_parent_whose_weights_are_gone_is_not_started_from(joined: Joined, tmp
     assert start(a, F2, number=1).start is not None
 
 
-def test_a_candidate_of_a_worker_that_is_gone_is_taken_over(joined: Joined) -> None:
+def test_a_candidate_of_a_worker_that_is_gone_is_taken_over(joined: Joined, vanish: Vanish) -> None:
     a, b = joined("a", LEASE_FOR_TESTS), joined("b", LEASE_FOR_TESTS)
     job = start(a, F4)
     time.sleep(2 * LEASE_FOR_TESTS)
@@ -221,13 +242,14 @@ def test_an_evaluation_that_comes_while_its_candidate_is_taken_away_does_not_cou
     job.folder.mkdir(parents=True)
     for name in (WEIGHTS, QUANTIZED):
         (job.folder / name).write_text("weights")
-    (trial,), tell = a.study.get_trials(), a._ledger._tell
+    (trial,), tell = a.study.get_trials(), a.study.tell
 
-    def later(number: int, evaluation: Evaluation) -> FrozenTrial:
-        _leave(b.storage, trial._trial_id, "expired")
-        return tell(number, evaluation)
+    def later(*arguments: Any, **options: Any) -> FrozenTrial:
+        b.storage.set_trial_system_attr(trial._trial_id, LEFT, "expired")
+        b.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        return tell(*arguments, **options)
 
-    monkeypatch.setattr(a._ledger, "_tell", later)
+    monkeypatch.setattr(a.study, "tell", later)
     assert not a.finish(ended, 1.0)
     for record in (a, b):
         assert record.history().evaluations == ()
@@ -237,7 +259,7 @@ def test_an_evaluation_that_comes_while_its_candidate_is_taken_away_does_not_cou
         assert (lost.number, lost.plan) == (0, F4)
 
 
-def test_of_two_that_take_over_one_does(joined: Joined) -> None:
+def test_of_two_that_take_over_one_does(joined: Joined, vanish: Vanish) -> None:
     a, b, c = (joined(name, LEASE_FOR_TESTS) for name in "abc")
     start(a, F4)
     vanish(a)
@@ -248,7 +270,9 @@ def test_of_two_that_take_over_one_does(joined: Joined) -> None:
     assert c.lost() is None
 
 
-def test_what_was_measured_before_the_worker_was_lost_counts(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_before_the_worker_was_lost_counts(
+    joined: Joined, monkeypatch: pytest.MonkeyPatch, vanish: Vanish
+) -> None:
     a, b = joined("a", LEASE_FOR_TESTS), joined("b", LEASE_FOR_TESTS)
     job = start(a, F4)
 
@@ -265,7 +289,7 @@ def test_what_was_measured_before_the_worker_was_lost_counts(joined: Joined, mon
     assert b.lost() is None
 
 
-def test_one_that_is_lost_too_often_has_failed(joined: Joined) -> None:
+def test_one_that_is_lost_too_often_has_failed(joined: Joined, vanish: Vanish) -> None:
     for turn in range(TAKEOVERS + 1):
         record = joined(f"host{turn}", 0.2)
         lost = waiting(record.lost) if turn else None
@@ -291,7 +315,7 @@ def test_a_process_that_ends_hands_over_at_once(joined: Joined) -> None:
     assert states(b)[0] == (0, TrialState.FAIL, "released")
 
 
-def test_a_process_takes_up_at_once_what_was_begun_in_its_folder(joined: Joined) -> None:
+def test_a_process_takes_up_at_once_what_was_begun_in_its_folder(joined: Joined, vanish: Vanish) -> None:
     a = joined("a", 1000.0)
     start(a, F4)
     vanish(a)
@@ -311,7 +335,7 @@ def test_a_copy_of_a_run_folder_is_another_worker(tmp_path: Path) -> None:
     assert other.worker != name
 
 
-def test_a_final_training_that_is_lost_follows_from_the_record(joined: Joined) -> None:
+def test_a_final_training_that_is_lost_follows_from_the_record(joined: Joined, vanish: Vanish) -> None:
     a, b = joined("a", LEASE_FOR_TESTS), joined("b", LEASE_FOR_TESTS)
     end(a, start(a, REGULAR, "reference"))
     end(a, start(a, F4))
@@ -369,7 +393,7 @@ def test_an_answer_that_is_lost_changes_nothing(
     monkeypatch.setattr(storages, "PAUSE", 0.01)
     a = joined("a")
     told: list[str] = []
-    lossy = storages._patient(Lossy(optuna.storages.get_storage(open_url(url)), method))  # type: ignore[arg-type]
+    lossy = opened_as(Lossy(open_url(url), method), monkeypatch)
     storages.telling(lossy, told.append)
     b = joined("b", storage=lossy)
     job = b.start(F4, "candidate")

@@ -17,7 +17,9 @@ from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 
 from fnet_search.base.errors import FnetError
 from fnet_search.optuna_bridge import storage as storages
-from fnet_search.optuna_bridge.storage import has_study, masked, open_artifacts, open_journal, open_url
+from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_journal, open_url
+from fnet_search.optuna_bridge.storage_url import masked
+from tests.support.storages import opened_as
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ LOST = Exception("server closed the connection unexpectedly")
 )
 def test_a_storage_that_is_out_of_reach_is_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storages, "PAUSE", 0.01)
-    patient = storages._patient(Unreachable(error, 3))  # type: ignore[arg-type]
+    patient = opened_as(Unreachable(error, 3), monkeypatch)
     told: list[str] = []
     storages.telling(patient, told.append)
     assert patient.get_all_studies() == ["a study"]  # type: ignore[comparison-overlap]
@@ -135,8 +137,8 @@ def test_a_storage_that_is_out_of_reach_is_tried_again(error: Exception, monkeyp
         wrapped(OperationalError("update", {}, __import__("sqlite3").OperationalError("attempt to write a readonly"))),
     ],
 )
-def test_what_is_wrong_with_a_call_is_said_at_once(error: Exception) -> None:
-    patient = storages._patient(Unreachable(error, 1))  # type: ignore[arg-type]
+def test_what_is_wrong_with_a_call_is_said_at_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = opened_as(Unreachable(error, 1), monkeypatch)
     with pytest.raises(type(error)):
         patient.get_all_studies()
 
@@ -144,7 +146,7 @@ def test_what_is_wrong_with_a_call_is_said_at_once(error: Exception) -> None:
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storages, "PAUSE", 0.01)
     monkeypatch.setattr(storages, "PATIENCE", 0.05)
-    patient = storages._patient(Unreachable(OperationalError("select", {}, LOST), 1000))  # type: ignore[arg-type]
+    patient = opened_as(Unreachable(OperationalError("select", {}, LOST), 1000), monkeypatch)
     with pytest.raises(FnetError, match=r"^the storage has been out of reach for 0 s: .*server closed the connection"):
         patient.get_all_studies()
 
@@ -152,11 +154,11 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_data_base_that_another_process_locks_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sqlite3
 
-    monkeypatch.setattr(storages, "PAUSE", 0.1)
-    storage = open_url(f"sqlite:///{tmp_path}/study.db")
+    monkeypatch.setattr(storages, "PAUSE", 0.05)
+    storage = open_url(f"sqlite:///{tmp_path}/study.db?timeout=0.05")  # sqlite3 itself waits for so long
     with sqlite3.connect(tmp_path / "study.db", check_same_thread=False, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")
-        threading.Timer(7, lambda: other.execute("COMMIT")).start()  # sqlite3 itself waits for 5 seconds
+        threading.Timer(0.5, lambda: other.execute("COMMIT")).start()
         optuna.create_study(storage=storage, study_name="one")
     assert has_study(storage, "one")
 
@@ -188,11 +190,13 @@ def test_a_line_that_a_killed_process_left_is_cut_off(journal: Path, torn: bytes
     assert torn not in journal.read_bytes().splitlines()
 
 
-def test_the_lock_of_a_killed_process_holds_nobody_up_for_long(journal: Path) -> None:
+def test_the_lock_of_a_killed_process_holds_nobody_up_for_long(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storages.GRACE < 5, "Optuna's own patience is 30 seconds"
+    monkeypatch.setattr(storages, "GRACE", 0.2)
     journal.with_name("study.log.lock").symlink_to(journal)
     began = time.monotonic()
     optuna.load_study(study_name="one", storage=open_url(f"journal:{journal}")).ask()
-    assert time.monotonic() - began < 15, "Optuna's own patience is 30 seconds"
+    assert 0.2 <= time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("garbage", [b"hello\nworld\n", b"{}\n", b"[1]\n", b'{"op_code": 99, "worker_id": "x"}\n'])

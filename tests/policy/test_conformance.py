@@ -1,6 +1,5 @@
 """The conformance suite passes ours, and finds what is wrong with others."""
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -148,24 +147,17 @@ def test_what_is_wrong_is_found(made: Callable[[], Policy], test: str, error: ty
         getattr(suite(made), test)()
 
 
-class Elsewhere:
-    """What differs from process to process."""
+def noticed(made: Callable[[], Policy]) -> bool:
+    try:
+        suite(made).test_it_resumes_in_another_process()
+    except AssertionError as error:
+        return "in another process" in str(error)
+    return False
 
-    def suggest(self, history: History) -> FactorizationPlan | None:
-        left = [plan for plan in plans(history) if plan not in history.seen]
-        return left[os.getpid() % len(left)] if left else None
 
-
-@pytest.mark.parametrize("made", [Hashing, Elsewhere])
-def test_what_another_process_says_otherwise_is_noticed(made: Callable[[], Policy]) -> None:
-    """By chance it may say the same once or twice of five plans, but not in every step of three searches."""
-    found = 0
-    for _ in range(3):
-        try:
-            suite(made).test_it_resumes_in_another_process()
-        except AssertionError as error:
-            found += "in another process" in str(error)
-    assert found
+def test_what_another_process_says_otherwise_is_noticed() -> None:
+    """Another order of five strings than here, but for one time in 120 by chance: not three times in a row."""
+    assert any(noticed(Hashing) for _ in range(3))
 
 
 def test_a_policy_must_be_a_class_that_can_be_imported() -> None:

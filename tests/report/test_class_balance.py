@@ -25,6 +25,8 @@ from fnet_search.rundir.run_folder import read_evaluation
 from tests.support.command_line import SMALL, TINY, Result
 from tests.support.evaluations import trained
 
+pytestmark = pytest.mark.usefixtures("one_picture")
+
 SPACE = load_space("tiny")
 PETS = ("cat", "dog", "ship")
 COUNTS = {"training": [480, 160, 32], "validation": [120, 40, 8], "test": [300, 100, 40]}
@@ -136,7 +138,7 @@ def test_a_search_for_balanced_accuracy(
     images: Path, fnet: Callable[..., Result], finished: tuple[Path, Result], tmp_path: Path
 ) -> None:
     asked = ("run", *TINY, "--policy", "reverse-pyramid", "--epochs", "1", "--trials", "2", "--no-warm-start")
-    here = ("--workers", "1", "--numerics-of", str(finished[0]), "--dataset", f"imagefolder:{images}", "--out", "run")
+    here = ("--workers", "0", "--numerics-of", str(finished[0]), "--dataset", f"imagefolder:{images}", "--out", "run")
     balanced = ("--metric", "balanced-accuracy", "--class-weights", "balanced")
     code, out, _ = fnet(*asked, *here, *balanced)
     assert code == 0

@@ -1,15 +1,26 @@
 """What tests ask of a picture: is it a PNG, does one text cover another, does anything stick out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
 
+import pytest
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
+
+
+@contextmanager
+def reports_of_one_picture() -> Iterator[None]:
+    """Runs, and studies of them, draw one small figure, instead of all, which take seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in (("engine.reporting", "accuracy_vs_macs"), ("comparison.results", "tradeoff.png")):
+            patched.setattr(f"fnet_search.{module}.figures", lambda *_, name=name: {name: Figure(figsize=(1, 1))})
+        yield
 
 
 def png_size(path: Path) -> tuple[int, int]:

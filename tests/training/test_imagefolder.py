@@ -320,7 +320,7 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     faults = str(caught.value).replace(f"{tmp_path}/few/", "").split("; ")
     assert faults[0].startswith("cannot read 3 of 7 images: train/a/x00.jpg: cannot identify image file")
     assert [fault.partition(": ")[0] for fault in faults[1:-1]] == ["train/a/x01.jpg", "test/b/photo.heic"]
-    assert faults[-1] == "--skip-unreadable leaves out what cannot be read"
+    assert faults[-1] == "`skip_unreadable` leaves out what cannot be read"
     with pytest.raises(FnetError) as caught:
         load_dataset(broken_folder(tmp_path / "many", LISTED + 3), (3, 6, 4))
     assert str(caught.value).count(".jpg: ") == LISTED
@@ -355,7 +355,7 @@ def test_folders_that_are_wrong(tmp_path: Path) -> None:
 
     root = tmp_path / "root"
     wanted = "class folders must lie in train/ and test/"
-    without = "or, for a search and --split validation, in train/ and val/"
+    without = "or, for the validation split, as in a search, in train/ and val/"
     assert fault(root) == f"imagefolder ROOT: ROOT/train does not exist; {wanted}"
     (root / "train").mkdir(parents=True)
     assert fault(root) == f"imagefolder ROOT: ROOT/test does not exist; {wanted}, {without}"
@@ -403,7 +403,7 @@ def test_a_folder_may_have_its_validation_images(tmp_path: Path, name: str) -> N
 def test_validation_images_in_another_folder(tmp_path: Path) -> None:
     source = split_folder(tmp_path / "data", "test", "val", "valid")
     split_folder(tmp_path / "other", "mine")
-    both = r"^imagefolder .*/data: val/ and valid/ are there; name the validation images with --validation$"
+    both = r"^imagefolder .*/data: val/ and valid/ are there; name the validation images with `validation`$"
     with pytest.raises(FnetError, match=both):
         load_dataset(source, (1, 6, 4), split="validation")
     mine = tmp_path / "other" / "mine"
@@ -414,7 +414,7 @@ def test_validation_images_in_another_folder(tmp_path: Path) -> None:
     for part, name in (("train", "training"), ("test", "test")):
         with pytest.raises(FnetError, match=rf"the validation images .*{part} are the {name} images; name others with"):
             load_dataset(source, (1, 6, 4), split="validation", validation=part)
-    with pytest.raises(FnetError, match=r"--validation .*/none does not exist, or is not a folder; class folders must"):
+    with pytest.raises(FnetError, match=r"`validation` .*/none does not exist, or is not a folder; class folders must"):
         load_dataset(source, (1, 6, 4), split="validation", validation="none")
     (mine / "d").mkdir()
     with pytest.raises(FnetError, match="class 'd' is in mine/ but not among the training images"):

@@ -1,4 +1,6 @@
 from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,10 +8,15 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from fnet_search.arch.macroarchitecture import Macroarchitecture
+from fnet_search.training.datasets import DataSet
 from fnet_search.training.kernels import block_diagonal, merged, norm_relu
-from tests.support.networks import compiled, normal
+from fnet_search.training.recipe import Augmentation, Recipe
+from tests.support.networks import CPU, FAST, MIXED, RESIDUAL, compiled, digits, normal, randomized
+from tests.support.training import Training, same, step, stopping
 
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
+LAYOUTS = (torch.channels_last, pytest.param(torch.contiguous_format, marks=pytest.mark.slow))
+"""Kernels are compiled for each anew, which takes seconds: trainings that are fast have the first."""
 
 
 def batch_norm(channels: int, momentum: float | None = 0.3, seed: int = 5) -> nn.BatchNorm2d:
@@ -92,8 +99,8 @@ def test_an_output_gradient_of_another_format() -> None:
 def test_running_statistics_over_batches(momentum: float | None) -> None:
     """Without a momentum they are the mean over all batches; the variance is that of a sample."""
     norms = [batch_norm(6, momentum) for _ in range(2)]
-    for step, size in enumerate((24, 24, 9)):
-        x = 3 + normal(size, 6, 10, 10, seed=step)
+    for seed, size in enumerate((24, 24, 9)):
+        x = 3 + normal(size, 6, 10, 10, seed=seed)
         norm_relu(x, norms[0])
         norms[1](x)
     for one, other in zip(norms[0].buffers(), norms[1].buffers(), strict=True):
@@ -233,3 +240,74 @@ def test_block_diagonal_is_the_grouped_convolution(conv: nn.Conv2d, merge: int) 
         results.append([y.detach(), leaf.grad, *gradients])
     for found, expected in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# Networks and trainings that use them: here, since what one process compiles no other one has
+
+
+@compiled
+@pytest.mark.parametrize("space", [MIXED, RESIDUAL], ids=lambda space: str(space.name))
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_fast_network_trains_as_a_plain_one(space: Macroarchitecture, layout: torch.memory_format) -> None:
+    plain, fast = (randomized(space).to(memory_format=layout) for _ in range(2))
+    fast.speed_up(True, (16, 16, 16, 16, 16))
+    images = normal(16, *space.input_shape).to(memory_format=layout)
+    assert torch.equal(fast(images), plain(images)), "in evaluation mode nothing is changed"
+    expected, found = step(plain, images), step(fast, images)
+    assert found.keys() == expected.keys()
+    assert len(found) == 1 + len(list(plain.parameters())) + len(list(plain.buffers()))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-4, msg=name)
+    assert not torch.equal(found["logits"], expected["logits"]), "it was computed in another way"
+    fast.speed_up(False, ())
+    assert torch.equal(fast(images), plain(images))
+
+
+@pytest.fixture(scope="module")
+def data() -> DataSet:
+    return digits(200)
+
+
+@compiled
+def test_a_fast_training_is_a_function_of_its_seed(data: DataSet, tmp_path: Path) -> None:
+    one, two, other = (
+        Training(data, tmp_path / name, FAST)(seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert same(one, two)
+    assert not same(one, other)
+
+
+@compiled
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_resumed_fast_training_equals_an_uninterrupted_one(data: DataSet, tmp_path: Path, ended: bool) -> None:
+    """Cut off right after an epoch, and in the middle of the next one."""
+    whole, cut = Training(data, tmp_path / "whole", FAST)(), Training(data, tmp_path / "cut", FAST)
+    with pytest.raises(KeyboardInterrupt):
+        cut(stopping(lambda progress: progress.epoch == 1 + (not ended) and progress.ended == ended))
+    assert same(cut(), whole)
+
+
+@pytest.mark.slow  # kernels are compiled for two threads
+@compiled
+def test_two_threads_are_reproducible_too(data: DataSet, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one, two, three = (Training(data, tmp_path / name, replace(FAST, threads=2))() for name in "abc")
+    finally:
+        torch.set_num_threads(before)
+    assert same(one, two)
+    assert same(one, three)
+
+
+@compiled
+def test_fused_norms_train_the_same_network(data: DataSet, tmp_path: Path) -> None:
+    """Up to rounding, which a training enlarges: here over two steps in float32."""
+    recipe = Recipe("r", 1, 100, 0.05, augmentation=Augmentation(0.1, 0.1, 15))
+    plain, fast = (
+        Training(data, tmp_path / name, numerics)(recipe=recipe)
+        for name, numerics in (("plain", CPU), ("fast", replace(FAST, dtype="float32")))
+    )
+    assert not same(plain, fast)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(fast[name], tensor, rtol=1e-3, atol=1e-4, msg=name)

@@ -17,7 +17,8 @@ from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
 from fnet_search.training.network import Network, activate, apply_stateless, build, pretrained, run, walk
 from fnet_search.training.weights import write_tensors
-from tests.support.networks import ACTIVATIONS, MIXED, RESIDUAL, SCALED, STEPS, compiled, normal, randomized, sequence
+from tests.support.networks import ACTIVATIONS, MIXED, RESIDUAL, SCALED, STEPS, normal, randomized, sequence
+from tests.support.training import step
 
 SELU = 1.0507009873554805
 
@@ -139,22 +140,16 @@ def test_slopes_are_learned() -> None:
 
 def test_the_padding_of_an_average_pool_is_not_counted() -> None:
     x = torch.arange(12.0).view(1, 1, 3, 4)
-    node = Node("pool", Pool("average", (2, 3), (2, 2), (1, 1)), (INPUT,))
+    pool = Pool("average", (2, 3), (2, 2), (1, 1))
     expected = [[(0 + 1) / 2, (1 + 2 + 3) / 3], [(4 + 5 + 8 + 9) / 4, (5 + 6 + 7 + 9 + 10 + 11) / 6]]
-    assert torch.equal(apply_stateless(node, [x]), torch.tensor(expected).view(1, 1, 2, 2))
+    assert torch.equal(apply_stateless(pool, [x]), torch.tensor(expected).view(1, 1, 2, 2))
 
 
 def test_the_other_pools() -> None:
     x = -torch.arange(1.0, 13).view(1, 1, 3, 4)
-    most = Node("pool", Pool("max", (2, 2), (1, 2), (1, 0)), (INPUT,))
+    most = Pool("max", (2, 2), (1, 2), (1, 0))
     assert apply_stateless(most, [x]).tolist() == [[[[-1, -3], [-1, -3], [-5, -7], [-9, -11]]]]
-    mean = Node("pool", Pool("global_average"), (INPUT,))
-    assert apply_stateless(mean, [torch.cat([x, x + 1], 1)]).tolist() == [[[[-6.5]], [[-5.5]]]]
-
-
-def test_layers_with_parameters_are_not_stateless() -> None:
-    with pytest.raises(TypeError, match="conv has parameters"):
-        apply_stateless(Node("c", Conv(3), (INPUT,)), [torch.zeros(1, 3, 4, 4)])
+    assert apply_stateless(Pool("global_average"), [torch.cat([x, x + 1], 1)]).tolist() == [[[[-6.5]], [[-5.5]]]]
 
 
 def test_every_layer_does_what_it_says() -> None:
@@ -217,32 +212,6 @@ def test_biases_start_at_zero_and_norms_at_one() -> None:
     assert not network.layer("grouped").get_parameter("bias").any()
     assert not network.layer("dense").get_parameter("bias").any()
     assert torch.equal(network.layer("dense.norm").get_parameter("weight"), torch.ones(12))
-
-
-def step(network: Network, images: Tensor) -> dict[str, Tensor]:
-    """Logits of a step in training mode, its gradients, and statistics after it."""
-    logits = network.train()(images)
-    (logits * normal(*logits.shape, seed=3)).sum().backward()
-    found = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
-    return {"logits": logits.detach()} | found | dict(network.named_buffers())
-
-
-@compiled
-@pytest.mark.parametrize("space", [MIXED, RESIDUAL], ids=lambda space: str(space.name))
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_a_fast_network_trains_as_a_plain_one(space: Macroarchitecture, layout: torch.memory_format) -> None:
-    plain, fast = (randomized(space).to(memory_format=layout) for _ in range(2))
-    fast.speed_up(True, (16, 16, 16, 16, 16))
-    images = normal(16, *space.input_shape).to(memory_format=layout)
-    assert torch.equal(fast(images), plain(images)), "in evaluation mode nothing is changed"
-    expected, found = step(plain, images), step(fast, images)
-    assert found.keys() == expected.keys()
-    assert len(found) == 1 + len(list(plain.parameters())) + len(list(plain.buffers()))
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-4, msg=name)
-    assert not torch.equal(found["logits"], expected["logits"]), "it was computed in another way"
-    fast.speed_up(False, ())
-    assert torch.equal(fast(images), plain(images))
 
 
 @pytest.mark.parametrize(("fused", "widths"), [(False, ()), (False, (1, 2, 4, 8, 16))])

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +9,26 @@ from torch import Tensor
 from fnet_search.arch.factorize import factorize
 from fnet_search.arch.layers import BatchNorm, Conv, Dense, Flatten
 from fnet_search.arch.plan import parse_plan
-from fnet_search.importing.spaces import load_space
 from fnet_search.training.datasets import DataSet, Split
 from fnet_search.training.network import Network, build
 from fnet_search.training.numerics import Numerics
 from fnet_search.training.recipe import Augmentation, Recipe
-from fnet_search.training.train import Report, Trained, TrainingFailed, TrainingProgress, accuracy, class_weights, train
-from tests.support.networks import CPU, FAST, compiled, digits, sequence
-
-TINY = load_space("tiny")
-NUMERICS = [CPU, Numerics("cpu", "bfloat16", channels_last=True), pytest.param(FAST, marks=compiled)]
-RECIPE = Recipe(
-    "test", 3, 64, 0.05, nesterov=True, weight_decay=5e-4, augmentation=Augmentation(0.1, 0.1, 15, True, True)
+from fnet_search.training.train import (
+    Checkpoint,
+    Trained,
+    TrainingFailed,
+    TrainingProgress,
+    Watch,
+    accuracy,
+    class_weights,
+    train,
 )
+from tests.support.networks import CPU, digits, sequence
+from tests.support.training import RECIPE, TINY, Training, same, silent, stopping
+
+Whole = tuple[dict[str, Tensor], Trained]
+NUMERICS = [CPU, Numerics("cpu", "bfloat16", channels_last=True)]
+"""`test_kernels` has trainings with kernels that are compiled."""
 
 
 @pytest.fixture(scope="module")
@@ -30,70 +36,20 @@ def data() -> DataSet:
     return digits(200)
 
 
-def silent(progress: TrainingProgress) -> None:
-    pass
+@pytest.fixture(scope="module")
+def whole(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """A training that nothing interrupted: its network and what it came to."""
+    training = Training(data, tmp_path_factory.mktemp("whole") / "c")
+    return training(), training.trained
 
 
-class Training:
-    """Trainings that share a checkpoint; each starts with a new network."""
-
-    def __init__(self, data: DataSet, checkpoint: Path, numerics: Numerics = CPU, watched: bool = False) -> None:
-        self.data, self.checkpoint, self.numerics, self.watched = data, checkpoint, numerics, watched
-        self.trained = Trained(0, ())
-
-    def __call__(
-        self, report: Report = silent, recipe: Recipe = RECIPE, seed: int = 0, key: str = "k"
-    ) -> dict[str, Tensor]:
-        network = build(TINY, recipe.initializer, seed)
-        watch = self.data.evaluation if self.watched else None
-        self.trained = train(network, self.data, recipe, self.numerics, seed, report, self.checkpoint, key, watch)
-        return network.state_dict()
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def stopping(when: Callable[[TrainingProgress], bool]) -> Report:
-    def report(progress: TrainingProgress) -> None:
-        if when(progress):
-            raise KeyboardInterrupt
-
-    return report
-
-
-@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16", "fast"])
+@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16"])
 def test_a_training_is_a_function_of_its_seed(data: DataSet, tmp_path: Path, numerics: Numerics) -> None:
     one, two, other = (
         Training(data, tmp_path / name, numerics)(seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert same(one, two)
     assert not same(one, other)
-
-
-@compiled
-def test_two_threads_are_reproducible_too(data: DataSet, tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        one, two, three = (Training(data, tmp_path / name, replace(FAST, threads=2))() for name in "abc")
-    finally:
-        torch.set_num_threads(before)
-    assert same(one, two)
-    assert same(one, three)
-
-
-@compiled
-def test_fused_norms_train_the_same_network(data: DataSet, tmp_path: Path) -> None:
-    """Up to rounding, which a training enlarges: here over two steps in float32."""
-    recipe = Recipe("r", 1, 100, 0.05, augmentation=Augmentation(0.1, 0.1, 15))
-    plain, fast = (
-        Training(data, tmp_path / name, numerics)(recipe=recipe)
-        for name, numerics in (("plain", CPU), ("fast", replace(FAST, dtype="float32")))
-    )
-    assert not same(plain, fast)
-    for name, tensor in plain.items():
-        torch.testing.assert_close(fast[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_norms_end_with_the_statistics_of_the_training_images_at_rest(data: DataSet, tmp_path: Path) -> None:
@@ -113,7 +69,7 @@ def test_norms_end_with_the_statistics_of_the_training_images_at_rest(data: Data
     torch.testing.assert_close(norm.get_buffer("running_var"), variance, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16", "fast"])
+@pytest.mark.parametrize("numerics", NUMERICS, ids=["plain", "bfloat16"])
 @pytest.mark.parametrize("epoch", [1, 2])
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_resumed_training_equals_an_uninterrupted_one(
@@ -163,10 +119,9 @@ def test_what_a_training_comes_to(data: DataSet, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_a_training_is_stopped_at_the_end_of_an_epoch(data: DataSet, tmp_path: Path, epoch: int) -> None:
+def test_a_training_is_stopped_at_the_end_of_an_epoch(data: DataSet, whole: Whole, tmp_path: Path, epoch: int) -> None:
     """Without what comes at the end of a whole one; a verdict within an epoch counts for nothing."""
-    whole, cut = Training(data, tmp_path / "whole"), Training(data, tmp_path / "cut")
-    whole()
+    (expected, trained), cut = whole, Training(data, tmp_path / "cut")
     seen: list[TrainingProgress] = []
 
     def report(progress: TrainingProgress) -> bool:
@@ -174,18 +129,18 @@ def test_a_training_is_stopped_at_the_end_of_an_epoch(data: DataSet, tmp_path: P
         return not progress.ended or progress.epoch >= epoch
 
     stopped = cut(report)
-    assert cut.trained == Trained(epoch * 200, whole.trained.accuracies[:epoch], stopped=True)
+    assert cut.trained == Trained(epoch * 200, trained.accuracies[:epoch], stopped=True)
     assert (seen[-1].epoch, seen[-1].ended) == (epoch, True)
 
     seen.clear()
     again = cut(report)
     assert [(progress.epoch, progress.ended) for progress in seen] == [(number, True) for number in range(1, epoch + 1)]
-    assert cut.trained == Trained(epoch * 200, whole.trained.accuracies[:epoch], stopped=True)
+    assert cut.trained == Trained(epoch * 200, trained.accuracies[:epoch], stopped=True)
     assert same(again, stopped)
 
     network = cut(silent)  # the verdict may be another one by now
-    assert cut.trained == whole.trained
-    assert same(network, whole())
+    assert cut.trained == trained
+    assert same(network, expected)
 
 
 def test_a_training_is_stopped_earlier_than_it_had_come(data: DataSet, tmp_path: Path) -> None:
@@ -197,35 +152,34 @@ def test_a_training_is_stopped_earlier_than_it_had_come(data: DataSet, tmp_path:
     assert training.trained == Trained(200, accuracies[:1], stopped=True)
 
 
-def test_a_verdict_at_the_last_epoch_comes_too_late(data: DataSet, tmp_path: Path) -> None:
-    whole, late = Training(data, tmp_path / "whole"), Training(data, tmp_path / "late")
-    expected = whole()
+def test_a_verdict_at_the_last_epoch_comes_too_late(data: DataSet, whole: Whole, tmp_path: Path) -> None:
+    (expected, trained), late = whole, Training(data, tmp_path / "late")
     for _ in range(2):
         assert same(late(lambda progress: progress.epoch == 3), expected)
-        assert late.trained == whole.trained
+        assert late.trained == trained
         assert not late.trained.stopped
 
 
-def test_checkpoints_of_another_training_are_ignored(data: DataSet, tmp_path: Path) -> None:
+def test_checkpoints_of_another_training_are_ignored(data: DataSet, whole: Whole, tmp_path: Path) -> None:
     training = Training(data, tmp_path / "c")
     with pytest.raises(KeyboardInterrupt):
         training(stopping(lambda progress: progress.ended), replace(RECIPE, learning_rate=0.01), key="another")
-    assert same(training(), Training(data, tmp_path / "whole")())
+    assert same(training(), whole[0])
 
 
 @pytest.mark.parametrize("length", [0, 7, 300, -1])
-def test_broken_checkpoints_are_ignored(data: DataSet, tmp_path: Path, length: int) -> None:
+def test_broken_checkpoints_are_ignored(data: DataSet, whole: Whole, tmp_path: Path, length: int) -> None:
     training = Training(data, tmp_path / "c")
     with pytest.raises(KeyboardInterrupt):
         training(stopping(lambda progress: progress.ended))
     training.checkpoint.write_bytes(training.checkpoint.read_bytes()[:length])
-    assert same(training(), Training(data, tmp_path / "whole")())
+    assert same(training(), whole[0])
 
 
-def test_a_checkpoint_of_another_network_is_ignored(data: DataSet, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_network_is_ignored(data: DataSet, whole: Whole, tmp_path: Path) -> None:
     other = build(factorize(TINY, parse_plan(TINY, "dws")), "he_normal", 0)
-    train(other, data, RECIPE, CPU, 0, silent, tmp_path / "c", "k", None)
-    assert same(Training(data, tmp_path / "c")(), Training(data, tmp_path / "whole")())
+    train(other, data, RECIPE, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
+    assert same(Training(data, tmp_path / "c")(), whole[0])
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(data: DataSet, tmp_path: Path) -> None:
@@ -239,7 +193,7 @@ def test_it_learns(tmp_path: Path) -> None:
     recipe = Recipe("r", 6, 32, 0.1, augmentation=Augmentation(shift=0.05))
     network = build(TINY, "glorot_uniform", 0)
     seen: list[TrainingProgress] = []
-    train(network, data, recipe, CPU, 0, seen.append, tmp_path / "c", "k", data.evaluation)
+    train(network, data, recipe, CPU, 0, seen.append, Checkpoint(tmp_path / "c", "k"), Watch(data.evaluation))
     with torch.no_grad():
         logits = network.eval()(data.normalise(data.evaluation.images))
     accuracy = float((logits.argmax(1) == data.evaluation.labels).float().mean())
@@ -283,7 +237,7 @@ def test_two_steps_by_hand(tmp_path: Path, nesterov: bool) -> None:
         "r", 2, 40, 0.2, 0.8, nesterov, weight_decay=0.1, label_smoothing=0.2, schedule="steps", milestones=(1,)
     )
     network = one_dense()
-    train(network, data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+    train(network, data, recipe, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
 
     layer = one_dense().layer("d")
     values = [layer.get_parameter(name).detach().double() for name in ("weight", "bias")]
@@ -312,7 +266,7 @@ def test_every_image_is_seen_once_an_epoch(tmp_path: Path) -> None:
         network = one_dense()
         before = network.layer("d").get_parameter("weight").detach().clone().double()
         recipe = Recipe("r", 1, batch, 1e-3 * batch / 30, 0.0, schedule="steps")
-        train(network, data, recipe, CPU, 0, silent, tmp_path / str(batch), "k", None)
+        train(network, data, recipe, CPU, 0, silent, Checkpoint(tmp_path / str(batch), "k"))
         moved.append(network.layer("d").get_parameter("weight").detach().double() - before)
     assert moved[0].abs().max() > 1e-4
     torch.testing.assert_close(moved[1], moved[0], rtol=0.05, atol=2e-6)
@@ -336,7 +290,7 @@ def test_no_batch_holds_one_image(tmp_path: Path, images: int) -> None:
     split = Split(torch.zeros(images, 3, 4, 4, dtype=torch.uint8), torch.arange(images) % 2)
     data = DataSet("d", ("a", "b"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
     recipe = Recipe("r", 1, 2 if images < 33 else 32, 0.01)
-    found = train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, tmp_path / "c", "k", None)
+    found = train(build(space, "he_normal", 0), data, recipe, CPU, 0, silent, Checkpoint(tmp_path / "c", "k"))
     assert found.images == images
 
 
@@ -385,7 +339,7 @@ def test_the_loss_is_the_mean_over_images_each_times_the_weight_of_its_class(tmp
     for weighting, of_class in (("none", (1, 1)), ("balanced", (48 / 80, 48 / 16))):
         before, after = (build(space, "he_normal", 0) for _ in range(2))
         chosen = replace(recipe, class_weights=weighting)
-        train(after, data, chosen, CPU, 0, silent, tmp_path / weighting, "k", None)
+        train(after, data, chosen, CPU, 0, silent, Checkpoint(tmp_path / weighting, "k"))
         log_p = before(data.normalise(data.train.images)).log_softmax(1)
         wanted = torch.full((48, 3), smoothing / 3)
         wanted[torch.arange(48), data.train.labels] += 1 - smoothing

@@ -17,7 +17,7 @@ from fnet_search.training import warm_start as warmstart
 from fnet_search.training.datasets import Batches, DataSet
 from fnet_search.training.network import Network, build, walk
 from fnet_search.training.recipe import Augmentation, Recipe
-from fnet_search.training.train import train
+from fnet_search.training.train import Checkpoint, train
 from fnet_search.training.warm_start import warm_start
 from tests.support.networks import CPU, SCALED, batches_of, digits, normal, randomized, sequence
 
@@ -433,7 +433,7 @@ def parents(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = {}
     for plan in ("regular", "f2"):
         network = build(of(TINY, plan), recipe.initializer, 0)
-        train(network, data, recipe, CPU, 0, lambda progress: None, folder / plan, plan, None)
+        train(network, data, recipe, CPU, 0, lambda progress: None, Checkpoint(folder / plan, plan))
         found[plan] = network.eval()
     return found
 

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -7,6 +8,7 @@ import pytest
 
 import fnet_search
 
+ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "torchvision", "optuna", "matplotlib", "pandas", "sklearn", "scipy"}
 
 
@@ -44,3 +46,13 @@ def test_versions_agree() -> None:
 
 def test_type_hints_are_shipped() -> None:
     assert (Path(fnet_search.__file__).parent / "py.typed").is_file()
+
+
+def test_each_dependency_names_a_file_that_imports_it() -> None:
+    """The first file of its comment in pyproject.toml."""
+    text = (ROOT / "pyproject.toml").read_text()
+    modules = {"pillow": "PIL", "scikit-learn": "sklearn", "tomli-w": "tomli_w", "optuna-dashboard": "optuna_dashboard"}
+    named = re.findall(r'"([\w-]+)(?:\[\w+\])?>=[^"]*", *# (fnet_search/[\w/]+\.py)', text)
+    assert len(named) > 20
+    for package, file in named:
+        assert re.search(rf"^\s*(import|from) {modules.get(package, package)}\b", (ROOT / file).read_text(), re.M), file

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
 
 from fnet_search.arch.factorize import replacement
-from fnet_search.arch.layers import Conv, Shape
+from fnet_search.arch.layers import Conv, Dense, Foldable, Shape, Stateless
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.arch.plan import FactorizationPlan, indices, legal_rates
 
@@ -27,8 +28,16 @@ class Cost:
 
 def layer_cost(node: Node, inputs: list[Shape]) -> Cost:
     """What one layer adds, for input shapes without the batch."""
-    macs = node.layer.macs(inputs)
-    return Cost(macs if isinstance(node.layer, Conv) else 0, macs, node.layer.params(inputs))
+    layer, macs, params = node.layer, node.layer.macs(inputs), node.layer.params(inputs)
+    if isinstance(layer, Foldable | Stateless):
+        return Cost(0, macs, params)
+    match layer:
+        case Conv():
+            return Cost(macs, macs, params)
+        case Dense():
+            return Cost(0, macs, params)
+        case _:
+            assert_never(layer)
 
 
 def network_cost(network: Macroarchitecture) -> Cost:

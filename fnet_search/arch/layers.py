@@ -439,9 +439,15 @@ class Concat(_Weightless):
         return sum(shape[0] for shape in inputs), *inputs[0][1:]
 
 
+Weighted = Conv | Dense
+"""Layers with a weight, and mostly a bias: they multiply and accumulate, and their weights are quantized."""
+Foldable = BatchNorm | Affine
+"""Layers that are an affine function a channel in evaluation, folded into one of `Weighted` before them."""
 Moving = Flatten | Reshape | Slice | Shuffle | Resample | Pad
 """Layers that compute nothing: they give the values that they read, or zeros."""
-Foldable = BatchNorm | Affine
-"""Layers that are an affine function a channel in evaluation, folded into a convolution or dense layer before them."""
-Layer = Conv | Foldable | Activation | Pool | Dense | Moving | Add | Multiply | Concat
+Stateless = Activation | Pool | Moving | Add | Multiply | Concat
+"""Layers without weights; but a PReLU learns its slopes, which are constants once it is folded."""
+Layer = Weighted | Foldable | Stateless
+"""All kinds, a closed set. What is done with a layer by its kind ends in ``typing.assert_never``, so that mypy names
+every place that a new kind is missing from; docs/extending.md lists them."""
 KINDS: Mapping[str, type[Layer]] = {layer.kind: layer for layer in get_args(Layer)}

@@ -9,11 +9,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, assert_never
 
 import networkx as nx
 
-from fnet_search.arch.layers import Activation, Affine, Conv, Dense, Layer, Shape
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Multiply,
+    Pad,
+    Pool,
+    Resample,
+    Reshape,
+    Shape,
+    Shuffle,
+    Slice,
+    Weighted,
+)
 from fnet_search.base.errors import LONGEST, FnetError, nearest
 
 if TYPE_CHECKING:
@@ -180,7 +199,7 @@ class Macroarchitecture:
         """What gives the logits: the last dense layer, or convolution where only layers that keep the channels follow
         it; None: there is no such layer."""
         node = self.order[-1]
-        while not isinstance(node.layer, Conv | Dense):
+        while not isinstance(node.layer, Weighted):
             before = self.by_name.get(node.inputs[0])
             channels = self.shapes[node.inputs[0]][0]
             keeps = len(node.inputs) == 1 and channels == self.classes and _any_classes(node.layer)
@@ -200,19 +219,30 @@ class Macroarchitecture:
                 f"space {self.name!r} has {self.classes} outputs and the data set {classes} classes; "
                 "end the space with a dense layer"
             )
-        if isinstance(node.layer, Conv):
-            last = replace(node, layer=replace(node.layer, out_channels=classes))
-        else:
-            assert isinstance(node.layer, Dense)
-            last = replace(node, layer=replace(node.layer, out_features=classes))
-        nodes = tuple(last if one is node else one for one in self.nodes)
+        layer = node.layer
+        assert isinstance(layer, Weighted)
+        match layer:
+            case Conv():
+                last: Layer = replace(layer, out_channels=classes)
+            case Dense():
+                last = replace(layer, out_features=classes)
+            case _:
+                assert_never(layer)
+        nodes = tuple(replace(one, layer=last) if one is node else one for one in self.nodes)
         return replace(self, nodes=nodes)
 
 
 def _any_classes(layer: Layer) -> bool:
     """Whether a layer between the last weights and the logits has a channel a class, however many."""
-    channelwise = isinstance(layer, Activation | Affine) and layer.channelwise
-    return layer.kind in ("activation", "pool", "flatten", "batch_norm", "affine") and not channelwise
+    match layer:
+        case Activation() | Affine():
+            return not layer.channelwise
+        case BatchNorm() | Pool() | Flatten():
+            return True
+        case Conv() | Dense() | Reshape() | Slice() | Shuffle() | Resample() | Pad() | Add() | Multiply() | Concat():
+            return False
+        case _:
+            assert_never(layer)
 
 
 ONLY_CLASSES = "fnet-search is for classification with one class an image"
@@ -229,7 +259,7 @@ def check_classifier(space: Macroarchitecture) -> None:
     if space.classes < 2:
         raise FnetError(ONE_OUTPUT)
     node: Node | None = space.order[-1]
-    while node is not None and not isinstance(node.layer, Conv | Dense) and len(node.inputs) == 1:
+    while node is not None and not isinstance(node.layer, Weighted) and len(node.inputs) == 1:
         if isinstance(node.layer, Activation) and node.layer.function in OF_OTHER_TASKS:
             raise FnetError(
                 f"it ends with a {node.layer.function}, {node.name!r}, as for several labels an image or for numbers; "
@@ -283,7 +313,7 @@ def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
     groups, but for those that read the image."""
     early = {INPUT}
     for node in space.order:
-        if not isinstance(node.layer, Conv | Dense) and early.issuperset(node.inputs):
+        if not isinstance(node.layer, Weighted) and early.issuperset(node.inputs):
             early.add(node.name)
 
     def chosen(node: Node) -> Node:

@@ -1,15 +1,43 @@
-"""What users name of their own Python, as ``FILE.py:NAME`` or ``package.module:NAME``; its code is run."""
+"""What users bring of their own Python, whose code is run: named as ``FILE.py:NAME`` or ``package.module:NAME``, or
+installed as an entry point of one of the groups ``fnet_search.policies``, ``.datasets`` and ``.range_methods``."""
 
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from fnet_search.base.errors import FnetError, first_line, unknown
+
+
+def installed(group: str) -> list[str]:
+    """Names of the entry points of a group."""
+    return sorted(entry_points(group=group).names)
+
+
+def load_installed(
+    group: str,
+    what: str,
+    name: str,
+    built_in: Iterable[str] = (),
+    make: Callable[[Any], Any] = lambda found: found,
+) -> Any:
+    """What `make` makes of the entry point of that name; `what` it is, for people.
+
+    Raises FnetError for a name that is neither in the group nor `built_in`, and for code that fails.
+    """
+    found = entry_points(group=group, name=name)
+    if not found:
+        raise unknown(what, name, [*built_in, *installed(group)])
+    entry = next(iter(found))
+    try:
+        return make(entry.load())
+    except Exception as error:  # a third party's code raises what it likes
+        raise FnetError(f"{what} {name!r} cannot be loaded: {fault(error, entry.module)}") from error
 
 
 @contextmanager

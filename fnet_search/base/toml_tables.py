@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_origin
 
 from fnet_search.base.errors import FnetError, nearest
 
@@ -78,7 +78,11 @@ def _value(key: str, value: object, wanted: object) -> object:
         float | None: number,
         int: (is_int(value), "an integer"),
     }
-    good, name = kinds.get(wanted, (isinstance(value, str), "a string"))
+    if wanted in (str, str | None) or get_origin(wanted) is Literal:
+        kinds[wanted] = isinstance(value, str), "a string"
+    if wanted not in kinds:
+        raise TypeError(f"no TOML value is read as {wanted}")
+    good, name = kinds[wanted]
     if not good:
         raise FnetError(f"{key} must be {name}, got {value!r}")
     return value

@@ -39,7 +39,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for _command in (
+COMMANDS: tuple[click.Command, ...] = (
     run,
     evaluate,
     worker,
@@ -53,7 +53,8 @@ for _command in (
     analyze,
     latency,
     study,
-):
+)
+for _command in COMMANDS:
     cli.add_command(_command)
 
 

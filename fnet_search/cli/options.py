@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fnet_search.base.errors import FnetError, unknown
+from fnet_search.base.units import parse_duration
 
 if TYPE_CHECKING:
     from fnet_search.engine.progress import TerminalDisplay
@@ -173,6 +174,13 @@ dataset_option = click.option(
 )
 
 
+def _check_duration(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """Before a command imports torch for what is no time."""
+    if text is not None:
+        parse_duration(text, "time_limit")
+    return text
+
+
 def machine_options(command: Any) -> Any:
     """Where and how a command trains, how long, and where its data are."""
     options = [
@@ -210,6 +218,7 @@ def machine_options(command: Any) -> Any:
         click.option(
             "--time-limit",
             metavar="TIME",
+            callback=_check_duration,
             help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
         ),
         click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
@@ -227,7 +236,6 @@ def machine_of(options: dict[str, Any]) -> "Machine":
 def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, Deadline | None], T]") -> T:
     """Does the work of a command with ``--time-limit``, showing its progress; at the limit exits with TIME_UP."""
     from fnet_search.base.terminal import console
-    from fnet_search.base.units import parse_duration
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.training.deadline import Deadline, TimeUp
 

@@ -21,6 +21,7 @@ from fnet_search.cli.options import (
     scheme_options,
 )
 from fnet_search.cli.printing import print_outcome
+from fnet_search.rundir.config_file import config_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -35,7 +36,13 @@ CODES_DIFFER = 4
 """Exit code of an audit that found a difference."""
 
 
-_run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+def _check_run(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
+    """Before a command imports torch for a folder that is not there."""
+    config_file(folder)
+    return folder
+
+
+_run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), callback=_check_run)
 _storage = click.option(
     "--storage", show_default="the journal file in the run folder", help="Optuna storage URL, to make the report again."
 )

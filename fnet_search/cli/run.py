@@ -210,6 +210,9 @@ def worker(
     The run, fnet-search run --storage URL, leaves its configuration in the storage and weights in its --artifacts. What
     a worker that vanishes was at is taken over by others.
     """
+    from fnet_search.optuna_bridge.storage_url import check_there
+
+    check_there(storage, new=False)  # before Optuna and torch are imported
     from fnet_search.engine.arguments import absolute, absolute_path, folder_of
     from fnet_search.engine.request import JoinRequest
     from fnet_search.engine.run import join_study

@@ -113,15 +113,18 @@ def run(**options: Any) -> None:
     search met its constraints, the nearest is named.
     """
     from fnet_search.comparison.definition import load_study
-    from fnet_search.comparison.results import RESULTS, markdown, networks, remarks, rows, table
-    from fnet_search.comparison.running import StudyFolder, run_parts
     from fnet_search.engine.arguments import absolute, absolute_path, dataset_name, folder_of
-    from fnet_search.training.deadline import TimeUp
+    from fnet_search.training.dataset_names import check_dataset
 
     chosen = load_study(options["name"], options["dataset"], options["validation"]).with_options(
         options["epochs"], options["seeds"], options["ranges"], options["schemes"]
     )
     chosen = replace(chosen, dataset=absolute(chosen.dataset), validation=absolute_path(chosen.validation))
+    check_dataset(chosen.dataset, chosen.validation)
+    from fnet_search.comparison.results import RESULTS, markdown, networks, remarks, rows, table
+    from fnet_search.comparison.running import StudyFolder, run_parts
+    from fnet_search.training.deadline import TimeUp
+
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
     folder = StudyFolder(folder_of(options["out"], default))
 

@@ -14,7 +14,7 @@ from fnet_search.base.toml_tables import build, read_table
 from fnet_search.base.units import counted
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints, parse_constraints
-from fnet_search.policy.registry import load_policy
+from fnet_search.policy.registry import check_policy_name
 from fnet_search.quant.scheme import AUTO, parse_schemes, schemes_text
 from fnet_search.training.recipe import Recipe, load_recipe
 
@@ -219,7 +219,7 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
     search = build(SearchOptions, table["search"], "a search") if "search" in table else None
     schemes = _schemes(texts["ranges"] or (AUTO,), search)
     if search is not None:
-        load_policy(search.policy)
+        check_policy_name(search.policy)
         for variant in variants:
             search.constraints(variant.space)
     return Study(

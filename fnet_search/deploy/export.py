@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import pi, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import onnx
@@ -18,6 +18,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from fnet_search.arch.layers import (
     Activation,
     Add,
+    Affine,
+    BatchNorm,
     Concat,
     Conv,
     Dense,
@@ -29,6 +31,7 @@ from fnet_search.arch.layers import (
     Reshape,
     Shuffle,
     Slice,
+    Weighted,
 )
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.base.errors import FnetError
@@ -70,7 +73,7 @@ def float_model(folded: FoldedNetwork, metadata: Mapping[str, str] | None = None
     graph = _Graph(folded.network)
     for node in folded.network.order:
         inputs = [graph.floats[source] for source in node.inputs]
-        if isinstance(node.layer, Conv | Dense):
+        if isinstance(node.layer, Weighted):
             for part, values in (("weight", folded.weight[node.name]), ("bias", folded.bias[node.name])):
                 inputs.append(graph.constant(f"{node.name}.{part}", values.cpu().numpy()))
         graph.operator(node, inputs)
@@ -241,7 +244,10 @@ class _Graph:
                 return add("Concat", axis=1)
             case Activation():
                 return self.function(node, layer, inputs[0], output)
-        raise TypeError(f"{layer.kind} is not part of a folded network")
+            case BatchNorm() | Affine():
+                raise TypeError(f"{layer.kind} is not part of a folded network")
+            case _:
+                assert_never(layer)
 
 
 class _QuantizedGraph(_Graph):
@@ -314,7 +320,7 @@ class _QuantizedGraph(_Graph):
             self.moved(node, layer, codes_name(node.inputs[0]), codes_name(name), zero)
             self.dequantize(name)
             return
-        if isinstance(layer, Conv | Dense):
+        if isinstance(layer, Weighted):
             inputs += self.weights(node)
         output = self.operator(node, inputs)
         if name in self.coded:  # else a ReLU follows, whose output is quantized instead

@@ -15,13 +15,15 @@ from fnet_search.arch.plan import FactorizationPlan, check_plan, parse_plan
 from fnet_search.base.errors import FnetError, check_least
 from fnet_search.engine.request import Machine, Request
 from fnet_search.importing.spaces import load_space
-from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
+from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS, check_there
 from fnet_search.policy.constraints import parse_constraints
 from fnet_search.policy.evaluation import SplitName
 from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.protocol import Policy
 from fnet_search.policy.registry import check_policy, load_policy
 from fnet_search.quant.scheme import AUTO, Scheme, parse_schemes
+from fnet_search.rundir.config_file import config_file
+from fnet_search.training.dataset_names import check_dataset
 from fnet_search.training.recipe import Fidelity, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class Arguments:
 
     def _request(self, space: Space, dataset: str) -> Request:
         """What both ask for: a network for images as large as the data set's unless another size is asked for."""
+        check_dataset(dataset, absolute_path(self.validation))
+        if self.storage is not None:
+            check_there(self.storage, new=True)
+        if self.machine is not None and self.machine.numerics_of is not None:
+            config_file(self.machine.numerics_of)
         if not isinstance(space, Macroarchitecture):
             space = load_space(str(space), self.input_shape, self.weights, partial(_natural_shape, dataset))
         space = factorizing(normalising(space, self.normalise), tuple(self.factorize), tuple(self.keep))

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from optuna.storages import BaseStorage
 
-from fnet_search.arch.costs import cost_table
-from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
-from fnet_search.base.units import counted, counts_meant
+from fnet_search.base.units import counted
 from fnet_search.candidates.job import Setup
 from fnet_search.candidates.worker_count import cores, how_many
 from fnet_search.engine.display import Display
 from fnet_search.engine.request import Machine, Request, as_json, completed
 from fnet_search.optuna_bridge.storage import has_study, open_url
-from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, MAYBE_KNOWN
 from fnet_search.policy.fixed_plans import FIXED_PLANS
 from fnet_search.policy.protocol import requirements
@@ -106,7 +103,7 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
     known = MAYBE_KNOWN if data.validation == HELD_OUT and space.weights is not None else data.validation
     for text in cautions(known or "", data.has_test or not request.searching):
         display.say(f"warning: {text}")
-    _check_params(space, request.constraints)
+    request.constraints.check(space)
     recorded = _recorded(run, machine)
     device = recorded.device if recorded else check_device(machine.device)
     threads = recorded.threads if recorded else machine.threads or 1
@@ -141,18 +138,6 @@ def configure(run: RunFolder, config: dict[str, Any]) -> None:
         compare(run, config)
     else:
         run.write_config(config)
-
-
-def _check_params(space: Macroarchitecture, constraints: Constraints) -> None:
-    table = cost_table(space)
-    fewest = table.fixed.params + sum(min(cost.params for cost in costs) for costs in table.by_layer.values())
-    most = table.fixed.params + sum(max(cost.params for cost in costs) for costs in table.by_layer.values())
-    if constraints.params is not None and constraints.params < fewest:
-        units = counts_meant(str(constraints.params), "", fewest, most)
-        raise FnetError(
-            f"a limit of {constraints.params:,} parameters is below the smallest network of space {space.name!r}, "
-            f"which has {fewest:,}{f'; did you mean {units[0]}?' if units else ''}"
-        )
 
 
 def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:

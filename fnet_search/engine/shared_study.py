@@ -21,7 +21,7 @@ from fnet_search.optuna_bridge.storage_url import masked
 from fnet_search.policy.evaluation import HELD_OUT
 from fnet_search.policy.registry import load_policy
 from fnet_search.rundir.recorded_run import RecordedRun
-from fnet_search.rundir.run_folder import RunFolder, differences
+from fnet_search.rundir.run_folder import FORMAT, RunFolder, differences
 from fnet_search.training.datasets import DataSet
 from fnet_search.training.weights import digest, read_tensors, write_tensors
 
@@ -32,6 +32,8 @@ PUBLISHED = "fnet_search:run"
 """System attribute of a study: what was published."""
 IMPORTED = "imported.safetensors"
 """Artifact of a study: the weights of an imported network."""
+VERSION = f"{__version__}, format {FORMAT}"
+"""What all workers on a study must have in common. One text, so that versions which knew no formats refuse it too."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Published:
     """What a worker must know that joins a study."""
 
     version: str
-    """Of fnet-search."""
+    """VERSION of the run."""
     config: Mapping[str, Any]
     """As `Request.config`, but for where the storage is, which each host may name otherwise."""
     data: Mapping[str, Any]
@@ -79,17 +81,24 @@ def _config(request: Request) -> dict[str, Any]:
 
 
 def published(storage: BaseStorage, name: str) -> Published:
-    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version."""
+    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version or format."""
+    facts = _facts(storage, name)
+    if facts.get("version") != VERSION:
+        raise FnetError(
+            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {VERSION}; install the same"
+        )
+    return Published(**facts)
+
+
+def _facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
+    """The fields of `Published`, as some version wrote them."""
     if not has_study(storage, name):
         raise FnetError(f"the storage has no study {name!r}; start one with fnet-search run --storage ... --out {name}")
     facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(PUBLISHED)
     if facts is None:
         raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
-    if facts.get("version") != __version__:
-        raise FnetError(
-            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {__version__}; install the same"
-        )
-    return Published(**facts)
+    found: Mapping[str, Any] = facts
+    return found
 
 
 def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
@@ -97,7 +106,7 @@ def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str
     run goes on, with more trials. Raises FnetError where another run has left another one."""
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
     new = Published(
-        __version__,
+        VERSION,
         _config(request),
         facts,
         asdict(request.fidelity),
@@ -140,8 +149,8 @@ def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sh
         raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
         return found, None
-    known = published(found, run.name)
-    return found, Sharing(run.worker, open_artifacts(known.artifacts), known.lease)
+    known = _facts(found, run.name)  # of any version whose folders can be read: nothing is trained
+    return found, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
 
 
 def artifacts_of(request: Request, run: RunFolder) -> str:

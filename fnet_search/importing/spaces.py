@@ -30,7 +30,10 @@ def load_space(
     """
     if name.endswith(".py"):
         raise FnetError(f"space {name}: name the function too, as in {name}:make")
-    if ":" in name and not name.endswith(".toml"):
+    where, colon, _ = name.rpartition(":")
+    if colon and not name.endswith(".toml"):
+        if where.endswith(".py") and not Path(where).is_file():
+            raise FnetError(f"space {name}: the file {where} does not exist")
         from fnet_search.importing.modules import load_imported  # torch takes seconds to import
 
         return load_imported(name, input_shape, weights, default_shape)
@@ -49,9 +52,12 @@ def load_space(
     beside = tomllib.loads(path.read_text(encoding="utf-8")).get("weights")
     if weights is None and beside is None:
         return space
+    file = path.parent / str(beside) if weights is None else Path(weights)
+    if not file.exists():
+        raise FnetError(f"the weights file {file} does not exist")
     from fnet_search.training.network import load_weights
 
-    return load_weights(space, path.parent / str(beside) if weights is None else Path(weights))
+    return load_weights(space, file)
 
 
 def save_space(space: Macroarchitecture, path: Path) -> None:

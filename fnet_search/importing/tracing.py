@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, cast
+from typing import Any, assert_never, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,6 +31,7 @@ from fnet_search.arch.layers import (
     Shape,
     Shuffle,
     Slice,
+    Stateless,
 )
 from fnet_search.arch.macroarchitecture import (
     INPUT,
@@ -448,6 +449,8 @@ STATISTICS = ("running_mean", "running_var")
 
 def _state(layer: Layer) -> tuple[str, ...]:
     """What of the weights of an operator is of a layer."""
+    if isinstance(layer, Stateless):
+        return ("weight",) if isinstance(layer, Activation) and layer.function == "prelu" else ()
     match layer:
         case Conv(bias=bias) | Dense(bias=bias):
             return ("weight", "bias") if bias else ("weight",)
@@ -455,9 +458,8 @@ def _state(layer: Layer) -> tuple[str, ...]:
             return (*STATISTICS, "weight", "bias") if affine else STATISTICS
         case Affine():
             return "scale", "shift"
-        case Activation("prelu"):
-            return ("weight",)
-    return ()
+        case _:
+            assert_never(layer)
 
 
 def _operation(node: fx.Node) -> str:

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.layers import Weighted
 from fnet_search.arch.macroarchitecture import INPUT
 from fnet_search.arch.plan import label
 from fnet_search.base.terminal import fitting
@@ -138,7 +138,7 @@ def _layer(
     channels = {"activation": (tensor.channel_min.clamp(low, high), tensor.channel_max.clamp(low, high))}
     if part.layer in folded.weight:
         channels["folded"] = channel_extremes(folded.weight[part.layer])
-    if isinstance(layer, Conv | Dense):
+    if isinstance(layer, Weighted):
         channels["weight"] = channel_extremes(trained.layer(part.layer).get_parameter("weight").detach())
     if part.layer not in known:  # with weights: a BatchNorm of its own, folded into a depthwise convolution
         statistics = dict.fromkeys(field.name for field in fields(LayerStats))

@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBSt
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from fnet_search.base.errors import FnetError, first_line
-from fnet_search.optuna_bridge.storage_url import masked
+from fnet_search.optuna_bridge.storage_url import cannot_open, check_there, masked
 
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
@@ -37,23 +37,18 @@ GRACE = 3
 CREATING = 10
 """Attempts to open a data base whose tables are just being created."""
 
-WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
-
 
 def open_url(url: str, new: bool = True) -> BaseStorage:
     """The storage behind a URL: one of SQLAlchemy's (``optuna.storages.RDBStorage``), ``grpc://host:port``
     (``GrpcStorageProxy``) or ``journal:PATH``, a journal file that several processes share; `new`: its file is made.
     Raises FnetError, without the password, for one that cannot be opened."""
+    check_there(url, new)
     try:
-        file = re.fullmatch(r"(?:journal:|sqlite(?:\+\w+)?:///)([^?]+)(?:\?.*)?", url)
-        if file is not None and not new and not Path(file[1]).is_file():
-            raise FileNotFoundError(f"the file {file[1]} does not exist")
         if url.startswith("journal:"):
             return _shared_journal(Path(url.removeprefix("journal:")))
         return _patient(_grpc(url) if url.startswith("grpc://") else optuna.storages.get_storage(_rdb(url)))
     except Exception as error:  # whatever SQLAlchemy, its drivers and gRPC raise for a bad URL
-        reason = _without_password(first_line(error), url)
-        raise FnetError(f"cannot open storage {masked(url)} ({reason}); {WANTED}") from None
+        raise cannot_open(url, _without_password(first_line(error), url)) from None
 
 
 def _without_password(text: str, url: str) -> str:
@@ -180,8 +175,6 @@ def read_journal(journal: Path) -> BaseStorage:
 
 
 def _shared_journal(journal: Path) -> BaseStorage:
-    if not journal.parent.is_dir():
-        raise FileNotFoundError(f"the folder {journal.parent} does not exist")
     return _journal(journal, _SharedJournal(str(journal)))
 
 

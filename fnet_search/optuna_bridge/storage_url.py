@@ -1,7 +1,11 @@
 """What a request says of a storage: its URL, and how long a lease lasts. No Optuna, which takes a second to import."""
 
 import re
+from pathlib import Path
 
+from fnet_search.base.errors import FnetError
+
+WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
 LEASE_SECONDS = 120.0
 """A lease that rests for so long has lost its worker; longer than a minute without a network."""
 
@@ -10,3 +14,20 @@ def masked(url: str) -> str:
     """A storage URL without its password, for people and files."""
     hidden = re.sub(r"(?<=://)([^:/@]*):.*@", r"\1:***@", url)
     return re.sub(r"(?i)((?:password|passwd)=)[^&]*", r"\1***", hidden)
+
+
+def cannot_open(url: str, reason: str) -> FnetError:
+    """The error for a storage that cannot be opened, without its password."""
+    return FnetError(f"cannot open storage {masked(url)} ({reason}); {WANTED}")
+
+
+def check_there(url: str, new: bool) -> None:
+    """Raises FnetError for a file that is not there; for the folder of a journal where a `new` file may be made."""
+    file = re.fullmatch(r"(journal:|sqlite(?:\+\w+)?:///)([^?]+)(?:\?.*)?", url)
+    if file is None:
+        return
+    path = Path(file[2])
+    if not new and not path.is_file():
+        raise cannot_open(url, f"the file {path} does not exist")
+    if file[1] == "journal:" and not path.parent.is_dir():
+        raise cannot_open(url, f"the folder {path.parent} does not exist")

@@ -20,7 +20,7 @@ import numpy as np
 
 from fnet_search.arch.costs import layer_cost, plan_cost, smallest_conv_macs
 from fnet_search.arch.factorize import factorize
-from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.layers import Conv, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, check_plan, indices, legal_rates, make_plan, regular
 from fnet_search.arch.space_file import read_space
@@ -248,7 +248,7 @@ def made_up_layers(space: Macroarchitecture, plan: FactorizationPlan, seed: int 
     network = factorize(space, plan)
     layers = []
     for node in network.order:
-        if not isinstance(node.layer, Conv | Dense):
+        if not isinstance(node.layer, Weighted):
             continue
         cost = layer_cost(node, network.input_shapes(node))
         few = rng.lognormal(0, 0.4) * (3 if isinstance(node.layer, Conv) and node.layer.groups > 1 else 1)

@@ -1,4 +1,5 @@
-"""Choosing plans under the ceilings that need no training: conv MACs and parameters. No torch and no Optuna.
+"""Choosing plans under the ceilings that need no training: conv MACs and parameters, which are sums over layers. A
+ceiling of another kind is a test that whole plans must pass. No torch and no Optuna.
 
 A plan's cost is a sum over layers (`plan.cost_table`). So the best plan under ceilings, by a score that is a sum over
 layers too, is a multiple-choice knapsack, and can be found exactly without looking at every plan.
@@ -13,7 +14,7 @@ from math import inf
 import numpy as np
 import numpy.typing as npt
 
-from fnet_search.arch.costs import cost_table
+from fnet_search.arch.costs import cost_table, plan_cost
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates
 from fnet_search.policy.constraints import Constraints
@@ -46,6 +47,7 @@ class _Ceiling:
 
 
 def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceiling]:
+    """Of the constraints that are sums over layers."""
     table, ceilings = cost_table(space), []
     for name in ("conv_macs", "params"):
         limit = getattr(constraints, name)
@@ -156,6 +158,7 @@ def best_plan(
 
     Exact, by A* search: of the beginnings of plans, the one that could still reach most is extended by a layer. Under
     one ceiling that bound is met, so whole plans come up best first. Costs are integers, so a ceiling holds to the MAC.
+    Whole plans that another constraint refuses are passed over, one by one: where it refuses most, that takes long.
     Raises ValueError unless there is one finite score per legal rate.
     """
     legal, values = legal_rates(space), _values(space, scores)
@@ -177,7 +180,9 @@ def best_plan(
         depth = len(chosen)
         if depth == len(values):
             if chosen not in excluded and min(allowed) >= 0:
-                return from_indices(space, chosen)
+                plan = from_indices(space, chosen)
+                if not constraints.refusal(plan_cost(space, plan)):
+                    return plan
             continue
         for index, value in enumerate(values[depth].tolist()):
             left = [limit - ceiling.costs[depth][index] for limit, ceiling in zip(allowed, ceilings, strict=True)]
@@ -259,5 +264,7 @@ def sample_plan(
             admitted &= costs[layers, drawn].sum(axis=1) <= limit
         for chosen in map(tuple, drawn[admitted].tolist()):
             if chosen not in excluded:
-                return from_indices(space, chosen)
+                plan = from_indices(space, chosen)
+                if not constraints.refusal(plan_cost(space, plan)):
+                    return plan
     return best_plan(space, constraints, {layer: rng.random(len(rates)) for layer, rates in legal.items()}, exclude)

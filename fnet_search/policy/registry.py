@@ -7,16 +7,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fnet_search.base.errors import FnetError, unknown
-from fnet_search.base.plugins import fault, importable, load_object
+from fnet_search.base.plugins import fault, importable, installed, load_installed, load_object
 from fnet_search.policy.protocol import Policy
 
 GROUP = "fnet_search.policies"
-"""The group of entry points that policies are installed under."""
+"""Of entry points: each is a class whose objects are policies."""
 
 
 def policy_names() -> list[str]:
-    """Names of the installed policies: entry points of the group ``fnet_search.policies``."""
-    return sorted(entry_points(group=GROUP).names)
+    """Names of the installed policies: entry points of GROUP."""
+    return installed(GROUP)
 
 
 def policy_summary(name: str) -> str:
@@ -32,6 +32,15 @@ def policy_summary(name: str) -> str:
             if isinstance(node, ast.ClassDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n")[0]
     return (type(load_policy(name)).__doc__ or "").strip().partition("\n")[0]
+
+
+def check_policy_name(name: str) -> None:
+    """Raises FnetError for a name that no installed policy has, without importing the one that has it; for one of a
+    file or module as `load_policy`."""
+    if ":" in name:
+        load_policy(name)
+    elif name not in policy_names():
+        raise unknown("policy", name, policy_names())
 
 
 def load_policy(name: str) -> Policy:
@@ -51,14 +60,7 @@ def load_policy(name: str) -> Policy:
         except Exception as error:  # a user's code raises what it likes
             raise FnetError(f"policy {name} cannot be loaded: {fault(error, where)}") from error
         return check_policy(own, name)
-    found = entry_points(group=GROUP, name=name)
-    if not found:
-        raise unknown("policy", name, policy_names())
-    entry = next(iter(found))
-    try:
-        policy: Policy = entry.load()()
-    except Exception as error:
-        raise FnetError(f"policy {name!r} cannot be loaded: {fault(error, entry.module)}") from error
+    policy: Policy = load_installed(GROUP, "policy", name, make=lambda kind: kind())
     return check_policy(policy, name)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.layers import Weighted
 from fnet_search.arch.macroarchitecture import INPUT, Node
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import QuantParams
@@ -23,7 +23,7 @@ def channel_means(folded: FoldedNetwork, batches: Batches) -> Mapping[str, Tenso
     sums: dict[str, list[tuple[Tensor, int]]] = {}
     for batch in batches():
         for node, output in walk(folded.network, batch, folded.apply_node):
-            if isinstance(node.layer, Conv | Dense):
+            if isinstance(node.layer, Weighted):
                 sums.setdefault(node.name, []).append(_channel_sums(output))
     return {name: _mean(parts) for name, parts in sums.items()}
 
@@ -49,7 +49,7 @@ def correct_biases(
     step = Step(corrected)
 
     def apply(node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
-        if not isinstance(node.layer, Conv | Dense):
+        if not isinstance(node.layer, Weighted):
             return [step(node, list(parts)) for parts in zip(*inputs, strict=True)]
         layer, source = layers[node.name], corrected.params[corrected.carrier[node.inputs[0]]]
         weight, mean = folded.weight[node.name], wanted[node.name].to(layer.bias.device)

@@ -3,11 +3,29 @@ whose output channels use their tensor's range more evenly."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from fnet_search.arch.layers import Activation, Conv, Dense, Flatten, Pool
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Multiply,
+    Pad,
+    Pool,
+    Resample,
+    Reshape,
+    Shuffle,
+    Slice,
+    Weighted,
+)
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.quant.fold import FoldedNetwork
 
@@ -32,14 +50,14 @@ def pairs(network: Macroarchitecture) -> Iterator[Pair]:
     """The pairs of a folded network, in order: convolutions or dense layers with nothing between them that has another
     reader or is not positively homogeneous channel by channel (ReLU, leaky ReLU, pools and flatten are)."""
     for node in network.order:
-        if not isinstance(node.layer, Conv | Dense):
+        if not isinstance(node.layer, Weighted):
             continue
         reader, repeat = _only_reader(network, node), 1
         while reader is not None and _homogeneous(reader):
             if isinstance(reader.layer, Flatten):
                 repeat *= network.shapes[reader.name][0] // network.input_shapes(reader)[0][0]
             reader = _only_reader(network, reader)
-        if reader is not None and isinstance(reader.layer, Conv | Dense):
+        if reader is not None and isinstance(reader.layer, Weighted):
             yield Pair(node.name, reader.name, repeat)
 
 
@@ -50,8 +68,17 @@ def _only_reader(network: Macroarchitecture, node: Node) -> Node | None:
 
 def _homogeneous(node: Node) -> bool:
     layer = node.layer
-    homogeneous = isinstance(layer, Activation) and layer.function in ("relu", "leaky_relu")
-    return homogeneous or isinstance(layer, Pool | Flatten)
+    match layer:
+        case Activation(function):
+            return function in ("relu", "leaky_relu")
+        case Pool() | Flatten():
+            return True
+        case Conv() | Dense() | BatchNorm() | Affine() | Add() | Multiply() | Concat():
+            return False
+        case Reshape() | Slice() | Shuffle() | Resample() | Pad():
+            return False  # those of one channel may be of another after it
+        case _:
+            assert_never(layer)
 
 
 def equalize(folded: FoldedNetwork) -> FoldedNetwork:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-from fnet_search.arch.layers import Activation, Conv, Dense, Foldable
+from fnet_search.arch.layers import Activation, Affine, BatchNorm, Conv, Dense, Foldable, Stateless, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.training.network import Network, ScaleShift, apply_stateless, run
 
@@ -26,13 +27,18 @@ class FoldedNetwork:
     def apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
         """One layer on float tensors [N, C, H, W] or [N, K]."""
         layer = node.layer
+        if isinstance(layer, Stateless):
+            return apply_stateless(layer, inputs)
         match layer:
             case Conv():
                 weight, bias = self.weight[node.name], self.bias[node.name]
                 return F.conv2d(inputs[0], weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
             case Dense():
                 return F.linear(inputs[0], self.weight[node.name], self.bias[node.name])
-        return apply_stateless(node, inputs)
+            case BatchNorm() | Affine():
+                raise TypeError(f"{layer.kind} is not part of a folded network")
+            case _:
+                assert_never(layer)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] logits, float32."""
@@ -54,7 +60,7 @@ def fold(trained: Network) -> FoldedNetwork:
     alias: dict[str, str] = {}
     for node in space.order:
         inputs = tuple(alias.get(source, source) for source in node.inputs)
-        if isinstance(node.layer, Conv | Dense):
+        if isinstance(node.layer, Weighted):
             module = trained.layer(node.name)
             assert isinstance(module, nn.Conv2d | nn.Linear)
             weight[node.name] = module.weight.detach().double()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fnet_search.arch.costs import layer_cost
-from fnet_search.arch.layers import Conv, Dense
+from fnet_search.arch.layers import Weighted
 from fnet_search.policy.evaluation import LayerStats
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.ranges import TensorStats
@@ -45,7 +45,7 @@ def profile(
     they come out of a network before this one).
     """
     carrier = quantized.carrier
-    nodes = [node for node in trained.network.order if isinstance(node.layer, Conv | Dense)]
+    nodes = [node for node in trained.network.order if isinstance(node.layer, Weighted)]
     nodes = [node for node in nodes if layers is None or node.name in layers]
     energy = _energies(folded, quantized, inputs, {carrier[node.name] for node in nodes})
     found = []

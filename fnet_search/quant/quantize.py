@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import inf
 from types import MappingProxyType
 
-from fnet_search.arch.layers import Activation, Conv, Dense
+from fnet_search.arch.layers import Activation, Weighted
 from fnet_search.arch.macroarchitecture import Node
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
@@ -31,7 +31,7 @@ def quantize(
     params = {name: _activation_params(folded.network.by_name.get(name), tensor) for name, tensor in stats.items()}
     layers = {}
     for node in folded.network.order:
-        if isinstance(node.layer, Conv | Dense):
+        if isinstance(node.layer, Weighted):
             source = params[carrier[node.inputs[0]]]
             weight, bias = folded.weight[node.name], folded.bias[node.name]
             try:

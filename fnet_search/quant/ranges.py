@@ -4,20 +4,33 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, ClassVar, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fnet_search.arch.layers import Activation, Moving, Pool
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Layer,
+    Moving,
+    Multiply,
+    Pool,
+)
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import degenerate, quant_params
-from fnet_search.quant.scheme import RangeMethod
+from fnet_search.quant.scheme import RangeMethod, range_spec
 from fnet_search.training.datasets import Batches
 from fnet_search.training.network import walk
 
@@ -30,15 +43,26 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
     """
     carrier = {INPUT: INPUT}
     for node in network.order:
-        layer = node.layer
-        moves = isinstance(layer, Moving)
-        if moves or (isinstance(layer, Pool) and layer.reduction == "max"):
+        if _keeps_codes(node.layer):
             carrier[node.name] = carrier[node.inputs[0]]
             continue
         readers = network.consumers(node.name)
         fused = len(readers) == 1 and _clips(readers[0].layer) and not isinstance(node.layer, Activation)
         carrier[node.name] = readers[0].name if fused else node.name
     return carrier
+
+
+def _keeps_codes(layer: Layer) -> bool:
+    """Whether the codes that a layer gives are some of those that it reads."""
+    if isinstance(layer, Moving):
+        return True
+    match layer:
+        case Pool(reduction):
+            return reduction == "max"
+        case Conv() | BatchNorm() | Affine() | Activation() | Dense() | Add() | Multiply() | Concat():
+            return False
+        case _:
+            assert_never(layer)
 
 
 def _clips(layer: object) -> bool:
@@ -81,8 +105,9 @@ def calibrate_each(
     """As `calibrate`, for several range methods in the same passes."""
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
+    kinds = [observer_of(method) for method in methods]
     observers = {
-        name: [OBSERVERS[method.kind if name not in ends else "minmax"](method) for method in methods]
+        name: [(Observer if name in ends else kind)(method) for kind, method in zip(kinds, methods, strict=True)]
         for name in carrier.values()
     }
     hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= HELD if held else False
@@ -102,7 +127,15 @@ def calibrate_each(
 
 def passes(*methods: RangeMethod) -> int:
     """How often `calibrate` looks at the samples, at most."""
-    return 1 if all(method.kind == "minmax" for method in methods) else 2
+    return max(observer_of(method).passes for method in methods)
+
+
+def observer_of(method: RangeMethod) -> "type[Observer]":
+    """Raises FnetError for a method that is not there, or whose observer is none."""
+    found = range_spec(method.name).load()
+    if not (isinstance(found, type) and issubclass(found, Observer)):
+        raise FnetError(f"range method {method.name!r} cannot be loaded: its observer must be a subclass of Observer")
+    return found
 
 
 @torch.no_grad()
@@ -115,8 +148,15 @@ def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, objec
                 yield node.name, output
 
 
-class _Observer:
-    """Extremes of one tensor; a subclass for each range method finds its range from histograms of two passes."""
+class Observer:
+    """What a range method sees of one tensor: here its extremes, which are the range of ``minmax``.
+
+    A subclass for each other method finds its `range` from what it keeps in one pass over the samples or in two; what
+    it keeps must not grow with their number.
+    """
+
+    passes: ClassVar[int] = 1
+    """Over the samples, at most: 1, or 2 with a `second_pass`."""
 
     def __init__(self, method: RangeMethod) -> None:
         self.method = method
@@ -146,7 +186,7 @@ class _Observer:
     @property
     def settled(self) -> bool:
         """Whether one pass was enough. Raises nothing, also for values that are not finite: `stats` does."""
-        return True
+        return self.passes == 1
 
     def range(self) -> tuple[float, float]:
         """From where to where values are represented."""
@@ -158,8 +198,10 @@ class _Observer:
         return TensorStats(*self.range(), self.channel_min, self.channel_max, self.zeros / self.count)
 
 
-class _Percentiles(_Observer):
+class Percentiles(Observer):
     """Exact order statistics in 64 Ki counters a pass: first the upper half of the floats' bits, then the lower."""
+
+    passes = 2
 
     def __init__(self, method: RangeMethod) -> None:
         super().__init__(method)
@@ -192,7 +234,7 @@ class _Percentiles(_Observer):
 
     def ranks(self) -> tuple[int, ...]:
         """Nearest ranks, from 1, of the lower and the upper percentile; one entry where they are the same."""
-        part = self.method.percentile / 100
+        part = (self.method.number or Fraction(0)) / 100
         return tuple(dict.fromkeys(max(1, math.ceil(share * self.count)) for share in (part, 1 - part)))
 
     def range(self) -> tuple[float, float]:
@@ -236,13 +278,14 @@ def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
     return bucket, int(cumulative[bucket] - histogram[bucket])
 
 
-class _LeastSquares(_Observer):
+class LeastSquares(Observer):
     """The range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
 
     A bin is at least 16 times narrower than a step, down to a range of a sixteenth of the whole: then what a bin's
     place within a step says about its values is exact enough. Zeros are left out: they are always represented.
     """
 
+    passes = 2
     BINS = 1 << 16
 
     def __init__(self, method: RangeMethod) -> None:
@@ -298,6 +341,3 @@ class _Moments:
         cuts[:, -1] = -1
         count, total, squares = (np.diff(sums[cuts]) for sums in self.sums)
         return np.asarray((squares - 2 * values * total + values**2 * count).sum(1))
-
-
-OBSERVERS: dict[str, type[_Observer]] = {"minmax": _Observer, "percentile": _Percentiles, "mse": _LeastSquares}

@@ -6,6 +6,7 @@ Codes are uint8 tensors; every step below is an integer or a single float32 oper
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import assert_never
 
 import numpy as np
 import torch
@@ -15,17 +16,15 @@ from torch import Tensor
 from fnet_search.arch.layers import (
     Activation,
     Add,
+    Affine,
+    BatchNorm,
     Concat,
     Conv,
     Dense,
-    Flatten,
+    Moving,
     Multiply,
-    Pad,
     Pool,
-    Resample,
-    Reshape,
-    Shuffle,
-    Slice,
+    Weighted,
 )
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.base.errors import FnetError
@@ -70,7 +69,7 @@ class QuantizedNetwork:
     @staticmethod
     def from_tensors(network: Macroarchitecture, tensors: Mapping[str, Tensor]) -> "QuantizedNetwork":
         """Inverse of `to_tensors` for the same folded network. Raises FnetError where something is missing."""
-        weighted = [node.name for node in network.order if isinstance(node.layer, Conv | Dense)]
+        weighted = [node.name for node in network.order if isinstance(node.layer, Weighted)]
         try:
             layers = {
                 name: QuantizedLayer(
@@ -88,11 +87,15 @@ class QuantizedNetwork:
 
 def _check(network: Macroarchitecture, node: Node, layer: QuantizedLayer) -> None:
     """Raises FnetError for codes that are not of a layer's shape."""
-    inputs = network.input_shapes(node)[0]
-    if isinstance(node.layer, Conv):
-        shape: tuple[int, ...] = (node.layer.out_channels, inputs[0] // node.layer.groups, *node.layer.kernel)
-    else:
-        shape = (network.shapes[node.name][0], inputs[0])
+    kind, inputs = node.layer, network.input_shapes(node)[0]
+    assert isinstance(kind, Weighted)
+    match kind:
+        case Conv(out_channels, kernel, groups=groups):
+            shape: tuple[int, ...] = (out_channels, inputs[0] // groups, *kernel)
+        case Dense(out_features):
+            shape = (out_features, inputs[0])
+        case _:
+            assert_never(kind)
     if (tuple(layer.codes.shape), tuple(layer.bias.shape)) != (shape, shape[:1]) or len(layer.params) not in (
         1,
         shape[0],
@@ -124,6 +127,8 @@ class Step:
         layer, codes = node.layer, inputs[0]
         sources = [self.params[self.carrier[name]] for name in node.inputs]
         source, target = sources[0], self.params[self.carrier[node.name]]
+        if isinstance(layer, Moving):
+            return moved(layer, codes, source.zero)
         match layer:
             case Conv() | Dense():
                 return self.output(node, accumulate(layer, codes, source.zero, self.layers[node.name]))
@@ -132,7 +137,7 @@ class Step:
             case Activation():
                 return _lookup(table(layer, source, target), codes)
             case Pool(reduction="max"):
-                return apply_stateless(node, [codes.float()]).to(torch.uint8)
+                return apply_stateless(layer, [codes.float()]).to(torch.uint8)
             case Pool(reduction="average") if layer.kernel != codes.shape[2:] or any(layer.padding):
                 return _average_pool(layer, codes, source, target)
             case Pool():  # the runtime takes a window over the whole feature map for a global average too
@@ -140,8 +145,6 @@ class Step:
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
                 return requantize(total, multiplier, target)
-            case Flatten() | Reshape() | Slice() | Shuffle() | Resample() | Pad():
-                return moved(layer, codes, source.zero)
             case Add():
                 return _add(codes, inputs[1], source, sources[1], target)
             case Multiply():
@@ -152,7 +155,10 @@ class Step:
                     part if params == target else _lookup(table(None, params, target), part) for part, params in parts
                 ]
                 return torch.cat(same, dim=1)
-        raise TypeError(f"{layer.kind} is not part of a folded network")
+            case BatchNorm() | Affine():
+                raise TypeError(f"{layer.kind} is not part of a folded network")
+            case _:
+                assert_never(layer)
 
     def output(self, node: Node, total: Tensor) -> Tensor:
         """The codes of a convolution or dense layer, of what it accumulated."""
@@ -174,7 +180,7 @@ def _lookup(codes: Tensor, index: Tensor) -> Tensor:
     return codes.flatten().to(index.device)[places]
 
 
-def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: QuantizedLayer) -> Tensor:
+def accumulate(layer: Weighted, codes: Tensor, zero: int, weights: QuantizedLayer) -> Tensor:
     """Rule 7: sum (q_x - z_x)(q_w - z_w) + q_b, int32, exact.
 
     Runs on float convolutions, which are exact while no partial sum leaves the float's integers: float32 where the
@@ -185,9 +191,13 @@ def accumulate(layer: Conv | Dense, codes: Tensor, zero: int, weights: Quantized
     weight, slices = weights.centred.to(x.device), weights.slices
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
-        if isinstance(layer, Dense):
-            return F.linear(x, weight)
-        return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        match layer:
+            case Conv():
+                return F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+            case Dense():
+                return F.linear(x, weight)
+            case _:
+                assert_never(layer)
 
     grouped = isinstance(layer, Conv) and layer.groups > 1
     if x.device.type != "cpu" or not slices or (grouped and len(slices) > 1):

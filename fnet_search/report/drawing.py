@@ -4,6 +4,7 @@ import math
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import assert_never
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,7 +12,25 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 from fnet_search.arch.costs import network_cost
 from fnet_search.arch.factorize import factorize
-from fnet_search.arch.layers import Activation, Affine, BatchNorm, Conv, Dense, Layer, Pad, Pool, Shape, Shuffle, Slice
+from fnet_search.arch.layers import (
+    Activation,
+    Add,
+    Affine,
+    BatchNorm,
+    Concat,
+    Conv,
+    Dense,
+    Flatten,
+    Layer,
+    Multiply,
+    Pad,
+    Pool,
+    Resample,
+    Reshape,
+    Shape,
+    Shuffle,
+    Slice,
+)
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, label
 from fnet_search.base.toml_tables import Pair
@@ -81,8 +100,10 @@ def describe(layer: Layer) -> str:
             return f"channels {layer.start} to {layer.stop - 1}"
         case Shuffle():
             return f"shuffle, {layer.groups} groups"
-        case _:
+        case Flatten() | Reshape() | Resample() | Add() | Multiply() | Concat():
             return layer.kind
+        case _:
+            assert_never(layer)
 
 
 def _function(layer: Activation) -> str:

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, label, legal_rates
-from fnet_search.base.units import millions
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, LayerStats, Probes
 from fnet_search.policy.explanation import Explanation
@@ -53,8 +52,6 @@ class Metric:
     unit: str
     series: Mapping[str, Callable[[Evaluation, MetricName], float | None]]
     scale: float = 1.0
-    limit: Callable[[Constraints], float | None] = lambda constraints: None
-    limit_name: str = ""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -63,8 +60,6 @@ METRICS: Mapping[str, Metric] = {
         "accuracy (%)",
         {"fp32": lambda one, of: one.scores(of).fp32, "quint8": lambda one, of: one.scores(of).quint8},
         100,
-        lambda constraints: constraints.min_quint8,
-        "quint8 at least",
     ),
     "qmse": Metric("QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda one, of: one.qmse}),
     "qce": Metric("QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda one, of: one.qce}),
@@ -73,10 +68,15 @@ METRICS: Mapping[str, Metric] = {
         "accuracy lost to quint8, relative to fp32 (%)",
         {"relative drop": lambda one, of: one.scores(of).relative_drop},
         100,
-        lambda constraints: constraints.max_drop,
-        "at most",
     ),
 }
+
+
+def _budget(axes: Axes, constraints: Constraints) -> None:
+    """Vertical lines at limits on what lies on the horizontal axis, MMAC."""
+    for one in constraints.each:
+        if one.axis == "conv_macs":
+            axes.axvline(one.limit / 1e6, color=GREY, linestyle="--", linewidth=1, label=one.line)
 
 
 def _role(constraints: Constraints, best: Evaluation) -> str:
@@ -87,13 +87,13 @@ def _role(constraints: Constraints, best: Evaluation) -> str:
 
 
 def macs_figure(
-    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], metric: str
+    space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], panel: str
 ) -> Figure:
-    """A panel of the paper's Figure 4: `metric` (a key of METRICS) of every trained candidate against its conv MACs.
+    """A panel of the paper's Figure 4: `panel` (a key of METRICS) of every trained candidate against its conv MACs.
 
     The best candidate has a star; dashed lines are the constraints. Labels that find no free place are left out.
     """
-    chosen = METRICS[metric]
+    chosen = METRICS[panel]
     figure = new_figure(4.2)
     ranked = ranking(tuple(evaluations), constraints)
     metric = constraints.metric
@@ -120,13 +120,10 @@ def macs_figure(
     axes.plot(
         macs[0], known[0][-1], "*", color=STAR, markeredgecolor="black", markeredgewidth=0.7, markersize=13, label=title
     )
-    if constraints.conv_macs is not None:
-        budget = f"budget {millions(constraints.conv_macs)} MMAC"
-        axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
-    limit = chosen.limit(constraints)
-    if limit is not None:
-        name = f"{chosen.limit_name} {limit * chosen.scale:g} %"
-        axes.axhline(limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=name)
+    _budget(axes, constraints)
+    for limited in constraints.each:
+        if limited.axis == panel:
+            axes.axhline(limited.limit * chosen.scale, color=GREY, linestyle=":", linewidth=1.2, label=limited.line)
     log_if_wide(axes, [value for values in known for value in values])
     axes.margins(x=0.08, y=0.1)
     legend(axes)
@@ -386,9 +383,7 @@ def front_figure(
     measured = [(one, one.scores(constraints.metric).quint8) for one in evaluations if one.role == "candidate"]
     points = [(one.cost.conv_macs / 1e6, 100 * quint8) for one, quint8 in measured if quint8 is not None]
     axes.plot(*zip(*points, strict=True), MARKERS[0], color=COLOURS[1], markersize=5, label="measured candidates")
-    if constraints.conv_macs is not None:
-        budget = f"budget {millions(constraints.conv_macs)} MMAC"
-        axes.axvline(constraints.conv_macs / 1e6, color=GREY, linestyle="--", linewidth=1, label=budget)
+    _budget(axes, constraints)
     legend(axes)
     return figure
 
@@ -396,28 +391,124 @@ def front_figure(
 # All of them
 
 
+@dataclass(frozen=True)
+class RunFigure:
+    """A figure of a run's report. Its `name` is that of its file; the `caption` says what to look for in it."""
+
+    name: str
+    caption: str
+    draw: Callable[[Outcome], Figure | None]
+    """None where it would show nothing."""
+
+
+def _against_macs(panel: str) -> Callable[[Outcome], Figure | None]:
+    def draw(outcome: Outcome) -> Figure | None:
+        values, metric = METRICS[panel].series.values(), outcome.constraints.metric
+        known = any(math.isfinite(finite(value(one, metric))) for value in values for one in _trained(outcome))
+        return macs_figure(outcome.space, outcome.constraints, _trained(outcome), panel) if known else None
+
+    return draw
+
+
+def _of_profiled(
+    figure: Callable[[Macroarchitecture, Constraints, Sequence[Evaluation]], Figure],
+) -> Callable[[Outcome], Figure | None]:
+    def draw(outcome: Outcome) -> Figure | None:
+        profiled = [one for one in _trained(outcome) if one.layers]
+        return figure(outcome.space, outcome.constraints, profiled) if profiled else None
+
+    return draw
+
+
+def _best_layers(outcome: Outcome) -> Figure | None:
+    best = next(iter(_trained(outcome)), None)
+    return None if best is None or not best.layers else candidate_figure(outcome.space, best)
+
+
+def _probes(outcome: Outcome) -> Figure | None:
+    return None if outcome.probes is None else probes_figure(outcome.space, outcome.probes)
+
+
+def _front(outcome: Outcome) -> Figure | None:
+    explanation = outcome.explanation
+    if explanation is None or not explanation.front:
+        return None
+    return front_figure(outcome.space, outcome.constraints, outcome.evaluations, explanation)
+
+
+def _trained(outcome: Outcome) -> list[Evaluation]:
+    """Best first."""
+    return ranking(outcome.evaluations, outcome.constraints)
+
+
+FIGURES: tuple[RunFigure, ...] = (
+    RunFigure(
+        "accuracy_vs_macs",
+        "High and far to the left is good. The line between a candidate's two markers is what quint8 costs it: "
+        "look for long ones, and for quint8 markers that change the order of the fp32 ones.",
+        _against_macs("accuracy"),
+    ),
+    RunFigure(
+        "qmse_vs_macs",
+        "How far the 8-bit logits are from the float ones. A candidate far above its neighbours is hurt by "
+        "quantization, not by having few MACs.",
+        _against_macs("qmse"),
+    ),
+    RunFigure(
+        "qce_vs_macs",
+        "How much the 8-bit network disagrees with the float one about the classes. Low is good; the floor is the "
+        "float network's own uncertainty, so look at KL in the table too.",
+        _against_macs("qce"),
+    ),
+    RunFigure(
+        "drop_vs_macs",
+        "The share of the float accuracy that quint8 takes away. Flat is good: a jump between neighbours is worth "
+        "a look at their layers below.",
+        _against_macs("drop"),
+    ),
+    RunFigure(
+        "layer_ranges",
+        "The wider a range, the coarser its 255 steps. Look for layers where the folded range is much wider than "
+        "the trained one, above all early in the network: their errors pass through everything after.",
+        _of_profiled(ranges_figure),
+    ),
+    RunFigure(
+        "layer_precisions",
+        "The share of the tensor's range that an average channel uses. A wide range and a low precision in one "
+        "layer mean that most channels have only a few of the 256 codes.",
+        _of_profiled(precisions_figure),
+    ),
+    RunFigure(
+        "best_layers",
+        "The same for one network, with signal to quantization noise. Where the accumulated SQNR falls well below "
+        "the local one, the noise comes from before that layer; about 6 dB is one bit.",
+        _best_layers,
+    ),
+    RunFigure(
+        "probes",
+        "What each rate of each layer does alone, in the trained network that candidates start from. Rows that "
+        "stay pale can be factorized far at little cost; dark cells are where to keep the rate low.",
+        _probes,
+    ),
+    RunFigure(
+        "front",
+        "What the policy expects of the best plan at every budget, after all it has seen: look where the line "
+        "bends before you fix a budget. front.csv has the plans.",
+        _front,
+    ),
+)
+"""In the order of the report."""
+
+
 def figures(outcome: Outcome) -> dict[str, Figure]:
-    """The figures of a run by name: ``accuracy_vs_macs``, ``qmse_vs_macs``, ``qce_vs_macs``, ``drop_vs_macs``,
-    ``layer_ranges``, ``layer_precisions``, ``best_layers``, ``probes`` and ``front``; those that would show nothing are
-    left out."""
-    space, constraints = outcome.space, outcome.constraints
-    trained, compared = ranking(outcome.evaluations, constraints), constraints.metric
-    drawn = {
-        f"{name}_vs_macs": macs_figure(space, constraints, trained, name)
-        for name, metric in METRICS.items()
-        if any(math.isfinite(finite(value(one, compared))) for value in metric.series.values() for one in trained)
-    }
-    profiled = [one for one in trained if one.layers]
-    if profiled:
-        drawn["layer_ranges"] = ranges_figure(space, constraints, profiled)
-        drawn["layer_precisions"] = precisions_figure(space, constraints, profiled)
-    if profiled and profiled[0] is trained[0]:
-        drawn["best_layers"] = candidate_figure(space, trained[0])
-    if outcome.probes is not None:
-        drawn["probes"] = probes_figure(space, outcome.probes)
-    if outcome.explanation is not None and outcome.explanation.front:
-        drawn["front"] = front_figure(space, constraints, outcome.evaluations, outcome.explanation)
-    return drawn
+    """The figures of a run by name: those of FIGURES that show something."""
+    drawn = {one.name: one.draw(outcome) for one in FIGURES}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def caption(name: str) -> str:
+    """Of the figure of that name."""
+    return next(one.caption for one in FIGURES if one.name == name)
 
 
 def save_figures(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:

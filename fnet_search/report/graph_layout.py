@@ -14,7 +14,7 @@ import networkx as nx
 import numpy as np
 from matplotlib.path import Path as Curve
 
-from fnet_search.arch.layers import Activation, Conv, Dense, Foldable
+from fnet_search.arch.layers import Activation, Foldable, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 
 Place = str | tuple[str, int]
@@ -179,7 +179,7 @@ def _blocks(network: Macroarchitecture, rank: Mapping[str, int]) -> list[range]:
         before = network.by_name[source].layer if source in network.by_name else None
         tail = all(isinstance(node.layer, Foldable | Activation) for node in network.consumers(source))
         inside = source.endswith(".relu") and f"{source.removesuffix('.relu')}.pointwise" in network.by_name
-        if not inside and not (tail and isinstance(before, Conv | Dense | Foldable)):
+        if not inside and not (tail and isinstance(before, Weighted | Foldable)):
             starts.append(depth + 1)
     return [range(start, end) for start, end in pairwise([*starts, max(rank.values()) + 1])]
 

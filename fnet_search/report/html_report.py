@@ -13,6 +13,7 @@ from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.explanation import Explanation, Step
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.drawing import drawing
+from fnet_search.report.figures import caption
 from fnet_search.report.html_page import NONE, cells, heads, picture, png, table, write_page
 from fnet_search.report.outcome import Outcome, span
 from fnet_search.report.style import plan_name
@@ -25,27 +26,6 @@ LISTED = 8  # rates that stand below a plan's short name; those of longer plans 
 
 STATES = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
 """What a state is called."""
-
-CAPTIONS = {
-    "accuracy_vs_macs": "High and far to the left is good. The line between a candidate's two markers is what quint8 "
-    "costs it: look for long ones, and for quint8 markers that change the order of the fp32 ones.",
-    "qmse_vs_macs": "How far the 8-bit logits are from the float ones. A candidate far above its neighbours is hurt by "
-    "quantization, not by having few MACs.",
-    "qce_vs_macs": "How much the 8-bit network disagrees with the float one about the classes. Low is good; the floor "
-    "is the float network's own uncertainty, so look at KL in the table too.",
-    "drop_vs_macs": "The share of the float accuracy that quint8 takes away. Flat is good: a jump between neighbours "
-    "is worth a look at their layers below.",
-    "layer_ranges": "The wider a range, the coarser its 255 steps. Look for layers where the folded range is much "
-    "wider than the trained one, above all early in the network: their errors pass through everything after.",
-    "layer_precisions": "The share of the tensor's range that an average channel uses. A wide range and a low "
-    "precision in one layer mean that most channels have only a few of the 256 codes.",
-    "front": "What the policy expects of the best plan at every budget, after all it has seen: look where the line "
-    "bends before you fix a budget. front.csv has the plans.",
-    "probes": "What each rate of each layer does alone, in the trained network that candidates start from. Rows that "
-    "stay pale can be factorized far at little cost; dark cells are where to keep the rate low.",
-    "best_layers": "The same for one network, with signal to quantization noise. Where the accumulated SQNR falls well "
-    "below the local one, the noise comes from before that layer; about 6 dB is one bit.",
-}
 
 GLOSSARY = {
     "plan, rate": "One factorization rate f per layer: 1 is the regular convolution; above 1 a convolution with f "
@@ -105,21 +85,6 @@ def _of(constraints: Constraints) -> str:
     return "" if constraints.metric == "accuracy" else f" {constraints.measured}"
 
 
-def _violations(constraints: Constraints, one: Evaluation, measured_on: str) -> list[str]:
-    """What an evaluation misses, in words."""
-    budget = f"{millions(constraints.conv_macs or 0)} MMAC"
-    scores, of = one.scores(constraints.metric), _of(constraints)
-    words = {
-        "conv_macs": f"{millions(one.cost.conv_macs)} MMAC are above the budget of {budget}",
-        "params": f"{one.cost.params:,} parameters are above the limit of {constraints.params or 0:,}",
-        "min_quint8": f"{percent(scores.quint8)}{of} in quint8 on {measured_on} are below "
-        f"{percent(constraints.min_quint8)}",
-        "max_drop": f"a relative drop of {percent(scores.relative_drop)} on {measured_on} is above "
-        f"{percent(constraints.max_drop)}",
-    }
-    return [words[name] for name in constraints.missed(one)]
-
-
 def _headline(outcome: Outcome) -> str:
     space, constraints, best, split = outcome.space, outcome.constraints, outcome.winner, outcome.split
     states = [str(one.state) for one in outcome.evaluations if one.role == "candidate"]
@@ -140,7 +105,7 @@ def _headline(outcome: Outcome) -> str:
         verdict += f" It meets every constraint{escape(checked)}." if constraints.described() else ""
         verdict += _alike(outcome)
     else:
-        missed = "; ".join(_violations(constraints, best, outcome.measured_on))
+        missed = "; ".join(constraints.misses(best, outcome.measured_on))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
     for one in (best, outcome.test):
         if one is not None and one.constant:
@@ -356,7 +321,7 @@ def write_report(
     if best is not None and all((one.number, one.scheme) != (best.number, best.scheme) for one in ranked):
         ranked = [best, *ranked]  # it was promoted
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
-    shown = [picture(one.read_bytes(), CAPTIONS[one.stem], one.stem.replace("_", " ")) for one in pictures]
+    shown = [picture(one.read_bytes(), caption(one.stem), one.stem.replace("_", " ")) for one in pictures]
     nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
         ("", _headline(outcome)),
@@ -369,8 +334,8 @@ def write_report(
     layers = []
     if best is not None:
         name = escape(plan_name(space, best))
-        caption = f"The network as built: {space.name}, {label(space, best.plan)}."
-        graph = png(drawing(space, best.plan), caption, "graph of the network")
+        built = f"The network as built: {space.name}, {label(space, best.plan)}."
+        graph = png(drawing(space, best.plan), built, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{graph}')
     for one in ranked[:DETAILED]:
         summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"

@@ -21,7 +21,8 @@ from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.rundir.run_folder import KEPT, PROMOTED, RunFolder, read_evaluation, scheme_folder
-from fnet_search.training.datasets import FOLDER, DataSet, load_dataset
+from fnet_search.training.dataset_names import FOLDER
+from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.imagefolder import READING
 from fnet_search.training.network import Network
 
@@ -136,8 +137,9 @@ class RecordedRun:
 
     def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
         number, slash, scheme = name.partition("/")
-        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash
-        wanted += scheme.replace("percentile-", "percentile:")
+        wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash + scheme
+        of_folder = {one.replace(":", "-"): one for one in networks}  # what `scheme_folder` makes of it
+        wanted = of_folder.get(wanted.replace(":", "-"), wanted)
         kept = [one.id for one in networks.values() if one.has_weights]
         if wanted not in networks:
             raise FnetError(

@@ -1,6 +1,6 @@
 """The run folder: what a search leaves on disk. Every file is whole or not there.
 
-config.json        the resolved configuration, with versions
+config.json        the resolved configuration, with versions and the format of the folder
 journal.log        the Optuna study (unless another storage was given)
 artifacts/         files attached to the study and its trials
 candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
@@ -12,12 +12,16 @@ candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few 
 candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
 best/              the winner's files, confusion.csv, model.onnx, and test.json where there are test images
 figures/, report.html
+
+`FORMAT` in config.json numbers what is written above. A folder without a number is of format 0: made before there were
+numbers, and the same as format 1 otherwise. Whoever changes what a folder holds raises FORMAT, and says here what an
+older folder lacks.
 """
 
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from socket import gethostname
@@ -40,8 +44,11 @@ from fnet_search.policy.explanation import Explanation
 from fnet_search.policy.ranking import ranking
 from fnet_search.report import class_balance as balance
 from fnet_search.report.csv_tables import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
+from fnet_search.rundir.config_file import CONFIG, config_file
 from fnet_search.training.numerics import Numerics
 
+FORMAT = 1
+"""Of the folders that this version writes; it reads all up to this one."""
 KEPT = 3
 """So many of the best candidates keep their weights."""
 PROMOTED = "promoted"
@@ -89,7 +96,7 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.json"
+        return self.path / CONFIG
 
     def candidate(self, number: int) -> Path:
         return self.path / "candidates" / f"{number:03d}"
@@ -107,18 +114,20 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def config(self) -> dict[str, Any]:
-        """The recorded configuration, with what earlier versions left out. Raises FnetError where there is none."""
-        if not self.config_path.is_file():
-            raise FnetError(f"{self.path} is not a run folder: it has no config.json")
-        config = read_json(self.config_path)
+        """The recorded configuration, with what earlier versions left out.
+
+        Raises FnetError where there is none, and for a folder of a later format.
+        """
+        config = read_json(config_file(self.path))
         if not isinstance(config, dict):
             raise FnetError(f"{self.config_path} is not the configuration of a run")
+        _check_format(self.path, config)
         for key, kind in _RECORDED.items():
             if not isinstance(config.get(key), kind):
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         proper = {
             "data": config["data"].keys() >= _DATA,
-            "constraints": config["constraints"].keys() <= vars(Constraints()).keys(),
+            "constraints": config["constraints"].keys() <= {one.name for one in fields(Constraints)},
             "numerics": _are_numerics(config["numerics"]),
         }
         for key, is_proper in proper.items():
@@ -169,7 +178,7 @@ class RunFolder:
             lock.release()
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        write_json(self.config_path, {"study": self.name, **config, "versions": versions()})
+        write_json(self.config_path, {"study": self.name, "format": FORMAT, **config, "versions": versions()})
 
     @property
     def worker(self) -> str:
@@ -324,6 +333,19 @@ def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints, searchin
     others = [one.number for one in evaluations if one.role == "reference"]
     parents = [one.parent for one in evaluations if one.parent is not None]
     return {*candidates, *finals, *others, *parents}
+
+
+def _check_format(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises FnetError for a folder that this version cannot read."""
+    number, known = config.get("format", 0), config.get("versions")
+    if type(number) is not int or number < 0:
+        raise FnetError(f"{folder / 'config.json'} is not the configuration of a run: it has no proper 'format'")
+    if number > FORMAT:
+        writer = known.get("fnet-search", "unknown") if isinstance(known, dict) else "unknown"
+        raise FnetError(
+            f"{folder} was written by fnet-search {writer} in format {number}; this is fnet-search {__version__}, "
+            f"which reads formats 0 to {FORMAT}: install the version that wrote it, or a later one"
+        )
 
 
 def _are_numerics(facts: dict[str, Any]) -> bool:

@@ -3,10 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from os.path import isdir
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
-from fnet_search.base.errors import FnetError, first_line, unknown
+from fnet_search.base.errors import FnetError, first_line
+from fnet_search.base.plugins import load_installed
 from fnet_search.policy.evaluation import HELD_OUT, SplitName
+from fnet_search.training.dataset_names import GROUP, check_dataset, root_of
 from fnet_search.training.imagefolder import (
     Progress,
     Samples,
@@ -30,8 +31,6 @@ from fnet_search.training.weights import read_tensors, write_tensors
 
 LARGEST = 224
 """Pixels a side, where nobody says how many."""
-FOLDER = "imagefolder:"
-NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", f"{FOLDER}PATH")
 
 
 Batches = Callable[[], Iterator[Tensor]]
@@ -58,6 +57,22 @@ class Split:
 
     def to(self, device: str) -> "Split":
         return Split(self.images.to(device), self.labels.to(device))
+
+
+Loaded = tuple[tuple[str, ...], Split, Split]
+"""Names of the classes, training and test images; the images as they are, [N, 1 or 3, H, W] of any size."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a data set by its name: ours are in SOURCES, those of other packages in GROUP."""
+
+    load: Callable[[Path, bool], Loaded]
+    """Reads it from the folder of all data sets; may download what is not there where the second argument is True."""
+    size: tuple[int, int] = (32, 32)
+    """Height and width of the images for a network that takes any."""
+    flips: bool = True
+    """Whether a mirrored image keeps its class."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +155,15 @@ def read_dataset(path: Path) -> DataSet:
 
 def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
     """The size that images of a data set have, (C, H, W), for a network that takes any: of a folder that of its first
-    image, upright, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large."""
-    root = _root(name)
-    width, height = (None if root is None else first_size(root)) or ({"fashion-mnist": 28}.get(name, 32),) * 2
+    image, upright, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large.
+
+    Raises FnetError for an unknown name.
+    """
+    root = root_of(name)
+    if root is None:
+        return channels, *_source(name).size
+    width, height = first_size(root) or (32, 32)
     return channels, min(height, LARGEST), min(width, LARGEST)
-
-
-def _root(name: str) -> Path | None:
-    """The folder of an image folder; None: another data set."""
-    return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
 
 
 def load_dataset(
@@ -173,25 +188,20 @@ def load_dataset(
     """
     if input_shape[0] not in (1, 3):
         raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
-    root, splits, files = _root(name), dict[str, Split](), dict[str, Samples]()
+    root, splits, files = root_of(name), dict[str, Split](), dict[str, Samples]()
     own = validation_folder(root, validation) if split == "validation" else None
     if root is not None:
         classes, files = list_folder(root, needs_test=own is None)
-    elif name == "digits":
-        classes, splits["train"], splits["test"] = _digits(input_shape)
-    elif name in NAMES:
-        classes, splits["train"], splits["test"] = _torchvision(name, input_shape, folder, download)
-    elif isdir(name):  # noqa: PTH112 (False of what is too long for a path)
-        raise FnetError(f"unknown data set {name!r}; images in a folder are imagefolder:{name}")
     else:
-        raise unknown("data set", name, NAMES)
+        classes, *loaded = _load(name, folder, download)
+        splits = {part: _fit(split, input_shape) for part, split in zip(("train", "test"), loaded, strict=True)}
     if own is not None:
         files["validation"] = samples(own, classes, f"validation images {own}")
     read, unreadable = read_images(files, input_shape, progress, skip_unreadable)
     splits |= {part: Split(torch.from_numpy(images), torch.tensor(labels)) for part, (images, labels) in read.items()}
     train, mean, std = splits["train"], *_moments(splits["train"].images)
     test = splits.get("test", train.take(torch.arange(0)))
-    facts = tuple(mean.tolist()), tuple(std.tolist()), name != "digits"
+    facts = tuple(mean.tolist()), tuple(std.tolist()), root is not None or _source(name).flips
     data = DataSet(name, classes, train, test, test, *facts, unreadable=unreadable)
     if split == "test":
         return data
@@ -231,8 +241,9 @@ def hold_out(data: DataSet) -> DataSet:
     return replace(data, train=data.train.take(kept), evaluation=data.train.take(~kept), validation=HELD_OUT)
 
 
-def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """uint8 [N, 1 or 3, H, W] to the channels and size of `shape`; bilinear with antialiasing, luma of ITU-R 601."""
+def _fit(split: Split, shape: tuple[int, int, int]) -> Split:
+    """Images in the channels and size of `shape`; bilinear with antialiasing, luma of ITU-R 601."""
+    images = split.images
     if images.shape[1] == 3 and shape[0] == 1:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         images = (images.float() * weights).sum(1, keepdim=True).round().to(torch.uint8)
@@ -240,17 +251,17 @@ def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if images.shape[2:] != shape[1:]:
         resized = F.interpolate(images.float(), shape[1:], mode="bilinear", antialias=True)
         images = resized.round_().clamp_(0, 255).to(torch.uint8)
-    return images.contiguous()
+    return Split(images.contiguous(), split.labels)
 
 
-def _digits(shape: tuple[int, int, int]) -> tuple[tuple[str, ...], Split, Split]:
+def _digits(folder: Path, download: bool) -> Loaded:
     """scikit-learn's 1,797 scanned digits, 8x8 grey, 0 to 16; a fixed stratified fifth is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     images = torch.from_numpy(np.rint(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    whole = Split(_fit(images, shape), torch.from_numpy(digits.target.astype(np.int64)))
+    whole = Split(images, torch.from_numpy(digits.target.astype(np.int64)))
     train, test = train_test_split(
         np.arange(len(whole)), test_size=0.2, stratify=digits.target, random_state=0, shuffle=True
     )
@@ -258,16 +269,14 @@ def _digits(shape: tuple[int, int, int]) -> tuple[tuple[str, ...], Split, Split]
     return tuple(str(digit) for digit in range(10)), whole.take(chosen[0]), whole.take(chosen[1])
 
 
-def _torchvision(
-    name: str, shape: tuple[int, int, int], folder: Path, download: bool
-) -> tuple[tuple[str, ...], Split, Split]:
+def _torchvision(kind: str, name: str, folder: Path, download: bool) -> Loaded:
+    """`kind`: the class of ``torchvision.datasets``."""
     from torchvision import datasets
 
-    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashion-mnist": datasets.FashionMNIST}[name]
     splits = []
     for train in (True, False):
         try:
-            part = source(str(folder), train=train, download=download)
+            part = getattr(datasets, kind)(str(folder), train=train, download=download)
         except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
             advice = (
                 f"its download failed: {first_line(error)}"
@@ -277,8 +286,51 @@ def _torchvision(
             raise FnetError(f"data set {name} is not in {folder}/; {advice}") from None
         images = torch.as_tensor(np.asarray(part.data))
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
-        splits.append(Split(_fit(images, shape), torch.as_tensor(np.asarray(part.targets)).long()))
+        splits.append(Split(images, torch.as_tensor(np.asarray(part.targets)).long()))
     return tuple(part.classes), splits[0], splits[1]
+
+
+SOURCES: Mapping[str, Source] = {
+    "digits": Source(_digits, flips=False),
+    "cifar10": Source(partial(_torchvision, "CIFAR10", "cifar10")),
+    "cifar100": Source(partial(_torchvision, "CIFAR100", "cifar100")),
+    "fashion-mnist": Source(partial(_torchvision, "FashionMNIST", "fashion-mnist"), (28, 28)),
+}
+
+
+def _source(name: str) -> Source:
+    """Raises FnetError for a name that no data set has."""
+    check_dataset(name)
+    if name in SOURCES:
+        return SOURCES[name]
+    found = load_installed(GROUP, "data set", name)
+    if not isinstance(found, Source):
+        raise FnetError(f"data set {name!r} cannot be loaded: it is a {type(found).__name__}, not a Source")
+    return found
+
+
+def _load(name: str, folder: Path, download: bool) -> Loaded:
+    """What a source gives, checked. Raises FnetError for what is no data set."""
+    source = _source(name)
+    try:
+        classes, train, test = source.load(folder, download)
+    except FnetError:
+        raise
+    except Exception as error:  # a third party's code raises what it likes
+        raise FnetError(f"data set {name!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
+    for part, split in (("training", train), ("test", test)):
+        images, labels = split.images, split.labels
+        good = images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] in (1, 3) and len(images) > 0
+        if not good:
+            size, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
+            raise FnetError(f"data set {name!r}: its {part} images must be uint8 [N, 1 or 3, H, W], got {kind} {size}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise FnetError(f"data set {name!r}: its {part} labels must be int64, one an image")
+        if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
+            raise FnetError(
+                f"data set {name!r}: its {part} labels must be numbers of its {len(classes)} classes, from 0"
+            )
+    return classes, train, test
 
 
 def affine_maps(

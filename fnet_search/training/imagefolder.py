@@ -61,19 +61,26 @@ def validation_folder(root: Path | None, named: str | None) -> Path | None:
     return found[0] if found else None
 
 
+CLASS_FOLDERS = "class folders must lie in train/ and test/"
+
+
+def training_folder(root: Path) -> Path:
+    """Where the training images of a data set in folders lie. Raises FnetError where it is not there."""
+    if not (root / "train").is_dir():
+        raise FnetError(f"imagefolder {root}: {root / 'train'} does not exist; {CLASS_FOLDERS}")
+    return root / "train"
+
+
 def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str, Samples]]:
     """The classes of a data set in folders, and the samples of ``train`` and, where it is there, of ``test``.
 
     A class folder in test/ may be missing. Raises FnetError for fewer than two classes, one without a training image,
     one that only test/ has, and, if it is needed, a missing test/.
     """
-    whose, train, test = f"imagefolder {root}", root / "train", root / "test"
-    wanted = "class folders must lie in train/ and test/"
-    if not train.is_dir():
-        raise FnetError(f"{whose}: {train} does not exist; {wanted}")
+    whose, train, test = f"imagefolder {root}", training_folder(root), root / "test"
     if needs_test and not test.is_dir():
         without = "or, for the validation split, as in a search, in train/ and val/"
-        raise FnetError(f"{whose}: {test} does not exist; {wanted}, {without}")
+        raise FnetError(f"{whose}: {test} does not exist; {CLASS_FOLDERS}, {without}")
     folders = class_folders(train)
     if len(folders) < 2:
         raise FnetError(f"{whose}: train/ holds {len(folders)} class folders; at least 2 are needed")

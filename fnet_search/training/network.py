@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
@@ -26,6 +26,8 @@ from fnet_search.arch.layers import (
     Reshape,
     Shuffle,
     Slice,
+    Stateless,
+    Weighted,
 )
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.base.errors import FnetError
@@ -106,11 +108,15 @@ def moved(layer: Moving, x: Tensor, zero: int = 0) -> Tensor:
             return F.pad(
                 x, [count for pair in zip(before[::-1], after[::-1], strict=True) for count in pair], value=zero
             )
+        case _:
+            assert_never(layer)
 
 
-def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
-    """A layer without parameters on float tensors of shape [N, C, H, W] or [N, K]."""
-    layer, x = node.layer, inputs[0]
+def apply_stateless(layer: Stateless, inputs: list[Tensor]) -> Tensor:
+    """A layer without weights on float tensors of shape [N, C, H, W] or [N, K]."""
+    x = inputs[0]
+    if isinstance(layer, Moving):
+        return moved(layer, x)
     match layer:
         case Activation():
             return activate(layer, x)
@@ -120,19 +126,22 @@ def apply_stateless(node: Node, inputs: list[Tensor]) -> Tensor:
             return F.avg_pool2d(x, layer.kernel, layer.step, layer.padding, layer.ceil, layer.count_padding)
         case Pool():
             return x.mean(dim=(2, 3), keepdim=True)
-        case Flatten() | Reshape() | Slice() | Shuffle() | Resample() | Pad():
-            return moved(layer, x)
         case Add():
             return x + inputs[1]
         case Multiply():
             return x * inputs[1]
         case Concat():
             return torch.cat(inputs, dim=1)
-    raise TypeError(f"{layer.kind} has parameters")
+        case _:
+            assert_never(layer)
 
 
 def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
     layer, shape = node.layer, network.input_shapes(node)[0]
+    if isinstance(layer, Stateless):
+        if isinstance(layer, Activation) and layer.function == "prelu":
+            return nn.PReLU(shape[0] if layer.per_channel else 1)
+        return None
     match layer:
         case Conv(out_channels, kernel, stride, padding, dilation, groups, bias):
             return nn.Conv2d(shape[0], out_channels, kernel, stride, padding, dilation, groups, bias)
@@ -144,9 +153,8 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
             return ScaleShift(layer)
         case Dense(out_features, bias):
             return nn.Linear(shape[0], out_features, bias)
-        case Activation("prelu", per_channel=per_channel):
-            return nn.PReLU(shape[0] if per_channel else 1)
-    return None
+        case _:
+            assert_never(layer)
 
 
 class ScaleShift(nn.Module):
@@ -222,8 +230,9 @@ class Network(nn.Module):
         """One layer on float tensors [N, C, H, W] or [N, K]."""
         key, x = module_key(node.name), inputs[0]
         if key not in self.layers:
+            assert isinstance(node.layer, Stateless)
             done = self.training and node.inputs[0] in self._fused
-            return x if done else apply_stateless(node, inputs)
+            return x if done else apply_stateless(node.layer, inputs)
         module = self.layers[key]
         if self.training and node.name in self._fused:
             assert isinstance(module, nn.BatchNorm2d)
@@ -255,8 +264,10 @@ def build(network: Macroarchitecture, initializer: str = "glorot_uniform", seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = Network(network)
-        for layer in module.layers.values():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+        for node in network.order:
+            if isinstance(node.layer, Weighted):
+                layer = module.layer(node.name)
+                assert isinstance(layer, nn.Conv2d | nn.Linear)
                 INITIALIZERS[initializer](layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)

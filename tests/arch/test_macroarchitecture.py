@@ -190,7 +190,7 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
     ("layer", "complaint"),
     [
         ('kind = "convv"\nout_channels = 8', "unknown layer kind 'convv'; did you mean 'conv'?"),
-        ("out_channels = 8", "needs a kind: conv, batch_norm, affine, activation, pool, dense, flatten, "),
+        ("out_channels = 8", "needs a kind: conv, dense, batch_norm, affine, activation, pool, flatten, "),
         (
             'kind = "activation"\ninputs = ["stm"]',
             "takes its input from 'stm', which is not a layer; did you mean 'stem'?",

@@ -198,12 +198,14 @@ def test_a_worker_of_a_study_that_is_not_there(begun: tuple[str, Path], refused:
     assert line == "the storage has no study 'other'; start one with fnet-search run --storage ... --out other"
 
 
+@pytest.mark.parametrize("other", ["9.9, format 1", f"{__version__}, format 2", __version__])
 def test_a_worker_of_another_version(
-    begun: tuple[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    begun: tuple[str, Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
-    monkeypatch.setattr("fnet_search.engine.shared_study.__version__", "9.9")
+    """Or of the version before formats had numbers, which compares the same text."""
+    monkeypatch.setattr("fnet_search.engine.shared_study.VERSION", other)
     line = refused("worker", "--storage", begun[0], "--study", "study")
-    assert line == f"study 'study' is one of fnet-search {__version__}, this is 9.9; install the same"
+    assert line == f"study 'study' is one of fnet-search {__version__}, format 1, this is {other}; install the same"
 
 
 def test_a_worker_with_other_images(begun: tuple[str, Path], refused: Callable[..., str], tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from fnet_search.arch.layers import Activation, Affine, BatchNorm, Conv, Dense, Flatten, Layer, Pad, Pool, Resample
-from fnet_search.arch.macroarchitecture import Node
 from fnet_search.base.errors import FnetError
 from fnet_search.importing.operations import LAYERS, Call, Layers, aten, pair
 from fnet_search.training.network import ScaleShift, apply_stateless
@@ -23,7 +22,7 @@ FOURTEEN = tuple(at for at, times in ((0, 3), (1, 3), (2, 2), (3, 3), (4, 3)) fo
 
 def applied(layers: Any, x: Tensor) -> Tensor:
     for layer in layers:
-        x = ScaleShift(layer)(x) if isinstance(layer, Affine) else apply_stateless(Node("n", layer, ("x",)), [x])
+        x = ScaleShift(layer)(x) if isinstance(layer, Affine) else apply_stateless(layer, [x])
     return x
 
 

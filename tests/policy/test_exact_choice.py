@@ -12,6 +12,7 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.policy import exact_choice as choose
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.exact_choice import best_plan, pareto_front, sample_plan
+from tests.support.ceilings import WithLarger
 
 TINY = load_space("tiny")
 EVERY = [
@@ -29,6 +30,9 @@ LIMITS = [
     Constraints(conv_macs=MACS[70], params=PARAMS[65]),
     Constraints(conv_macs=MACS[60], params=PARAMS[55]),
 ]
+LARGER = sorted(max(cost.conv_macs, 150 * cost.params) for cost in COST.values())
+NO_SUMS = [WithLarger(larger=LARGER[40]), WithLarger(MACS[70], PARAMS[65], larger=LARGER[45])]
+"""With a ceiling that only whole plans can be tested by."""
 
 Scores = dict[str, list[float]]
 
@@ -87,9 +91,12 @@ def test_these_limits_bind() -> None:
     for both in LIMITS[4:]:
         alone = [len(allowed(Constraints(conv_macs=both.conv_macs))), len(allowed(Constraints(params=both.params)))]
         assert len(allowed(both)) < min(alone)
+    for limits in NO_SUMS:
+        sums = Constraints(limits.conv_macs, limits.params)
+        assert 0 < len(allowed(limits)) < len(allowed(sums))
 
 
-@pytest.mark.parametrize("constraints", LIMITS, ids=str)
+@pytest.mark.parametrize("constraints", [*LIMITS, *NO_SUMS], ids=str)
 def test_best_plan_agrees_with_trying_every_plan(constraints: Constraints) -> None:
     for seed in range(20):
         scores = random_scores(TINY, seed)
@@ -98,7 +105,7 @@ def test_best_plan_agrees_with_trying_every_plan(constraints: Constraints) -> No
 
 
 @pytest.mark.parametrize("steps", [2, 4096])
-@pytest.mark.parametrize("constraints", LIMITS, ids=str)
+@pytest.mark.parametrize("constraints", [*LIMITS, *NO_SUMS], ids=str)
 def test_plans_come_best_first_and_end(constraints: Constraints, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "_STEPS", steps)  # deep networks meet the coarse bounds of 2 steps
     scores, found = random_scores(TINY, 1), list[FactorizationPlan]()
@@ -207,7 +214,7 @@ def test_nothing_to_choose() -> None:
     assert best_plan(space, Constraints(params=4 * 2 + 1), {}) is None
 
 
-@pytest.mark.parametrize("constraints", LIMITS[1:4:2], ids=str)
+@pytest.mark.parametrize("constraints", [*LIMITS[1:4:2], NO_SUMS[0]], ids=str)
 def test_sampling_is_uniform(constraints: Constraints) -> None:
     excluded = allowed(constraints)[::3]
     wanted = set(allowed(constraints)) - set(excluded)
@@ -219,8 +226,9 @@ def test_sampling_is_uniform(constraints: Constraints) -> None:
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
-def test_sampling_ends_when_nothing_is_left() -> None:
-    constraints, found, rng = LIMITS[2], list[FactorizationPlan](), np.random.default_rng(0)
+@pytest.mark.parametrize("constraints", [LIMITS[2], *NO_SUMS], ids=str)
+def test_sampling_ends_when_nothing_is_left(constraints: Constraints) -> None:
+    found, rng = list[FactorizationPlan](), np.random.default_rng(0)
     while (plan := sample_plan(TINY, constraints, found, rng)) is not None:
         found.append(plan)
     assert len(found) == len(set(found))

@@ -12,8 +12,8 @@ from fnet_search.arch.macroarchitecture import INPUT
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quant_params import quant_params
-from fnet_search.quant.ranges import OBSERVERS, TensorStats, calibrate, carriers
-from fnet_search.quant.scheme import MINMAX, MSE, RangeMethod, parse_ranges
+from fnet_search.quant.ranges import Observer, TensorStats, calibrate, carriers, observer_of
+from fnet_search.quant.scheme import MINMAX, MSE, RANGE_METHODS, RangeMethod, RangeSpec, parse_ranges
 from fnet_search.training.network import walk
 from tests.support.networks import MIXED, REUSED, batches_of, normal, randomized, sequence
 
@@ -304,10 +304,43 @@ def held(part: object) -> int:
 def test_memory_does_not_grow_with_the_samples(method: RangeMethod) -> None:
     kept = []
     for batches in (1, 30):
-        observer = OBSERVERS[method.kind](method)
+        observer = observer_of(method)(method)
         for seed in range(batches):
             observer.first_pass(normal(20, 3, 4, 4, seed=seed))
         for seed in range(batches):
             observer.second_pass(normal(20, 3, 4, 4, seed=seed))
         kept.append(sum(map(held, vars(observer).values())))
     assert kept[0] == kept[1] < 3 * 2**16 + 100
+
+
+class Twice(Observer):
+    """The mean of all values, and as far beyond it as the mean distance: which takes two passes."""
+
+    passes = 2
+    total = distance = 0.0
+
+    def first_pass(self, tensor: Tensor) -> None:
+        super().first_pass(tensor)
+        self.total += float(tensor.double().sum())
+
+    def second_pass(self, tensor: Tensor) -> None:
+        self.distance += float((tensor.double() - self.total / self.count).abs().sum())
+
+    def range(self) -> tuple[float, float]:
+        return (self.total - self.distance) / self.count, (self.total + self.distance) / self.count
+
+
+@pytest.mark.parametrize("held", [0, 6], ids=["computed again", "held"])
+def test_a_method_that_looks_twice(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hidden tensors are seen by it, in both passes; the input and the logits are not."""
+    monkeypatch.setitem(RANGE_METHODS, "twice", RangeSpec(f"{__name__}:Twice"))  # type: ignore[arg-type]
+    folded = fold(randomized(sequence((3, 4, 4), c=Conv(2, (1, 1)), s=Activation("silu"), f=Flatten(), d=Dense(5))))
+    x = normal(6, 3, 4, 4)
+    values = {node.name: output for node, output in walk(folded.network, x, folded.apply_node)}
+    found = calibrate(folded, batches_of(*x.split(2)), parse_ranges("twice"), held)
+    for name in ("c", "s"):
+        mean = values[name].double().mean()
+        distance = (values[name].double() - mean).abs().mean()
+        assert (found[name].low, found[name].high) == pytest.approx((float(mean - distance), float(mean + distance)))
+    for name, ends in {INPUT: x, "d": values["d"]}.items():
+        assert (found[name].low, found[name].high) == (float(ends.min()), float(ends.max()))

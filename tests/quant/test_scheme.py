@@ -1,9 +1,14 @@
+import subprocess
+import sys
 from fractions import Fraction
 from itertools import product
+from pathlib import Path
 
 import pytest
+import torch
 
 from fnet_search.base.errors import FnetError
+from fnet_search.quant.ranges import observer_of, passes
 from fnet_search.quant.scheme import (
     CHOICE,
     MINMAX,
@@ -16,6 +21,7 @@ from fnet_search.quant.scheme import (
     parse_schemes,
     schemes_text,
 )
+from tests.support.packages import install
 
 
 @pytest.mark.parametrize(
@@ -105,3 +111,70 @@ def test_what_a_network_may_be_quantized_with() -> None:
 def test_unknown_schemes(text: str) -> None:
     with pytest.raises(FnetError, match=r"scheme .*: unknown .*; or auto, or paper$"):
         parse_schemes(text)
+
+
+THEIRS = """
+from fnet_search.quant.ranges import Observer
+from fnet_search.quant.scheme import RangeSpec
+
+class Part(Observer):
+    def range(self):
+        return self.low * float(self.method.number), self.high * float(self.method.number)
+
+PART, NONE, PLAIN = RangeSpec("their_ranges:Part", (0, 2)), RangeSpec("their_ranges:Gone"), RangeSpec("math:pi")
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed third-party package with range methods, good and bad."""
+    points = {"part": "PART", "none": "NONE", "plain": "PLAIN", "class": "Part"}
+    group = {"fnet_search.range_methods": {name: f"their_ranges:{what}" for name, what in points.items()}}
+    monkeypatch.syspath_prepend(install(tmp_path, "their_ranges", THEIRS, group))
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_range_method_of_a_third_party() -> None:
+    found = parse_scheme("part:0.25+per-channel")
+    assert found == Scheme(RangeMethod("part", Fraction(1, 4)), per_channel=True)
+    assert str(found) == "part:0.25+per-channel"
+    x = torch.tensor([[-2.0, 1.0], [0.0, 4.0]])
+    observer = observer_of(found.ranges)(found.ranges)
+    observer.first_pass(x)
+    stats = observer.stats("x")
+    assert (stats.low, stats.high, passes(found.ranges, MINMAX), passes(found.ranges, MSE)) == (-0.5, 1.0, 1, 2)
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("part", "unknown range method 'part'; write part:P with 0 <= P < 2"),
+        ("part:2", "unknown range method 'part:2'; write part:P with 0 <= P < 2"),
+        ("part:x", "unknown range method 'part:x'; write part:P with 0 <= P < 2"),
+        ("none", "range method 'none' cannot be loaded: unknown name 'Gone'"),
+        ("class", "range method 'class' cannot be loaded: it is a type, not a RangeSpec"),
+        ("other", "unknown range method 'other'; write minmax, mse or percentile:P with 0 <= P < 50, as in "),
+    ],
+)
+def test_bad_range_methods_of_a_third_party(text: str, complaint: str) -> None:
+    with pytest.raises(FnetError) as caught:
+        parse_scheme(text)
+    assert str(caught.value).startswith(complaint)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_what_third_parties_add_is_named() -> None:
+    with pytest.raises(FnetError, match=r"; or of other packages: class, none, part, plain$"):
+        parse_ranges("other")
+
+
+@pytest.mark.usefixtures("theirs")
+def test_an_observer_that_is_none() -> None:
+    with pytest.raises(FnetError, match="'plain' cannot be loaded: its observer must be a subclass of Observer"):
+        observer_of(parse_ranges("plain"))
+
+
+def test_schemes_are_read_without_torch() -> None:
+    code = "import sys; from fnet_search.quant.scheme import parse_scheme; parse_scheme('mse+per-channel')"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

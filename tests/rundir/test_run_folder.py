@@ -9,11 +9,12 @@ from onnx import ModelProto
 
 from fnet_search.arch.plan import load_plan, make_plan, regular, uniform
 from fnet_search.base.errors import FnetError
+from fnet_search.base.version import __version__
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, Evaluation
 from fnet_search.report.csv_tables import candidate_line
-from fnet_search.rundir.run_folder import KEPT, RunFolder, differences, kept, versions
+from fnet_search.rundir.run_folder import FORMAT, KEPT, RunFolder, differences, kept, versions
 from tests.support.evaluations import failed, pruned, refused, trained
 
 TINY = load_space("tiny")
@@ -61,7 +62,27 @@ def test_a_folder_is_a_run_once_it_has_a_configuration(tmp_path: Path) -> None:
         run.write_config(CONFIG)
     assert run.exists
     earlier = {"validation": None, "has_test": True, "skipped": 0}
-    assert run.config() == {**CONFIG, "data": {**earlier, **CONFIG["data"]}, "study": "one", "versions": versions()}
+    written = {"study": "one", "format": 1, "versions": versions()}
+    assert run.config() == {**CONFIG, "data": {**earlier, **CONFIG["data"]}, **written}
+
+
+def test_a_folder_of_a_later_format_is_refused(run: RunFolder) -> None:
+    config = json.loads(run.config_path.read_text())
+    run.config_path.write_text(json.dumps({**config, "format": FORMAT + 1, "versions": {"fnet-search": "9.9"}}))
+    with pytest.raises(FnetError) as caught:
+        run.config()
+    assert str(caught.value) == (
+        f"{run.path} was written by fnet-search 9.9 in format 2; this is fnet-search {__version__}, "
+        "which reads formats 0 to 1: install the version that wrote it, or a later one"
+    )
+
+
+@pytest.mark.parametrize("wrong", ["1", 1.0, True, -1, None])
+def test_a_format_is_a_number(run: RunFolder, wrong: object) -> None:
+    config = json.loads(run.config_path.read_text())
+    run.config_path.write_text(json.dumps({**config, "format": wrong}))
+    with pytest.raises(FnetError, match=r"it has no proper 'format'$"):
+        run.config()
 
 
 def test_what_an_earlier_version_did_not_record_of_its_data(run: RunFolder) -> None:

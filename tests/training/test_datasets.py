@@ -21,6 +21,7 @@ from fnet_search.training.datasets import (
     read_dataset,
 )
 from fnet_search.training.recipe import Augmentation
+from tests.support.packages import install
 
 
 def counts(split: Split) -> list[int]:
@@ -144,6 +145,83 @@ def test_unknown_data_sets_and_inputs() -> None:
         load_dataset("digit", (3, 32, 32))
     with pytest.raises(FnetError, match="data sets give 1 or 3 channels, but the space's input has 4"):
         load_dataset("digits", (4, 32, 32))
+
+
+THEIRS = """
+import torch
+from fnet_search.training.datasets import Source, Split
+
+def split(images, labels):
+    return Split(images, torch.tensor(labels))
+
+def grey(*size):
+    return torch.arange(size[0] * 4, dtype=torch.uint8).view(size[0], 1, 2, 2)
+
+def good(folder, download):
+    return ("a", "b"), split(grey(2), [0, 1]), split(grey(1), [1])
+
+def floats(folder, download):
+    return ("a", "b"), split(grey(2).float(), [0, 1]), split(grey(1), [1])
+
+def flat(folder, download):
+    return ("a", "b"), split(grey(2), [0, 1]), split(grey(1).flatten(1), [1])
+
+def nothing(folder, download):
+    return ("a", "b"), split(grey(2), [0, 1]), split(grey(1)[:0], [])
+
+def short(folder, download):
+    return ("a", "b"), split(grey(2), [0]), split(grey(1), [1])
+
+def many(folder, download):
+    return ("a", "b"), split(grey(2), [0, 1]), split(grey(1), [2])
+
+def raises(folder, download):
+    raise KeyError(f"nothing in {folder}, {download}")
+
+SOURCES = {one.__name__: Source(one, (4, 6), False) for one in (good, floats, flat, nothing, short, many, raises)}
+globals().update(SOURCES)
+number = 3
+"""
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed third-party package with data sets, good and bad."""
+    names = ("good", "floats", "flat", "nothing", "short", "many", "raises", "number", "gone")
+    points = {"fnet_search.datasets": {f"their-{name}": f"their_data:{name}" for name in names}}
+    monkeypatch.syspath_prepend(install(tmp_path, "their_data", THEIRS, points))
+
+
+@pytest.mark.usefixtures("theirs")
+def test_a_data_set_of_a_third_party() -> None:
+    assert natural_shape("their-good", 3) == (3, 4, 6)
+    data = load_dataset("their-good", (3, 2, 2))
+    assert data.train.images[:, 0].tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert torch.equal(data.train.images, data.train.images[:, :1].expand(-1, 3, -1, -1))
+    assert (data.name, data.classes, data.flips) == ("their-good", ("a", "b"), False)
+    assert (data.train.labels.tolist(), data.test.labels.tolist()) == ([0, 1], [1])
+    assert load_dataset("their-good", (1, 4, 6)).train.images.shape == (2, 1, 4, 6)
+
+
+@pytest.mark.usefixtures("theirs")
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("their-god", "unknown data set 'their-god'; did you mean 'their-good'?"),
+        ("their-floats", ": its training images must be uint8 [N, 1 or 3, H, W], got float32 (2, 1, 2, 2)"),
+        ("their-flat", ": its test images must be uint8 [N, 1 or 3, H, W], got uint8 (1, 4)"),
+        ("their-nothing", ": its test images must be uint8 [N, 1 or 3, H, W], got uint8 (0, 1, 2, 2)"),
+        ("their-short", ": its training labels must be int64, one an image"),
+        ("their-many", ": its test labels must be numbers of its 2 classes, from 0"),
+        ("their-raises", " cannot be loaded: KeyError: 'nothing in data, True'"),
+        ("their-number", " cannot be loaded: it is a int, not a Source"),
+        ("their-gone", " cannot be loaded: AttributeError: module 'their_data' has no attribute 'gone'"),
+    ],
+)
+def test_bad_data_sets_of_a_third_party(name: str, complaint: str) -> None:
+    with pytest.raises(FnetError) as caught:
+        load_dataset(name, (3, 4, 4), download=True)
+    assert str(caught.value).removeprefix(f"data set {name!r}").startswith(complaint)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])

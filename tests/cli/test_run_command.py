@@ -239,9 +239,11 @@ def test_a_warm_run_that_is_killed_goes_on_and_ends_like_one_that_was_not(fnet: 
 
 def test_a_time_limit_stops_at_the_end_of_an_epoch(fnet: Callable, refused: Callable[..., str]) -> None:
     given = ("evaluate", "--space", "tiny", "--plan", "f2", "--epochs", "2", *PLAIN, "--out", "run")
-    code, out, err = fnet(*given, "--time-limit", "1s")
+    code, out, err = fnet(*given, "--time-limit", "0.001s")
     assert (code, err) == (5, "")
-    assert re.fullmatch(r"time limit of 1s reached, [\d:]+ left; the same command goes on from here", last_line(out))
+    assert re.fullmatch(
+        r"time limit of 0\.001s reached, [\d:]+ left; the same command goes on from here", last_line(out)
+    )
     code, out, err = fnet(*given, "--time-limit", "1h")
     assert (code, err) == (0, "")
     assert last_line(out) == "1 network measured; files in run"

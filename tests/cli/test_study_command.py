@@ -31,7 +31,7 @@ def test_studies_are_listed_and_shown(fnet: Callable) -> None:
 def test_a_study_of_your_own(fnet: Callable, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text('space = "tiny"\ndataset = "digits"\nrecipe = "quick"\nplans = ["f2"]\n')
     given = ("study", "run", "mine.toml", "--epochs", "2", "--seed", "4", *PLAIN)
-    code, out, err = fnet(*given, "--time-limit", "1s")
+    code, out, err = fnet(*given, "--time-limit", "0.001s")
     assert (code, err) == (5, "")
     assert "results so far: runs/study-mine-digits/results.md" in out
     assert "Nothing is trained yet." in (tmp_path / "runs" / "study-mine-digits" / "results.md").read_text()

@@ -29,7 +29,7 @@ from fnet_search.arch.layers import (
     Shape,
 )
 from fnet_search.base.errors import FnetError
-from fnet_search.base.toml_tables import Pair
+from fnet_search.base.toml_tables import IntPair
 from fnet_search.base.units import size_text
 
 aten = torch.ops.aten
@@ -79,11 +79,11 @@ class Call:
     constant: frozenset[str] = frozenset()
     target: Any = None
 
-    def pair(self, name: str) -> Pair:
+    def pair(self, name: str) -> IntPair:
         return pair(self.given[name])
 
     @property
-    def size(self) -> Pair:
+    def size(self) -> IntPair:
         """Height and width of what it reads."""
         if len(self.shapes[0]) != 3:
             raise FnetError(f"it reads {size_text(self.shapes[0])} where a layer reads a feature map")
@@ -94,7 +94,7 @@ Layers = Sequence[Layer]
 """One after the other; the first reads all that the operator does. None: it gives what it reads."""
 
 
-def pair(value: object) -> Pair:
+def pair(value: object) -> IntPair:
     """Height and width, of one or two numbers; zeros of none."""
     parts = cast(Sequence[int], value if isinstance(value, Sequence) else (value,))
     return (parts[0], parts[-1]) if parts else (0, 0)
@@ -221,7 +221,9 @@ def _clip(low: str, high: str) -> Callable[[Call], Layers]:
     return layers
 
 
-def _pool(reduction: Reduction, kernel: Pair, stride: Pair, padding: Pair = (0, 0), ceil: bool = False) -> Pool:
+def _pool(
+    reduction: Reduction, kernel: IntPair, stride: IntPair, padding: IntPair = (0, 0), ceil: bool = False
+) -> Pool:
     return Pool(reduction, kernel, None if stride in (kernel, (0, 0)) else stride, padding, ceil)
 
 
@@ -268,7 +270,7 @@ class _Windows:
     stride: int
 
 
-def _sliding(reduction: Reduction, size: Pair, down: _Windows, right: _Windows) -> Layers:
+def _sliding(reduction: Reduction, size: IntPair, down: _Windows, right: _Windows) -> Layers:
     """A pool over windows along both sides."""
     found: list[Layer] = []
     if (down.places, right.places) != tuple(tuple(range(length)) for length in size):

@@ -63,7 +63,7 @@ def lowest_free(taken: Collection[int]) -> int:
     return next(number for number in range(len(taken) + 1) if number not in taken)
 
 
-class Record(Protocol):
+class SuggestionRecord(Protocol):
     """Where suggestions are recorded."""
 
     def history(self) -> History:
@@ -76,7 +76,7 @@ class Record(Protocol):
 
 
 def propose(
-    policy: Policy, record: Record, enough: Callable[[History], bool] = lambda history: False
+    policy: Policy, record: SuggestionRecord, enough: Callable[[History], bool] = lambda history: False
 ) -> Generator[Refused, None, FactorizationPlan | None]:
     """Asks until there is a plan that may be trained, and returns it; yields those that were refused and recorded.
 

@@ -8,7 +8,7 @@ from fnet_search.base.units import millions
 
 
 @dataclass(frozen=True)
-class Step:
+class RateChange:
     """To another rate of one layer: the conv MACs and the quint8 accuracy (fraction of 1; of the constraints' metric)
     that are expected to be more then, or less (negative)."""
 
@@ -23,8 +23,8 @@ class LayerChoice:
 
     layer: str
     rate: int
-    lower: Step | None
-    higher: Step | None
+    lower: RateChange | None
+    higher: RateChange | None
 
     @property
     def reason(self) -> str:

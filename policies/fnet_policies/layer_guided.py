@@ -24,7 +24,7 @@ from fnet_search.arch.plan import FactorizationPlan, indices, legal_rates
 from fnet_search.base.errors import FnetError
 from fnet_search.policy.evaluation import Evaluation, LayerStats, Probe, Probes
 from fnet_search.policy.exact_choice import best_plan, pareto_front, sample_plan
-from fnet_search.policy.explanation import Explanation, LayerChoice, Step
+from fnet_search.policy.explanation import Explanation, LayerChoice, RateChange
 from fnet_search.policy.protocol import PROBES, History, probes_of
 
 Values = npt.NDArray[np.float64]
@@ -86,12 +86,12 @@ class LayerGuided:
         mean, covariance = model.predict([plan])
         scores, costs = model.scores(model.weights), cost_table(history.space).by_layer
 
-        def step(layer: str, index: int, new: int) -> Step | None:
+        def step(layer: str, index: int, new: int) -> RateChange | None:
             legal = legal_rates(history.space)[layer]
             if not 0 <= new < len(legal):
                 return None
             macs = costs[layer][new].conv_macs - costs[layer][index].conv_macs
-            return Step(legal[new], macs, float(scores[layer][new] - scores[layer][index]))
+            return RateChange(legal[new], macs, float(scores[layer][new] - scores[layer][index]))
 
         places = zip(plan.rates, indices(history.space, plan), strict=True)
         choices = tuple(

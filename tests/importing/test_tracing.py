@@ -446,7 +446,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "sigmoid": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Sigmoid()),
-        "it ends with a sigmoid, '2', as for several labels an image or for numbers; fnet-search is for ",
+        "it ends with a sigmoid, '2', as for several labels per image or for numbers; fnet-search is for ",
     ),
     "sigmoid of a map": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -454,12 +454,12 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "one output": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1)),
-        "cannot import sequential: it gives one number an image, not a logit for each of two classes or more; "
-        "fnet-search is for classification with one class an image",
+        "cannot import sequential: it gives one number per image; end it with one logit for each of two or more "
+        "classes: fnet-search is for classification with one class per image",
     ),
     "one output, squeezed": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1), nn.Flatten(0)),
-        "it gives one number an image",
+        "it gives one number per image",
     ),
     "over the image": (Of(lambda x: 2 / x), "a division by what hangs on the image is no layer"),
     "a tensor over the image": (Of(lambda x: torch.ones(8, 1, 1) / x), "a division by what hangs on the image"),
@@ -528,7 +528,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "tanh": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Tanh()),
-        "it ends with a tanh, '2', as for several labels an image or for numbers",
+        "it ends with a tanh, '2', as for several labels per image or for numbers",
     ),
     "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): of all means and maxima only those over"),
     "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds are no numbers"),

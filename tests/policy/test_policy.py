@@ -18,7 +18,7 @@ from fnet_search.policy.asktell import AskTell
 from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints, parse_constraints
 from fnet_search.policy.evaluation import Audit, Evaluation, LayerStats
-from fnet_search.policy.explanation import LayerChoice, Step
+from fnet_search.policy.explanation import LayerChoice, RateChange
 from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.protocol import FISHER, PROBES, History, requirements
 from fnet_search.policy.ranking import choose_parent, ranking
@@ -404,12 +404,12 @@ def test_without_probes_the_method_to_provide_is_named(name: str) -> None:
 
 
 def test_reasons_are_in_words() -> None:
-    lower, higher = Step(2, 1_500_000, 0.002), Step(8, -250_000, -0.0125)
+    lower, higher = RateChange(2, 1_500_000, 0.002), RateChange(8, -250_000, -0.0125)
     choice = LayerChoice("conv", 4, lower, higher)
     assert choice.reason == "against 2 it saves 1.5 MMAC for 0.20 points; 8 would save 0.25 MMAC for 1.25 points"
-    odd = LayerChoice("conv", 4, Step(2, -1_000_000, -0.01), Step(8, 2_000_000, 0.03))
+    odd = LayerChoice("conv", 4, RateChange(2, -1_000_000, -0.01), RateChange(8, 2_000_000, 0.03))
     assert odd.reason == "against 2 it costs 1 MMAC and gains 1.00 points; 8 would cost 2 MMAC and gain 3.00 points"
-    nothing = LayerChoice("conv", 4, Step(2, 1_000_000, -0.00001), Step(8, -1_000_000, 0.00001))
+    nothing = LayerChoice("conv", 4, RateChange(2, 1_000_000, -0.00001), RateChange(8, -1_000_000, 0.00001))
     assert nothing.reason == "against 2 it saves 1 MMAC for 0.00 points; 8 would save 1 MMAC for 0.00 points"
     assert LayerChoice("conv", 1, None, None).reason == ""
 

@@ -437,7 +437,7 @@ def test_nothing_to_factorize_can_still_be_quantized(folder: Path, fnet: Callabl
     (folder / "mobile.py").write_text(text)
     code, _, err = fnet("run", "--space", "mobile.py:make", "--budget", "50%", *RUN)
     assert code == 2
-    assert "there is nothing to factorize in mobile" in err
+    assert "space mobile has no factorizable layer" in err
     assert "fnet-search evaluate --plan regular" in err
     code, out, err = fnet("evaluate", "--space", "mobile.py:make", "--weights", "own", "--plan", "regular", *RUN)
     assert code == 0, err

@@ -179,9 +179,7 @@ def test_a_budget_at_the_limit_is_met() -> None:
 
 def test_what_has_no_quint8_accuracy_is_not_complete() -> None:
     for accuracy in ({}, {"quint8_accuracy": None}, {"quint8_accuracy": None, "fp32_accuracy": 0.9}):
-        with pytest.raises(
-            FnetError, match=r"quint8_accuracy must be a fraction of 1, got None; if it failed, say sta"
-        ):
+        with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got None; give state='failed'"):
             Evaluation.of(TINY, regular(TINY), **accuracy)
     for state in ("refused", "pruned", "failed"):
         assert Evaluation.of(TINY, regular(TINY), state=state).quint8_accuracy is None
@@ -432,7 +430,7 @@ def test_limits_that_nothing_meets_are_refused(limit: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("accuracy", [float("nan"), 55.0, -0.1])
 def test_an_accuracy_is_a_fraction_of_1(accuracy: float) -> None:
-    with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got .*; if it failed, say state="):
+    with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got .*; give state='failed' if"):
         Evaluation.of(TINY, regular(TINY), quint8_accuracy=accuracy)
 
 

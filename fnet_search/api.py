@@ -84,6 +84,7 @@ def evaluate(arguments: EvaluateArguments) -> Outcome:
 
 
 def _run(arguments: SearchArguments | EvaluateArguments) -> Outcome:
+    arguments.check_paths(arguments.dataset)
     request = arguments.request()
     return run_request(request, arguments.folder(request), arguments.display, arguments.deadline)
 

@@ -55,13 +55,16 @@ class Arguments:
     display: "Display | None" = None
     deadline: "Deadline | None" = None
 
-    def _request(self, space: Space, dataset: str) -> Request:
-        """What both ask for: a network for images as large as the data set's unless another size is asked for."""
+    def check_paths(self, dataset: str) -> None:
+        """Raises FnetError for a data set, a file or a folder that is not there; before what is slow to import."""
         check_dataset(dataset, absolute_path(self.validation))
         if self.storage is not None:
             check_there(self.storage, new=True)
         if self.machine is not None and self.machine.numerics_of is not None:
             config_file(self.machine.numerics_of)
+
+    def _request(self, space: Space, dataset: str) -> Request:
+        """What both ask for: a network for images as large as the data set's unless another size is asked for."""
         if not isinstance(space, Macroarchitecture):
             space = load_space(str(space), self.input_shape, self.weights, partial(_natural_shape, dataset))
         space = factorizing(normalising(space, self.normalise), tuple(self.factorize), tuple(self.keep))

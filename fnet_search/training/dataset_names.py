@@ -22,11 +22,11 @@ def check_dataset(name: str, validation: str | None = None) -> None:
     """Raises FnetError for a name that no data set has, and for folders of images that are not there; `validation` is
     that of the validation images, where one is named."""
     root = root_of(name)
+    if validation is not None:
+        validation_folder(root, validation)
     if root is not None:
         training_folder(root)
     elif name not in BUILT_IN and name not in installed(GROUP):
         if isdir(name):  # noqa: PTH112 (False of what is too long for a path)
             raise FnetError(f"unknown data set {name!r}; images in a folder are {FOLDER}{name}")
         raise unknown("data set", name, [*BUILT_IN, f"{FOLDER}PATH", *installed(GROUP)])
-    if validation is not None:
-        validation_folder(root, validation)

@@ -8,65 +8,29 @@ import pytest
 import torch
 
 from fnet_search.arch.costs import plan_cost
-from fnet_search.arch.factorize import factorize
-from fnet_search.arch.layers import Activation, Conv, Dense, Flatten
 from fnet_search.arch.plan import FactorizationPlan, parse_plan
 from fnet_search.base.errors import FnetError
-from fnet_search.candidates.evaluate import child, evaluate, transform_samples
-from fnet_search.candidates.job import Job, Setup, Start, unfinished
-from fnet_search.candidates.measure import MEASURED, measure
+from fnet_search.candidates.evaluate import evaluate
+from fnet_search.candidates.job import Job, Start, unfinished
+from fnet_search.candidates.measure import measure
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS, load_quantized, load_trained
-from fnet_search.deploy.export import quantized_model
-from fnet_search.deploy.runtime import Runtime
-from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Audit, Evaluation, Role
-from fnet_search.policy.metric import ClassResult
-from fnet_search.quant.bias_correction import correct_biases
-from fnet_search.quant.calibration import AT_ONCE, CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration, prepare
-from fnet_search.quant.equalize import equalize
-from fnet_search.quant.fold import FoldedNetwork, fold
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration
+from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate
-from fnet_search.quant.scheme import PAPER, RangeMethod, Scheme, parse_scheme
+from fnet_search.quant.scheme import RangeMethod, Scheme, parse_scheme
 from fnet_search.quant.simulator import QuantizedNetwork
-from fnet_search.training.datasets import DataSet, Split, load_dataset
-from fnet_search.training.network import build
-from fnet_search.training.recipe import Augmentation, Fidelity, Recipe
-from fnet_search.training.train import Checkpoint, Report, TrainingFailed, TrainingProgress, Watch, accuracy, train
+from fnet_search.training.datasets import DataSet, load_dataset
+from fnet_search.training.recipe import Fidelity, Recipe
+from fnet_search.training.train import Report, TrainingFailed, TrainingProgress
 from fnet_search.training.weights import read_tensors, write_tensors
-from tests.support.networks import CPU, FAST, MIXED, batches_of, compiled, digits, noise, normal, randomized, sequence
-
-TINY = load_space("tiny")
-PLAN = parse_plan(TINY, "f2")
-REGULAR = parse_plan(TINY, "regular")
-RECIPE = Recipe("test", 3, 32, 0.1, weight_decay=5e-4, augmentation=Augmentation(shift=0.05))
-SETUP = Setup(TINY, RECIPE, (PAPER,), CPU, 7, "validation")
+from tests.support.candidates import PLAN, RECIPE, REGULAR, SETUP, TINY, Outcome, same_tensors, silent
+from tests.support.networks import FAST, compiled
 
 
 def load_candidate(plan: FactorizationPlan, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:
     return load_quantized(load_trained(TINY, plan, folder), Scheme(), folder)
-
-
-def silent(progress: TrainingProgress) -> None:
-    pass
-
-
-@pytest.fixture(scope="module")
-def data() -> DataSet:
-    return digits(400)
-
-
-class Outcome:
-    """An evaluation, its folder, and what was reported on the way."""
-
-    def __init__(self, data: DataSet, folder: Path, setup: Setup = SETUP, job: Job | None = None) -> None:
-        self.folder, self.seen = folder, list[TrainingProgress]()
-        self.evaluation = evaluate(setup, data, job or Job(12, PLAN, folder), self.seen.append)
-
-
-@pytest.fixture(scope="module")
-def outcome(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return Outcome(data, tmp_path_factory.mktemp("candidate"))
 
 
 def test_what_is_recorded(outcome: Outcome, data: DataSet) -> None:
@@ -116,13 +80,6 @@ def test_ranges_come_from_the_training_images(outcome: Outcome, data: DataSet) -
     assert quantize(folded, stats).params == quantized.params
     low, high = (float(value) for value in data.normalise(data.train.images).aminmax())
     assert (stats["input"].low, stats["input"].high) == (low, high)
-
-
-def same_tensors(one: Path, other: Path) -> bool:
-    """Files may differ: safetensors writes metadata in any order."""
-    (tensors, metadata), (others, other_metadata) = read_tensors(one), read_tensors(other)
-    assert (tensors.keys(), metadata) == (others.keys(), other_metadata)
-    return all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 def test_the_same_evaluation_twice(outcome: Outcome, data: DataSet, tmp_path: Path) -> None:
@@ -308,118 +265,6 @@ def test_files_that_do_not_fit_are_named(outcome: Outcome, tmp_path: Path) -> No
     assert "FOLDER/quantized.safetensors: the quantized weights do not fit the network: 'conv_in.weight'" in fault()
 
 
-def test_calibration_samples_are_random_training_images_and_always_the_same(data: DataSet) -> None:
-    batches = calibration(data, 3, 300)
-    first, second = torch.cat(list(batches())), torch.cat(list(batches()))
-    assert [len(batch) for batch in batches()] == [128, 128, 44]
-    assert torch.equal(first, second)
-    training = {image.numpy().tobytes() for image in data.normalise(data.train.images)}
-    drawn = {image.numpy().tobytes() for image in first}
-    assert drawn <= training
-    assert len(drawn) > 290
-    assert not torch.equal(first, torch.cat(list(calibration(data, 4, 300)())))
-    assert sum(map(len, calibration(data, 3, CALIBRATION_SAMPLES)())) == 400
-
-
-def test_metrics_by_hand() -> None:
-    """One weight that 8 bits do not hold, two classes, three images."""
-    folded = fold(randomized(sequence((1, 1, 1), f=Flatten(), d=Dense(2))))
-    folded.weight["d"].copy_(torch.tensor([[1.0], [-0.3]]))
-    folded.bias["d"].copy_(torch.tensor([0.0, 0.5]))
-    split = Split(torch.tensor([0, 100, 255], dtype=torch.uint8).view(3, 1, 1, 1), torch.tensor([1, 1, 1]))
-    data = DataSet("d", ("a", "b"), split, split, split, (0.0,), (1.0,), True)
-    x = data.normalise(split.images)
-    quantized = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()))
-    counts: list[int] = []
-    found = measure(folded, quantized, data, split, counts.append)
-    y, y8 = folded(x).double(), quantized(x).double()
-    assert not torch.equal(y, y8)
-    p, q = y.exp() / y.exp().sum(1, True), y8.exp() / y8.exp().sum(1, True)
-    assert found.qmse == pytest.approx(sum(float(d) ** 2 for d in (y - y8).flatten()) / 6)
-    assert found.qce == pytest.approx(
-        -sum(float(a * b.log()) for a, b in zip(p.flatten(), q.flatten(), strict=True)) / 3
-    )
-    assert found.kl == pytest.approx(float((p * (p / q).log()).sum()) / 3, rel=1e-6)
-    assert found.fp32_accuracy == pytest.approx(1 / 3)  # 0 < 0.5, but 0.39 > 0.38 and 1 > 0.2
-    assert found.fp32_loss == pytest.approx(-float(p[:, 1].log().mean()))
-    assert found.quint8_loss == pytest.approx(-float(q[:, 1].log().mean()))
-    assert counts == [3]
-    assert found.confusion == ((1, 0, 2), (1, 1, 1))
-    assert found.classes == (ClassResult(0, 0, 0, 2, 2, "a"), ClassResult(3, 1, 1, 1, 1, "b"))
-    kept = found.complete(Evaluation(0, REGULAR, plan_cost(TINY, REGULAR)))
-    assert (kept.classes, kept.fp32_balanced_accuracy, kept.constant) == (found.classes, 1 / 3, "")
-
-
-def test_ties_go_to_the_lowest_class() -> None:
-    """All logits are zero, in both networks; a tenth of the labels are 0."""
-    folded = fold(randomized(sequence((1, 2, 2), f=Flatten(), d=Dense(10))))
-    folded.weight["d"].zero_()
-    folded.bias["d"].zero_()
-    split = Split(torch.zeros(600, 1, 2, 2, dtype=torch.uint8), torch.arange(600) % 10)
-    data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,), (1.0,), True)
-    quantized = quantize(folded, calibrate(folded, batches_of(data.normalise(split.images)), RangeMethod()))
-    counts: list[int] = []
-    found = measure(folded, quantized, data, split, counts.append)
-    assert (found.fp32_accuracy, found.quint8_accuracy) == (0.1, 0.1)
-    assert found.qmse == 0
-    assert found.kl == pytest.approx(0, abs=1e-12)
-    assert found.qce == pytest.approx(np.log(10))
-    assert counts == [*range(MEASURED, 600 + 1, MEASURED)]
-    assert found.quint8_loss == pytest.approx(np.log(10))
-    assert (found.images, found.right) == (600, f"{2**60 - 1:x}")  # bits in order of the classes: all of class 0
-    assert found.classes == (
-        ClassResult(60, 60, 60, 600, 600, "0"),
-        *[ClassResult(60, 0, 0, name=name) for name in "123456789"],
-    )
-    assert found.confusion == tuple((label, 0, 60) for label in range(10))
-    assert (
-        found.complete(Evaluation(0, REGULAR, plan_cost(TINY, REGULAR))).constant
-        == "fp32 and quint8 predict class '0' for every image"
-    )
-
-
-def test_measuring_takes_an_uneven_number_of_images() -> None:
-    """The mean over all images, not over batches."""
-    space = sequence((3, 8, 8), c=Conv(4), f=Flatten(), d=Dense(5))
-    folded = fold(randomized(space))
-    images = torch.randint(0, 256, (263, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    split = Split(images, torch.arange(263) % 5)
-    data = DataSet("d", tuple("abcde"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
-    quantized = quantize(folded, calibrate(folded, batches_of(normal(50, 3, 8, 8)), RangeMethod()))
-    x = data.normalise(images)
-    found = measure(folded, quantized, data, split)
-    assert found.qmse == pytest.approx(float((folded(x).double() - quantized(x).double()).square().mean()), rel=1e-5)
-    assert found.fp32_accuracy == pytest.approx(float((folded(x).argmax(1) == split.labels).double().mean()))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("percentile:5", "minmax+per-channel", "minmax+equalize", "percentile:1+bias-correct"),
-        "minmax+per-channel+equalize+bias-correct",
-    ],
-)
-def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
-    trained, data, scheme = randomized(MIXED), noise(MIXED, 300), parse_scheme(text)
-    told: list[tuple[int, int]] = []
-    found = prepare(trained, scheme, data, 3, lambda done, total: told.append((done, total)))
-    images = len(data.train) * (1 if scheme.ranges.kind == "minmax" else 2)
-    assert told[-1] == (images, images), "in one pass or two"
-    folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
-    stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES, AT_ONCE), scheme.ranges)
-    network = quantize(folded, stats, "per-channel" in text)
-    if "bias-correct" in text:
-        few = calibration(data, 3, CORRECTION_SAMPLES, AT_ONCE)
-        network = correct_biases(folded, network, few)
-    assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
-    assert {name: (one.low, one.high) for name, one in found.stats.items()} == {
-        name: (one.low, one.high) for name, one in stats.items()
-    }
-    tensors = found.network.to_tensors()
-    assert tensors.keys() == network.to_tensors().keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in network.to_tensors().items())
-
-
 def test_an_audited_candidate(outcome: Outcome, data: DataSet, tmp_path: Path) -> None:
     """Every validation image, ten classes; all else as in one that is not audited."""
     found = Outcome(data, tmp_path, replace(SETUP, audited=True)).evaluation
@@ -447,109 +292,6 @@ def test_a_candidate_of_another_scheme_is_read_back(data: DataSet, tmp_path: Pat
     assert (facts["plan"], facts["scheme"]) == (str(PLAN), str(scheme))
 
 
-def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
-    """Over batches of 250: here the runtime has the network of other weights."""
-    space = sequence((3, 8, 8), c=Conv(4), r=Activation(), f=Flatten(), d=Dense(5))
-    data = noise(space, 263)
-    one, other = (prepare(randomized(space), parse_scheme(text), data, 0) for text in ("minmax", "percentile:20"))
-    x = data.normalise(data.evaluation.images)
-    same, wrong = (
-        measure(one.folded, one.network, data, data.evaluation, runtime=Runtime(quantized_model(it.network)))
-        for it in (one, other)
-    )
-    y, y8 = one.network(x), other.network(x)
-    assert same.audit == Audit(263, 263 * 5, 0, 0)
-    assert wrong.audit == Audit(263, 263 * 5, int((y != y8).sum()), int((y.argmax(1) != y8.argmax(1)).sum()))
-    assert wrong.audit.predictions > 0
-    assert replace(wrong, audit=None) == measure(one.folded, one.network, data, data.evaluation)
-
-
-@pytest.fixture(scope="module")
-def parent(data: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """The regular network, trained for three epochs, that others start from."""
-    folder = tmp_path_factory.mktemp("parent")
-    evaluate(SETUP, data, Job(1, REGULAR, folder), silent)
-    return Start(1, REGULAR, folder, 3)
-
-
-def test_a_child_goes_on_from_its_parent(data: DataSet, parent: Start, tmp_path: Path) -> None:
-    """For a share of the epochs, at a small rate."""
-    result = Outcome(data, tmp_path, job=Job(12, PLAN, tmp_path, start=parent))
-    found = result.evaluation
-    assert (found.state, found.plan, found.role, found.parent) == ("complete", PLAN, "candidate", 1)
-    assert (found.epochs, found.inherited_epochs, found.trained_images) == (1, 3, 400)
-    assert len(found.accuracies) == 1
-    assert Evaluation.from_json(found.to_json()) == found
-    assert (result.seen[0].stage, result.seen[0].done) == ("starting from candidate 1", 0)
-    assert [progress.stage for progress in result.seen].count(result.seen[0].stage) == 1
-    shares = [progress.done for progress in result.seen]
-    assert shares == sorted(shares)
-
-    network = child(SETUP, data, parent, build(factorize(TINY, PLAN), RECIPE.initializer, 7))
-    assert not network.training
-    assert found.zero_shot_accuracy == accuracy(network, data, data.evaluation, CPU)
-    assert found.zero_shot_accuracy > 0.25, "better than chance, before it is trained"
-    train(network, data, RECIPE.warm(), CPU, 7, silent, Checkpoint(tmp_path / "directly", "k"), Watch(data.evaluation))
-    saved = load_trained(TINY, PLAN, tmp_path).state_dict()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in network.state_dict().items())
-
-
-def test_an_interrupted_child_goes_on(data: DataSet, parent: Start, tmp_path: Path) -> None:
-    """It is not started anew from its parent; a training from scratch is not taken for it."""
-    setup = replace(SETUP, fidelity=Fidelity(warm_start=True, warm_epochs=2))
-
-    def job(folder: str) -> Job:
-        return Job(12, PLAN, tmp_path / folder, start=parent)
-
-    def report(progress: TrainingProgress) -> None:
-        if progress.ended:
-            raise KeyboardInterrupt
-
-    for cut_off in (job("cut"), replace(job("cut"), start=None)):
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(setup, data, cut_off, report)
-        whole, resumed = (evaluate(setup, data, job(name), silent) for name in ("whole", "cut"))
-        assert resumed == whole
-        assert resumed.epochs == len(resumed.accuracies) == 2
-        assert same_tensors(tmp_path / "whole" / WEIGHTS, tmp_path / "cut" / WEIGHTS)
-        (tmp_path / "cut" / CHECKPOINT).unlink()
-
-
-def test_a_parent_whose_weights_are_missing(data: DataSet, parent: Start, tmp_path: Path) -> None:
-    """No fault of the candidate: an error, and no second try."""
-    for start, message in (
-        (replace(parent, folder=tmp_path / "gone"), f"cannot read weights {tmp_path}/gone/{WEIGHTS}"),
-        (replace(parent, plan=PLAN), f"{parent.folder / WEIGHTS} does not hold the weights of plan {PLAN}"),
-    ):
-        seen: list[TrainingProgress] = []
-        with pytest.raises(FnetError) as caught:
-            evaluate(SETUP, data, Job(12, PLAN, tmp_path / "12", start=start), seen.append)
-        assert str(caught.value).startswith(message)
-        assert "\n" not in str(caught.value)
-        assert len(seen) == 1
-
-
-def test_the_best_is_trained_on_with_the_whole_recipe(data: DataSet, parent: Start, tmp_path: Path) -> None:
-    setup = replace(SETUP, fidelity=Fidelity(final_epochs=2))
-    found = evaluate(setup, data, Job(20, REGULAR, tmp_path, "final", parent), silent)
-    assert (found.state, found.role, found.parent) == ("complete", "final", 1)
-    assert (found.epochs, found.inherited_epochs, found.trained_images) == (2, 3, 800)
-    before = load_trained(TINY, REGULAR, parent.folder)
-    assert found.zero_shot_accuracy == accuracy(before, data, data.evaluation, CPU), "it starts from itself"
-    train(
-        before,
-        data,
-        RECIPE.with_epochs(2),
-        CPU,
-        7,
-        silent,
-        Checkpoint(tmp_path / "directly", "k"),
-        Watch(data.evaluation),
-    )
-    saved = load_trained(TINY, REGULAR, tmp_path).state_dict()
-    assert all(torch.equal(saved[name], tensor) for name, tensor in before.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("role", "started", "expected"),
     [
@@ -569,17 +311,6 @@ def test_how_a_candidate_is_trained(role: Role, started: bool, expected: Recipe)
     assert share == (RECIPE.warm() if expected == RECIPE.warm(2) else expected)
 
 
-def test_a_parent_that_is_not_finite_is_a_failed_start(data: DataSet, parent: Start, tmp_path: Path) -> None:
-    state, facts = read_tensors(parent.folder / WEIGHTS)
-    name = next(name for name in state if name.endswith("conv_16_1.weight") or "conv_16_1" in name)
-    broken = replace(parent, folder=tmp_path / "parent")
-    write_tensors(broken.folder / WEIGHTS, state | {name: torch.full_like(state[name], torch.nan)}, facts)
-    found = evaluate(SETUP, data, Job(12, PLAN, tmp_path / "12", start=broken), silent)
-    assert found.state == "failed"
-    assert found.reason.startswith("cannot start from candidate 1: ")
-    assert "\n" not in found.reason
-
-
 @pytest.mark.parametrize(
     ("role", "plan", "warm", "threads"),
     [
@@ -595,22 +326,6 @@ def test_what_is_trained_alone_has_more_threads(role: Role, plan: FactorizationP
     numerics = replace(SETUP.numerics, threads=2, alone_threads=4)
     setup = replace(SETUP, numerics=numerics, fidelity=Fidelity(warm))
     assert setup.threads_of(Job(12, plan, Path("12"), role)) == threads
-
-
-def test_a_hopeless_candidate_is_not_measured(outcome: Outcome, data: DataSet, parent: Start, tmp_path: Path) -> None:
-    found = evaluate(SETUP, data, Job(12, PLAN, tmp_path / "scratch"), lambda progress: progress.epoch == 2)
-    reached = outcome.evaluation.accuracies[:2]
-    reason = f"behind the others after epoch 2 of 3 ({100 * reached[1]:.1f} %)"
-    expected = unfinished(SETUP, Job(12, PLAN, tmp_path), "pruned", reason)
-    assert found == replace(expected, epochs=2, trained_images=800, accuracies=reached)
-    assert (found.fp32_accuracy, found.quint8_accuracy, found.qmse, found.layers) == (None, None, None, ())
-    assert [path.name for path in (tmp_path / "scratch").iterdir()] == [CHECKPOINT]
-
-    setup = replace(SETUP, fidelity=Fidelity(True, 2))
-    warm = evaluate(setup, data, Job(13, PLAN, tmp_path / "warm", start=parent), lambda progress: progress.ended)
-    assert warm.reason == f"behind the others after epoch 1 of 2 ({100 * warm.accuracies[0]:.1f} %)"
-    assert (warm.state, warm.parent, warm.inherited_epochs, warm.epochs) == ("pruned", 1, 3, 1)
-    assert warm.zero_shot_accuracy is not None
 
 
 def test_an_evaluation_with_nothing_measured() -> None:
@@ -641,11 +356,3 @@ def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_pa
     assert found.fp32_accuracy is not None
     assert found.fp32_accuracy > 0.3
     assert found.accuracies[-1] == pytest.approx(found.fp32_accuracy, abs=0.03)
-
-
-def test_fewer_samples_of_large_images_are_fitted() -> None:
-    """A quarter of a gigabyte of float32 at most, but 32 images at least."""
-    assert transform_samples(load_space("factorizenet")) == 256
-    wide = sequence((3, 224, 224), c=Conv(64, (7, 7), (2, 2), (3, 3)), f=Flatten(), d=Dense(2))
-    assert transform_samples(wide) == 2**26 // (64 * 112 * 112)
-    assert transform_samples(sequence((3, 1024, 1024), c=Conv(64, (1, 1)), f=Flatten(), d=Dense(2))) == 32

@@ -121,6 +121,7 @@ def test_a_mistake_in_a_search(
 
 def test_a_mistake_in_an_evaluation(refused: Callable[..., str]) -> None:
     said = "names the images of the validation {}; leave it out, or say that split"
+    Path("here").mkdir()
     assert refused(*EVALUATE, "--validation", "here") == f"--validation {said.format('--split')}"
     with pytest.raises(FnetError) as caught:
         evaluate(**GIVEN, validation="here")  # type: ignore[arg-type]
@@ -223,6 +224,8 @@ def made(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[R
 def test_both_make_one_request_of_a_search(
     asked: dict[str, Any], options: tuple[str, ...], fnet: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Path("data/train").mkdir(parents=True)
+    Path("val").mkdir()
     first = made(monkeypatch, lambda: fnet(*RUN, *options))
     second = made(monkeypatch, lambda: search(**SEARCH, **asked))
     assert first == second
@@ -232,6 +235,7 @@ def test_both_make_one_request_of_a_search(
 def test_both_make_one_request_of_an_evaluation(fnet: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--plan", "dws", "--plan", "init2", "--split", "validation", "--validation", "val", "--seed", "3")
     plans = {"plans": ["init2", "dws"], "split": "validation", "validation": "val", "seed": 3}
+    Path("val").mkdir()
     first = made(monkeypatch, lambda: fnet(*EVALUATE, *options))
     second = made(monkeypatch, lambda: evaluate(**{**GIVEN, **plans}))
     assert first == second

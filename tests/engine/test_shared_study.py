@@ -17,12 +17,14 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.storages import run_grpc_proxy_server
 
+from fnet_policies import Random
 from fnet_search.api import search
 from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import regular
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
 from fnet_search.engine.request import JoinRequest, Machine, Request
+from fnet_search.engine.run import run_study
 from fnet_search.engine.shared_study import PUBLISHED, published, share_weights, with_weights
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage import open_url
@@ -30,14 +32,18 @@ from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT
 from fnet_search.quant.scheme import Scheme
 from fnet_search.rundir.recorded_run import open_run
+from fnet_search.rundir.run_folder import RunFolder
+from fnet_search.training.deadline import Deadline, TimeUp
 from fnet_search.training.network import build
 from fnet_search.training.recipe import Fidelity, load_recipe
 from fnet_search.training.weights import digest
 from tests.support.command_line import PLAIN, Result, files_in, in_process, process
+from tests.support.runs import WARM, Notes
 from tests.support.servers import PASSWORD, free_port, postgres
 
 ROOT = Path(__file__).parents[2]
 TINY = load_space("tiny")
+pytestmark = pytest.mark.usefixtures("one_picture")
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +142,23 @@ def test_a_run_and_a_worker_share_candidates_and_no_password(database: str, tmp_
     assert sum(trial.state.name == "COMPLETE" for trial in study.trials) == (table["state"] == "complete").sum()
 
 
+def test_a_worker_ends_what_a_run_has_begun(fnet: Callable[..., Result], tmp_path: Path) -> None:
+    """The run was stopped after its reference; with the worker's candidates it has all of them."""
+    url = f"journal:{tmp_path}/study.log"
+    request = replace(WARM, policy=Random(), trials=1, storage=url, artifacts=str(tmp_path / "store"))
+    with pytest.raises(TimeUp):
+        run_study(request, RunFolder(tmp_path / "shared"), Notes(), Deadline(0))
+    code, out, _ = fnet("worker", "--storage", url, "--study", "shared", *PLAIN)
+    assert code == 0
+    assert out.splitlines()[-1] == "study shared is done; of 2 candidates since, this worker has finished 2"
+    notes = Notes()
+    outcome = run_study(request, RunFolder(tmp_path / "shared"), notes)
+    assert notes.started == []
+    assert [one.role for one in outcome.evaluations] == ["reference", "candidate", "final"]
+    assert outcome.winner is not None
+    assert (tmp_path / "shared" / "best" / "model.onnx").is_file()
+
+
 # What a worker refuses
 
 
@@ -194,7 +217,8 @@ def test_a_worker_with_other_images(begun: tuple[str, Path], refused: Callable[.
             folder.mkdir(parents=True)
             for number in range(12):
                 Image.new("L", (8, 8), number * 20).save(folder / f"{number}.png")
-    line = refused("worker", "--storage", begun[0], "--study", "study", "--dataset", f"imagefolder:{tmp_path}/images")
+    images = ("--dataset", f"imagefolder:{tmp_path}/images")
+    line = refused("worker", "--storage", begun[0], "--study", "study", *images, *PLAIN)
     assert line.startswith("the data set here is not the run's: its fingerprint is ")
 
 

@@ -136,7 +136,7 @@ LEAVES = {
     *("AdaptiveAvgPool2d", "AvgPool2d", "BatchNorm2d", "Conv2d", "Dropout", "Hardsigmoid", "Hardswish", "Linear"),
     *("MaxPool2d", "ReLU", "ReLU6", "Sequential", "SiLU", "Sigmoid", "StochasticDepth"),
 }
-"""What the networks that `test_tracing` imports are made of."""
+"""What the networks that `test_torchvision` imports are made of."""
 
 
 def test_the_networks_of_torchvision_that_are_named_are_made_of_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:

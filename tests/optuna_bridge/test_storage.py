@@ -180,8 +180,13 @@ def trials(storage: BaseStorage) -> list[TrialState]:
 
 @pytest.mark.parametrize("torn", [b'{"op_code":', b"{", b"\0\0\0"])
 def test_a_line_that_a_killed_process_left_is_cut_off(journal: Path, torn: bytes) -> None:
-    """Also while others have the file open."""
-    a, whole = open_url(f"journal:{journal}"), journal.read_bytes()
+    """When a run opens its own journal; where several processes share one, before one of them writes."""
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + torn)
+    assert trials(open_journal(journal)) == [TrialState.RUNNING]
+    assert journal.read_bytes() == whole
+
+    a = open_url(f"journal:{journal}")
     journal.write_bytes(whole + torn)
     b = open_url(f"journal:{journal}")
     assert trials(a) == trials(b) == [TrialState.RUNNING]
@@ -190,6 +195,14 @@ def test_a_line_that_a_killed_process_left_is_cut_off(journal: Path, torn: bytes
     assert torn not in journal.read_bytes().splitlines()
 
 
+def test_a_run_drops_the_lock_of_a_killed_process(journal: Path) -> None:
+    lock = journal.with_name("study.log.lock")
+    lock.symlink_to(journal)
+    assert has_study(open_journal(journal), "one")
+    assert not lock.is_symlink()
+
+
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 def test_the_lock_of_a_killed_process_holds_nobody_up_for_long(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storages.GRACE < 5, "Optuna's own patience is 30 seconds"
     monkeypatch.setattr(storages, "GRACE", 0.2)

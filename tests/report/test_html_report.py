@@ -47,9 +47,11 @@ def report(
     title: str = "study",
     test: Evaluation | None = None,
     settings: Mapping[str, str] | None = None,
+    drawn: bool = False,
 ) -> tuple[str, Page]:
+    """The page, with all figures where they are `drawn`, which takes seconds."""
     found = outcome(space, constraints, evaluations, folder, test=test)
-    pictures = save_figures(figures(found), folder.with_name(f"{folder.name}-figures"))
+    pictures = save_figures(figures(found), folder.with_name(f"{folder.name}-figures")) if drawn else []
     write_report(found, title, settings or {}, pictures)
     assert [file.name for file in folder.iterdir()] == ["report.html"]
     html = found.report.read_text(encoding="utf-8")
@@ -64,6 +66,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
         (*PAPER, *ODD),
         test=tested,
         settings={"policy": "tpe", "data": "imagefolder:a&b"},
+        drawn=True,
     )
 
 
@@ -195,7 +198,7 @@ def test_user_text_is_shown_as_text(tmp_path: Path) -> None:
     renamed = Macroarchitecture(nasty, space.input_shape, space.nodes)
     odd = failed(renamed, make_plan(renamed, {"conv_8": 2}), 1, nasty)
     evaluations = (trained(renamed, regular(renamed), 0, 0.9, 0.8), odd)
-    html, page = report(tmp_path, evaluations, Constraints(), renamed, nasty, settings={nasty: nasty})
+    html, page = report(tmp_path, evaluations, Constraints(), renamed, nasty, settings={nasty: nasty}, drawn=True)
     assert "<script" not in html
     assert page.text.count(nasty) >= 4  # title, heading, setting's name and value, reason
     assert "script" not in {tag for tag, _ in page.tags}
@@ -215,7 +218,7 @@ def test_without_a_feasible_candidate_it_says_what_the_nearest_misses(tmp_path: 
 
 @pytest.mark.parametrize("evaluations", [(), ODD], ids=["none", "none trained"])
 def test_nothing_trained_is_a_page_too(tmp_path: Path, evaluations: Sequence[Evaluation]) -> None:
-    _, page = report(tmp_path, evaluations)
+    _, page = report(tmp_path, evaluations, drawn=True)
     assert "No candidate was trained." in page.text
     assert page.attributes("img", "src") == []
     assert len(page.attributes("tr", "id")) == len(evaluations)

@@ -64,3 +64,7 @@ def remove(path: Path) -> None:
         path.rmdir()
     else:
         path.unlink()
+
+
+def last_line(out: str) -> str:
+    return out.splitlines()[-1]

@@ -557,5 +557,5 @@ def test_every_layer_survives_toml(layer: Layer) -> None:
 
 
 def test_a_file_of_code_wants_its_function(tmp_path: Path) -> None:
-    with pytest.raises(FnetError, match=r"space net.py: name the function too, as in net.py:make"):
+    with pytest.raises(FnetError, match=r"space net.py: name its function too, as in net.py:make"):
         load_space("net.py")

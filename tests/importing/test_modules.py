@@ -282,14 +282,14 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
             r"\(it holds mine.Net, ",
         ),
         ("less.pth", r"the weights in less.pth do not fit: 'head.bias' is missing$"),
-        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not of this network$"),
+        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not in this network$"),
         (
             "other.pth",
             r"do not fit: 'gamma', 'norm.weight', 'norm.bias' and 3 more are missing; 'bn.weight', 'bn.bias', "
-            r"'bn.running_mean' and 2 more are not of this network$",
+            r"'bn.running_mean' and 2 more are not in this network$",
         ),
         ("codes.pth", r"the weights in codes.pth do not fit: 'body.weight' is int8, not float32"),
-        ("twice.pth", r"twice.pth holds this network more than once, .*'a.' and 'b.'"),
+        ("twice.pth", r"twice.pth holds this network more than once \(.*'a.' and 'b.'"),
         ("wide.pth", r"the weights in wide.pth do not fit: size mismatch for "),
     ],
 )

@@ -27,7 +27,7 @@ class Cost:
 
 
 def layer_cost(node: Node, inputs: list[Shape]) -> Cost:
-    """What one layer adds, for input shapes without the batch."""
+    """Cost of one layer, for input shapes without the batch."""
     layer, macs, params = node.layer, node.layer.macs(inputs), node.layer.params(inputs)
     if isinstance(layer, Foldable | Stateless):
         return Cost(0, macs, params)
@@ -41,13 +41,13 @@ def layer_cost(node: Node, inputs: list[Shape]) -> Cost:
 
 
 def network_cost(network: Macroarchitecture) -> Cost:
-    """Cost of a network as it stands."""
+    """Cost of a network, its convolutions as they are."""
     return sum((layer_cost(node, network.input_shapes(node)) for node in network.nodes), Cost())
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Cost of every plan of a space as a sum: `fixed`, and per factorizable layer the cost at each legal rate."""
+    """Costs of all plans of a space: a plan costs `fixed` plus, for each factorizable layer, the entry of its rate."""
 
     fixed: Cost
     by_layer: Mapping[str, tuple[Cost, ...]]
@@ -55,7 +55,7 @@ class CostTable:
 
 @lru_cache(maxsize=64)
 def cost_table(space: Macroarchitecture) -> CostTable:
-    """The additive cost model, exact: a layer's MACs and parameters depend on its own rate only."""
+    """The exact costs of a space's plans. They add up, because a layer's cost depends on no rate but its own."""
     by_layer: dict[str, tuple[Cost, ...]] = {}
     fixed = network_cost(space)
     for layer, rates in legal_rates(space).items():
@@ -69,8 +69,8 @@ def cost_table(space: Macroarchitecture) -> CostTable:
                 shape = part.layer.output_shape([shape])
             costs.append(total)
         by_layer[layer] = tuple(costs)
-        own = costs[0]
-        fixed += Cost(-own.conv_macs, -own.total_macs, -own.params)
+        unchanged = costs[0]  # rate 1, which `fixed` has counted
+        fixed += Cost(-unchanged.conv_macs, -unchanged.total_macs, -unchanged.params)
     return CostTable(fixed, by_layer)
 
 
@@ -90,7 +90,7 @@ def smallest_conv_macs(space: Macroarchitecture) -> int:
 def all_conv_macs(space: Macroarchitecture) -> npt.NDArray[np.int64]:
     """conv_macs of every plan, shape (rates of layer 1, rates of layer 2, ...), indexed as `indices`.
 
-    Eight bytes a plan: 114 MB for factorizenet's 14,224,896.
+    Takes 8 bytes per plan: 114 MB for the 14,224,896 plans of factorizenet.
     """
     table = cost_table(space)
     costs = [np.array([cost.conv_macs for cost in layer], dtype=np.int64) for layer in table.by_layer.values()]
@@ -98,7 +98,7 @@ def all_conv_macs(space: Macroarchitecture) -> npt.NDArray[np.int64]:
 
 
 def _all_sums(parts: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Every sum of one number of each part. By halves, so that the inner loop of the last, large step is a long one."""
+    """All sums of one number from each array. Recursing on halves gives the last, largest `outer` long rows."""
     if len(parts) == 1:
         return parts[0]
     half = len(parts) // 2

@@ -1,4 +1,4 @@
-"""The network of a plan: its convolutions replaced by groupwise separable ones (paper, section 2)."""
+"""Makes the network of a plan: replaces convolutions by groupwise separable ones (paper, section 2)."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from fnet_search.arch.plan import FactorizationPlan, check_plan
 
 
 def replacement(space: Macroarchitecture, node: Node, rate: int) -> list[Node]:
-    """The nodes that stand for a convolution: at a rate above 1 grouped KxK, BatchNorm, ReLU, pointwise (section 3)."""
+    """The nodes that replace a convolution: above rate 1 grouped KxK, BatchNorm, ReLU, pointwise (paper, section 3)."""
     if rate == 1:
         return [node]
     conv, name = node.layer, node.name
@@ -26,14 +26,14 @@ def replacement(space: Macroarchitecture, node: Node, rate: int) -> list[Node]:
 
 
 def convolutions(layer: str, rate: int) -> tuple[str, ...]:
-    """Names of the convolutions that stand for a layer at a rate, in a plan's network."""
+    """Names of the convolutions that replace a layer at a rate."""
     return (layer,) if rate == 1 else (f"{layer}.grouped", f"{layer}.pointwise")
 
 
 def factorize(space: Macroarchitecture, plan: FactorizationPlan) -> Macroarchitecture:
     """The network of a plan: every layer with a rate above 1 replaced by its groupwise separable convolution.
 
-    ``NAME`` becomes ``NAME.grouped``, ``NAME.norm``, ``NAME.relu``, ``NAME.pointwise``; what followed stays.
+    ``NAME`` becomes ``NAME.grouped``, ``NAME.norm``, ``NAME.relu``, ``NAME.pointwise``; all other nodes stay.
     """
     check_plan(space, plan)
     renamed = {layer: f"{layer}.pointwise" for layer, rate in plan.rates if rate > 1}

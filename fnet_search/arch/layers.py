@@ -1,4 +1,4 @@
-"""The layers of a macroarchitecture: what each gives for what it reads, and what it costs. Data only, no torch.
+"""The layer kinds of a macroarchitecture: options, output shapes and costs. Data only, no torch.
 
 Shapes leave the batch out: ``(C, H, W)`` for images and feature maps, ``(K,)`` for vectors.
 """
@@ -9,7 +9,7 @@ from math import isfinite, prod
 from typing import ClassVar, Literal, get_args
 
 from fnet_search.base.errors import FnetError, unknown
-from fnet_search.base.toml_tables import Numbers, Pair
+from fnet_search.base.toml_tables import IntPair, Numbers
 
 Shape = tuple[int, ...]
 Function = Literal[
@@ -27,9 +27,9 @@ def _feature_map(shape: Shape) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _window(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1)) -> Pair:
-    """Height and width after a sliding window (ONNX Conv and MaxPool, explicit padding, floor). Raises FnetError for
-    one that is larger than the padded input."""
+def _window(size: IntPair, kernel: IntPair, stride: IntPair, padding: IntPair, dilation: IntPair = (1, 1)) -> IntPair:
+    """Height and width after a sliding window (ONNX Conv and MaxPool, explicit padding, floor). Raises FnetError for a
+    window that is larger than the padded input."""
     out = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -44,7 +44,7 @@ def _window(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pai
     return out[0], out[1]
 
 
-def _positive(**values: int | Pair) -> None:
+def _positive(**values: int | IntPair) -> None:
     for name, value in values.items():
         if min(value if isinstance(value, tuple) else (value,)) < 1:
             raise FnetError(f"{name} must be at least 1, got {value}")
@@ -54,11 +54,11 @@ class _Single:
     """A layer that reads one tensor."""
 
     inputs: ClassVar[tuple[int, int | None]] = (1, 1)
-    """How many tensors a layer reads: at least, at most."""
+    """The least and the largest number of input tensors; None: no upper limit."""
 
 
 class _Weightless(_Single):
-    """A layer that counts nothing: no multiply-accumulates, no parameters."""
+    """A layer without multiply-accumulates and parameters."""
 
     def macs(self, inputs: list[Shape]) -> int:
         return 0
@@ -69,13 +69,13 @@ class _Weightless(_Single):
 
 @dataclass(frozen=True)
 class Conv(_Single):
-    """2-D convolution (ONNX ``Conv``); ``factorize`` lets a plan replace it by a groupwise separable one."""
+    """2-D convolution (ONNX ``Conv``). With ``factorize``, a plan may replace it by a groupwise separable one."""
 
     out_channels: int
-    kernel: Pair = (3, 3)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    dilation: Pair = (1, 1)
+    kernel: IntPair = (3, 3)
+    stride: IntPair = (1, 1)
+    padding: IntPair = (0, 0)
+    dilation: IntPair = (1, 1)
     groups: int = 1
     bias: bool = False
     factorize: bool = False
@@ -107,7 +107,7 @@ class Conv(_Single):
 
 @dataclass(frozen=True)
 class BatchNorm(_Single):
-    """Batch normalisation over channels (ONNX ``BatchNormalization``); without ``affine`` it has no weight and bias."""
+    """Batch normalisation over channels (ONNX ``BatchNormalization``); with weight and bias only if ``affine``."""
 
     eps: float = 1e-3
     affine: bool = True
@@ -129,9 +129,10 @@ class BatchNorm(_Single):
 
 @dataclass(frozen=True)
 class Affine(_Single):
-    """scale x + shift, each one number or one a channel; empty: left out.
+    """scale x + shift, each one number or one per channel; an empty one is left out.
 
-    Constants, unless ``trained``: then what a training from scratch starts with. It is folded as a BatchNorm is.
+    Both are constants unless ``trained``: then they are the values that training from scratch starts from. Folded like
+    a BatchNorm.
     """
 
     scale: tuple[float, ...] = ()
@@ -147,18 +148,18 @@ class Affine(_Single):
 
     @property
     def channelwise(self) -> bool:
-        """Whether it has a number for each channel."""
+        """Whether it has one number per channel."""
         return max(len(self.scale), len(self.shift)) > 1
 
     def started(self) -> "Affine":
-        """One that changes nothing yet, with as many numbers: what a training from scratch of an import starts with."""
+        """The identity with as many numbers: what training an imported network from scratch starts from."""
         return replace(self, scale=(1.0,) * len(self.scale), shift=(0.0,) * len(self.shift))
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         channels = inputs[0][0]
         for name, values in (("scale", self.scale), ("shift", self.shift)):
             if len(values) not in (0, 1, channels):
-                raise FnetError(f"{name} must be 1 or {channels} numbers, one a channel, got {len(values)}")
+                raise FnetError(f"{name} must be 1 number or {channels}, one per channel, got {len(values)}")
         return inputs[0]
 
     def macs(self, inputs: list[Shape]) -> int:
@@ -174,7 +175,7 @@ CONSTANTS: Mapping[str, tuple[str, ...]] = {
     "celu": ("alpha",),
     "clip": ("low", "high"),
 }
-"""What a function needs to be given."""
+"""The constants that a function requires; functions that are not listed take none."""
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -182,9 +183,9 @@ FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 class Activation(_Single):
     """An elementwise function.
 
-    `alpha` is the slope below zero of ``leaky_relu``, one or one a channel, and that of torch's ``elu`` and ``celu``;
-    `low` and `high` are the bounds of ``clip``, of which one may be infinite. ``prelu`` learns its slope, or one a
-    channel.
+    `alpha` is the slope below zero of ``leaky_relu``, one number or one per channel, and the alpha of torch's ``elu``
+    and ``celu``. `low` and `high` are the bounds of ``clip``; one of them may be infinite. ``prelu`` learns one slope,
+    or with `per_channel` one per channel.
     """
 
     function: Function = "relu"
@@ -202,7 +203,7 @@ class Activation(_Single):
             if (getattr(self, name) is not None) != (name in needed):
                 raise FnetError(f"{self.function} {'needs' if name in needed else 'has no'} {name}")
         if self.per_channel and self.function != "prelu":
-            raise FnetError("per_channel is of prelu")
+            raise FnetError("per_channel requires prelu")
         if self.function != "leaky_relu" and isinstance(self.alpha, tuple):
             raise FnetError(f"alpha of {self.function} must be one number, got {list(self.alpha)}")
         if not all(abs(slope) <= FLOAT32_MAX for slope in self.slopes) or self.alpha == ():
@@ -219,7 +220,7 @@ class Activation(_Single):
 
     @property
     def channelwise(self) -> bool:
-        """Whether it has a constant for each channel."""
+        """Whether it has one constant per channel."""
         return len(self.slopes) > 1
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
@@ -238,16 +239,16 @@ class Activation(_Single):
 
 @dataclass(frozen=True)
 class Pool(_Weightless):
-    """Max, average or global average pooling (ONNX ``MaxPool``, ``AveragePool``), stride = kernel unless given."""
+    """Max, average or global average pooling (ONNX ``MaxPool``, ``AveragePool``). The stride defaults to the kernel."""
 
     reduction: Reduction = "max"
-    kernel: Pair = (2, 2)
-    stride: Pair | None = None
-    padding: Pair = (0, 0)
+    kernel: IntPair = (2, 2)
+    stride: IntPair | None = None
+    padding: IntPair = (0, 0)
     ceil: bool = False
-    """A last window that only begins inside counts too (torch's ``ceil_mode``)."""
+    """Whether to keep a last window that starts inside the input but reaches beyond it (torch's ``ceil_mode``)."""
     count_padding: bool = False
-    """Whether an average's divisor counts the padding (torch's and ONNX's ``count_include_pad``)."""
+    """Whether the divisor of an average counts the padding (``count_include_pad`` of torch and ONNX)."""
     kind: ClassVar[str] = "pool"
 
     def __post_init__(self) -> None:
@@ -257,21 +258,22 @@ class Pool(_Weightless):
         if min(self.padding) < 0 or any(2 * p > k for p, k in zip(self.padding, self.kernel, strict=True)):
             raise FnetError(f"padding must be between 0 and half the kernel, got {self.padding}")
         if self.count_padding and (self.reduction != "average" or self.ceil):
-            raise FnetError("count_padding is of average pools without ceil")
+            raise FnetError("count_padding requires an average pool without ceil")
 
     @property
-    def step(self) -> Pair:
+    def step(self) -> IntPair:
+        """The stride, the kernel where it is not given."""
         return self.stride or self.kernel
 
-    def overhang(self, shape: Shape) -> Pair:
-        """Rows and columns by which the last windows reach over the padded input (C, H, W): none without `ceil`."""
+    def overhang(self, shape: Shape) -> IntPair:
+        """Rows and columns by which the last windows exceed the padded input (C, H, W); (0, 0) without `ceil`."""
         if not self.ceil:
             return 0, 0
-        found = []
+        over = []
         for n, k, s, p in zip(shape[1:], self.kernel, self.step, self.padding, strict=True):
             last = (n + 2 * p - k + s - 1) // s * s  # where the last window begins
-            found.append(max(0, (last if last < n + p else last - s) + k - n - 2 * p))
-        return found[0], found[1]
+            over.append(max(0, (last if last < n + p else last - s) + k - n - 2 * p))
+        return over[0], over[1]
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         channels, height, width = _feature_map(inputs[0])
@@ -316,7 +318,7 @@ class Flatten(_Weightless):
 
 @dataclass(frozen=True)
 class Reshape(_Weightless):
-    """The same values in the same order in another shape (C, H, W) (ONNX ``Reshape``)."""
+    """The same values, in order, in another shape (C, H, W) (ONNX ``Reshape``)."""
 
     shape: tuple[int, int, int]
     kind: ClassVar[str] = "reshape"
@@ -333,7 +335,7 @@ class Reshape(_Weightless):
 
 @dataclass(frozen=True)
 class Slice(_Weightless):
-    """The channels from `start` to before `stop` (ONNX ``Slice``, axis 1)."""
+    """The channels `start` to `stop` - 1 (ONNX ``Slice``, axis 1)."""
 
     start: int
     stop: int
@@ -364,7 +366,7 @@ class Shuffle(_Weightless):
 
 @dataclass(frozen=True)
 class Resample(_Weightless):
-    """The pixels of these rows and columns, some repeated, others left out (ONNX ``Gather``)."""
+    """Selects rows and columns by index, with repetition (ONNX ``Gather``)."""
 
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -374,13 +376,13 @@ class Resample(_Weightless):
         channels, *size = _feature_map(inputs[0])
         for name, chosen, length in zip(("rows", "columns"), (self.rows, self.columns), size, strict=True):
             if not chosen or min(chosen) < 0 or max(chosen) >= length:
-                raise FnetError(f"{name} must be of the {length} that there are, counted from 0")
+                raise FnetError(f"{name} must be indices from 0 to {length - 1}, at least one")
         return channels, len(self.rows), len(self.columns)
 
 
 @dataclass(frozen=True)
 class Pad(_Weightless):
-    """Zeros, so many before and after the channels, rows and columns of a feature map (ONNX ``Pad``)."""
+    """Pads a feature map with zeros: numbers of channels, rows and columns before and after it (ONNX ``Pad``)."""
 
     before: tuple[int, int, int] = (0, 0, 0)
     after: tuple[int, int, int] = (0, 0, 0)
@@ -388,7 +390,7 @@ class Pad(_Weightless):
 
     def __post_init__(self) -> None:
         if min(*self.before, *self.after) < 0:
-            raise FnetError(f"zeros must not be fewer than none, got {list(self.before)} and {list(self.after)}")
+            raise FnetError(f"before and after must not be negative, got {list(self.before)} and {list(self.after)}")
 
     def output_shape(self, inputs: list[Shape]) -> Shape:
         return tuple(map(sum, zip(self.before, _feature_map(inputs[0]), self.after, strict=True)))
@@ -396,7 +398,7 @@ class Pad(_Weightless):
 
 @dataclass(frozen=True)
 class Add(_Weightless):
-    """Sum of two tensors of one shape (ONNX ``Add``)."""
+    """Sum of two tensors of the same shape (ONNX ``Add``)."""
 
     kind: ClassVar[str] = "add"
     inputs: ClassVar[tuple[int, int | None]] = (2, 2)
@@ -409,8 +411,8 @@ class Add(_Weightless):
 
 @dataclass(frozen=True)
 class Multiply(_Weightless):
-    """Product of two tensors of one shape, or of a feature map (C, H, W) with a factor a channel, (C, 1, 1), on either
-    side: squeeze and excitation (ONNX ``Mul``)."""
+    """Product of two tensors of the same shape, or of a feature map (C, H, W) and one factor per channel (C, 1, 1), in
+    either order, as in squeeze and excitation (ONNX ``Mul``)."""
 
     kind: ClassVar[str] = "multiply"
     inputs: ClassVar[tuple[int, int | None]] = (2, 2)
@@ -440,14 +442,14 @@ class Concat(_Weightless):
 
 
 Weighted = Conv | Dense
-"""Layers with a weight, and mostly a bias: they multiply and accumulate, and their weights are quantized."""
+"""Layers that multiply and accumulate. Their weights are quantized."""
 Foldable = BatchNorm | Affine
-"""Layers that are an affine function a channel in evaluation, folded into one of `Weighted` before them."""
+"""Layers that are one affine function per channel in evaluation. They are folded into a `Weighted` layer before."""
 Moving = Flatten | Reshape | Slice | Shuffle | Resample | Pad
-"""Layers that compute nothing: they give the values that they read, or zeros."""
+"""Layers that only move values, or add zeros."""
 Stateless = Activation | Pool | Moving | Add | Multiply | Concat
-"""Layers without weights; but a PReLU learns its slopes, which are constants once it is folded."""
+"""Layers without weights, except that a PReLU learns its slopes. Folding turns those into constants."""
 Layer = Weighted | Foldable | Stateless
-"""All kinds, a closed set. What is done with a layer by its kind ends in ``typing.assert_never``, so that mypy names
-every place that a new kind is missing from; docs/extending.md lists them."""
+"""All layer kinds, a closed set. Code that branches on the kind ends in ``typing.assert_never``, so that mypy names
+every place that lacks a new kind; docs/extending.md lists them."""
 KINDS: Mapping[str, type[Layer]] = {layer.kind: layer for layer in get_args(Layer)}

@@ -1,4 +1,4 @@
-"""Macroarchitectures: typed layers on a directed graph, with shapes inferred; loaded from and saved to TOML.
+"""Macroarchitectures: typed layers on a directed graph, with inferred shapes.
 
 A space (a named macroarchitecture, docs/glossary.md) is data. Shapes leave the batch out: ``(C, H, W)`` for images
 and feature maps, ``(K,)`` for vectors.
@@ -40,18 +40,16 @@ if TYPE_CHECKING:
 
 
 INPUT = "input"
-"""Name of the graph's source: the image, normalised."""
-
-
+"""Name of the graph's source: the normalised image."""
 LONGEST_NAME = 200
-"""Characters of a layer's name: data bases of studies take no more than 512, with what we put before it."""
+"""Characters of a layer's name. Optuna's databases hold at most 512 per key, our prefix included."""
 PARTS = ("grouped", "norm", "relu", "pointwise")
-"""What a factorized convolution NAME becomes: NAME.grouped, NAME.norm, ... (`plan.factorize`)."""
+"""A factorized convolution NAME becomes NAME.grouped, NAME.norm, ... (`factorize.factorize`)."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A layer in its place: its name and the names of the nodes (or ``"input"``) that feed it, in order."""
+    """A layer in the graph: its name and the names of the nodes (or ``"input"``) that it reads, in order."""
 
     name: str
     layer: Layer
@@ -59,7 +57,7 @@ class Node:
 
 
 class LayerError(FnetError):
-    """A fault of one layer; knows which, so that a loader can say where in its file it stands."""
+    """An error in one layer, with its position, from which a loader finds the line of the file."""
 
     def __init__(self, position: int, name: str, message: str) -> None:
         self.position, self.name, self.message = position, name, message
@@ -70,12 +68,12 @@ class LayerError(FnetError):
 class Macroarchitecture:
     """A named network graph: one source (the image), one sink (the logits).
 
-    `nodes` may come in any order; `order` has them topologically sorted. `mean` and `std` are what images, a channel in
-    [0, 1], are normalised with; empty: those of the data set. `weights` has what an imported network was trained to, by
-    the names of its `Network.state_dict`; two spaces are equal whatever theirs are.
+    `nodes` may come in any order; `order` has them topologically sorted. `mean` and `std`, one number per channel,
+    normalise images in [0, 1]; empty: those of the data set are used. `weights` holds the trained weights of an
+    imported network by the names of its `Network.state_dict`; comparison ignores them.
 
-    Raises FnetError, naming the layer, for names that are none or taken, missing edges, cycles, mismatched shapes, or
-    more than one end.
+    Raises FnetError, naming the layer, for malformed or duplicate names, missing edges, cycles, mismatched shapes, and
+    more than one output.
     """
 
     name: str
@@ -94,7 +92,7 @@ class Macroarchitecture:
             raise FnetError(f"input must be three positive integers [C, H, W], got {list(self.input_shape)}")
         for values in (self.mean, self.std):
             if len(values) not in (0, self.input_shape[0]) or len(self.mean) != len(self.std):
-                raise FnetError(f"mean and std must be {self.input_shape[0]} numbers each, one a channel")
+                raise FnetError(f"mean and std must be {self.input_shape[0]} numbers each, one per channel")
         if not all(map(isfinite, self.mean)) or not all(0 < value < inf for value in self.std):
             raise FnetError(f"mean must be finite and std positive, got {list(self.mean)} and {list(self.std)}")
         position = self._check_edges()
@@ -149,8 +147,8 @@ class Macroarchitecture:
         return position
 
     def _check_names(self) -> dict[str, int]:
-        """The place of each name. None may be that of another layer or of a factorized one's part, nor become it in
-        weights, where a dot is a slash."""
+        """The position of each name. A name must differ from those of other layers and of the parts of factorized ones,
+        also in the names of weights, where a slash becomes a dot."""
         position: dict[str, int] = {}
         taken = {INPUT: INPUT}
         for index, node in enumerate(self.nodes):
@@ -164,12 +162,9 @@ class Macroarchitecture:
                 if owner == name:
                     raise LayerError(index, name, "this name is taken; every layer needs a name of its own")
                 if owner is not None:
-                    clash = (
-                        f"the name {own!r} is taken by layer {owner!r}: in weights a slash is a dot, and a factorized"
-                    )
-                    raise LayerError(
-                        index, name, f"{clash} layer NAME becomes {', '.join(f'NAME.{one}' for one in PARTS)}"
-                    )
+                    clash = f"the name {own!r} is taken by layer {owner!r}: names of weights have a dot for a slash"
+                    become = ", ".join(f"NAME.{part}" for part in PARTS)
+                    raise LayerError(index, name, f"{clash}, and a factorized layer NAME becomes {become}")
                 taken[own.replace("/", ".")] = name
             position[name] = index
         return position
@@ -196,8 +191,8 @@ class Macroarchitecture:
 
     @property
     def classifier(self) -> Node | None:
-        """What gives the logits: the last dense layer, or convolution where only layers that keep the channels follow
-        it; None: there is no such layer."""
+        """The dense layer or convolution that gives the logits: the last one, if only layers that keep its channels
+        follow it; else None."""
         node = self.order[-1]
         while not isinstance(node.layer, Weighted):
             before = self.by_name.get(node.inputs[0])
@@ -209,8 +204,8 @@ class Macroarchitecture:
         return node
 
     def with_classes(self, classes: int) -> "Macroarchitecture":
-        """The same network with `classes` logits: another `classifier`. Its weights are new then. Raises FnetError
-        where there is none."""
+        """The same network with `classes` logits. Where that changes the `classifier`, its weights are new. Raises
+        FnetError if the network has no classifier."""
         if classes == self.classes:
             return self
         node = self.classifier
@@ -228,12 +223,12 @@ class Macroarchitecture:
                 last = replace(layer, out_features=classes)
             case _:
                 assert_never(layer)
-        nodes = tuple(replace(one, layer=last) if one is node else one for one in self.nodes)
+        nodes = tuple(replace(other, layer=last) if other is node else other for other in self.nodes)
         return replace(self, nodes=nodes)
 
 
 def _any_classes(layer: Layer) -> bool:
-    """Whether a layer between the last weights and the logits has a channel a class, however many."""
+    """Whether a layer after the classifier works with any number of classes and keeps one channel per class."""
     match layer:
         case Activation() | Affine():
             return not layer.channelwise
@@ -245,45 +240,47 @@ def _any_classes(layer: Layer) -> bool:
             assert_never(layer)
 
 
-ONLY_CLASSES = "fnet-search is for classification with one class an image"
-ONE_OUTPUT = f"it gives one number an image, not a logit for each of two classes or more; {ONLY_CLASSES}"
+ONLY_CLASSES = "fnet-search is for classification with one class per image"
+ONE_OUTPUT = f"it gives one number per image; end it with one logit for each of two or more classes: {ONLY_CLASSES}"
 
 
 OF_OTHER_TASKS = ("sigmoid", "hardsigmoid", "log_sigmoid", "tanh")
-"""Functions that networks with several labels an image, or with numbers, end with."""
+"""Last functions of networks for multi-label classification or regression."""
 
 
 def check_classifier(space: Macroarchitecture) -> None:
-    """Raises FnetError for a network of another task: one output, or outputs that pass a sigmoid (multi-label) or a
-    tanh."""
+    """Raises FnetError for a network of another task: a single output, or outputs that pass a function of
+    OF_OTHER_TASKS."""
     if space.classes < 2:
         raise FnetError(ONE_OUTPUT)
     node: Node | None = space.order[-1]
     while node is not None and not isinstance(node.layer, Weighted) and len(node.inputs) == 1:
         if isinstance(node.layer, Activation) and node.layer.function in OF_OTHER_TASKS:
             raise FnetError(
-                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels an image or for numbers; "
-                f"{ONLY_CLASSES}: give the logits, without it, if that is what it is for"
+                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels per image or for numbers; "
+                f"{ONLY_CLASSES}: end it with the logits, without the {node.layer.function}"
             )
         node = space.by_name.get(node.inputs[0])
 
 
 def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: Sequence[str] = ()) -> Macroarchitecture:
-    """The same network with other layers to be factorized: those that match a pattern of `factorize` too, and none that
-    matches one of `keep`.
+    """The same network with other factorizable layers: also those that match a pattern of `factorize`, but none that
+    matches a pattern of `keep`.
 
     Patterns as in ``layer1.*`` (`fnmatch`). Raises FnetError for one that matches no convolution without groups.
     """
-    open_to = [node.name for node in space.nodes if isinstance(node.layer, Conv) and node.layer.groups == 1]
+    candidates = [node.name for node in space.nodes if isinstance(node.layer, Conv) and node.layer.groups == 1]
     for pattern in (*factorize, *keep):
-        if not fnmatch.filter(open_to, pattern):
-            known = nearest(pattern, open_to)
+        if not fnmatch.filter(candidates, pattern):
+            known = nearest(pattern, candidates)
             raise FnetError(f"{pattern!r} matches no convolution without groups of space {space.name!r}{known}")
 
     def changed(node: Node) -> Node:
-        if node.name not in open_to:
+        if node.name not in candidates:
             return node
-        asked, kept = (any(fnmatch.fnmatchcase(node.name, one) for one in patterns) for patterns in (factorize, keep))
+        asked, kept = (
+            any(fnmatch.fnmatchcase(node.name, pattern) for pattern in patterns) for patterns in (factorize, keep)
+        )
         assert isinstance(node.layer, Conv)
         return replace(node, layer=replace(node.layer, factorize=(node.layer.factorize or asked) and not kept))
 
@@ -291,26 +288,25 @@ def factorizing(space: Macroarchitecture, factorize: Sequence[str] = (), keep: S
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation that networks trained on ImageNet mostly want."""
+"""Mean and standard deviation that most networks trained on ImageNet use (torchvision's)."""
 
 
 def normalising(space: Macroarchitecture, text: str | None) -> Macroarchitecture:
-    """The same network for images that are normalised as ``imagenet`` or ``MEAN/STD`` say, a number a channel in each.
-
-    Raises FnetError for what does not say that.
+    """The same network for images normalised by `text`: ``imagenet``, or ``MEAN/STD`` with one number per channel each;
+    None changes nothing. Raises FnetError for anything else.
     """
     if text is None:
         return space
     try:
-        mean, std = IMAGENET if text == "imagenet" else (tuple(map(float, one.split(","))) for one in text.split("/"))
+        mean, std = IMAGENET if text == "imagenet" else (tuple(map(float, part.split(","))) for part in text.split("/"))
     except ValueError:
         raise FnetError(f"`normalise` {text}: write imagenet, or MEAN/STD as in 0.5,0.5,0.5/0.2,0.2,0.2") from None
     return replace(space, mean=mean, std=std)
 
 
 def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
-    """The same network, to be factorized where a factorization pays: convolutions of a kernel larger than 1, without
-    groups, but for those that read the image."""
+    """The same network with every convolution factorizable where it pays: those with a kernel larger than 1x1 and
+    without groups, except those that read the image."""
     early = {INPUT}
     for node in space.order:
         if not isinstance(node.layer, Weighted) and early.issuperset(node.inputs):

@@ -1,4 +1,4 @@
-"""Factorization plans: legal rates, named plans, and exact MACs and parameters, from arithmetic alone."""
+"""Factorization plans: legal rates, named plans, and their text forms."""
 
 import re
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ from fnet_search.base.toml_tables import read_table
 class FactorizationPlan:
     """One factorization rate per factorizable layer, in the space's order (paper, section 2).
 
-    A rate *f* makes a K x K convolution one of *f* groups, followed by a pointwise one; 1 leaves it as it is. Hashable;
-    make one with `make_plan` or `parse_plan`, which raise FnetError for a rate that is not legal.
+    A rate *f* above 1 replaces a K x K convolution by one of *f* groups and a pointwise one; 1 leaves it as it is.
+    Hashable. Make one with `make_plan` or `parse_plan`, which raise FnetError for illegal rates.
     """
 
     rates: tuple[tuple[str, int], ...]
@@ -37,14 +37,14 @@ class FactorizationPlan:
 
 
 def rates_of(channels: int) -> tuple[int, ...]:
-    """Legal rates of a layer with `channels` input channels: the powers of two that divide it, and itself."""
+    """Legal rates of a layer with `channels` input channels: the powers of two that divide them, and `channels`."""
     powers = [1 << k for k in range(channels.bit_length()) if channels % (1 << k) == 0]
     return tuple(powers) if powers[-1] == channels else (*powers, channels)
 
 
 @lru_cache(maxsize=64)
 def legal_rates(space: Macroarchitecture) -> Mapping[str, tuple[int, ...]]:
-    """Legal rates of every factorizable layer, in file order. An optimizer's parameter is the index in such a tuple."""
+    """Legal rates of each factorizable layer, ascending; layers in file order. Optimizers see the index in a tuple."""
     return {
         node.name: rates_of(space.shapes[node.inputs[0]][0])
         for node in space.nodes
@@ -53,7 +53,7 @@ def legal_rates(space: Macroarchitecture) -> Mapping[str, tuple[int, ...]]:
 
 
 def make_plan(space: Macroarchitecture, rates: Mapping[str, int]) -> FactorizationPlan:
-    """The plan with these rates; layers that are not named stay regular (rate 1).
+    """The plan with these rates; layers without one get rate 1.
 
     Raises FnetError for an unknown layer (naming the nearest) or an illegal rate (listing the legal ones).
     """
@@ -61,7 +61,7 @@ def make_plan(space: Macroarchitecture, rates: Mapping[str, int]) -> Factorizati
     for layer, rate in rates.items():
         if layer not in legal:
             if layer in space.by_name:
-                raise FnetError(f"layer {layer!r} cannot be factorized; those that can: {', '.join(legal)}")
+                raise FnetError(f"layer {layer!r} cannot be factorized; factorizable layers: {', '.join(legal)}")
             raise unknown("layer", layer, legal)
         if rate not in legal[layer]:
             raise FnetError(
@@ -79,7 +79,7 @@ def check_plan(space: Macroarchitecture, plan: FactorizationPlan) -> None:
 
 
 def indices(space: Macroarchitecture, plan: FactorizationPlan) -> tuple[int, ...]:
-    """Index of each layer's rate among its legal rates: what an optimizer sees."""
+    """Index of each layer's rate among its legal rates, the parameters that optimizers see."""
     return tuple(rates.index(plan[layer]) for layer, rates in legal_rates(space).items())
 
 
@@ -105,12 +105,15 @@ def doublings(space: Macroarchitecture) -> tuple[int, ...]:
 
 
 def uniform(space: Macroarchitecture, rate: int) -> FactorizationPlan:
-    """``f<rate>``: one rate in every layer, a layer with fewer input channels at its C_in (paper, section 3)."""
+    """``f<rate>``: the same rate in every layer, or C_in where a layer has fewer input channels (paper, section 3).
+
+    Raises FnetError for a rate that is not in `doublings`.
+    """
     if rate not in doublings(space):
-        steps = doublings(space)
-        raise FnetError(f"unknown plan 'f{rate}'; uniform rates are {', '.join(f'f{step}' for step in steps)}")
-    step = rate.bit_length() - 1
-    return make_plan(space, {layer: rates[min(step, len(rates) - 1)] for layer, rates in legal_rates(space).items()})
+        known = ", ".join(f"f{doubled}" for doubled in doublings(space))
+        raise FnetError(f"unknown plan 'f{rate}'; uniform rates are {known}")
+    index = rate.bit_length() - 1
+    return make_plan(space, {layer: rates[min(index, len(rates) - 1)] for layer, rates in legal_rates(space).items()})
 
 
 def initial_rates(space: Macroarchitecture) -> tuple[int, ...]:
@@ -121,7 +124,8 @@ def initial_rates(space: Macroarchitecture) -> tuple[int, ...]:
 def reverse_pyramid(space: Macroarchitecture, initial: int) -> FactorizationPlan:
     """``init<initial>``: the rate grows with the input depth (paper, Figure 3).
 
-    Each layer gets its largest legal rate that keeps at least (fewest C_in) / initial channels per group.
+    Each layer gets its largest legal rate that keeps at least (fewest C_in) / initial channels per group. Raises
+    FnetError for an `initial` that is not in `initial_rates`.
     """
     if initial not in initial_rates(space):
         known = ", ".join(f"init{rate}" for rate in initial_rates(space))
@@ -137,7 +141,7 @@ def reverse_pyramid(space: Macroarchitecture, initial: int) -> FactorizationPlan
 
 
 def named_plans(space: Macroarchitecture) -> dict[str, FactorizationPlan]:
-    """``regular``, ``f2``..., ``init1``..., ``dws``; where two are one plan, the first of these names comes first."""
+    """``regular``, ``dws``, ``f1``, ``f2``, ..., ``init1``, ``init2``, ...: the first name of a plan is its `label`."""
     return {
         "regular": regular(space),
         "dws": depthwise(space),
@@ -157,14 +161,11 @@ def label(space: Macroarchitecture, plan: FactorizationPlan) -> str:
 
 
 def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
-    """A plan from what a user wrote: a name, ``layer=rate,...``, or the path of a plan file (TOML).
-
-    Raises FnetError, saying what would be right.
-    """
+    """A plan from text: a name, ``layer=rate,...``, or the path of a plan file (TOML). Raises FnetError otherwise."""
     if not legal_rates(space) and text != "regular":
         raise FnetError(
-            f"space {space.name!r} has no factorizable layer; set factorize = true on a conv layer, or name one with "
-            "`factorize`; as it is, its only plan is regular"
+            f"space {space.name!r} has no factorizable layer, so its only plan is regular; "
+            "set factorize = true on a conv layer, or name one with `factorize`"
         )
     if "=" in text and not text.endswith(".toml"):
         entries = [_assignment(part) for part in text.split(",") if part.strip()]
@@ -172,7 +173,7 @@ def parse_plan(space: Macroarchitecture, text: str) -> FactorizationPlan:
         if len(rates) < len(entries):
             raise FnetError(f"a layer is named twice in plan {text!r}; give each layer one rate")
         return make_plan(space, rates)
-    if text.endswith(".toml") or isfile(text):  # noqa: PTH113 (False of what is too long for a path)
+    if text.endswith(".toml") or isfile(text):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
         return load_plan(space, Path(text))
     if text in ("regular", "dws"):
         return named_plans(space)[text]
@@ -190,7 +191,7 @@ def _assignment(part: str) -> tuple[str, int]:
 
 
 def load_plan(space: Macroarchitecture, path: Path) -> FactorizationPlan:
-    """Reads a plan file: a ``[rates]`` table of layer = rate. Raises FnetError, naming the file, for anything else."""
+    """Reads a plan file: a ``[rates]`` table of layer = rate. Raises FnetError, naming the file, if it is not one."""
     rates = read_table(path, "plan").get("rates")
     if not isinstance(rates, dict):
         raise FnetError(f"{path}: a plan file needs a [rates] table of layer = rate")
@@ -204,5 +205,5 @@ def load_plan(space: Macroarchitecture, path: Path) -> FactorizationPlan:
 
 
 def plan_toml(plan: FactorizationPlan) -> str:
-    """The text of a plan file."""
+    """The plan as the text of a plan file."""
     return tomli_w.dumps({"rates": dict(plan.rates)})

@@ -1,4 +1,4 @@
-"""A macroarchitecture as a TOML file."""
+"""Reads and writes macroarchitectures as TOML files."""
 
 import tomllib
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from fnet_search.arch.layers import KINDS, Layer
 from fnet_search.arch.macroarchitecture import INPUT, LayerError, Macroarchitecture, Node
 from fnet_search.base import shipped
 from fnet_search.base.errors import FnetError, nearest, unknown
-from fnet_search.base.toml_tables import Pair, build, is_int
+from fnet_search.base.toml_tables import IntPair, build, is_int
 
 KEYS = ("name", "description", "input", "mean", "std", "weights", "layer")
-"""Of a space's file."""
+"""Keys that a space file may have."""
 
 
 def read_space(name: str) -> Macroarchitecture:
-    """A shipped space by name, or a TOML file by path; without its weights.
+    """A shipped space by name, or a space file by path; without its weights.
 
-    Raises FnetError, with the layer and its line, for whatever is wrong with it.
+    Raises FnetError for a malformed space, with the layer and its line where a layer is wrong.
     """
     path = shipped.find("spaces", "space", name)
     try:
@@ -32,7 +32,7 @@ def read_space(name: str) -> Macroarchitecture:
 
 
 def parse_space(text: str, path: str = "space", default_name: str = "") -> Macroarchitecture:
-    """A space from its TOML text; see `to_toml` for the form. `path` is what error messages call it."""
+    """A space from TOML text as `to_toml` writes it. `path` names it in messages. Raises FnetError as `read_space`."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -41,13 +41,15 @@ def parse_space(text: str, path: str = "space", default_name: str = "") -> Macro
     if unknown_key:
         raise FnetError(f"{path}: unknown key {unknown_key!r}{nearest(unknown_key, KEYS)}")
     texts = [table.get("name", default_name), table.get("description", ""), table.get("weights", "")]
-    if not all(isinstance(one, str) for one in texts) or not (texts[0] + texts[2]).isprintable():
-        raise FnetError(f"{path}: name, description and weights must be strings, the first and the last of one line")
+    if not all(isinstance(value, str) for value in texts) or not (texts[0] + texts[2]).isprintable():
+        raise FnetError(f"{path}: name, description and weights must be strings, name and weights without line breaks")
     if Path(texts[2]).name != texts[2]:
         raise FnetError(f"{path}: weights must be the name of a file in the same folder, not {texts[2]!r}")
     moments = [table.get(key, []) for key in ("mean", "std")]
-    if not all(isinstance(one, list) and all(is_int(n) or isinstance(n, float) for n in one) for one in moments):
-        raise FnetError(f"{path}: mean and std must be lists of numbers, one a channel")
+    if not all(
+        isinstance(values, list) and all(is_int(n) or isinstance(n, float) for n in values) for values in moments
+    ):
+        raise FnetError(f"{path}: mean and std must be lists of numbers, one per channel")
     shape, layers = table.get("input"), table.get("layer")
     if not isinstance(shape, list) or len(shape) != 3 or not all(is_int(n) and n > 0 for n in shape):
         raise FnetError(f"{path}: input must be three positive integers, as in: input = [3, 32, 32]")
@@ -98,8 +100,8 @@ def _layer(entry: dict[str, Any]) -> Layer:
 
 
 def to_toml(space: Macroarchitecture) -> str:
-    """The TOML text of a space: ``input``, then one ``layer`` a line; what has its default value is left out,
-    ``inputs`` too where it is the layer before."""
+    """The TOML text of a space: ``input``, then one ``layer`` per line. Options at their defaults are left out, and
+    ``inputs`` if it is the layer before."""
     layers: list[dict[str, Any]] = []
     before = INPUT
     for node in space.nodes:
@@ -107,7 +109,7 @@ def to_toml(space: Macroarchitecture) -> str:
         for option in fields(node.layer):
             value = getattr(node.layer, option.name)
             if value != option.default:
-                pair = option.type in (Pair, Pair | None)
+                pair = option.type in (IntPair, IntPair | None)
                 entry[option.name] = value[0] if pair and value[0] == value[1] else value
         if node.inputs != (before,):
             entry["inputs"] = list(node.inputs)

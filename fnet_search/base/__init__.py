@@ -1,5 +1,5 @@
-"""What every room needs and what needs no other: errors, files, units, TOML tables, plug-ins, shipped data, terminal.
+"""Shared foundations: errors, files, units, TOML tables, plug-ins, shipped data, terminal tables.
 
-Comes in: Standard library, click's and rich's output only; nothing of this package.
+Comes in: what every room may need. Uses the standard library and rich, and nothing else of this package.
 Read first: `errors.py`.
 """

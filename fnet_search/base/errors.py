@@ -1,4 +1,4 @@
-"""The one error that users see: a line that says what is wrong and what would be right.
+"""The error that users see: one line that says what is wrong, then what would be right.
 
 A message names a parameter by its Python name in backquotes, as in "choose another `out`". The command line replaces it
 by the option of that name (`cli.options.with_options`).
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 LONGEST = 100
-"""Characters of a name that an error quotes."""
+"""Characters of a name that an error quotes at most."""
 FEW = 12
-"""So many names are listed beside the nearest."""
+"""Up to this many known names are listed after the nearest one."""
 
 
 class FnetError(Exception):
@@ -18,19 +18,19 @@ class FnetError(Exception):
 
 
 def check_least(least: int, **given: float | None) -> None:
-    """Raises FnetError for a parameter, by name, whose value is below `least`; None has no limit."""
+    """Raises FnetError, naming the parameter, if a value is below `least`. None is not checked."""
     for name, value in given.items():
         if value is not None and value < least:
             raise FnetError(f"`{name}` must be at least {least}, not {value}")
 
 
 def first_line(error: BaseException) -> str:
-    """Of what others raise, the first line that says anything; the kind of the error where none does."""
+    """The first line of an error's message that is not empty, else the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the known name closest to `name`, or the known names."""
+    """The end of a message: ``; did you mean 'x'?`` for the known name closest to `name`, else the known names."""
     names = list(known)
     close = get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -40,7 +40,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> FnetError:
-    """The error for a name that is not among the known ones, with the nearest of them, and all where they are few."""
+    """The error for an unknown name: suggests the nearest known one, and lists them all if there are at most FEW."""
     names = list(known)
     shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
     hint = nearest(shown, names)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary name beside the target, then renamed."""
+"""Atomic writes: a file is written under a temporary name in the same folder, then renamed."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from fnet_search.base.errors import FnetError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends well, and is removed when it does not.
+    """Yields a temporary path. It replaces `path` when the block succeeds and is removed when the block raises.
 
-    Its permissions are those of any new file, whoever writes it: safetensors would leave files to their owner alone.
+    The file gets the permissions of any new file, whichever library writes it: safetensors makes files that only their
+    owner can read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be invalid UTF-8
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -39,7 +40,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises FnetError, naming the file, where it is missing or not JSON."""
+    """Raises FnetError, naming the file, if it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

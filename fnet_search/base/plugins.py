@@ -1,5 +1,5 @@
-"""What users bring of their own Python, whose code is run: named as ``FILE.py:NAME`` or ``package.module:NAME``, or
-installed as an entry point of one of the groups ``fnet_search.policies``, ``.datasets`` and ``.range_methods``."""
+"""Python code of users: named as ``FILE.py:NAME`` or ``package.module:NAME``, or installed as an entry point of one of
+the groups ``fnet_search.policies``, ``fnet_search.datasets`` and ``fnet_search.range_methods``. Loading it runs it."""
 
 import importlib
 import importlib.util
@@ -15,7 +15,7 @@ from fnet_search.base.errors import FnetError, first_line, unknown
 
 
 def installed(group: str) -> list[str]:
-    """Names of the entry points of a group."""
+    """Names of the installed entry points of a group, sorted."""
     return sorted(entry_points(group=group).names)
 
 
@@ -24,25 +24,25 @@ def load_installed(
     what: str,
     name: str,
     built_in: Iterable[str] = (),
-    make: Callable[[Any], Any] = lambda found: found,
+    make: Callable[[Any], Any] = lambda loaded: loaded,
 ) -> Any:
-    """What `make` makes of the entry point of that name; `what` it is, for people.
+    """`make` applied to the object of the entry point `name`. `what` is its kind in messages, as in "policy".
 
-    Raises FnetError for a name that is neither in the group nor `built_in`, and for code that fails.
+    Raises FnetError for a name that is not in the group (listing `built_in` names too) and for code that fails.
     """
-    found = entry_points(group=group, name=name)
-    if not found:
+    matching = entry_points(group=group, name=name)
+    if not matching:
         raise unknown(what, name, [*built_in, *installed(group)])
-    entry = next(iter(found))
+    entry = next(iter(matching))
     try:
         return make(entry.load())
-    except Exception as error:  # a third party's code raises what it likes
+    except Exception as error:  # code of third parties may raise anything
         raise FnetError(f"{what} {name!r} cannot be loaded: {fault(error, entry.module)}") from error
 
 
 @contextmanager
 def importable(where: str) -> Iterator[None]:
-    """What lies beside a file, or in the current folder, can be imported."""
+    """Puts the folder of a ``.py`` file, or else the current folder, on the import path."""
     folder = str(Path(where).resolve().parent) if where.endswith(".py") else str(Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -52,33 +52,34 @@ def importable(where: str) -> Iterator[None]:
 
 
 def load_object(where: str, what: str) -> Any:
-    """The object `what` of a file or module; to be called within `importable`. Raises FnetError for what is not there,
-    and whatever the code raises."""
+    """The attribute `what` of a file or module; call it within `importable`.
+
+    Raises FnetError if the file or the attribute does not exist, and whatever the loaded code raises.
+    """
     module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-    found = getattr(module, what, None)
-    if found is None:
+    loaded = getattr(module, what, None)
+    if loaded is None:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise unknown("name", what, known)
-    return found
+    return loaded
 
 
 def fault(error: BaseException, where: str) -> str:
-    """What a user's code raised, and the last line of `where`, a file or module, that led to it:
+    """Describes an error of a user's code, with the innermost line of the file or module `where` that led to it:
     ``ValueError: no plan today (halving.py, line 12)``."""
     said = f"{type(error).__name__}: {first_line(error)}"
     file = _file_of(where)
-    own = [one for one in traceback.extract_tb(error.__traceback__) if Path(one.filename).resolve() == file]
-    if not own or isinstance(error, SyntaxError):  # which says itself where
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == file]
+    if not frames or isinstance(error, SyntaxError):  # the message of a SyntaxError names its place
         return said
-    return (
-        f"{said} ({file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}, line {own[-1].lineno})"
-    )
+    shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    return f"{said} ({shown}, line {frames[-1].lineno})"
 
 
 def _file_of(where: str) -> Path:
     known = getattr(sys.modules.get(where), "__file__", None)
     if known is None and not where.endswith(".py"):
-        with suppress(Exception):  # it may be no module at all
+        with suppress(Exception):  # `where` may not be importable
             known = getattr(importlib.util.find_spec(where), "origin", None)
     return Path(known or where).resolve()
 

@@ -1,4 +1,4 @@
-"""What people see on a terminal: tables, as wide as it is."""
+"""Tables on a terminal, fitted to its width."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from rich.text import Text
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, wide enough for any table."""
-    found = Console()
-    return found if found.is_terminal else Console(width=160)
+    """A console on standard output, 160 columns wide if that is not a terminal."""
+    standard = Console()
+    return standard if standard.is_terminal else Console(width=160)
 
 
 def fitting(
@@ -24,29 +24,29 @@ def fitting(
     between: int = 3,
     around: int = 1,
 ) -> list[int]:
-    """The places of the columns of a table that `width` characters have room for.
+    """Indices of the columns that fit into `width` characters.
 
-    Those of `least` are left out where there is not, the first of them first. Columns of `texts` may be folded to so
-    many characters. `between` two columns and `around` all of them stand so many more.
+    Columns named in `least` are dropped, in that order, until the rest fits. `texts` gives the widths to which columns
+    of text may be folded. A column takes `between` more characters, the whole table `around` more.
     """
     widths = [
         max(cell_len(line) for cell in column for line in cell.split("\n")) for column in zip(names, *rows, strict=True)
     ]
-    found, going = list(range(len(names))), iter(least)
+    kept, droppable = list(range(len(names))), iter(least)
 
     def needed() -> int:
-        return around + sum(between + min(widths[place], texts.get(names[place], widths[place])) for place in found)
+        return around + sum(between + min(widths[place], texts.get(names[place], widths[place])) for place in kept)
 
-    while needed() > width and (out := next(going, None)) is not None:
-        found = [place for place in found if names[place] != out]
-    return found
+    while needed() > width and (dropped := next(droppable, None)) is not None:
+        kept = [place for place in kept if names[place] != dropped]
+    return kept
 
 
 @dataclass(frozen=True)
 class PlainTable:
-    """A table of plain text with a column a name, as wide as the console at most, if `fitting` can make it so.
+    """A table of plain text with one column per name, cut to the width of the console by `fitting`.
 
-    Columns of `texts` are folded where they must; all others are numbers, which stand on the right, whole.
+    Columns in `texts` are folded if need be. All others hold numbers: aligned right, never wrapped.
     """
 
     title: str
@@ -57,12 +57,12 @@ class PlainTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         places = fitting(self.names, self.rows, options.max_width, self.texts, self.least)
-        found = Table(title=Text(self.title), title_justify="left")
+        table = Table(title=Text(self.title), title_justify="left")
         for place in places:
             if self.names[place] in self.texts:
-                found.add_column(self.names[place], overflow="fold")
+                table.add_column(self.names[place], overflow="fold")
             else:
-                found.add_column(self.names[place], justify="right", no_wrap=True)
+                table.add_column(self.names[place], justify="right", no_wrap=True)
         for row in self.rows:
-            found.add_row(*(Text(row[place]) for place in places))
-        yield found
+            table.add_row(*(Text(row[place]) for place in places))
+        yield table

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from TOML tables, with errors that say what would be right."""
+"""Builds frozen dataclasses from TOML tables; errors say what would be right."""
 
 import tomllib
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar, cast, get_origin
 from fnet_search.base.errors import FnetError, nearest
 
 T = TypeVar("T")
-Pair = tuple[int, int]
+IntPair = tuple[int, int]
 Numbers = float | tuple[float, ...]
-"""A number, or several."""
+"""One number, or several."""
 
 
 def is_int(value: object) -> bool:
-    """An integer, and not a bool."""
+    """Whether a value is an integer; a bool is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -24,7 +24,7 @@ def _is_number(value: object) -> bool:
 
 
 def read_table(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file; `what` is what messages call it, as in "recipe". Raises FnetError where it cannot be read."""
+    """Reads a TOML file. `what` names its kind in messages, as in "recipe". Raises FnetError if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -32,7 +32,7 @@ def read_table(path: Path, what: str) -> dict[str, Any]:
 
 
 def build(kind: type[T], table: Mapping[str, Any], what: str) -> T:
-    """`kind` from the entries of a table; `what` is what messages call it, as in "a conv layer".
+    """The dataclass `kind` with the entries of a table. `what` names it in messages, as in "a conv layer".
 
     Raises FnetError for an unknown key (naming the nearest), a missing one, or a value of the wrong type.
     """
@@ -49,7 +49,7 @@ def build(kind: type[T], table: Mapping[str, Any], what: str) -> T:
 
 
 def _value(key: str, value: object, wanted: object) -> object:
-    if wanted in (Pair, Pair | None):
+    if wanted in (IntPair, IntPair | None):
         pair = [value, value] if is_int(value) else value
         if isinstance(pair, list) and len(pair) == 2 and all(map(is_int, pair)):
             return tuple(pair)
@@ -70,7 +70,7 @@ def _value(key: str, value: object, wanted: object) -> object:
         alone = "" if wanted == tuple[float, ...] else "a number or "
         raise FnetError(f"{key} must be {alone}a list of numbers, got {value!r}")
     if is_dataclass(wanted):
-        return value  # a table that was built before
+        return value  # already built by the caller
     number = _is_number(value), "a number"
     kinds: dict[object, tuple[bool, str]] = {
         bool: (isinstance(value, bool), "true or false"),

@@ -1,4 +1,4 @@
-"""What users write for budgets, shares and counts."""
+"""Parses and prints budgets, shares, counts and durations."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from fractions import Fraction
 from fnet_search.base.errors import FnetError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-_NUMBER = r"([0-9]{0,30}\.?[0-9]{1,30}(?:[eE][+-]?[0-9]{1,2})?|[0-9]{1,30}\.)"  # none too large for a float
+_NUMBER = r"([0-9]{0,30}\.?[0-9]{1,30}(?:[eE][+-]?[0-9]{1,2})?|[0-9]{1,30}\.)"  # short enough never to overflow a float
 
 
 def _decimal(text: str) -> Decimal:
@@ -21,7 +21,7 @@ def _decimal(text: str) -> Decimal:
 def parse_budget(text: str, whole: int) -> int:
     """conv MACs from ``120MMAC``, ``0.12GMAC``, ``120e6`` or ``45%`` (of `whole`), rounded down.
 
-    Raises FnetError for anything else, zero, negative and non-finite ones included.
+    Raises FnetError for anything else, and for less than one MAC.
     """
     text = text.strip()
     if match := re.fullmatch(rf"{_NUMBER}\s*%", text):
@@ -36,8 +36,8 @@ def parse_budget(text: str, whole: int) -> int:
 
 
 def counts_meant(text: str, unit: str, least: int, most: int) -> list[str]:
-    """What a number that lacks its unit may stand for: those of ``120KMAC``, ``120MMAC`` and ``120GMAC`` (of the unit
-    ``MAC``) that lie from `least` to `most`. Nothing of other texts."""
+    """What a number without its unit may mean: for ``120`` and the unit ``MAC`` those of ``120KMAC``, ``120MMAC`` and
+    ``120GMAC`` that lie between `least` and `most`. Empty if `text` is not a number."""
     number = text.strip()
     if not re.fullmatch(_NUMBER, number):
         return []
@@ -45,18 +45,18 @@ def counts_meant(text: str, unit: str, least: int, most: int) -> list[str]:
 
 
 def budgets_meant(text: str, smallest: int, whole: int) -> list[str]:
-    """As `counts_meant`, of a budget from `smallest` to `whole`: in MACs, in percent, and as a fraction of 1."""
+    """As `counts_meant`, for a budget between `smallest` and `whole`: a number of MACs, a percentage, or a fraction."""
     number = text.strip()
     if not re.fullmatch(_NUMBER, number):
         return []
     percents = [f"{number}%", *([f"{(100 * _decimal(number)).normalize():f}%"] if _decimal(number) < 1 else [])]
-    shares = [one for one in percents if smallest <= _decimal(one.removesuffix("%")) * whole / 100 <= whole]
+    shares = [text for text in percents if smallest <= _decimal(text.removesuffix("%")) * whole / 100 <= whole]
     return [*counts_meant(number, "MAC", smallest, whole), *shares]
 
 
 def parse_share(text: str, parameter: str) -> float:
-    """A fraction of 1 from ``0.8`` or ``80%``, above 0 and at most 1. Raises FnetError for anything else, which names
-    the parameter that the text was given for."""
+    """A fraction of 1, above 0 and at most 1, from ``0.8`` or ``80%``. Raises FnetError for anything else, naming the
+    parameter."""
     match = re.fullmatch(rf"{_NUMBER}\s*(%?)", text.strip())
     value = float(_decimal(match[1]) / (100 if match[2] else 1)) if match else -1.0
     if not 0 < value <= 1:
@@ -89,26 +89,26 @@ def parse_duration(text: str, parameter: str) -> float:
 
 
 def millions(macs: float) -> str:
-    """MACs in MMAC, without the unit: one decimal, below ten three digits."""
+    """MACs in MMAC, without the unit: with one decimal, or with three significant digits below 10."""
     value = macs / 1e6
     return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def mmac(macs: int) -> str:
-    """MACs for people: ``104.3 MMAC``."""
+    """MACs as in ``104.3 MMAC``."""
     return f"{millions(macs)} MMAC"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A fraction of 1 for people: ``97.25 %``."""
+    """A fraction of 1 as in ``97.25 %``; empty for None."""
     return "" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def counted(number: float, what: str) -> str:
-    """``1 epoch``, ``0.25 epochs``, ``1,200 epochs``."""
+    """A number with its noun: ``1 epoch``, ``0.25 epochs``, ``1,200 epochs``."""
     return f"{number:,.6g} {what}{'' if number == 1 else 's'}"
 
 
 def size_text(shape: Sequence[int]) -> str:
-    """As in ``3x32x32``."""
+    """A shape as in ``3x32x32``."""
     return "x".join(map(str, shape))

@@ -1,3 +1,3 @@
-"""The version of the package: recorded in run folders and files, compared by workers that share a study."""
+"""The version of the package. Run folders and files record it; workers that share a study must agree on it."""
 
 __version__ = "0.1.0"

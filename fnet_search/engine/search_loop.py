@@ -49,7 +49,7 @@ class ProbesProgressed:
 Event = Refused | Started | Progressed | Finished | Dropped | ProbesProgressed
 
 
-class Record(asktell.Record, Protocol):
+class Record(asktell.SuggestionRecord, Protocol):
     """Where a search is recorded; other processes may work on it too."""
 
     def lost(self) -> Claim | None:

@@ -1,5 +1,5 @@
 """Spaces by name, and torch modules as macroarchitectures.
 
-Comes in: Everything that turns what others made into a `Macroarchitecture`.
+Comes in: everything that makes a `Macroarchitecture` of a network defined elsewhere.
 Read first: `spaces.py`.
 """

@@ -1,6 +1,6 @@
-"""Networks of other origin as spaces: torchvision's, or what a user's own Python gives; with weights or without.
+"""Imports torchvision networks and modules of users' Python code as spaces, with or without weights.
 
-This runs the code that it is told to run; a saved space (TOML and safetensors) is data, and runs none.
+This runs the user's code. A saved space (TOML and safetensors) is data: loading it runs no code.
 """
 
 import re
@@ -21,7 +21,7 @@ from fnet_search.importing.tracing import from_module
 from fnet_search.training.weights import read_state
 
 OWN = "own"
-"""The name of the weights that a module has as it is made."""
+"""`weights` that stands for those that a module is created with."""
 
 
 def load_imported(
@@ -32,12 +32,13 @@ def load_imported(
 ) -> Macroarchitecture:
     """A space from ``torchvision:NAME``, ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
 
-    The function takes no arguments and returns a module; or the name is that of a module that is there already.
-    `input_shape` is (C, H, W); None: what `default_shape` gives for the channels that its first convolution reads.
-    `weights`: a file (safetensors, or a state dict as torch saves it), one of torchvision's (``DEFAULT``), or ``own``
-    for those that the module comes with; None: none, so that it is trained from scratch.
+    FUNCTION takes no arguments and returns a module, or it is a module itself. `input_shape` is (C, H, W); None:
+    `default_shape` of the input channels of the first convolution. `weights` is a file (safetensors, or a state dict of
+    torch.save), a name of torchvision's (``DEFAULT``), or ``own`` for those that the module is created with; None:
+    none, so that it is trained from scratch.
 
-    Raises FnetError for what is not there, code that fails, weights that do not fit, and what cannot be imported.
+    Raises FnetError for a name that does not exist, code that fails, weights that do not fit, and modules that cannot
+    be imported (`tracing.from_module`).
     """
     where, _, what = name.rpartition(":")
     mean: tuple[float, ...] = ()
@@ -48,7 +49,7 @@ def load_imported(
         title = what
     else:
         named = OWN if weights == OWN else None
-        model = _made(where, what)
+        model = _user_module(where, what)
         stem = Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
         title = stem if what == "make" else f"{stem}-{what}"
     if weights is not None and named is None:
@@ -60,31 +61,31 @@ def load_imported(
 
 
 def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """The module, and the mean and std that its weights want images normalised with."""
+    """The module, and the mean and std with which its weights expect images normalised."""
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise unknown("torchvision network", name, torchvision_names.NAMES)
     builder: Callable[..., nn.Module] = models.get_model_builder(name)
     if weights is None:
-        # GoogLeNet and Inception draw their weights slowly, and say so, unless told not to.
+        # GoogLeNet and Inception initialise slowly, with a warning, unless told not to.
         slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         return builder(weights=None, **slow), (), ()
     offered: Any = models.get_model_weights(name)
-    names = [*(one.name for one in offered), "DEFAULT"]
+    names = [*(choice.name for choice in offered), "DEFAULT"]
     if weights not in names:
         raise unknown(f"weights of torchvision's {name}", weights, [*names, "a file"])
-    found = getattr(offered, weights)
+    chosen = getattr(offered, weights)
     try:
-        model = builder(weights=found)
-    except Exception as error:  # torch.hub raises what its parts raise: URLError, OSError, RuntimeError
+        model = builder(weights=chosen)
+    except Exception as error:  # torch.hub raises many kinds: URLError, OSError, RuntimeError
         raise FnetError(f"cannot get weights {weights} of torchvision's {name}: {first_line(error)}") from None
-    transform = found.transforms()
+    transform = chosen.transforms()
     return model, tuple(transform.mean), tuple(transform.std)
 
 
-def _made(where: str, what: str) -> nn.Module:
-    """What a function of a file or module returns."""
+def _user_module(where: str, what: str) -> nn.Module:
+    """The torch module `what` of a file or Python module, or the one that the function `what` returns."""
     name = f"{where}:{what}"
     try:
         with importable(where):
@@ -92,7 +93,7 @@ def _made(where: str, what: str) -> nn.Module:
             model = made if isinstance(made, nn.Module) else made()
     except FnetError as error:
         raise FnetError(f"space {name}: {error}") from None
-    except (Exception, SystemExit) as error:  # a user's code raises what it likes
+    except (Exception, SystemExit) as error:  # code of users may raise anything
         raise FnetError(f"space {name}: {fault(error, where)}") from error
     if not isinstance(model, nn.Module):
         raise FnetError(f"space {name}: it gives a {type(model).__name__}; a torch.nn.Module is needed")
@@ -100,22 +101,28 @@ def _made(where: str, what: str) -> nn.Module:
 
 
 def channels_of(model: nn.Module) -> int:
-    """Of the image that a module reads."""
+    """Channels of the images that a module reads: those of its first convolution, else 3."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return first.in_channels if first is not None else 3
 
 
 def fill(model: nn.Module, path: str) -> None:
-    """Loads a state dict from a file, whatever wrapper or module around this one its names begin with."""
+    """Loads a state dict from a file into a module, without the prefix that a wrapper or an outer module gave its
+    names.
+
+    Raises FnetError for a missing file and for weights that do not fit.
+    """
     if not Path(path).exists():
-        raise FnetError(f"the weights file {path} does not exist; name a file, or {OWN} for those that the module has")
+        raise FnetError(
+            f"the weights file {path} does not exist; name a file, or {OWN} for those that the module is created with"
+        )
     own = model.state_dict()
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     state = _unwrapped(read_state(Path(path)), needed, path)
     missing = [name for name in needed if name not in state]
     extra = [name for name in state if name not in own]
     problems = [f"{_some(missing)} missing"] if missing else []
-    problems += [f"{_some(extra)} not of this network"] if extra else []
+    problems += [f"{_some(extra)} not in this network"] if extra else []
     for name in needed:
         if name in state and own[name].is_floating_point() and not state[name].is_floating_point():
             problems.append(f"{name!r} is {str(state[name].dtype).removeprefix('torch.')}, not float32")
@@ -129,24 +136,26 @@ def fill(model: nn.Module, path: str) -> None:
 
 
 def _unwrapped(state: Mapping[str, Tensor], needed: Sequence[str], path: str) -> dict[str, Tensor]:
-    """What of a state dict stands under the prefix that most of the needed names have there: ``module.`` of
-    DataParallel, ``_orig_mod.`` of torch.compile, the attribute of a Lightning module. Raises FnetError where the whole
-    network is there more than once."""
-    found, wanted = Counter[str](), set(needed)
+    """The entries under the prefix that most of the needed names have in a state dict, without it: ``module.`` of
+    DataParallel, ``_orig_mod.`` of torch.compile, the attribute of a Lightning module. Raises FnetError if the whole
+    network occurs more than once."""
+    counts, wanted = Counter[str](), set(needed)
     for name in state:
         ends = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
-        found.update(name[:end] for end in ends if name[end:] in wanted)
-    most = max(found.values(), default=0)
-    prefixes = [prefix for prefix, count in found.items() if count == most]
+        counts.update(name[:end] for end in ends if name[end:] in wanted)
+    most = max(counts.values(), default=0)
+    prefixes = [prefix for prefix, count in counts.items() if count == most]
     if "" in prefixes or not prefixes:
         return dict(state)
     if len(prefixes) > 1 and most == len(needed):
-        raise FnetError(f"{path} holds this network more than once, {_some(prefixes)} prefixes of it; save one alone")
+        raise FnetError(
+            f"{path} holds this network more than once ({_some(prefixes)} prefixes of it); save one of them alone"
+        )
     return {name.removeprefix(prefixes[0]): value for name, value in state.items() if name.startswith(prefixes[0])}
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few of the names, and the verb."""
+    """The first three names, the number of the others, and the verb: ``'a', 'b' and 'c' are``."""
     more = [f"{len(names) - 3} more"] if len(names) > 3 else []
     *others, last = [*map(repr, names[:3]), *more]
     return f"{', '.join(others)} and {last} are" if others else f"{last} is"

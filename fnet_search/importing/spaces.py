@@ -1,4 +1,4 @@
-"""Spaces by name: shipped ones, TOML files, and imported networks."""
+"""Loads spaces by name: shipped ones, space files, and imported networks."""
 
 import tomllib
 from collections.abc import Callable
@@ -20,16 +20,16 @@ def load_space(
     weights: str | None = None,
     default_shape: Callable[[int], tuple[int, int, int]] = lambda channels: (channels, 224, 224),
 ) -> Macroarchitecture:
-    """A shipped space by name (``factorizenet``: paper, Figure 2), a user's own TOML file by path, with weights where
-    they are saved beside it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
+    """A shipped space by name (``factorizenet``: paper, Figure 2), a space file by path, with the weights saved beside
+    it, or an imported network, as ``torchvision:resnet18`` or ``mymodel.py:make``.
 
-    `input_shape` (C, H, W), which else `default_shape` gives for the channels that the network reads, is of imported
-    networks. `weights` of those: see `imported.load_imported`; of others they are a file, as a run leaves it of the
-    regular network (``runs/.../candidates/000/weights.safetensors``; `network.load_weights`). Raises FnetError, with
-    the layer and its line, for whatever is wrong with it.
+    `input_shape` (C, H, W) is for imported networks only; None: `default_shape` of the channels that the network reads.
+    `weights` of imported networks: see `modules.load_imported`; of others it is a file with the weights of the regular
+    network, as a run writes it (``runs/.../candidates/000/weights.safetensors``). Raises FnetError for an unknown name,
+    a malformed space (with the layer and its line), and weights that do not fit.
     """
     if name.endswith(".py"):
-        raise FnetError(f"space {name}: name the function too, as in {name}:make")
+        raise FnetError(f"space {name}: name its function too, as in {name}:make")
     where, colon, _ = name.rpartition(":")
     if colon and not name.endswith(".toml"):
         if where.endswith(".py") and not Path(where).is_file():
@@ -61,8 +61,8 @@ def load_space(
 
 
 def save_space(space: Macroarchitecture, path: Path) -> None:
-    """Writes `space` as TOML, and its weights, if it has any, beside it as safetensors; `load_space` gives an equal one
-    back, and runs no code for it."""
+    """Writes `space` as TOML, and its weights, if any, beside it as safetensors. `load_space` gives an equal space back
+    without running code."""
     text = to_toml(space)
     if space.weights is not None:
         from fnet_search.training.weights import write_tensors

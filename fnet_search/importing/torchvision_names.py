@@ -1,7 +1,7 @@
-"""torchvision's classifiers whose operations are all layers here, by name.
+"""Names of torchvision's classifiers that can be imported.
 
-The others normalise over channels (LayerNorm) or attend. Constants, so that `list spaces` and a misspelt name need not
-import torchvision.
+The others use LayerNorm or attention. Constants, so that `list spaces` and errors about names need not import
+torchvision.
 """
 
 NAMES = (

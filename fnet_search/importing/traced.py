@@ -1,4 +1,4 @@
-"""The trace of a torch module by `torch.export`, without what that says meanwhile."""
+"""Traces a torch module with `torch.export`, without its warnings and logs."""
 
 import logging
 import warnings
@@ -15,32 +15,31 @@ from fnet_search.base.errors import FnetError, first_line
 from fnet_search.base.units import size_text
 
 BATCH = 2
-"""Images that are traced: one could be taken for a dimension of size 1."""
+"""Images in the traced batch: a batch of one could be mistaken for a dimension of size 1."""
 
 
 def trace(model: nn.Module, shape: Shape, name: str) -> ExportedProgram:
-    """What a module computes in evaluation mode, in operators that change nothing in place, for `BATCH` images of a
-    shape. Raises FnetError, which calls it `name`, where it cannot be traced."""
+    """The trace of a module in evaluation mode, in functional operators, for BATCH images of a shape. Raises FnetError,
+    with the module's `name`, if it cannot be traced."""
     first = next(iter(model.parameters()), torch.empty(0))
     example = torch.zeros(BATCH, *shape, device=first.device)
     with _evaluating(model), torch.no_grad(), _silence():
         try:
             program: ExportedProgram = torch.export.export(model, (example,)).run_decompositions({})  # functional
             return program
-        except Exception as error:  # torch.export and the module raise what they like
+        except Exception as error:  # torch.export and the module may raise anything
             reason = first_line(error)
             small = any(word in reason.lower() for word in ("too small", "kernel size", "height", "width"))
             larger = f"; `input_shape` {shape[0]}x224x224 would give it larger images"
             advice = larger if small and shape[1] < 224 else ""
-            if any(type(one).__module__ == "torchvision.transforms.transforms" for one in model.modules()):
-                advice = "; torchvision.transforms.v2 has transforms that can be traced"
-            said = f"{reason}{advice}"
-            raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {said}") from None
+            if any(type(module).__module__ == "torchvision.transforms.transforms" for module in model.modules()):
+                advice = "; use torchvision.transforms.v2, which can be traced"
+            raise FnetError(f"cannot trace {name} for an input of {size_text(shape)}: {reason}{advice}") from None
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """No warnings and no log: what fails is said once, in a line."""
+    """Suppresses warnings, logs and standard error: a failure is reported once, in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -53,6 +52,7 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; restores the mode of each module."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

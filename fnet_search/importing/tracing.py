@@ -1,7 +1,7 @@
-"""A macroarchitecture from a torch module: traced by `torch.export`, each operation one of our layers, or refused.
+"""Imports a torch module as a macroarchitecture: traces it with `torch.export` and translates each operation to layers.
 
-The trace is of the module in evaluation: dropout and stochastic depth are gone. What only moves values (reshape,
-transpose, split, slice, flatten) is followed on the values' places, and becomes a layer where it comes to something.
+The trace is of evaluation mode, so dropout and stochastic depth are gone. Operations that only move values (reshape,
+transpose, split, slice, flatten) are applied to the values' positions; only their combined effect becomes layers.
 """
 
 import operator
@@ -63,8 +63,8 @@ from fnet_search.training.network import module_key
 
 @dataclass(frozen=True)
 class _Value:
-    """What an operation of the trace gives: values of the node `source`, [2, *shape], whose places there are `places`
-    (None: all, in order). `name` is what a layer that moves them would be called."""
+    """The output of a traced operation, [BATCH, *shape]: values of the node `source` at the positions `places` (None:
+    all, in order). `name` is for a layer that moves them."""
 
     source: str
     shape: Shape
@@ -73,16 +73,16 @@ class _Value:
 
 
 def from_module(model: nn.Module, example_input: Tensor, name: str = "") -> Macroarchitecture:
-    """Imports a torch module, as it computes in evaluation mode, with its weights, for images like `example_input`,
-    [N, C, H, W]. `training.network.pretrained` builds it.
+    """The macroarchitecture of a torch module in evaluation mode, with its weights, for images like `example_input`
+    [N, C, H, W]. `training.network.pretrained` builds a network from it.
 
-    Traced by `torch.export`; what the output does not depend on is left out. Convolutions of a kernel larger than 1,
-    without groups, may be factorized, but for the first layer; `factorizing` changes that. Raises FnetError, naming
-    node and operation, for what is no layer here.
+    Operations that the output does not depend on are left out. Convolutions with a kernel larger than 1x1 and without
+    groups become factorizable, except the first layer; `arch.macroarchitecture.factorizing` changes that. Raises
+    FnetError, naming node and operation, for an operation that is not supported.
     """
-    odd = next((one.dtype for one in model.parameters() if one.dtype != torch.float32), None)
-    if odd is not None:
-        raise FnetError(f"the weights are {str(odd).removeprefix('torch.')}; call float() of the module first")
+    wrong = next((parameter.dtype for parameter in model.parameters() if parameter.dtype != torch.float32), None)
+    if wrong is not None:
+        raise FnetError(f"the weights are {str(wrong).removeprefix('torch.')}; call float() of the module first")
     if example_input.ndim != 4:
         raise FnetError(f"the example input must be [N, C, H, W], got shape {list(example_input.shape)}")
     shape = (example_input.shape[1], example_input.shape[2], example_input.shape[3])
@@ -104,9 +104,9 @@ class _Import:
         self.values: dict[fx.Node, _Value | Sequence[_Value]] = {}
         signature = program.graph_signature
         self.outputs = set(signature.user_outputs)
-        self.constants: dict[str, Any] = {}  # and parameters: whatever does not hang on the image
-        self.origins: dict[str, frozenset[str]] = {}  # the parameters and buffers that these are computed from
-        self.owned: dict[str, frozenset[str]] = {}  # what a training moves of these, by layer
+        self.constants: dict[str, Any] = {}  # values, parameters too, that do not depend on the image
+        self.origins: dict[str, frozenset[str]] = {}  # the parameters and buffers that each constant depends on
+        self.owned: dict[str, frozenset[str]] = {}  # the parameters and buffers that belong to each layer
         known = {**program.constants, **program.state_dict}
         held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         for name, where in {**held, **signature.inputs_to_lifted_tensor_constants}.items():
@@ -115,6 +115,7 @@ class _Import:
         self.parameters = frozenset(signature.inputs_to_parameters.values())
 
     def macroarchitecture(self, name: str) -> Macroarchitecture:
+        """Translates the trace. Raises FnetError for a network that cannot be imported."""
         try:
             for node in self.program.graph.nodes:
                 if node.op == "placeholder" and node.name in self.program.graph_signature.user_inputs:
@@ -135,13 +136,13 @@ class _Import:
         return beyond_the_first(space)
 
     def logits(self, outputs: Sequence[object]) -> str:
-        """The node that gives what the network gives. Raises FnetError where that is not one vector an image."""
-        given = [one for one in outputs if isinstance(one, fx.Node) and one.name in self.outputs]
+        """The node of the network's output. Raises FnetError unless that is one vector of logits per image."""
+        given = [output for output in outputs if isinstance(output, fx.Node) and output.name in self.outputs]
         if len(given) != 1:
-            raise FnetError(f"one tensor of logits is needed, it gives {len(given)}")
+            raise FnetError(f"it gives {len(given)} tensors; one tensor of logits is needed")
         value = self.values.get(given[0])
         if not isinstance(value, _Value):
-            raise FnetError("what it gives does not hang on the image")
+            raise FnetError("its output does not depend on the image")
         if value.source == INPUT:
             raise FnetError("it computes nothing")
         if prod(value.shape) == 1:
@@ -149,52 +150,52 @@ class _Import:
         if len(value.shape) != 1:
             flat = prod(value.shape) == value.shape[0]
             raise FnetError(
-                f"it gives {size_text(value.shape)} an image, not logits; {'flatten it' if flat else ONLY_CLASSES}"
+                f"it gives {size_text(value.shape)} per image, not logits; {'flatten it' if flat else ONLY_CLASSES}"
             )
         return self.whole(value)
 
     def check_owners(self, nodes: Sequence[Node]) -> None:
-        """Raises FnetError for two layers that have weights, or statistics, in common."""
+        """Raises FnetError if two layers share weights or statistics."""
         owners: dict[str, str] = {}
         for node in nodes:
             for path in sorted(self.owned.get(node.name, ())):
                 if path in owners:
                     raise FnetError(
                         f"{owners[path]!r} and {node.name!r} share {path!r} (a module that is called twice, or tied "
-                        "weights): they would be counted and trained as two; give each weights of its own"
+                        "weights): they would be counted and trained as two; give each its own weights"
                     )
                 owners[path] = node.name
 
     def needed(self, last: str) -> tuple[Node, ...]:
-        """The nodes that the logits hang on: with what else was computed the graph would have a second end."""
-        found, open_names = set(), [last]
+        """The nodes that the logits depend on; any other would be a second output of the graph."""
+        reached, open_names = set(), [last]
         by_name: dict[str, Node] = {}
         for node in self.nodes:
             by_name[node.name] = self.merged(node, by_name)
         while open_names:
             name = open_names.pop()
-            if name != INPUT and name not in found:
-                found.add(name)
+            if name != INPUT and name not in reached:
+                reached.add(name)
                 open_names += by_name[name].inputs
-        return tuple(node for name, node in by_name.items() if name in found)
+        return tuple(node for name, node in by_name.items() if name in reached)
 
     def merged(self, node: Node, before: Mapping[str, Node]) -> Node:
-        """A node that does the work of the one before it too: a convolution pads itself, where both sides are alike;
-        the mean of means over a side is that of the whole."""
+        """The node, merged with the one before it where it can do both: a convolution takes over symmetric zero
+        padding, a global average the average over one side or a reshape before it."""
         source = before.get(node.inputs[0])
         if source is None:
             return node
         match node.layer, source.layer:
             case Conv(padding=(height, width)), Pad((0, top, left), (0, *after)) if [top, left] == after:
                 layer: Layer = replace(node.layer, padding=(height + top, width + left))
-            case Pool(reduction="global_average"), Reshape() | Pool(reduction="average") if self.is_part(source):
+            case Pool(reduction="global_average"), Reshape() | Pool(reduction="average") if self.keeps_means(source):
                 layer = node.layer
             case _:
                 return node
         return self.merged(Node(node.name, layer, source.inputs), before)
 
-    def is_part(self, node: Node) -> bool:
-        """Whether the mean of each channel is what it was before a node."""
+    def keeps_means(self, node: Node) -> bool:
+        """Whether a node changes the mean of no channel."""
         before, after = self.shapes[node.inputs[0]], self.shapes[node.name]
         if isinstance(node.layer, Pool):
             windows = zip(node.layer.kernel, before[1:], after[1:], strict=True)
@@ -203,19 +204,19 @@ class _Import:
         return len(before) == 3 and before[0] == after[0]
 
     def operation(self, node: fx.Node) -> None:
-        """Gives a node of the trace its value; what it computes becomes a layer."""
+        """Records the value of a traced operation: a constant, moved values, or the output of new layers."""
         target = node.target
         packet = getattr(target, "overloadpacket", None)
         passed = packet in NOTHING and not _arguments(node).get("train")
         if not passed and torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            raise FnetError("it is drawn at random, in evaluation too")
+            raise FnetError("it is random, in evaluation mode too; remove it")
         if packet in SHAPED or all(source.name in self.constants for source in node.all_input_nodes):
             self.compute(node)
             return
         if target is operator.getitem:
             parts, index = self.values[cast(fx.Node, node.args[0])], cast(int, node.args[1])
             if isinstance(parts, _Value) and index:
-                raise FnetError(f"only its first output is a layer's, not number {index + 1}")
+                raise FnetError(f"only its first output is supported, not number {index + 1}")
             self.values[node] = parts if isinstance(parts, _Value) else parts[index]
             return
         given = node.meta.get("val")
@@ -231,31 +232,32 @@ class _Import:
             self.values[node] = self.layers(node, packet)
 
     def layers(self, node: fx.Node, packet: Any) -> _Value:
-        """Places the layers of an operator that computes; returns what the last one gives."""
-        if packet not in LAYERS:  # before its arguments are looked at: they may be of any kind
-            unknown = f"no layer computes this; those that can be imported are {SUPPORTED}"
+        """Adds the layers of an operator that computes; returns the output of the last one."""
+        if packet not in LAYERS:  # checked before its arguments, which may be of any kind
+            unknown = f"no layer computes this; supported operations are {SUPPORTED}"
             raise FnetError(REASONS.get(packet, unknown))
         given = _arguments(node)
         weights = {name: self.parameter(given[name]) for name in WEIGHTS if name in given}
         operands = {name: given[name] for name in OPERANDS if name in given}
-        fixed = {name: self.parameter(one) for name, one in operands.items() if not self.of_image(one)}
-        read = [one for name, one in operands.items() if name not in fixed] or given["tensors"]
-        values = [self.value(one) for one in read]
+        fixed = {name: self.parameter(operand) for name, operand in operands.items() if not self.of_image(operand)}
+        read = [operand for name, operand in operands.items() if name not in fixed] or given["tensors"]
+        values = [self.value(operand) for operand in read]
         result = node.meta["val"][0] if isinstance(node.meta["val"], list | tuple) else node.meta["val"]
         known = {**weights, **fixed}
-        moved = {name: self.trained(given[name]) for name in known}
-        constant = frozenset(name for name, tensor in known.items() if tensor is not None and not moved[name])
-        shapes, shape = [one.shape for one in values], tuple(result.shape[1:])
-        found, name = LAYERS[packet](Call({**given, **known}, shapes, shape, constant, node.target)), self.name_of(node)
-        if not found:
+        origins = {name: self.trained(given[name]) for name in known}
+        constant = frozenset(name for name, tensor in known.items() if tensor is not None and not origins[name])
+        shapes, shape = [value.shape for value in values], tuple(result.shape[1:])
+        call, name = Call({**given, **known}, shapes, shape, constant, node.target), self.name_of(node)
+        layers = LAYERS[packet](call)
+        if not layers:
             return self.viewed(values[0], shape, name)
         if packet in (aten.mean, aten.amax):
-            values = [self.viewed(one, (*one.shape, 1)[:3], name) for one in values]
-        statistics = (self.origins.get(one.name, frozenset()) for name, one in given.items() if name in STATISTICS)
-        owned = frozenset().union(*moved.values(), *statistics)
-        sources = [self.whole(one) for one in values]
-        for layer in found:
-            if isinstance(layer, Moving) and len(found) > 1:
+            values = [self.viewed(value, (*value.shape, 1)[:3], name) for value in values]
+        buffers = [given[part] for part in STATISTICS if part in given]
+        owned = frozenset().union(*origins.values(), *(self.origins.get(part.name, frozenset()) for part in buffers))
+        sources = [self.whole(value) for value in values]
+        for layer in layers:
+            if isinstance(layer, Moving) and len(layers) > 1:
                 sources = [self.rearranged(sources[0], layer, f"{name}.{layer.kind}")]
             else:
                 sources = [self.place(self.unused(name), layer, sources, weights)]
@@ -263,12 +265,12 @@ class _Import:
         return self.viewed(_Value(sources[0], self.shapes[sources[0]]), shape, name)
 
     def compute(self, node: fx.Node) -> None:
-        """What hangs on no more of the image than its shape, as weights that are normalised, is a constant."""
+        """Computes a constant: an operation that depends on the image's shape at most, as normalised weights do."""
 
-        def known(one: fx.Node) -> Any:
-            if one.name in self.constants:
-                return self.constants[one.name]
-            given = one.meta["val"]  # of the trace, without values
+        def known(source: fx.Node) -> Any:
+            if source.name in self.constants:
+                return self.constants[source.name]
+            given = source.meta["val"]  # has a shape but no values
             return torch.empty(given.shape, dtype=given.dtype, device=given.device)
 
         arguments, options = fx.map_arg(node.args, known), fx.map_arg(node.kwargs, known)
@@ -278,23 +280,25 @@ class _Import:
         self.origins[node.name] = frozenset().union(*sources)
 
     def of_image(self, argument: object) -> bool:
+        """Whether an argument depends on the image."""
         return isinstance(argument, fx.Node) and argument.name not in self.constants
 
     def trained(self, argument: object) -> frozenset[str]:
-        """The parameters that an argument is computed from."""
+        """The parameters that an argument depends on."""
         return self.origins[argument.name] & self.parameters if isinstance(argument, fx.Node) else frozenset()
 
     def value(self, argument: object) -> _Value:
-        found = self.values.get(argument) if isinstance(argument, fx.Node) else None
-        if found is None:
+        """The value of an argument. Raises FnetError if it does not depend on the image."""
+        value = self.values.get(argument) if isinstance(argument, fx.Node) else None
+        if value is None:
             raise FnetError(
-                "it reads a weight or constant where a layer reads a tensor that was computed from the image"
+                "it reads a weight or constant where a layer needs a tensor that was computed from the image"
             )
-        assert isinstance(found, _Value)
-        return found
+        assert isinstance(value, _Value)
+        return value
 
     def parameter(self, argument: object) -> Tensor | None:
-        """A weight or constant, or None for none. Raises FnetError for one that hangs on the image."""
+        """A weight or constant as a float tensor; None for None. Raises FnetError if it depends on the image."""
         if argument is None:
             return None
         if isinstance(argument, int | float):
@@ -302,29 +306,32 @@ class _Import:
         name = argument.name if isinstance(argument, fx.Node) else ""
         if name not in self.constants:
             raise FnetError("its weights are computed from the image")
-        found: Tensor = self.constants[name]
-        return found.detach().float().clone()
+        constant: Tensor = self.constants[name]
+        return constant.detach().float().clone()
 
     def place(
         self, name: str, layer: Layer, sources: list[str], weights: Mapping[str, Tensor | None] | None = None
     ) -> str:
-        """Adds a layer, with its weights; returns its name."""
+        """Adds a layer and its weights; returns its name."""
         self.shapes[name] = layer.output_shape([self.shapes[source] for source in sources])
         held = {
-            part: tensor for part, tensor in (weights or {}).items() if part in _state(layer) and tensor is not None
+            part: tensor
+            for part, tensor in (weights or {}).items()
+            if part in _state_names(layer) and tensor is not None
         }
         if isinstance(layer, BatchNorm):
             held["num_batches_tracked"] = torch.tensor(0)
         if isinstance(layer, Affine) and layer.trained:
-            held = {part: torch.tensor(values) for part in _state(layer) if (values := getattr(layer, part))}
+            held = {part: torch.tensor(values) for part in _state_names(layer) if (values := getattr(layer, part))}
             layer = layer.started()
         self.nodes.append(Node(name, layer, tuple(sources)))
         self.weights |= {f"layers.{module_key(name)}.{part}": tensor for part, tensor in held.items()}
         return name
 
-    # -- What only moves values
+    # -- Operations that only move values
 
     def move(self, node: fx.Node) -> _Value | list[_Value]:
+        """Applies an operation to the positions of the values that it moves."""
         value = self.value(node.args[0])
         result = cast(Callable[..., Tensor | list[Tensor]], node.target)(
             self.places(value), *node.args[1:], **node.kwargs
@@ -335,6 +342,7 @@ class _Import:
         return [self.placed(value.source, part, name) for part in result]
 
     def places(self, value: _Value) -> Tensor:
+        """The positions of a value in the flattened batch of its source, [BATCH, *shape]."""
         if value.places is not None:
             return value.places
         return torch.arange(BATCH * prod(value.shape)).view(BATCH, *value.shape)
@@ -349,16 +357,17 @@ class _Import:
         return _Value(source, tuple(places.shape[1:]), places, name)
 
     def whole(self, value: _Value) -> str:
-        """The node that gives a value, with layers for what moved it."""
+        """The node that gives a value, after adding the layers that move it."""
         if value.places is None:
             return value.source
         size = prod(self.shapes[value.source])
         if value.places.shape[0] != BATCH or not torch.equal(value.places[1], value.places[0] + size):
-            raise FnetError("it moves values between images")
+            raise FnetError("it moves values between images; keep the batch as it is")
         return self.arranged(value.source, value.places[0], value.name)
 
     def arranged(self, source: str, places: Tensor, name: str) -> str:
-        """The node that gives the values of a source at `places`, in their shape, through as few layers as possible."""
+        """The node that gives the values of a source at `places`, in their shape, after adding as few layers as
+        possible."""
         shape, wanted, flat = self.shapes[source], tuple(places.shape), places.flatten()
         if len(flat) == prod(shape) and torch.equal(flat, torch.arange(len(flat))):
             if wanted == shape:
@@ -367,17 +376,17 @@ class _Import:
                 return self.rearranged(source, Flatten(), name)
             if len(wanted) == 3:
                 return self.rearranged(source, Reshape((wanted[0], wanted[1], wanted[2])), name)
-            raise FnetError(f"layers read vectors or feature maps, not {size_text(wanted)}")
+            raise FnetError(f"it gives {size_text(wanted)}; layers read vectors or feature maps")
         if len(shape) == 1 and len(wanted) == 3:
             return self.arranged(self.rearranged(source, Reshape((shape[0], 1, 1)), name), places, name)
-        found = self.pixels(source, places, name) or self.channels(source, places, name)
-        if found is None:
+        arranged = self.pixels(source, places, name) or self.channels(source, places, name)
+        if arranged is None:
             raise FnetError(f"no layer moves values like this, from {size_text(shape)} to {size_text(wanted)}")
-        return found
+        return arranged
 
     def pixels(self, source: str, places: Tensor, name: str) -> str | None:
-        """Whole rows and columns, repeated, left out or in another order, maybe of other channels; None where it is
-        not that."""
+        """Adds the layer that repeats, drops or reorders whole rows and columns; what remains is a matter of channels.
+        None if that is not what `places` do."""
         shape = self.shapes[source]
         if len(shape) != 3 or places.ndim != 3 or not places.numel():
             return None
@@ -387,7 +396,7 @@ class _Import:
             return None
         layer = Resample(tuple(rows.tolist()), tuple(columns.tolist()))
         if (layer.rows, layer.columns) == (tuple(range(shape[1])), tuple(range(shape[2]))):
-            return None  # the channels alone
+            return None  # only channels move
         size = len(rows) * len(columns)
         return self.arranged(
             self.rearranged(source, layer, name),
@@ -396,7 +405,7 @@ class _Import:
         )
 
     def channels(self, source: str, places: Tensor, name: str) -> str | None:
-        """Whole channels: shuffled, a part of them, or both; None where it is not that."""
+        """Adds the layers that shuffle or slice whole channels. None if that is not what `places` do."""
         shape, pixels = self.shapes[source], prod(self.shapes[source][1:])
         if not places.numel() or places.numel() % pixels:
             return None
@@ -418,7 +427,7 @@ class _Import:
         return None
 
     def rearranged(self, source: str, layer: Layer, name: str) -> str:
-        """A layer that moves values, once for all that read it."""
+        """Adds a layer that moves values, shared by all its readers; returns its name."""
         if (source, layer) not in self.moved:
             wanted = name if name in self.leaves else f"{name.rpartition('.')[0]}.{layer.kind}".lstrip(".")
             self.moved[source, layer] = self.place(self.unused(wanted), layer, [source])
@@ -427,7 +436,7 @@ class _Import:
     # -- Names
 
     def name_of(self, node: fx.Node) -> str:
-        """The module's path for what a leaf module computes, else that of the module around it and the operation."""
+        """The path of the leaf module that computes a node; else the path of the module around it and the operation."""
         stack = node.meta.get("nn_module_stack") or {}
         path = re.sub(r"@\d+", "", next(reversed(stack.values()))[0]) if stack else ""
         if path in self.leaves:
@@ -436,19 +445,19 @@ class _Import:
         return f"{path}.{operation}" if path else operation
 
     def unused(self, name: str) -> str:
-        """The name, with a number where it is taken."""
-        number, found = 1, name
-        while found in self.shapes:
+        """The name, numbered if it is taken."""
+        number, free = 1, name
+        while free in self.shapes:
             number += 1
-            found = f"{name}_{number}"
-        return found
+            free = f"{name}_{number}"
+        return free
 
 
 STATISTICS = ("running_mean", "running_var")
 
 
-def _state(layer: Layer) -> tuple[str, ...]:
-    """What of the weights of an operator is of a layer."""
+def _state_names(layer: Layer) -> tuple[str, ...]:
+    """Names of the tensors that a layer has in the state dict."""
     if isinstance(layer, Stateless):
         return ("weight",) if isinstance(layer, Activation) and layer.function == "prelu" else ()
     match layer:
@@ -463,15 +472,15 @@ def _state(layer: Layer) -> tuple[str, ...]:
 
 
 def _operation(node: fx.Node) -> str:
-    """What users know an operation as."""
+    """The name of an operation in messages."""
     if node.target is operator.getitem:
         return _operation(cast(fx.Node, node.args[0]))
     return title(getattr(node.target, "overloadpacket", node.target))
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    """By name, with the defaults of the operator's schema."""
+    """The arguments of an operation by name, with the defaults of its schema."""
     schema = cast(torch._ops.OpOverload, node.target)._schema
-    found = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
-    found |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
-    return {**found, **node.kwargs}
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    positional = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    return {**defaults, **positional, **node.kwargs}

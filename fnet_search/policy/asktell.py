@@ -1,6 +1,7 @@
-"""A policy in a loop of one's own: ask for a plan, tell its evaluation. No torch and no Optuna.
+"""Ask-and-tell: drives a policy from any loop. No torch, no Optuna.
 
-What a host does between a policy and trainings is here, once: `search`, `sampler` and `AskTell` share it.
+`propose` is what every host does between policy and training: `AskTell`, `engine.search_loop` and
+`optuna_bridge.sampler` share it.
 """
 
 from collections.abc import Callable, Collection, Generator
@@ -19,19 +20,20 @@ from fnet_search.policy.ranking import ranking
 from fnet_search.policy.registry import check_policy
 
 REPEATS_IN_A_ROW, REFUSALS_IN_A_ROW = 10, 1000
-"""After so many refused plans, one after the other, all of them or as many as that of one plan, a policy is taken to
-have no other."""
+"""A policy is stopped when one plan was refused 10 times in the current row of refusals, or when that row reaches
+1,000: a policy may pass over many plans (a fixed list above a ceiling), but not for ever."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A plan that was recorded, and will not be trained."""
+    """A refused plan, recorded and not to be trained."""
 
     evaluation: Evaluation
 
 
 def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
-    """What the policy suggests. Raises FnetError where it fails, or suggests what is no plan of the space."""
+    """The plan that the policy suggests, or None. Raises FnetError if the policy raises or suggests no plan of the
+    space."""
     failed = f"policy {type(policy).__name__} failed at suggestion {history.number}"
     try:
         plan = policy.suggest(history)
@@ -48,39 +50,39 @@ def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
 
 
 def check_refusal(history: History, plan: FactorizationPlan, reason: str) -> None:
-    """Raises FnetError where the policy is to be asked no more, since a plan that is refused is one too many."""
-    row = list(takewhile(lambda one: one.state == "refused", reversed(history.evaluations)))
-    again = sum(one.plan == plan for one in row)
+    """Raises FnetError if refusing this plan too would exceed REPEATS_IN_A_ROW or REFUSALS_IN_A_ROW."""
+    row = list(takewhile(lambda evaluation: evaluation.state == "refused", reversed(history.evaluations)))
+    again = sum(evaluation.plan == plan for evaluation in row)
     if again >= REPEATS_IN_A_ROW:
         name = label(history.space, plan)
-        raise FnetError(f"the policy suggests plan {name} again and again; refused {again} times in a row: {reason}")
+        raise FnetError(f"the policy keeps suggesting plan {name}, refused {again} times in a row: {reason}")
     if len(row) >= REFUSALS_IN_A_ROW:
-        raise FnetError(f"the policy suggested {len(row)} plans in a row that had to be refused, lastly: {reason}")
+        raise FnetError(f"the policy suggested {len(row)} refused plans in a row; the last: {reason}")
 
 
 def lowest_free(taken: Collection[int]) -> int:
-    """The number of the next suggestion: the lowest that nothing has. One that was lost is issued again."""
+    """The number of the next suggestion: the lowest free one, so that the number of a lost worker is issued again."""
     return next(number for number in range(len(taken) + 1) if number not in taken)
 
 
-class Record(Protocol):
-    """Where suggestions are recorded."""
+class SuggestionRecord(Protocol):
+    """Where a host records suggestions."""
 
     def history(self) -> History:
         """The past, with the number of the next suggestion."""
         ...
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation | None:
-        """Records a plan that is not trained. None where the number was taken meanwhile, by another process."""
+        """Records a refused plan. None if another process has taken the number meanwhile."""
         ...
 
 
 def propose(
-    policy: Policy, record: Record, enough: Callable[[History], bool] = lambda history: False
+    policy: Policy, record: SuggestionRecord, enough: Callable[[History], bool] = lambda history: False
 ) -> Generator[Refused, None, FactorizationPlan | None]:
-    """Asks until there is a plan that may be trained, and returns it; yields those that were refused and recorded.
+    """Asks the policy until it suggests a plan that may be trained, and returns that; yields each refused plan.
 
-    None where the policy has none, or the history that it would see is `enough`. Raises FnetError as `suggestion` and
+    Returns None if the policy does, or as soon as `enough` holds for the history. Raises FnetError as `suggestion` and
     `check_refusal`.
     """
     while True:
@@ -95,12 +97,11 @@ def propose(
 
 @dataclass
 class AskTell:
-    """A search whose trainings are somebody else's: `ask` for a plan, train it, `tell` the evaluation (the interface of
-    Optuna's ``Study.ask`` and ``Study.tell``, without Optuna).
+    """A search in a loop of your own: `ask` for a plan, train it, `tell` the evaluation (as Optuna's ``Study.ask`` and
+    ``Study.tell``, without Optuna).
 
-    It needs nothing but this list of `evaluations`; given again, the search goes on where it was. `probes` are for
-    policies that require them: raises FnetError where they are missing. Several plans may be out at the same time: each
-    is told when it is evaluated.
+    `evaluations` is its whole state: given again, the search continues. Policies that require `probes` must get them:
+    raises FnetError if they are missing. Several plans may be out at once, and are told in any order.
     """
 
     policy: Policy
@@ -109,7 +110,7 @@ class AskTell:
     seed: int = 0
     probes: Probes | None = None
     evaluations: tuple[Evaluation, ...] = ()
-    """In order of their numbers, refused plans with their reasons among them."""
+    """In order of numbers, including refused plans."""
     _running: dict[int, FactorizationPlan] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,20 +119,20 @@ class AskTell:
             probes_of(self.history(), self.policy)
 
     def history(self) -> History:
-        """What the policy sees next."""
+        """What the policy sees when it is asked next."""
         running = tuple(self._running[number] for number in sorted(self._running))
         number = self._next()
         return History(self.space, self.constraints, self.evaluations, running, number, self.seed, self.probes)
 
     def _next(self) -> int:
-        return lowest_free({one.number for one in self.evaluations} | self._running.keys())
+        return lowest_free({evaluation.number for evaluation in self.evaluations} | self._running.keys())
 
     def ask(self) -> FactorizationPlan | None:
-        """The next plan to train. Plans above the ceilings, and repeats, are recorded as refused and passed over.
+        """The next plan to train. Plans above a ceiling and repeats are recorded as refused, and the policy asked
+        again.
 
-        None while plans are out: the policy has none until one of them is told; None while none is: it is done.
-        Raises FnetError for a policy that fails, or has none but plans that are refused: 1,000 in a row, or
-        one of them ten times.
+        None while plans are out: ask again after one of them is told. None while none is out: the search is done.
+        Raises FnetError for a policy that fails or suggests only refused plans (`check_refusal`).
         """
         asking = propose(self.policy, self)
         while True:
@@ -145,36 +146,37 @@ class AskTell:
         return plan
 
     def tell(self, evaluation: Evaluation) -> Evaluation:
-        """Records what a plan came to, and returns it under the number of its suggestion.
+        """Records the evaluation of a plan (see `Evaluation.of`), and returns it with the number of its suggestion.
 
-        A plan that was never asked for, as from another search, is taken too, under a number of its own. Make one from
-        accuracies of your own with `Evaluation.of`. Raises FnetError for a plan that is not of the space, for one that
-        was told before, for a complete evaluation without its quint8 accuracy, and for one without `classes` where
-        balanced accuracy counts.
+        Plans that were never asked for, as from another search, get the next free number. Raises FnetError for a plan
+        that does not belong to the space or was told before, for a complete evaluation without its quint8 accuracy, and
+        for one without `classes` if the metric is balanced accuracy.
         """
         check_plan(self.space, evaluation.plan)
         if evaluation.state == "complete" and evaluation.quint8_accuracy is None:
-            raise FnetError(f"plan {evaluation.plan} has no quint8_accuracy; if it failed, say state='failed'")
+            raise FnetError(
+                f"plan {evaluation.plan} has no quint8_accuracy; give it, or state='failed' if the training failed"
+            )
         limits = self.constraints
         if limits.metric != "accuracy" and evaluation.state == "complete" and not evaluation.classes:
-            raise FnetError(f"{limits.measured} is taken from results by class; give the evaluation its classes=(...)")
+            raise FnetError(f"{limits.measured} needs results by class; give the evaluation classes=(...)")
         number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
         if number is None and evaluation.state != "refused":
-            for one in self.evaluations:
-                if one.plan == evaluation.plan and one.state != "refused":
-                    raise FnetError(f"plan {one.plan} was told before, as candidate {one.number}")
+            for known in self.evaluations:
+                if known.plan == evaluation.plan and known.state != "refused":
+                    raise FnetError(f"plan {known.plan} was told before, as candidate {known.number}")
         number = self._next() if number is None else number
         self._running.pop(number, None)
-        told = replace(evaluation, number=number)
-        self.evaluations = tuple(sorted((*self.evaluations, told), key=lambda one: one.number))
-        return told
+        numbered = replace(evaluation, number=number)
+        self.evaluations = tuple(sorted((*self.evaluations, numbered), key=lambda known: known.number))
+        return numbered
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:
-        """Records a plan that is not trained."""
+        """Records a plan as refused."""
         return self.tell(Evaluation.of(self.space, plan, state="refused", reason=reason))
 
     @property
     def best(self) -> Evaluation | None:
-        """The first of `policy.ranking` that is feasible: with the highest quint8 accuracy; None if none is."""
+        """The feasible evaluation with the highest quint8 accuracy (`policy.ranking`); None if none is feasible."""
         ranked = ranking(self.evaluations, self.constraints)
         return ranked[0] if ranked and self.constraints.feasible(ranked[0]) else None

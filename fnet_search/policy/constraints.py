@@ -1,4 +1,4 @@
-"""What a network must satisfy: one class a constraint, which has all that is done with it and said of it."""
+"""Constraints on networks: one class per constraint, with its check, its messages and its line in figures."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
@@ -26,16 +26,17 @@ from fnet_search.policy.metric import MetricName, Scores, exact
 
 @dataclass(frozen=True)
 class Constraint(ABC):
-    """A limit on what is measured of a network. Where it is known before training, see `Ceiling`."""
+    """A limit on a measured value. `Ceiling` is one that is known before training."""
 
     limit: Any
     metric: MetricName = "accuracy"
     name: ClassVar[str]
     """Its field in `Constraints`, and so its key in config.json and in Optuna's attributes."""
     axis: ClassVar[str] = ""
-    """The panel of figures (`report.figures.METRICS`) in which it is a line; ``conv_macs``: a vertical line in all."""
+    """The panel of figures (`report.figures.METRICS`) that shows it as a line; ``conv_macs``: a vertical line in
+    all."""
     on_images: ClassVar[bool] = True
-    """Whether images tell whether it is met."""
+    """Whether it is checked on images."""
 
     def __post_init__(self) -> None:
         if not self.limit > 0:
@@ -43,28 +44,28 @@ class Constraint(ABC):
 
     @abstractmethod
     def violation(self, evaluation: Evaluation) -> float | None:
-        """How far an evaluation misses it, as a share of the limit; at most 0 where it is met, and exactly 0 at the
-        limit. None: not known, since it was not trained."""
+        """How far an evaluation misses the limit, as a share of it: at most 0 if met, exactly 0 at the limit. None if
+        not known, for lack of a training."""
 
     @abstractmethod
     def described(self) -> tuple[str, str]:
-        """What is limited, and to what, for people: ``conv MACs``, ``at most 120 MMAC``."""
+        """The name of the limited value, and the limit, for display: ``conv MACs``, ``at most 120 MMAC``."""
 
     @abstractmethod
     def missed(self, evaluation: Evaluation, measured_on: str) -> str:
-        """How an evaluation misses it, for people; `measured_on`: the images that its accuracies are of."""
+        """Says how an evaluation misses the limit; `measured_on` names the images of its accuracies."""
 
     @property
     @abstractmethod
     def line(self) -> str:
         """The legend of its line in figures."""
 
-    def check(self, space: Macroarchitecture) -> None:  # noqa: B027 (only some can tell)
-        """Raises FnetError where no network of the space can meet it."""
+    def check(self, space: Macroarchitecture) -> None:  # noqa: B027 (only some know before a training)
+        """Raises FnetError if no network of the space can meet it."""
 
     @property
     def of_metric(self) -> str:
-        """The metric, where it is not what everybody expects."""
+        """The metric with a leading space, if it is not accuracy."""
         return "" if self.metric == "accuracy" else f" {self.metric.replace('-', ' ')}"
 
     def scores(self, evaluation: Evaluation) -> Scores:
@@ -72,7 +73,7 @@ class Constraint(ABC):
 
 
 class Ceiling(Constraint):
-    """A limit on what a plan costs, known before training: a plan above it is refused. Any function of its `Cost`."""
+    """A limit on a function of a plan's `Cost`, known before training: plans above it are refused."""
 
     on_images = False
 
@@ -81,9 +82,10 @@ class Ceiling(Constraint):
 
     @abstractmethod
     def refusal(self, cost: Cost) -> str:
-        """Why a plan that costs more must not be trained."""
+        """Says why a plan of this cost, above the limit, is refused."""
 
     def excess(self, cost: Cost) -> float:
+        """`violation` of a plan of this cost."""
         return self.value(cost) / float(self.limit) - 1
 
     def violation(self, evaluation: Evaluation) -> float:
@@ -91,13 +93,14 @@ class Ceiling(Constraint):
 
 
 class ConvMacs(Ceiling):
-    """Most multiply-accumulates of one image in convolutions, as the paper counts them."""
+    """The most multiply-accumulates per image in convolutions, as the paper counts them."""
 
     name = axis = "conv_macs"
 
     @staticmethod
     def parse(text: str, space: Macroarchitecture) -> int:
-        """``"120MMAC"`` or ``"45%"``. Raises FnetError for what is below the smallest network of the space, too."""
+        """conv MACs from ``"120MMAC"`` or ``"45%"``. Raises FnetError as `parse_budget`, and below the smallest
+        network."""
         whole, smallest = plan_cost(space, regular(space)).conv_macs, smallest_conv_macs(space)
         units = budgets_meant(text, smallest, whole)
         try:
@@ -134,7 +137,7 @@ class ConvMacs(Ceiling):
 
 
 class Params(Ceiling):
-    """Most weights and biases."""
+    """The most weights and biases."""
 
     name = "params"
 
@@ -169,7 +172,7 @@ class Params(Ceiling):
 
 
 class MinQuint8(Constraint):
-    """Least accuracy in quint8, of the metric, a fraction of 1."""
+    """The least quint8 score under the metric, a fraction of 1."""
 
     name, axis = "min_quint8", "accuracy"
 
@@ -193,7 +196,7 @@ class MinQuint8(Constraint):
 
 
 class MaxDrop(Constraint):
-    """Largest relative drop of the metric from fp32 to quint8, a fraction of 1; 0: none at all."""
+    """The largest relative drop of the score from fp32 to quint8, a fraction of 1; 0: none at all."""
 
     name, axis = "max_drop", "drop"
 
@@ -222,18 +225,18 @@ class MaxDrop(Constraint):
 
 
 def limited_by(kind: type[Constraint]) -> Any:
-    """A field of `Constraints`: the limit of a constraint, None where there is none."""
+    """A field of `Constraints`: the limit of a constraint of this class, None for no limit."""
     return field(default=None, metadata={"constraint": kind})
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a network must satisfy. Violations are normalised values, <= 0 when met (Optuna's convention): at a limit
-    they are 0, since images are counted and fractions are exact.
+    """The limits that a network must keep. Violations are normalised, and met at 0 or below (Optuna's convention). At a
+    limit they are exactly 0, because images are counted and fractions compared exactly.
 
-    `conv_macs` (multiply-accumulates of one image in convolutions, as the paper counts them) and `params` are ceilings
-    known before training; `min_quint8` (accuracy) and `max_drop` (relative, from fp32 to quint8) are fractions of 1,
-    known after. `metric` says which accuracy is meant, also where networks are compared (`Evaluation.scores`).
+    `conv_macs` (multiply-accumulates per image in convolutions, as the paper counts them) and `params` are ceilings,
+    known before training. `min_quint8` and `max_drop` (relative, from fp32 to quint8) are fractions of 1, known after
+    it. `metric` selects the accuracy that they, and comparisons of networks, use (`Evaluation.scores`).
     """
 
     conv_macs: int | None = limited_by(ConvMacs)
@@ -245,66 +248,69 @@ class Constraints:
     def __post_init__(self) -> None:
         if self.metric not in get_args(MetricName):
             raise unknown("metric", self.metric, get_args(MetricName))
-        _ = self.each  # each checks its limit
+        _ = self.each  # each constraint checks its limit
 
     @cached_property
     def each(self) -> tuple[Constraint, ...]:
-        """Those that have a limit."""
-        kinds = {one.name: one.metadata["constraint"] for one in fields(self) if "constraint" in one.metadata}
+        """The constraints that have a limit."""
+        options = [option for option in fields(self) if "constraint" in option.metadata]
+        kinds = {option.name: option.metadata["constraint"] for option in options}
         limits = {name: getattr(self, name) for name in kinds}
         return tuple(kinds[name](limit, self.metric) for name, limit in limits.items() if limit is not None)
 
     @property
     def ceilings(self) -> tuple[Ceiling, ...]:
-        """Those that need no training."""
-        return tuple(one for one in self.each if isinstance(one, Ceiling))
+        """The constraints that need no training."""
+        return tuple(constraint for constraint in self.each if isinstance(constraint, Ceiling))
 
     def of_cost(self, cost: Cost) -> dict[str, float]:
-        """Violations that need no training."""
-        return {one.name: one.excess(cost) for one in self.ceilings}
+        """Violations of the ceilings, by name."""
+        return {ceiling.name: ceiling.excess(cost) for ceiling in self.ceilings}
 
     def of(self, evaluation: Evaluation) -> dict[str, float]:
-        """All violations of an evaluation, those after training only where it was trained."""
-        violations = {one.name: one.violation(evaluation) for one in self.each}
+        """All known violations of an evaluation, by name."""
+        violations = {constraint.name: constraint.violation(evaluation) for constraint in self.each}
         return {name: value for name, value in violations.items() if value is not None}
 
     def refusal(self, cost: Cost) -> str:
-        """Why a plan of this cost must not be trained, or an empty string."""
-        return "; ".join(one.refusal(cost) for one in self.ceilings if one.value(cost) > one.limit)
+        """Why a plan of this cost must not be trained; empty if it may be."""
+        return "; ".join(ceiling.refusal(cost) for ceiling in self.ceilings if ceiling.value(cost) > ceiling.limit)
 
     @property
     def measured(self) -> str:
-        """The metric's name, for people."""
+        """The metric's name for display."""
         return self.metric.replace("-", " ")
 
     @property
     def on_images(self) -> bool:
-        """Whether a limit is on what images tell."""
-        return any(one.on_images for one in self.each)
+        """Whether a constraint is checked on images."""
+        return any(constraint.on_images for constraint in self.each)
 
     def described(self, checked_on: str = "") -> list[tuple[str, str]]:
-        """What is limited, and to what, for people; `checked_on`: the images that tell accuracies."""
+        """`Constraint.described` of each; `checked_on` names the images that accuracies are measured on."""
         on = f", checked on {checked_on}" if checked_on else ""
         return [
-            (what, f"{limit}{on if one.on_images else ''}") for one in self.each for what, limit in [one.described()]
+            (what, f"{limit}{on if constraint.on_images else ''}")
+            for constraint in self.each
+            for what, limit in [constraint.described()]
         ]
 
     def missed(self, evaluation: Evaluation) -> tuple[str, ...]:
-        """Names of the constraints that an evaluation does not meet, as far as they are known."""
+        """Names of the constraints that an evaluation is known to miss."""
         return tuple(name for name, value in self.of(evaluation).items() if value > 0)
 
     def misses(self, evaluation: Evaluation, measured_on: str) -> list[str]:
-        """How an evaluation misses those, for people; `measured_on`: the images that its accuracies are of."""
+        """`Constraint.missed` of each missed constraint; `measured_on` names the images of the accuracies."""
         names = self.missed(evaluation)
-        return [one.missed(evaluation, measured_on) for one in self.each if one.name in names]
+        return [constraint.missed(evaluation, measured_on) for constraint in self.each if constraint.name in names]
 
     def check(self, space: Macroarchitecture) -> None:
-        """Raises FnetError where no network of the space can meet one of them."""
-        for one in self.each:
-            one.check(space)
+        """Raises FnetError if no network of the space can meet one of them."""
+        for constraint in self.each:
+            constraint.check(space)
 
     def feasible(self, evaluation: Evaluation) -> bool:
-        """Trained, and every constraint met."""
+        """Whether an evaluation is complete and meets every constraint."""
         return evaluation.state == "complete" and not self.missed(evaluation)
 
 
@@ -316,13 +322,14 @@ def parse_constraints(
     max_drop: str | float | None = None,
     metric: str = "accuracy",
 ) -> Constraints:
-    """Constraints as people write them: a budget of ``"120MMAC"`` or ``"45%"``, ``"2M"`` parameters, ``"80%"``.
+    """Constraints from text: a budget of ``"120MMAC"`` or ``"45%"``, ``"2M"`` parameters, a share of ``"80%"``.
 
-    Raises FnetError for what cannot be read, an unknown metric, and a budget below the smallest network of the space.
+    Raises FnetError for malformed text, an unknown metric, a space without a factorizable layer, and a budget below the
+    smallest network of the space.
     """
     if not legal_rates(space):
         raise FnetError(
-            f"there is nothing to factorize in {space.name}: name convolutions with `factorize` (in a TOML file, set "
+            f"space {space.name} has no factorizable layer; name convolutions with `factorize` (in a TOML file, set "
             "factorize = true), or quantize it as it is: fnet-search evaluate --plan regular"
         )
     return Constraints(

@@ -1,4 +1,4 @@
-"""What is measured on candidates and probes, as data."""
+"""The measurements of candidates and probes, as data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -17,18 +17,18 @@ State = Literal["complete", "pruned", "refused", "failed"]
 Role = Literal["candidate", "reference", "final"]
 SplitName = Literal["validation", "test"]
 HELD_OUT = "held out of the training images"
-"""What a validation split is that has no images of its own."""
+"""`Evaluation.validation` of a split without images of its own."""
 MAYBE_KNOWN = f"{HELD_OUT}, which the weights may know"
-"""And what it is where training starts from weights that were given."""
+"""The same, where training starts from given weights: they may have been trained on these images."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """What one trained convolution or dense layer looks like (paper, section 2).
+    """Statistics of one trained convolution or dense layer (paper, section 2).
 
     Precisions are average channel precisions, paper equation (3), between 0 and 1. Activations are those after the
-    layer's ReLU where one follows, clipped to the quantized range. SQNR in dB, None where there is no noise or no
-    signal. Channels whose values never change are dead: they count 0 in a precision, and are counted here.
+    layer's ReLU, if one follows, clipped to the quantized range. SQNR is in dB, None without noise or signal. A channel
+    whose values never change is dead: it counts as 0 in a precision.
     """
 
     layer: str
@@ -46,9 +46,9 @@ class LayerStats:
     activation_precision: float
     weight_sqnr_db: float | None
     activation_sqnr_db: float | None
-    """Only this activation quantized."""
+    """With only this activation quantized."""
     accumulated_sqnr_db: float | None
-    """This activation and everything before it quantized."""
+    """With this activation and everything before it quantized."""
     sparsity: float
     """Share of the activation's elements that are exactly zero."""
     dead_weight_channels: int
@@ -57,9 +57,9 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Audit:
-    """How an exported network agreed with the integer simulator when ONNX Runtime ran it on `images` images.
+    """The comparison of an exported network in ONNX Runtime with the integer simulator, on `images` images.
 
-    `differing` of its output `codes` were not the same, and so many `predictions` (classes of images).
+    `differing` counts the differing ones of its output `codes`, `predictions` the images whose predicted class differs.
     """
 
     images: int = 0
@@ -84,8 +84,7 @@ class Audit:
 class Evaluation(Scored):
     """Everything measured on one candidate (paper, section 2). Accuracies and `relative_drop` are fractions of 1.
 
-    A refused plan (constraint, repeat) was never trained; a failed one could not be; of a pruned one the training was
-    stopped early. All say why in `reason`.
+    `reason` says why a plan was refused (a limit, a repeat: never trained), failed, or was pruned (stopped early).
     """
 
     number: int
@@ -94,50 +93,51 @@ class Evaluation(Scored):
     state: State = "complete"
     reason: str = ""
     role: Role = "candidate"
-    """``reference``: above the ceilings, trained since others start from it; never wins. ``final``: the best candidate
-    trained on, at the end of a search."""
+    """``reference``: above the ceilings, trained because others start from it; never wins. ``final``: the best
+    candidate trained on, at the end of a search."""
     split: SplitName = "validation"
     validation: str = ""
-    """What the validation split is, where it is `split`: the folder of its images, HELD_OUT or MAYBE_KNOWN."""
+    """What the validation split is, if `split` is that: the folder of its images, HELD_OUT or MAYBE_KNOWN."""
     scheme: str = ""
-    """How it was quantized: `scheme.Scheme` as text."""
+    """How it was quantized: `quant.scheme.Scheme` as text."""
     seed: int = 0
     epochs: int = 0
-    """Its own; what it started from had `inherited_epochs` before."""
+    """Its own epochs, without `inherited_epochs`."""
     trained_images: int = 0
-    """In its own epochs."""
+    """Images trained on in its own epochs."""
     parent: int | None = None
     """Number of the candidate that it started from; None: from scratch."""
     inherited_epochs: int = 0
+    """Epochs of the network that it started from."""
     zero_shot_accuracy: float | None = None
-    """As `accuracies`, of a network that starts from a parent, before it is trained."""
+    """As `accuracies`, after the warm start from its parent and before any training."""
     accuracies: tuple[float, ...] = ()
-    """After each of its own epochs: of the float network as trained, on at most 2,000 images of the split; on the
-    training images where nothing is held out. In a search for balanced accuracy, that."""
+    """After each of its own epochs: the score of the float network, by the search's metric, on at most 2,000 images of
+    the split, or of the training images if none are held out."""
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
     fp32_loss: float | None = None
-    """Mean cross entropy with the labels, nats; as `quint8_loss`."""
+    """Mean cross entropy with the labels, nats; `quint8_loss` likewise."""
     quint8_loss: float | None = None
     images: int = 0
-    """Of `split`, that the accuracies were measured on."""
+    """Number of images of `split` that the accuracies were measured on."""
     right: str = ""
-    """Which of them the quint8 network classifies right: a bit an image, in order of their classes, the first one the
-    lowest, as a hexadecimal number (`paired`). Empty: not known."""
+    """Which of them the quint8 network classifies right: one bit per image, ordered by class, the first one lowest, as
+    a hexadecimal number (`significance.as_bits`). Empty: not known."""
     classes: tuple[ClassResult, ...] = ()
-    """In the order of the data set's; empty: not known."""
+    """Results by class, in the data set's order; empty: not known."""
     qmse: float | None = None
     """Mean of (y_fp32 - y_quint8)^2 over samples and classes, on the logits."""
     qce: float | None = None
     """Cross entropy of softmax(y_quint8) under softmax(y_fp32), natural log."""
     kl: float | None = None
-    """`qce` less the entropy of softmax(y_fp32)."""
+    """`qce` minus the entropy of softmax(y_fp32)."""
     audit: Audit | None = None
     """On the images of `split`; None: not audited."""
     layers: tuple[LayerStats, ...] = ()
     common: "Evaluation | None" = None
-    """The same network quantized with the one scheme that the whole run has for its policy: what a history holds, so
-    that candidates stay comparable. None: this one."""
+    """The same network quantized with the run's common scheme, which the history holds so that candidates stay
+    comparable; None: this evaluation itself."""
 
     @property
     def relative_drop(self) -> float | None:
@@ -146,35 +146,41 @@ class Evaluation(Scored):
 
     @property
     def remark(self) -> str:
-        """What is to be said of it: the reason why it was not measured, or that a network answers always the same."""
+        """A remark for display: why it was not measured, or that a network predicts one class for every image."""
         return self.reason or self.constant
 
     @staticmethod
     def of(space: Macroarchitecture, plan: FactorizationPlan, **measured: Any) -> "Evaluation":
-        """One made by a host of its own: the costs are counted here, the other fields are given, as in
-        ``Evaluation.of(space, plan, quint8_accuracy=0.81)``. Raises FnetError for a plan that is not of the space, for
-        an accuracy that is not a fraction of 1, and for a complete one without its quint8 accuracy."""
+        """An evaluation from measurements of your own, as in ``Evaluation.of(space, plan, quint8_accuracy=0.81)``.
+
+        The costs are computed; accuracies that are not given follow from `classes`. Raises FnetError for a plan that
+        does not belong to the space, an accuracy that is not a fraction of 1, and a complete evaluation without its
+        quint8 accuracy.
+        """
         check_plan(space, plan)
         classes = measured.get("classes", ())
-        for network in ("fp32", "quint8"):  # which classes tell
-            found = score("accuracy", ((getattr(one, f"{network}_right"), one.images) for one in classes))
-            measured = {f"{network}_accuracy": found, **measured}
+        for network in ("fp32", "quint8"):
+            accuracy = score("accuracy", ((getattr(result, f"{network}_right"), result.images) for result in classes))
+            measured = {f"{network}_accuracy": accuracy, **measured}
         made = Evaluation(**{"number": 0, "plan": plan, "cost": plan_cost(space, plan), **measured})
         needed = {"fp32_accuracy": False, "quint8_accuracy": made.state == "complete"}
         for name, must in needed.items():
             value = getattr(made, name)
             if must if value is None else not 0 <= value <= 1:
-                raise FnetError(f"{name} must be a fraction of 1, got {value}; if it failed, say state='failed'")
+                raise FnetError(
+                    f"{name} must be a fraction of 1, got {value}; give state='failed' if the training failed"
+                )
         return made
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-able form; `from_json` gives an equal Evaluation back."""
+        """As JSON data, from which `from_json` makes an equal Evaluation."""
         common = None if self.common is None else self.common.to_json()
         facts = {**asdict(replace(self, common=None)), "classes": [*map(astuple, self.classes)]}
         return {**facts, "plan": dict(self.plan.rates), "common": common}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Evaluation":
+        """Inverse of `to_json`. Ignores unknown keys; missing ones get their defaults."""
         known = {option.name for option in fields(Evaluation)}
         values = {key: value for key, value in data.items() if key in known}
         return Evaluation(
@@ -193,31 +199,31 @@ class Evaluation(Scored):
 
 @dataclass(frozen=True)
 class Probe(Scored):
-    """What one change does: a trained network in which one layer has another rate, made by warm start and not trained.
+    """The effect of one change: a trained network in which one layer has another rate, warm-started and not trained.
 
-    Measured on `images` held-out training images. Losses are mean cross entropies in nats, accuracies fractions of 1.
+    Measured on `images` validation images. Losses are mean cross entropies in nats, accuracies fractions of 1.
     """
 
     layer: str
-    """Empty: the network as it is."""
+    """The changed layer; empty: no change."""
     rate: int
     conv_macs: int
-    """Of the whole network, so changed."""
+    """Of the whole changed network."""
     images: int
     loss: float
     quint8_loss: float
     fp32_accuracy: float
     quint8_accuracy: float
     logit_snr_db: float | None
-    """Signal to noise of the float logits, the logits without the change being the signal; None: no noise."""
+    """Signal-to-noise ratio of the float logits; the float logits without the change are the signal. None: no noise."""
     logit_sqnr_db: float | None
-    """Of the quantized logits, against the same."""
+    """The same of the quantized logits."""
     layers: tuple[LayerStats, ...]
-    """Of the changed layer's convolutions; of all that can be factorized where nothing is changed."""
+    """Statistics of the changed layer's convolutions; without a change, of all factorizable layers."""
     fisher: float | None = None
-    """Fisher score of the whole network at initialisation, for policies that ask for it (`Policy`)."""
+    """Fisher score of the whole network at initialisation, for policies that require it (`protocol.FISHER`)."""
     classes: tuple[ClassResult, ...] = ()
-    """As of `Evaluation`; empty in a search for accuracy."""
+    """As in `Evaluation`; empty if the metric is accuracy."""
 
     @property
     def logit_noise(self) -> float:
@@ -226,7 +232,7 @@ class Probe(Scored):
 
     @property
     def quint8_logit_noise(self) -> float:
-        """That of the quantized logits."""
+        """The same of the quantized logits."""
         return 0.0 if self.logit_sqnr_db is None else 10 ** (-self.logit_sqnr_db / 10)
 
     def to_json(self) -> dict[str, Any]:
@@ -239,13 +245,13 @@ class Probe(Scored):
 
 
 def _class_results(data: Mapping[str, Any]) -> tuple[ClassResult, ...]:
-    return tuple(ClassResult(*one) for one in data.get("classes", ()))
+    return tuple(ClassResult(*values) for values in data.get("classes", ()))
 
 
 @dataclass(frozen=True)
 class Probes:
-    """What was measured on one trained network, candidate `number`, of this `plan`: as it is, and for every layer and
-    legal rate that can start from it (the multiples of the layer's own rate), with that one change."""
+    """The probes of one trained network, candidate `number`, of this `plan`: without a change, and for each layer with
+    each legal rate that can start from its own (multiples of it)."""
 
     number: int
     plan: FactorizationPlan
@@ -253,11 +259,11 @@ class Probes:
     changes: tuple[Probe, ...]
 
     def increase(self, space: Macroarchitecture, value: Callable[[Probe], float]) -> dict[str, npt.NDArray[np.float64]]:
-        """Per layer and legal rate, how much more a value is than without the change.
+        """Per layer and legal rate, the increase of `value` over its value without the change.
 
-        0 where nothing is changed, and for rates that were not probed since the network is factorized further.
+        0 at the layer's own rate, and at rates that were not probed because they are not multiples of it.
         """
-        base, measured = value(self.unchanged), {(one.layer, one.rate): value(one) for one in self.changes}
+        base, measured = value(self.unchanged), {(probe.layer, probe.rate): value(probe) for probe in self.changes}
         return {
             layer: np.array([measured.get((layer, rate), base) - base for rate in rates])
             for layer, rates in legal_rates(space).items()

@@ -1,8 +1,8 @@
-"""Choosing plans under the ceilings that need no training: conv MACs and parameters, which are sums over layers. A
-ceiling of another kind is a test that whole plans must pass. No torch and no Optuna.
+"""Exact choice of plans under the ceilings. No torch, no Optuna.
 
-A plan's cost is a sum over layers (`plan.cost_table`). So the best plan under ceilings, by a score that is a sum over
-layers too, is a multiple-choice knapsack, and can be found exactly without looking at every plan.
+conv MACs and parameters are sums over layers (`costs.cost_table`). So the best plan under them, by a score that is a
+sum over layers too, is a multiple-choice knapsack: it is found exactly without enumerating all plans. Ceilings of other
+kinds are tests that whole plans must pass.
 """
 
 from bisect import bisect_right
@@ -26,18 +26,18 @@ Values = npt.NDArray[np.float64]
 """A layer's scores."""
 
 _STEPS = 4096
-"""Most steps that a bound keeps: deep networks would have millions."""
+"""The most steps that a bound keeps: deep networks would have millions. Coarser bounds only cost time."""
 
 _PRICES = 16
-"""Most prices tried for a bound; a handful are needed."""
+"""The most prices tried for a bound; a handful suffice."""
 
 _DRAWS, _BATCHES = 4096, 16
-"""Plans drawn at once, and how often, before `sample_plan` leaves off drawing: 10 ms in all."""
+"""Plans per draw, and draws, before `sample_plan` gives up drawing: 10 ms in all."""
 
 
 @dataclass(frozen=True)
 class _Ceiling:
-    """What the factorizable layers may cost together, and what each costs at each legal rate."""
+    """The limit on the summed cost of the factorizable layers, and the cost of each at each legal rate."""
 
     limit: int
     costs: tuple[tuple[int, ...], ...]
@@ -47,7 +47,7 @@ class _Ceiling:
 
 
 def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceiling]:
-    """Of the constraints that are sums over layers."""
+    """The ceilings that are sums over layers."""
     table, ceilings = cost_table(space), []
     for name in ("conv_macs", "params"):
         limit = getattr(constraints, name)
@@ -58,27 +58,28 @@ def _ceilings(space: Macroarchitecture, constraints: Constraints) -> list[_Ceili
 
 
 def _all_indices(space: Macroarchitecture, plans: Collection[FactorizationPlan]) -> set[tuple[int, ...]]:
-    """`indices` of many plans, in a tenth of the time."""
+    """`plan.indices` of many plans, ten times as fast."""
     places = [{rate: index for index, rate in enumerate(rates)} for rates in legal_rates(space).values()]
     return {tuple([place[rate] for place, (_, rate) in zip(places, plan.rates, strict=True)]) for plan in plans}
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """The most that some layers can score, as a step function of what they may cost. Both lists ascend."""
+    """The highest score of some layers as a step function of their allowed cost. Both lists ascend."""
 
     costs: list[int]
     scores: list[float]
 
     def at(self, allowed: int) -> float:
+        """The highest score within the allowed cost; -inf if there is none."""
         steps = bisect_right(self.costs, allowed)
         return self.scores[steps - 1] if steps else -inf
 
 
 def _steps(values: list[Values], ceiling: _Ceiling) -> list[_Steps]:
-    """For each layer, the steps of it and all layers after it; last, those of no layer.
+    """For each layer, the steps of it and all layers after it; the last entry is that of no layer.
 
-    From the back, a layer at a time: all sums of its costs with the steps so far, less those that another beats.
+    Built from the last layer: all sums of a layer's costs and the steps so far, without those that another dominates.
     """
     cost, score = np.zeros(1, dtype=np.int64), np.zeros(1)
     steps = [_Steps([0], [0.0])]
@@ -89,7 +90,7 @@ def _steps(values: list[Values], ceiling: _Ceiling) -> list[_Steps]:
         order = order[cost[order] <= ceiling.limit]
         better = np.diff(np.maximum.accumulate(score[order]), prepend=-inf) > 0
         cost, score = cost[order][better], score[order][better]
-        if len(cost) > _STEPS:  # coarser but never lower: of each run of steps, its lowest cost and its highest score
+        if len(cost) > _STEPS:  # coarser, never lower: each run of steps becomes its lowest cost with its highest score
             ends = np.linspace(0, len(cost), _STEPS + 1, dtype=np.int64)
             cost, score = cost[ends[:-1]], score[ends[1:] - 1]
         steps.append(_Steps(cost.tolist(), score.tolist()))
@@ -98,10 +99,10 @@ def _steps(values: list[Values], ceiling: _Ceiling) -> list[_Steps]:
 
 @dataclass(frozen=True)
 class _Bound:
-    """The most that the layers from a depth on can score under ceiling `kept`, with a price on the `other` one.
+    """An upper bound on the score of the layers from a depth on: ceiling `kept` holds, `other` has a price.
 
-    Lagrange: what is used of the other is paid for, all that may be used is given back, so no plan under it loses.
-    `best` has the indices of the plan that comes out best after paying.
+    Lagrangian relaxation: cost under `other` is paid for and its whole limit paid back, so that no plan within the
+    limit scores less. `best` has the rate indices of the plan with the best score after paying.
     """
 
     kept: int
@@ -111,6 +112,7 @@ class _Bound:
     best: tuple[int, ...]
 
     def at(self, depth: int, allowed: list[int]) -> float:
+        """The bound from layer `depth` on, with `allowed` left of each ceiling."""
         return self.steps[depth].at(allowed[self.kept]) + self.price * allowed[self.other]
 
 
@@ -126,10 +128,10 @@ def _bound(values: list[Values], ceilings: list[_Ceiling], kept: int, price: flo
 
 
 def _at_best_price(values: list[Values], ceilings: list[_Ceiling], alone: _Bound, sparing: _Bound) -> _Bound:
-    """The bound of ``alone.kept`` with that price on the other ceiling at which it bounds whole plans lowest.
+    """The bound that keeps ``alone.kept``, at the price of the other ceiling where it is lowest for whole plans.
 
-    Drawn as score against price, each plan is a line that falls if the plan is over the other ceiling and rises if it
-    is under it; the bound is the highest of them. So its lowest point is where two such lines cross with none above.
+    Plotted over the price, each plan's score is a line: falling if the plan exceeds the other ceiling, rising if not.
+    The bound is their upper envelope. Its lowest point is where a falling and a rising line cross with none above.
     """
 
     def score(plan: tuple[int, ...]) -> float:
@@ -154,25 +156,26 @@ def best_plan(
     scores: Scores,
     exclude: Collection[FactorizationPlan] = (),
 ) -> FactorizationPlan | None:
-    """The plan under the ceilings, not in `exclude`, with the highest sum of ``scores[layer][rate index]``, or None.
+    """The plan under the ceilings, not in `exclude`, with the highest sum of ``scores[layer][rate index]``; None if
+    there is no such plan.
 
-    Exact, by A* search: of the beginnings of plans, the one that could still reach most is extended by a layer. Under
-    one ceiling that bound is met, so whole plans come up best first. Costs are integers, so a ceiling holds to the MAC.
-    Whole plans that another constraint refuses are passed over, one by one: where it refuses most, that takes long.
-    Raises ValueError unless there is one finite score per legal rate.
+    Exact, by A* search: the partial plan with the highest bound is extended by a layer. Under one ceiling the bound is
+    tight, so whole plans appear best first. Costs are integers, so a ceiling holds to the MAC. Whole plans that another
+    constraint refuses are skipped one by one, which takes long if it refuses most. Raises ValueError unless each legal
+    rate has one finite score.
     """
     legal, values = legal_rates(space), _values(space, scores)
     free = _Ceiling(0, tuple((0,) * len(rates) for rates in legal.values()))
     ceilings = _ceilings(space, constraints) or [free]
     bounds = [_bound(values, ceilings, kept) for kept in range(len(ceilings))]
-    spare: list[_Bound] = []  # how much of the other ceiling can be left: less than none where both cannot be met
+    spare: list[_Bound] = []  # bounds on what is left of the other ceiling: below 0 where both cannot be met
     if len(ceilings) == 2:
         nothing = [np.zeros_like(value) for value in values]
         spare = [_bound(nothing, ceilings, kept, price=1.0) for kept in (0, 1)]
         bounds += [_at_best_price(values, ceilings, *pair) for pair in zip(bounds, spare, strict=True)]
     excluded = _all_indices(space, exclude)
-    # Minus the bound, minus the depth, the indices so far, their score, and what the other layers may cost. At equal
-    # bounds the longest beginning comes first, then the lowest indices: the answer never hangs on the order of a set.
+    # (-bound, -depth, indices so far, their score, what the other layers may cost). At equal bounds the longest partial
+    # plan comes first, then the lowest indices, so the answer does not depend on the order of a set.
     heap: list[tuple[float, int, tuple[int, ...], float, list[int]]]
     heap = [(-inf, 0, (), 0.0, [ceiling.limit for ceiling in ceilings])]
     while heap:
@@ -194,7 +197,7 @@ def best_plan(
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """A plan that no other of fewer or equal conv MACs scores above, nor any of fewer scores as high as."""
+    """A Pareto-optimal plan: none with at most its conv MACs scores higher, and none with fewer scores as high."""
 
     plan: FactorizationPlan
     conv_macs: int
@@ -202,16 +205,18 @@ class FrontPoint:
 
 
 def pareto_front(space: Macroarchitecture, scores: Scores) -> list[FrontPoint]:
-    """The best plan at every budget: all that are on the Pareto front of conv MACs and the sum of `scores`, by MACs.
+    """The Pareto front of conv MACs and the sum of `scores`, ascending: the best plan at every budget.
 
-    Exact, by dynamic programming: of the plans of the layers so far only those stay that none beats in both. Of plans
-    that are equal in both, one. Raises ValueError as `best_plan`.
+    Exact, by dynamic programming over layers: dominated partial plans are dropped. Of plans that are equal in both, one
+    is kept. Raises ValueError as `best_plan`.
     """
     values, table = _values(space, scores), cost_table(space)
     cost, score = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []  # for each layer: rate index, place before
+    steps: list[
+        tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    ] = []  # for each layer: rate index, and index into the front before it
     for value, costs in zip(values, table.by_layer.values(), strict=True):
-        added = np.array([one.conv_macs for one in costs], dtype=np.int64)
+        added = np.array([cost_at_rate.conv_macs for cost_at_rate in costs], dtype=np.int64)
         sums, totals = np.add.outer(added, cost).ravel(), np.add.outer(value, score).ravel()
         order = np.lexsort((np.arange(len(sums)), -totals, sums))
         better = np.maximum.accumulate(totals[order])
@@ -243,9 +248,9 @@ def sample_plan(
     exclude: Collection[FactorizationPlan],
     rng: np.random.Generator,
 ) -> FactorizationPlan | None:
-    """A plan under the ceilings and not in `exclude`, drawn uniformly; None if there is no such plan.
+    """A plan under the ceilings, not in `exclude`, drawn uniformly; None if there is no such plan.
 
-    Where such plans are too rare for that (fewer than about one in 65,536), `best_plan` by random scores.
+    Draws plans until one fits. If they are too rare (about one in 65,536), takes `best_plan` of random scores instead.
     """
     legal = legal_rates(space)
     sizes = [len(rates) for rates in legal.values()]

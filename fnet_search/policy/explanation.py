@@ -1,4 +1,4 @@
-"""Why a plan: what its policy expects of it."""
+"""Explanations of a plan: what its policy expects of it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from fnet_search.base.units import millions
 
 
 @dataclass(frozen=True)
-class Step:
-    """To another rate of one layer: the conv MACs and the quint8 accuracy (fraction of 1; of the constraints' metric)
-    that are expected to be more then, or less (negative)."""
+class RateChange:
+    """The change of one layer to another rate: the expected increase (negative: decrease) of the conv MACs and of the
+    quint8 score (fraction of 1, by the constraints' metric)."""
 
     rate: int
     conv_macs: int
@@ -19,16 +19,16 @@ class Step:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """A layer's rate in a plan, and the steps to the next lower and the next higher legal one."""
+    """A layer's rate in a plan, and the changes to the next lower and the next higher legal rate."""
 
     layer: str
     rate: int
-    lower: Step | None
-    higher: Step | None
+    lower: RateChange | None
+    higher: RateChange | None
 
     @property
     def reason(self) -> str:
-        """In words, for people."""
+        """The choice in words."""
         parts = []
         if self.lower is not None:
             parts.append(f"against {self.lower.rate} it {_trade(-self.lower.conv_macs, -self.lower.quint8_accuracy)}")
@@ -38,7 +38,7 @@ class LayerChoice:
 
 
 def _trade(macs: int, accuracy: float, would: str = "") -> str:
-    """As in: saves 1.2 MMAC for 0.10 points."""
+    """As in ``saves 1.2 MMAC for 0.10 points``."""
     verbs = ("save", "cost") if would else ("saves", "costs")
     traded = f"{would}{verbs[macs > 0]} {millions(abs(macs))} MMAC"
     points = round(100 * accuracy, 2)
@@ -49,11 +49,11 @@ def _trade(macs: int, accuracy: float, would: str = "") -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a plan: what its policy expects of it, its layers, and which features the expectation rests on.
+    """What a policy expects of a plan, its choice for each layer, and the features that the expectation rests on.
 
-    `expected` quint8 accuracy on the evaluation split, with its standard deviation `spread`, and `expected_drop` from
-    fp32, relative; fractions of 1;
-    `importances` are shares of what varies over the plans of the space (features on their own, not what they share).
+    `expected` is the quint8 accuracy on the evaluation split, `spread` its standard deviation, `expected_drop` the
+    relative drop from fp32; all fractions of 1. `importances` are the features' shares of the variance over the plans
+    of the space, each feature by itself, without covariances.
     """
 
     expected: float
@@ -62,4 +62,4 @@ class Explanation:
     choices: tuple[LayerChoice, ...]
     importances: Mapping[str, float]
     front: tuple[tuple[FactorizationPlan, int, float], ...] = ()
-    """At every budget the best plan, its conv MACs, and the quint8 accuracy that is expected of it."""
+    """The best plan at every budget, its conv MACs, and its expected quint8 accuracy."""

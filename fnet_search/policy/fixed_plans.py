@@ -6,12 +6,12 @@ from fnet_search.arch.plan import FactorizationPlan
 from fnet_search.policy.protocol import History
 
 FIXED_PLANS = "fixed plans"
-"""What runs of given plans have as the name of their policy. They have no winner."""
+"""Name of the policy in runs of given plans. Such runs have no winner."""
 
 
 @dataclass(frozen=True)
 class FixedPlans:
-    """The policy of a study of given plans: each once, in order."""
+    """Suggests each of the given plans once, in order."""
 
     plans: tuple[FactorizationPlan, ...]
 

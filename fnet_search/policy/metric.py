@@ -1,5 +1,4 @@
-"""Which score of a network counts: its accuracy, or its balanced accuracy; and the results by class that the latter is
-taken from. No torch."""
+"""Metrics: accuracy, balanced accuracy, and the results by class that the latter is computed from. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ MetricName = Literal["accuracy", "balanced-accuracy"]
 
 @dataclass(frozen=True, slots=True)
 class ClassResult:
-    """Of one class: how many images there are, how many of them each network classifies right, and how many images of
-    whatever class each network takes for it."""
+    """Results of one class: its images, how many of them each network classifies right, and for how many images of any
+    class each network predicts it."""
 
     images: int
     fp32_right: int
@@ -26,10 +25,10 @@ class ClassResult:
 
 
 def score(metric: MetricName, counts: Iterable[tuple[int, int]]) -> float | None:
-    """A fraction of 1, from the images of each class: how many are classified right, of how many.
+    """The score, a fraction of 1, from (right, images) of each class.
 
-    Accuracy is the share of all images; balanced accuracy the mean of the shares (recalls) of the classes that have
-    images: 1 / classes for a network that always answers the same. None: there are no images.
+    Accuracy is the share of all images that are right. Balanced accuracy is the mean recall of the classes that have
+    images: 1 / classes for a network that always predicts the same class. None without images.
     """
     known = [(right, images) for right, images in counts if images]
     if not known:
@@ -41,15 +40,15 @@ def score(metric: MetricName, counts: Iterable[tuple[int, int]]) -> float | None
 
 @lru_cache(maxsize=4096)
 def exact(share: float, images: int = 0) -> Fraction:
-    """The fraction of 1 that a float stands for: so many of the images; where their number is not known, or the share
-    is no count of them, the nearest of a small denominator, which both ``0.05`` and ``2 / 3`` have."""
+    """The exact fraction that a float share stands for: a count of the images, if their number is known and the share
+    is one; else the nearest fraction with a denominator up to 10^9, exact for ``0.05`` and ``2 / 3``."""
     count = round(share * images)
     counted = images and abs(share * images - count) < 0.01  # some hosts average in float32
     return Fraction(count, images) if counted else Fraction(share).limit_denominator(10**9)
 
 
 class Scores(NamedTuple):
-    """Of a float network and its quantized one under one metric; fractions of 1, None where not known."""
+    """Scores of a float network and its quantized one under one metric: fractions of 1, None if not known."""
 
     fp32: float | None
     quint8: float | None
@@ -63,7 +62,7 @@ class Scores(NamedTuple):
 
 
 class Scored:
-    """What was measured on the images of a split, under any metric."""
+    """Base of measurements on the images of a split; gives their scores under any metric."""
 
     fp32_accuracy: float | None
     quint8_accuracy: float | None
@@ -72,12 +71,12 @@ class Scored:
 
     @property
     def fp32_balanced_accuracy(self) -> float | None:
-        """See `score`. None: results by class are not known; as of `quint8_balanced_accuracy`."""
-        return score("balanced-accuracy", ((one.fp32_right, one.images) for one in self.classes))
+        """See `score`. None, as for `quint8_balanced_accuracy`, if results by class are not known."""
+        return score("balanced-accuracy", ((result.fp32_right, result.images) for result in self.classes))
 
     @property
     def quint8_balanced_accuracy(self) -> float | None:
-        return score("balanced-accuracy", ((one.quint8_right, one.images) for one in self.classes))
+        return score("balanced-accuracy", ((result.quint8_right, result.images) for result in self.classes))
 
     def scores(self, metric: MetricName) -> Scores:
         if metric == "accuracy":
@@ -85,43 +84,44 @@ class Scored:
         return Scores(self.fp32_balanced_accuracy, self.quint8_balanced_accuracy)
 
     def exact_scores(self, metric: MetricName) -> tuple[Fraction | None, Fraction | None]:
-        """`scores` as the fractions that the images count: at a limit is met."""
+        """`scores` as exact fractions, so that a value at a limit meets it."""
         if metric == "accuracy":
-            fp32, quint8 = (None if one is None else exact(one, self.images) for one in self.scores(metric))
+            fp32, quint8 = (None if share is None else exact(share, self.images) for share in self.scores(metric))
             return fp32, quint8
-        known = [one for one in self.classes if one.images]
+        known = [result for result in self.classes if result.images]
         if not known:
             return None, None
-        fp32 = sum((Fraction(one.fp32_right, one.images) for one in known), Fraction()) / len(known)
-        quint8 = sum((Fraction(one.quint8_right, one.images) for one in known), Fraction()) / len(known)
+        fp32 = sum((Fraction(result.fp32_right, result.images) for result in known), Fraction()) / len(known)
+        quint8 = sum((Fraction(result.quint8_right, result.images) for result in known), Fraction()) / len(known)
         return fp32, quint8
 
     def effective_images(self, metric: MetricName) -> float:
-        """On how many images an accuracy has the sampling noise of the score; 0: not known.
+        """The number of images on which plain accuracy would have the sampling noise of this score; 0 if not known.
 
-        Balanced accuracy over K classes of n_k images has that of K^2 / sum(1 / n_k) images: each class counts alike.
+        For balanced accuracy over K classes of n_k images it is K^2 / sum(1 / n_k), because all classes weigh the same.
         """
         if metric == "accuracy":
             return self.images
-        sizes = [one.images for one in self.classes if one.images]
+        sizes = [result.images for result in self.classes if result.images]
         return len(sizes) ** 2 / (sum(1 / size for size in sizes) or inf)
 
     @property
     def uneven(self) -> bool:
-        """Whether the largest class has more than twice the images of the smallest one: then accuracy says less."""
-        images = [one.images for one in self.classes]
+        """Whether the largest class has more than twice the images of the smallest one, which makes accuracy
+        misleading."""
+        images = [result.images for result in self.classes]
         return bool(images) and max(images) > 2 * min(images)
 
     @property
     def constant(self) -> str:
-        """Says which class a network predicts for every image, where it does: it tells nothing apart. Else empty."""
-        found: dict[str, list[str]] = {}
+        """Says which class a network predicts for every image, if it does; else empty."""
+        constant: dict[str, list[str]] = {}
         for network in ("fp32", "quint8"):
-            taken = [one.name for one in self.classes if getattr(one, f"{network}_predicted")]
-            if len(taken) == 1:
-                found.setdefault(taken[0], []).append(network)
-        said = []
-        for name, networks in found.items():
+            predicted = [result.name for result in self.classes if getattr(result, f"{network}_predicted")]
+            if len(predicted) == 1:
+                constant.setdefault(predicted[0], []).append(network)
+        remarks = []
+        for name, networks in constant.items():
             verb = "predicts" if len(networks) == 1 else "predict"
-            said.append(f"{' and '.join(networks)} {verb} class {name!r} for every image")
-        return ", ".join(said)
+            remarks.append(f"{' and '.join(networks)} {verb} class {name!r} for every image")
+        return ", ".join(remarks)

@@ -1,7 +1,7 @@
-"""What a policy sees and what it returns. No torch and no Optuna: a host needs this file, `plan` and `macro` only.
+"""The policy protocol: what a policy sees and what it returns. No torch, no Optuna.
 
 A policy is a function of the past (docs/policy-protocol.md). It keeps no state that matters between calls, and its
-random numbers come from ``(history.seed, history.number)``; so a resumed search suggests what an uninterrupted one
+random numbers come from ``(history.seed, history.number)``. So a resumed search suggests what an uninterrupted one
 would have, and any number of workers can share one policy.
 """
 
@@ -22,9 +22,9 @@ from fnet_search.policy.evaluation import Evaluation, Probes
 class History:
     """The past of a search, as a policy sees it when suggestion `number` is asked for.
 
-    `evaluations` holds every finished one, pruned, refused and failed ones and the reference too, in order of their
-    numbers, but not final trainings; `running` the plans whose evaluations are still to come; `probes` what was
-    measured before the first suggestion for policies that require it. Take random numbers from `rng` only.
+    `evaluations` holds every finished evaluation in order of numbers: complete, pruned, refused and failed ones, and
+    the reference, but no final trainings. `running` holds the plans whose evaluations are still to come, `probes` what
+    was measured before the first suggestion for policies that require it. Take random numbers from `rng` only.
     """
 
     space: Macroarchitecture
@@ -41,7 +41,7 @@ class History:
         return frozenset([evaluation.plan for evaluation in self.evaluations]).union(self.running)
 
     def refusal(self, plan: FactorizationPlan) -> str:
-        """Why a plan must not be trained: a constraint that needs no training, or a repeat. Empty if it may be."""
+        """Why a plan must not be trained: it breaks a ceiling or repeats another plan. Empty if it may be trained."""
         for evaluation in self.evaluations:
             if evaluation.plan == plan:
                 return f"repeats candidate {evaluation.number}"
@@ -56,35 +56,36 @@ class History:
 
 
 PROBES, FISHER = "probes", "fisher"
-"""What a policy can require: `History.probes`, and in them the Fisher scores."""
+"""What a policy can require: `History.probes`, and Fisher scores in them."""
 
 
 class Policy(Protocol):
     """Proposes the next plan.
 
-    One that needs to be told more than evaluations has an attribute `requires`, of the names above, as in
-    ``requires = frozenset({"probes"})``: the host measures it before the first suggestion (`requirements`). One that
-    can say why has a method ``explain(history, plan) -> Explanation``; hosts show it for the winner.
+    A policy that needs more than evaluations has an attribute `requires` with the names above, as in
+    ``requires = frozenset({"probes"})``: the host measures them before the first suggestion. A policy that can explain
+    a plan has a method ``explain(history, plan) -> Explanation``; runs show it for the winner.
     """
 
     def suggest(self, history: History) -> FactorizationPlan | None:
-        """The next plan to train. None with plans still running: ask again when one ends; else: done."""
+        """The next plan to train. None while plans are running: ask again when one ends. None otherwise: done."""
         ...
 
 
 def requirements(policy: Policy) -> frozenset[str]:
-    """What the policy needs in its history. Raises FnetError for what no host knows."""
+    """What the policy requires in its history. Raises FnetError for an unknown requirement."""
     required = frozenset(getattr(policy, "requires", ()))
-    if strange := required - {PROBES, FISHER}:
-        raise FnetError(f"policy {type(policy).__name__} requires {', '.join(sorted(strange))}; known: probes, fisher")
+    if unsupported := required - {PROBES, FISHER}:
+        names = ", ".join(sorted(unsupported))
+        raise FnetError(f"policy {type(policy).__name__} requires {names}; known: probes, fisher")
     return required
 
 
 def probes_of(history: History, policy: object) -> Probes:
-    """The probes, for a policy that requires them. Raises FnetError where the host has not measured them."""
+    """The probes, for a policy that requires them. Raises FnetError if the host has not measured them."""
     if history.probes is None:
         raise FnetError(
-            f"policy {type(policy).__name__} needs probes of a trained network: measure them with "
-            "fnet_search.probes_for, and give them as AskTell(probes=...) or History(probes=...)"
+            f"policy {type(policy).__name__} needs probes of a trained network; measure them with "
+            "fnet_search.probes_for, and pass them as AskTell(probes=...) or History(probes=...)"
         )
     return history.probes

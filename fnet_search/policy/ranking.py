@@ -1,4 +1,4 @@
-"""Which evaluation wins, and which one a child starts from."""
+"""Selects the winner among evaluations, and the parent of a child."""
 
 from collections.abc import Iterable
 from math import inf, prod
@@ -10,9 +10,11 @@ from fnet_search.policy.metric import MetricName
 
 
 def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> list[Evaluation]:
-    """The trained evaluations, best first: feasible ones by quint8 accuracy (of the constraints' metric), then the
-    lower quint8 loss, then fewest conv MACs; then the others, least summed violation first. The first is a search's
-    winner, if it is feasible; else the nearest to it."""
+    """The complete evaluations without the reference, best first.
+
+    Feasible ones come first, by highest quint8 score (of the constraints' metric), then lowest quint8 loss, then fewest
+    conv MACs; then the others, by least summed violation. The first one is the winner of a search.
+    """
 
     def key(evaluation: Evaluation) -> tuple[float, float, float, int, int]:
         excess = sum(max(0.0, value) for value in constraints.of(evaluation).values())
@@ -20,23 +22,26 @@ def ranking(evaluations: tuple[Evaluation, ...], constraints: Constraints) -> li
         score = evaluation.scores(constraints.metric).quint8 or 0.0
         return excess, -score, loss, evaluation.cost.conv_macs, evaluation.number
 
-    return sorted((one for one in evaluations if one.state == "complete" and one.role != "reference"), key=key)
+    trained = (evaluation for evaluation in evaluations if evaluation.state == "complete")
+    return sorted((evaluation for evaluation in trained if evaluation.role != "reference"), key=key)
 
 
 def choose_parent(
     evaluations: Iterable[Evaluation], plan: FactorizationPlan, metric: MetricName = "accuracy"
 ) -> Evaluation | None:
-    """What a child of this plan starts from: of the trained networks each of whose rates divides the child's, the least
-    factorized one (smallest product of rates: of it a child loses least), then the highest fp32 score, then the lowest
-    number. None if there is none.
+    """The parent of a child with this plan: a trained network each of whose rates divides the child's.
 
-    So all children of a search start from its reference, if it was trained: they had equal training, and which ended
-    before does not matter.
+    Takes the least factorized one (smallest product of rates), because a child loses least of it; then the highest fp32
+    score, then the lowest number. None if there is none. So all children of a search start from its reference, if that
+    was trained: they get equal training, in whatever order candidates end.
     """
 
-    def key(one: Evaluation) -> tuple[int, float, int]:
-        return prod(one.plan.by_layer.values()), -(one.scores(metric).fp32 or 0.0), one.number
+    def key(evaluation: Evaluation) -> tuple[int, float, int]:
+        rates = evaluation.plan.by_layer.values()
+        return prod(rates), -(evaluation.scores(metric).fp32 or 0.0), evaluation.number
 
-    trained = (one for one in evaluations if one.state == "complete")
-    fitting = (one for one in trained if all(plan[layer] % rate == 0 for layer, rate in one.plan.rates))
-    return min(fitting, key=key, default=None)
+    def divides(evaluation: Evaluation) -> bool:
+        return all(plan[layer] % rate == 0 for layer, rate in evaluation.plan.rates)
+
+    trained = (evaluation for evaluation in evaluations if evaluation.state == "complete")
+    return min(filter(divides, trained), key=key, default=None)

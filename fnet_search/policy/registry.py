@@ -1,4 +1,4 @@
-"""Policies by name: installed plug-ins, and classes of a user's own files."""
+"""Finds policies by name: installed plug-ins, and classes in a user's files."""
 
 import ast
 from contextlib import suppress
@@ -11,7 +11,7 @@ from fnet_search.base.plugins import fault, importable, installed, load_installe
 from fnet_search.policy.protocol import Policy
 
 GROUP = "fnet_search.policies"
-"""Of entry points: each is a class whose objects are policies."""
+"""The group of entry points; each names a policy class."""
 
 
 def policy_names() -> list[str]:
@@ -20,14 +20,14 @@ def policy_names() -> list[str]:
 
 
 def policy_summary(name: str) -> str:
-    """The first line of an installed policy's docstring, read from its source where there is one: importing a policy
+    """The first line of an installed policy's docstring. Parses the source if there is one, because importing a policy
     may take seconds. Raises FnetError as `load_policy`."""
-    found = entry_points(group=GROUP, name=name)
+    matching = entry_points(group=GROUP, name=name)
     spec = None
-    with suppress(ImportError):  # `load_policy` says what is wrong
-        spec = find_spec(next(iter(found)).module) if found else None
+    with suppress(ImportError):  # `load_policy` then reports it
+        spec = find_spec(next(iter(matching)).module) if matching else None
     if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
-        attribute = next(iter(found)).attr
+        attribute = next(iter(matching)).attr
         for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == attribute:
                 return (ast.get_docstring(node) or "").partition("\n")[0]
@@ -35,8 +35,7 @@ def policy_summary(name: str) -> str:
 
 
 def check_policy_name(name: str) -> None:
-    """Raises FnetError for a name that no installed policy has, without importing the one that has it; for one of a
-    file or module as `load_policy`."""
+    """Raises FnetError for an unknown policy. Imports nothing for an installed one; loads a ``FILE.py:NAME``."""
     if ":" in name:
         load_policy(name)
     elif name not in policy_names():
@@ -44,10 +43,10 @@ def check_policy_name(name: str) -> None:
 
 
 def load_policy(name: str) -> Policy:
-    """The installed policy of that name, ours or a third party's; or one of a file or module, as in
-    ``halving.py:Halving``: a class, or an object.
+    """The policy of that name: an installed one, or a class or object in a file or module, as in
+    ``halving.py:Halving``.
 
-    Raises FnetError for an unknown name or a plug-in that cannot be loaded.
+    Raises FnetError for an unknown name, and for code that cannot be loaded or is no policy.
     """
     where, colon, what = name.rpartition(":")
     if colon:
@@ -57,7 +56,7 @@ def load_policy(name: str) -> Policy:
                 own: Policy = made() if isinstance(made, type) else made
         except FnetError as error:
             raise FnetError(f"policy {name}: {error}") from None
-        except Exception as error:  # a user's code raises what it likes
+        except Exception as error:  # code of users may raise anything
             raise FnetError(f"policy {name} cannot be loaded: {fault(error, where)}") from error
         return check_policy(own, name)
     policy: Policy = load_installed(GROUP, "policy", name, make=lambda kind: kind())
@@ -65,7 +64,7 @@ def load_policy(name: str) -> Policy:
 
 
 def check_policy(policy: Policy, name: str) -> Policy:
-    """The policy, if it is one. Raises FnetError for a class, and for what suggests nothing."""
+    """Returns `policy`. Raises FnetError for a class, and for an object without a method `suggest`."""
     if isinstance(policy, type):
         raise FnetError(f"{policy.__name__} is a class; give a policy, as in {policy.__name__}()")
     if not callable(getattr(policy, "suggest", None)):

@@ -33,7 +33,7 @@ from fnet_search.arch.layers import (
 )
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, label
-from fnet_search.base.toml_tables import Pair
+from fnet_search.base.toml_tables import IntPair
 from fnet_search.base.units import millions
 from fnet_search.report.graph_layout import BOX_HEIGHT, MARGIN, Point, lay_out
 from fnet_search.report.style import DPI, save_png
@@ -62,11 +62,11 @@ COLOURS = {
 }
 
 
-def _pair(pair: Pair) -> str:
+def _pair(pair: IntPair) -> str:
     return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}x{pair[1]}"
 
 
-def _window(kernel: Pair) -> str:
+def _window(kernel: IntPair) -> str:
     return f"{kernel[0]}x{kernel[1]}"
 
 

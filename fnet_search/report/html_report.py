@@ -10,7 +10,7 @@ from fnet_search.arch.plan import FactorizationPlan, label, regular
 from fnet_search.base.units import counted, millions, percent
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
-from fnet_search.policy.explanation import Explanation, Step
+from fnet_search.policy.explanation import Explanation, RateChange
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.drawing import drawing
 from fnet_search.report.figures import caption
@@ -255,7 +255,7 @@ def _explained(explanation: Explanation | None, constraints: Constraints) -> lis
 _CHOICE_HEAD = ("rate", "next lower", "MMAC", "points", "next higher", "MMAC", "points")
 
 
-def _step(step: Step | None) -> list[str]:
+def _step(step: RateChange | None) -> list[str]:
     if step is None:
         return [NONE] * 3
     return [

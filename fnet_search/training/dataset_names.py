@@ -1,4 +1,4 @@
-"""What can be named as a data set, checked without reading it. No torch, which takes seconds to import."""
+"""Checks names of data sets without reading the data. No torch, which takes seconds to import."""
 
 from os.path import isdir
 from pathlib import Path
@@ -10,23 +10,23 @@ from fnet_search.training.imagefolder import training_folder, validation_folder
 FOLDER = "imagefolder:"
 BUILT_IN = ("digits", "cifar10", "cifar100", "fashion-mnist")
 GROUP = "fnet_search.datasets"
-"""Of entry points: each is a `datasets.Source`."""
+"""The group of entry points; each names a `datasets.Source`."""
 
 
 def root_of(name: str) -> Path | None:
-    """The folder of an image folder's name; None for other data sets."""
+    """The folder in ``imagefolder:PATH``; None for other data sets."""
     return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
 
 
 def check_dataset(name: str, validation: str | None = None) -> None:
-    """Raises FnetError for a name that no data set has, and for folders of images that are not there; `validation` is
-    that of the validation images, where one is named."""
+    """Raises FnetError for an unknown data set, and for image folders that do not exist; `validation` names that of the
+    validation images (`imagefolder.validation_folder`)."""
     root = root_of(name)
     if validation is not None:
         validation_folder(root, validation)
     if root is not None:
         training_folder(root)
     elif name not in BUILT_IN and name not in installed(GROUP):
-        if isdir(name):  # noqa: PTH112 (False of what is too long for a path)
-            raise FnetError(f"unknown data set {name!r}; images in a folder are {FOLDER}{name}")
+        if isdir(name):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
+            raise FnetError(f"unknown data set {name!r}; for images in a folder write {FOLDER}{name}")
         raise unknown("data set", name, [*BUILT_IN, f"{FOLDER}PATH", *installed(GROUP)])

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors in memory, in the shape of the space's input; splits; batched augmentation."""
+"""Data sets as uint8 tensors in memory, in the shape of a space's input; splits; batched augmentation."""
 
 import hashlib
 import json
@@ -30,11 +30,10 @@ from fnet_search.training.recipe import Augmentation
 from fnet_search.training.weights import read_tensors, write_tensors
 
 LARGEST = 224
-"""Pixels a side, where nobody says how many."""
-
+"""Pixels per side of an image folder's images at most, unless given."""
 
 Batches = Callable[[], Iterator[Tensor]]
-"""Gives samples, normalised [N, C, H, W], anew at each call."""
+"""Gives batches of normalised samples [N, C, H, W], from the start at each call."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Split:
         return len(self.labels)
 
     def take(self, chosen: Tensor) -> "Split":
+        """The samples that an index or mask selects."""
         return Split(self.images[chosen], self.labels[chosen])
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,27 +60,27 @@ class Split:
 
 
 Loaded = tuple[tuple[str, ...], Split, Split]
-"""Names of the classes, training and test images; the images as they are, [N, 1 or 3, H, W] of any size."""
+"""Names of the classes, training split, test split; images [N, 1 or 3, H, W] of any size."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a data set by its name: ours are in SOURCES, those of other packages in GROUP."""
+    """How to load a named data set: built-in ones are in SOURCES, those of other packages in the group GROUP."""
 
     load: Callable[[Path, bool], Loaded]
-    """Reads it from the folder of all data sets; may download what is not there where the second argument is True."""
+    """Reads it from the folder of data sets; may download missing files if the second argument is True."""
     size: tuple[int, int] = (32, 32)
-    """Height and width of the images for a network that takes any."""
+    """Height and width of the images for a network that takes any size."""
     flips: bool = True
     """Whether a mirrored image keeps its class."""
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """`mean` and `std` are per channel, of the training images in [0, 1].
+    """A loaded data set. `mean` and `std` are per channel, of the training images in [0, 1].
 
-    `evaluation` is what candidates are compared on: the validation split in a search, the test split in a study of
-    fixed plans. A folder of images may have no test images: `test` is empty then.
+    Candidates are compared on `evaluation`: the validation split in a search, the test split in a run of given plans.
+    An image folder may have no test images; then `test` is empty.
     """
 
     name: str
@@ -93,18 +93,18 @@ class DataSet:
     flips: bool
     """Whether a mirrored image keeps its class."""
     validation: str | None = None
-    """What `evaluation` is: the folder of its images, in that of the data set relative to it, or HELD_OUT; None: the
-    test split."""
+    """What `evaluation` is: the folder of its images, relative to that of the data set if inside it, or HELD_OUT; None:
+    the test split."""
     unreadable: tuple[str, ...] = ()
-    """Files that were left out, with the reasons."""
+    """Files that were skipped, with the reasons."""
 
     @property
     def has_test(self) -> bool:
         return len(self.test) > 0
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] to float32, zero mean and unit variance per channel of the training images."""
-        mean, std = (_on(values, images.device) for values in (self.mean, self.std))
+        """uint8 [N, C, H, W] to float32, with zero mean and unit variance per channel over the training images."""
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def to(self, device: str) -> "DataSet":
@@ -113,7 +113,7 @@ class DataSet:
         return replace(self, train=self.train.to(device), evaluation=evaluation, test=test)
 
     def save(self, path: Path) -> None:
-        """Writes everything to one safetensors file; `read_dataset` reads it."""
+        """Writes the splits to one safetensors file, for `read_dataset`."""
         splits = {"train": self.train, "test": self.test}
         if self.evaluation is not self.test:
             splits["evaluation"] = self.evaluation
@@ -124,7 +124,7 @@ class DataSet:
         write_tensors(path, tensors, {"facts": json.dumps(facts)})
 
     def fingerprint(self) -> str:
-        """SHA-256 over all images and labels, first 16 hex digits."""
+        """The first 16 hex digits of the SHA-256 over all images and labels."""
         digest = hashlib.sha256()
         for split in (self.train, self.evaluation, self.test):
             digest.update(split.images.contiguous().numpy().data)
@@ -133,8 +133,8 @@ class DataSet:
 
 
 @lru_cache
-def _on(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[1, C, 1, 1], sent to a device once."""
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values as a tensor [1, C, 1, 1], sent to each device once."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
@@ -154,10 +154,10 @@ def read_dataset(path: Path) -> DataSet:
 
 
 def natural_shape(name: str, channels: int) -> tuple[int, int, int]:
-    """The size that images of a data set have, (C, H, W), for a network that takes any: of a folder that of its first
-    image, upright, at most 224 pixels a side. Digits, 8 pixels a side, are taken four times as large.
+    """The input shape (C, H, W) for a network that takes images of any size.
 
-    Raises FnetError for an unknown name.
+    For an image folder it is the size of the first image, upright, at most LARGEST pixels per side; else `Source.size`
+    (digits, 8 x 8, are enlarged to 32 x 32). Raises FnetError for an unknown name.
     """
     root = root_of(name)
     if root is None:
@@ -176,18 +176,18 @@ def load_dataset(
     validation: str | None = None,
     skip_unreadable: bool = False,
 ) -> DataSet:
-    """A data set in the shape of a space's input, with that `split` as `evaluation`.
+    """Loads a data set in the shape of a space's input, with `split` as its `evaluation`.
 
-    `folder` is where torchvision's data sets lie. The validation split is what lies in the folder `validation`
-    (absolute, or in that of the data set), else in ``val/`` of an image folder, else, or for HELD_OUT, what `hold_out`
-    takes from the training images.
+    `folder` holds torchvision's data sets. The validation split is the folder `validation` (absolute, or relative to
+    the image folder), else ``val/`` of the image folder; failing both, or for HELD_OUT, `hold_out` takes it from the
+    training images.
 
-    Raises FnetError for an unknown name, files that are missing (and `download` not set), unreadable images (naming
-    them) unless they are to be left out, neither test nor own validation images, or a space that takes neither 1 nor 3
-    channels.
+    Raises FnetError for an unknown name, missing files without `download`, unreadable images without
+    `skip_unreadable`, an image folder with neither test nor validation images, and a space whose input has neither 1
+    nor 3 channels.
     """
     if input_shape[0] not in (1, 3):
-        raise FnetError(f"data sets give 1 or 3 channels, but the space's input has {input_shape[0]}")
+        raise FnetError(f"the space's input has {input_shape[0]} channels; data sets need one with 1 or 3")
     root, splits, files = root_of(name), dict[str, Split](), dict[str, Samples]()
     own = validation_folder(root, validation) if split == "validation" else None
     if root is not None:
@@ -214,7 +214,7 @@ def load_dataset(
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images [N, C, H, W] in [0, 1], float32 [C].
 
-    From counts of the 256 values: exact, and without a float copy of all images.
+    Computed from counts of the 256 values: exact, and without a float copy of all images.
     """
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     values, number = torch.arange(256, dtype=torch.float64) / 255, counts.sum(1)
@@ -224,7 +224,7 @@ def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hold_out(data: DataSet) -> DataSet:
-    """Moves a stratified part of the training images to `evaluation`, a fixed one: 10 %, below 10,000 images 20 %.
+    """Moves a fixed, stratified part of the training images to `evaluation`: 10 %, or 20 % of fewer than 10,000 images.
 
     Raises FnetError for a class with fewer than two training images.
     """
@@ -242,7 +242,7 @@ def hold_out(data: DataSet) -> DataSet:
 
 
 def _fit(split: Split, shape: tuple[int, int, int]) -> Split:
-    """Images in the channels and size of `shape`; bilinear with antialiasing, luma of ITU-R 601."""
+    """The images in the channels and size of `shape`: resized bilinearly with antialiasing, grey by ITU-R 601 luma."""
     images = split.images
     if images.shape[1] == 3 and shape[0] == 1:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
@@ -255,7 +255,7 @@ def _fit(split: Split, shape: tuple[int, int, int]) -> Split:
 
 
 def _digits(folder: Path, download: bool) -> Loaded:
-    """scikit-learn's 1,797 scanned digits, 8x8 grey, 0 to 16; a fixed stratified fifth is the test split."""
+    """scikit-learn's 1,797 scanned digits, 8x8 grey, 0 to 16; a fixed, stratified fifth is the test split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -270,18 +270,18 @@ def _digits(folder: Path, download: bool) -> Loaded:
 
 
 def _torchvision(kind: str, name: str, folder: Path, download: bool) -> Loaded:
-    """`kind`: the class of ``torchvision.datasets``."""
+    """A data set of torchvision; `kind` is its class in ``torchvision.datasets``."""
     from torchvision import datasets
 
     splits = []
     for train in (True, False):
         try:
             part = getattr(datasets, kind)(str(folder), train=train, download=download)
-        except Exception as error:  # torchvision raises what its parts raise: RuntimeError, URLError, OSError
+        except Exception as error:  # torchvision raises many kinds: RuntimeError, URLError, OSError
             advice = (
                 f"its download failed: {first_line(error)}"
                 if download
-                else "set `download`, or `data_dir` to where it lies"
+                else "set `download`, or set `data_dir` to its folder"
             )
             raise FnetError(f"data set {name} is not in {folder}/; {advice}") from None
         images = torch.as_tensor(np.asarray(part.data))
@@ -299,24 +299,24 @@ SOURCES: Mapping[str, Source] = {
 
 
 def _source(name: str) -> Source:
-    """Raises FnetError for a name that no data set has."""
+    """The source of a named data set. Raises FnetError for an unknown name."""
     check_dataset(name)
     if name in SOURCES:
         return SOURCES[name]
-    found = load_installed(GROUP, "data set", name)
-    if not isinstance(found, Source):
-        raise FnetError(f"data set {name!r} cannot be loaded: it is a {type(found).__name__}, not a Source")
-    return found
+    source = load_installed(GROUP, "data set", name)
+    if not isinstance(source, Source):
+        raise FnetError(f"data set {name!r} cannot be loaded: it is a {type(source).__name__}, not a Source")
+    return source
 
 
 def _load(name: str, folder: Path, download: bool) -> Loaded:
-    """What a source gives, checked. Raises FnetError for what is no data set."""
+    """Loads from a source and checks the result. Raises FnetError if it is not a data set."""
     source = _source(name)
     try:
         classes, train, test = source.load(folder, download)
     except FnetError:
         raise
-    except Exception as error:  # a third party's code raises what it likes
+    except Exception as error:  # code of third parties may raise anything
         raise FnetError(f"data set {name!r} cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
     for part, split in (("training", train), ("test", test)):
         images, labels = split.images, split.labels
@@ -325,21 +325,19 @@ def _load(name: str, folder: Path, download: bool) -> Loaded:
             size, kind = tuple(images.shape), str(images.dtype).removeprefix("torch.")
             raise FnetError(f"data set {name!r}: its {part} images must be uint8 [N, 1 or 3, H, W], got {kind} {size}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise FnetError(f"data set {name!r}: its {part} labels must be int64, one an image")
+            raise FnetError(f"data set {name!r}: its {part} labels must be int64, one per image")
         if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
-            raise FnetError(
-                f"data set {name!r}: its {part} labels must be numbers of its {len(classes)} classes, from 0"
-            )
+            raise FnetError(f"data set {name!r}: its {part} labels must be class numbers from 0 to {len(classes) - 1}")
     return classes, train, test
 
 
 def affine_maps(
     count: int, size: tuple[int, ...], how: Augmentation, flips: bool, generator: torch.Generator
 ) -> Tensor:
-    """Random affine changes of `count` images of `size` (H, W), as [count, 2, 3] for `augment`.
+    """Random affine maps for `count` images of `size` (H, W), [count, 2, 3], for `augment`.
 
-    `flips` False leaves mirroring out, for data sets whose classes change under it. `generator` lives on the CPU, so
-    that the draws do not depend on the device.
+    Without `flips` nothing is mirrored, for data sets whose classes would change. `generator` lives on the CPU, so that
+    the draws do not depend on the device.
     """
     height, width = size
     draw = torch.rand(count, 6, generator=generator)
@@ -353,7 +351,7 @@ def affine_maps(
     shift_x = torch.floor(draw[:, 4] * (2 * reach_x + 1)) - reach_x
     shift_y = torch.floor(draw[:, 5] * (2 * reach_y + 1)) - reach_y
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    # Output to input, in grid_sample's coordinates: [-1, 1] spans each side, so a rotation needs the aspect ratio.
+    # From output to input, in grid_sample's coordinates: [-1, 1] spans each side, so a rotation needs the aspect ratio.
     return torch.stack(
         [
             torch.stack([mirror[0] * cos, -mirror[0] * sin * height / width, 2 * shift_x / width], dim=1),
@@ -364,6 +362,6 @@ def affine_maps(
 
 
 def augment(images: Tensor, maps: Tensor) -> Tensor:
-    """A float batch [N, C, H, W], each image changed by its map [2, 3]; edges reflected (grid_sample, bilinear)."""
+    """A float batch [N, C, H, W] with each image transformed by its map [2, 3]: bilinear, reflected at the edges."""
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

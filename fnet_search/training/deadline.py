@@ -1,4 +1,4 @@
-"""A time limit of a search: where it stops, so that nothing is lost and it always gets further."""
+"""The time limit of a search: it stops at the end of an epoch, so that nothing is lost, and every attempt advances."""
 
 import math
 import time
@@ -9,39 +9,40 @@ if TYPE_CHECKING:
 
 
 class TimeUp(Exception):  # noqa: N818 (reads as what happened; not an error)
-    """The time limit was reached before the work was done; what was done is kept, and the same search goes on."""
+    """The time limit was reached before the work was done. The work done is kept, and the search can be resumed."""
 
 
 class Deadline:
-    """No epoch is begun that would end after it, by the time that the last one of the same training took.
-
-    One epoch is done in any case: a limit that is shorter gets further too.
+    """A time limit, in seconds from now: no epoch is started that would end after it, judged by the last epoch of the
+    same training. One epoch is always done, so that a shorter limit advances too.
     """
 
     def __init__(self, seconds: float = math.inf) -> None:
         self._end = time.monotonic() + seconds
         self._begun: dict[int, float] = {}
         self.worked = False
-        """Whether this process has got any further."""
+        """Whether this process has done an epoch or other work."""
 
     def check(self, idle: bool = False) -> None:
-        """Raises TimeUp where no other piece of work is to be begun; or where, `idle`, others' is only waited for."""
+        """Raises TimeUp if no further work may be started. If `idle`, this process only waits for others: then it needs
+        not have worked itself."""
         if self.over or (idle and time.monotonic() >= self._end):
             raise TimeUp
 
     def begin(self, number: int) -> None:
-        """A training starts or goes on."""
+        """Notes that training `number` starts or is resumed."""
         self._begun[number] = time.monotonic()
 
     @property
     def over(self) -> bool:
+        """Whether the time is up and this process has done some work."""
         return self.worked and time.monotonic() >= self._end
 
     def holds(self, number: int, progress: "TrainingProgress") -> bool:
-        """Whether a training is to wait where its epoch ended, until it is cut off there: its checkpoint is written."""
+        """Whether a training must stop at the end of this epoch, whose checkpoint is written."""
         now = time.monotonic()
         begun, self._begun[number] = self._begun[number], now
-        if progress.loss is None:  # from a checkpoint: told again
+        if progress.loss is None:  # an epoch of the checkpoint, reported again
             return False
         self.worked = True
         return progress.epoch < progress.epochs and now + (now - begun) > self._end

@@ -1,4 +1,4 @@
-"""Images in class folders, as torchvision's ImageFolder takes them: which files are samples, and their pixels."""
+"""Images in class folders, as for torchvision's ImageFolder: lists the samples and decodes them."""
 
 import os
 import warnings
@@ -25,57 +25,60 @@ Samples = list[tuple[Path, int]]
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),  # torchvision's
     *(".gif", ".jpe", ".jfif", ".jp2", ".j2k", ".apng", ".pbm", ".pnm", ".dib", ".tga"),
-    *(".avif", ".heic", ".heif"),  # named as unreadable where Pillow cannot read them, not left out
+    *(".avif", ".heic", ".heif"),  # listed, so that they are reported where Pillow cannot read them
 )
 VALIDATION = ("val", "valid", "validation")
-"""What the folder of the validation images may be called."""
+"""Names that the folder of validation images may have."""
 CLUTTER = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "__pycache__"}
-"""Folders that operating systems, file servers and tools leave among those of the user."""
+"""Folders that operating systems, file servers and tools leave behind: no classes."""
 RANGES = (2**8 - 1, 2**16 - 1, 2**24 - 1, 2**31 - 1)
-"""Largest values of as many whole bytes."""
+"""The largest values of 1, 2 and 3 unsigned bytes and of 4 signed ones."""
 LISTED = 10
-"""So many unreadable images are named."""
+"""Unreadable images that a message names at most."""
 
 
 def validation_folder(root: Path | None, named: str | None) -> Path | None:
-    """Where the validation images lie: in `named`, which may be relative to the `root` of the data set's folders; else
-    in the one of VALIDATION that is there. None: nowhere, or `named` is HELD_OUT.
+    """The folder of the validation images: `named`, absolute or relative to the data set's `root`, else the one of
+    VALIDATION in `root`. None if there is none, or if `named` is HELD_OUT.
 
-    Raises FnetError for a folder that does not exist, for several, and for that of the training or the test images.
+    Raises FnetError if `named` does not exist, if there are several, and if it is the folder of the training or the
+    test images.
     """
     if named == HELD_OUT:
         return None
     if named is not None:
-        found = [(root or Path()) / Path(named).expanduser()]
-        if not found[0].is_dir():
-            raise FnetError(f"`validation` {found[0]} does not exist, or is not a folder; class folders must lie in it")
+        folders = [(root or Path()) / Path(named).expanduser()]
+        if not folders[0].is_dir():
+            raise FnetError(f"`validation` {folders[0]} is not an existing folder; give one that holds class folders")
     else:
-        found = [] if root is None else [root / name for name in VALIDATION if (root / name).is_dir()]
-    if len(found) > 1:
-        names = " and ".join(f"{folder.name}/" for folder in found)
-        raise FnetError(f"imagefolder {root}: {names} are there; name the validation images with `validation`")
-    for folder in found:
+        folders = [] if root is None else [root / name for name in VALIDATION if (root / name).is_dir()]
+    if len(folders) > 1:
+        names = " and ".join(f"{folder.name}/" for folder in folders)
+        raise FnetError(f"imagefolder {root} has {names}; name the folder of validation images with `validation`")
+    for folder in folders:
         for part, name in (("train", "training"), ("test", "test")):
             if root is not None and (root / part).is_dir() and folder.samefile(root / part):
-                raise FnetError(f"the validation images {folder} are the {name} images; name others with `validation`")
-    return found[0] if found else None
+                raise FnetError(
+                    f"the validation images {folder} are the {name} images; name another folder with `validation`"
+                )
+    return folders[0] if folders else None
 
 
 CLASS_FOLDERS = "class folders must lie in train/ and test/"
 
 
 def training_folder(root: Path) -> Path:
-    """Where the training images of a data set in folders lie. Raises FnetError where it is not there."""
+    """The folder of the training images of an image folder. Raises FnetError if it does not exist."""
     if not (root / "train").is_dir():
         raise FnetError(f"imagefolder {root}: {root / 'train'} does not exist; {CLASS_FOLDERS}")
     return root / "train"
 
 
 def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str, Samples]]:
-    """The classes of a data set in folders, and the samples of ``train`` and, where it is there, of ``test``.
+    """The classes of an image folder, and the samples of ``train`` and, if it exists, of ``test``.
 
-    A class folder in test/ may be missing. Raises FnetError for fewer than two classes, one without a training image,
-    one that only test/ has, and, if it is needed, a missing test/.
+    A class folder in test/ may be missing. Raises FnetError for fewer than two classes, a class without a training
+    image, a class that only test/ has, and a missing test/ if `needs_test`.
     """
     whose, train, test = f"imagefolder {root}", training_folder(root), root / "test"
     if needs_test and not test.is_dir():
@@ -91,25 +94,30 @@ def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
-    """By the names of the classes, in order. Unicode writes one name in several ways, macOS others than Linux: names
-    are in its form NFC. Raises FnetError where two are the same then, and for a link to nothing."""
-    found: dict[str, Path] = {}
+    """The class folders in `folder` by class name, in order.
+
+    Names are normalised to Unicode NFC, because macOS and Linux write the same name differently. Raises FnetError for
+    two folders with the same normalised name, and for a broken link.
+    """
+    folders: dict[str, Path] = {}
     for path in _inside(folder):
         name = _spelling(path.name)
         if not path.exists():
-            raise FnetError(f"{path} is a link to nothing")
-        if path.is_dir() and name in found:
-            raise FnetError(f"{folder} holds class {name!r} twice, as Unicode may be written in several ways")
+            raise FnetError(f"{path} is a broken link; remove it")
+        if path.is_dir() and name in folders:
+            raise FnetError(
+                f"{folder} holds class {name!r} twice, written differently in Unicode; merge the two folders"
+            )
         if path.is_dir():
-            found[name] = path
-    return found
+            folders[name] = path
+    return folders
 
 
 def samples(folder: Path, classes: Sequence[str], whose: str, of_each: bool = False) -> Samples:
-    """The images in the class folders of `folder`, class by class, each class in order of paths.
+    """The images in the class folders of `folder`, class by class, each class ordered by path.
 
-    Raises FnetError, which begins with `whose` folder it is, for other classes, and where there is no image, or none
-    `of_each` class.
+    Raises FnetError, prefixed by `whose`, for a folder of an unknown class, and if there is no image, or, with
+    `of_each`, none of some class.
     """
     folders = class_folders(folder)
     if others := [name for name in folders if name not in classes]:
@@ -128,7 +136,7 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
-    """Image files, in linked folders too, but not in one that is `above`; broken links, to be named."""
+    """Yields the image files, following links to folders except to those `above`, and broken links, to report them."""
     status = folder.stat()
     place = status.st_dev, status.st_ino
     for path in [] if place in above else _inside(folder):
@@ -139,9 +147,9 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What lies in a folder, by name: nothing hidden, as ``._1.jpg`` of macOS, and no CLUTTER."""
+    """The entries of a folder by name, without hidden ones (as ``._1.jpg`` of macOS) and CLUTTER."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208 (a generator's errors come later)
+        names = os.listdir(folder)  # noqa: PTH208 (Path.iterdir raises only when it is iterated)
     except OSError as error:
         raise FnetError(f"cannot read folder {folder}: {error.strerror}") from None
     shown = (name for name in names if not name.startswith(".") and name not in CLUTTER)
@@ -153,7 +161,7 @@ def _spelling(name: str) -> str:
 
 
 def first_size(root: Path) -> tuple[int, int] | None:
-    """Width and height of the first training image that can be read, upright; None: there is none."""
+    """Width and height, upright, of the first readable training image; None if there is none."""
     for folder in class_folders(root / "train").values() if (root / "train").is_dir() else ():
         for path in _images(folder):
             with suppress(Exception):
@@ -164,19 +172,19 @@ def first_size(root: Path) -> tuple[int, int] | None:
 def read_images(
     files: Mapping[str, Samples], shape: tuple[int, int, int], progress: Progress, skip_unreadable: bool
 ) -> tuple[dict[str, tuple[Pixels, list[int]]], tuple[str, ...]]:
-    """Of each split the images [N, C, H, W] and their classes; and which could not be read, with the reasons.
+    """Reads the images [N, C, H, W] and classes of each split; also returns the unreadable files, with reasons.
 
-    Raises FnetError, naming them, for images that cannot be read, unless they are to be left out, and for a class of
-    which all would be.
+    Raises FnetError, naming them, for unreadable images unless `skip_unreadable`, and for a class without a readable
+    image.
     """
     total, done = sum(map(len, files.values())), 0
-    found: dict[str, tuple[Pixels, list[int]]] = {}
+    splits: dict[str, tuple[Pixels, list[int]]] = {}
     unreadable: list[str] = []
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("ignore")  # of Pillow, about large images and odd metadata
+        warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata
         for part, listed in files.items():
             images, labels = np.empty((len(listed), *shape), dtype=np.uint8), list[int]()
-            for (path, label), image in zip(listed, pool.map(partial(_tried, shape=shape), listed), strict=True):
+            for (path, label), image in zip(listed, pool.map(partial(_decoded, shape=shape), listed), strict=True):
                 if isinstance(image, str):
                     unreadable.append(f"{path}: {image}")
                 else:
@@ -185,25 +193,25 @@ def read_images(
                 done += 1
                 if done % 256 == 0 or done == total:
                     progress(done, total)
-            found[part] = images[: len(labels)], labels
+            splits[part] = images[: len(labels)], labels
     if unreadable and not skip_unreadable:
         many = f"{len(unreadable):,} of {total:,} images:" if len(unreadable) > 1 else "image"
-        raise FnetError(f"cannot read {many} {listing(unreadable)}; `skip_unreadable` leaves out what cannot be read")
-    for part, (_, labels) in found.items():
+        raise FnetError(f"cannot read {many} {listing(unreadable)}; `skip_unreadable` leaves out unreadable images")
+    for part, (_, labels) in splits.items():
         read = set(labels)
         if lost := [path for path, label in files[part] if label not in read]:
-            raise FnetError(f"no image of the class of {lost[0]} can be read")
-    return found, tuple(unreadable)
+            raise FnetError(f"no image of the class of {lost[0]} can be read; replace one of them")
+    return splits, tuple(unreadable)
 
 
 def listing(texts: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first LISTED texts, and the number of the others."""
     more = f"; and {len(texts) - LISTED:,} more" if len(texts) > LISTED else ""
     return "; ".join(texts[:LISTED]) + more
 
 
-def _tried(sample: tuple[Path, int], shape: tuple[int, int, int]) -> Pixels | str:
-    """The pixels, or why there are none."""
+def _decoded(sample: tuple[Path, int], shape: tuple[int, int, int]) -> Pixels | str:
+    """The pixels of a sample, or the reason why it is unreadable."""
     try:
         return decode(sample[0], shape)
     except Exception as error:  # broken files make Pillow's readers raise anything
@@ -218,11 +226,11 @@ READING = (
     "convert('RGB'), or for one channel convert('L'): transparency is dropped",
     "unless of this size: resize((width, height), BILINEAR), the whole image",
 )
-"""What `decode` does, in words, for whoever has to do it without this program."""
+"""What `decode` does, in words, for programs that must read images in the same way."""
 
 
 def decode(path: Path, shape: tuple[int, int, int]) -> Pixels:
-    """One image of any mode and size as [C, H, W]. Raises whatever Pillow raises."""
+    """Reads an image of any mode and size as uint8 [C, H, W]. Raises whatever Pillow raises."""
     image = _eight_bits(*_upright(path))
     if image.mode == "P":
         image = image.convert("RGBA")  # else a palette with transparency gives a warning
@@ -234,26 +242,26 @@ def decode(path: Path, shape: tuple[int, int, int]) -> Pixels:
 
 
 def _upright(path: Path) -> tuple[Image.Image, str | None]:
-    """An image as the camera was held, by EXIF, and its format; as it is where EXIF is broken: its pixels may be whole.
+    """An image rotated upright by its EXIF data, and its format; not rotated if its EXIF data is broken.
 
-    Not opened by name: Pillow would map an uncompressed file into memory, and mix up the pixels of a TIFF file that is
-    to be turned.
+    Opened as a file object, not by name: Pillow would memory-map an uncompressed TIFF file, and rotating that garbles
+    its pixels.
     """
     with path.open("rb") as file, Image.open(file) as opened:
         opened.load()
         try:
             opened.getexif()
-        except Exception:  # anything, as in `_tried`
+        except Exception:  # broken EXIF data may raise anything
             return opened, opened.format
         return ImageOps.exif_transpose(opened), opened.format
 
 
 def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Scales grey of more than 8 bits, which Pillow would clip.
+    """Scales grey values of more than 8 bits to 8, which Pillow would clip.
 
-    What 32 bits hold is not said in the file: floats from 0 to 1, integers of 8, 12 or 16 bits. The range is that of
-    the fewest whole bytes, so that it is the same for all images of a kind but those that are black in it. Raises
-    ValueError for values below 0, and those that are not finite or too large.
+    A file of 32 bits does not say its range: floats from 0 to 1, or integers of 8, 12 or 16 bits. The range is taken
+    from the fewest whole bytes that hold all values, so that images of a kind get the same range unless they are almost
+    black. Raises ValueError for values that are negative, not finite or too large.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -262,7 +270,9 @@ def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
         low, high = float(values.min()), float(values.max())
         tops: Iterable[int] = [top for top in ((1, *RANGES) if image.mode == "F" else RANGES) if high <= top]
         if not (low >= 0 and tops):
-            raise ValueError(f"its values are from {low:g} to {high:g}; scale them to 0 to {RANGES[1]}, or floats to 1")
+            raise ValueError(
+                f"its values are from {low:g} to {high:g}; scale them to 0 to {RANGES[1]}, or floats to 0 to 1"
+            )
         scaled = np.rint(values.astype(np.float64) * 255 / min(tops))
     else:
         scaled = np.clip(values // 257, 0, 255)

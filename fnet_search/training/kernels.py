@@ -1,5 +1,5 @@
-"""What a training spends its time in, the fast way: BatchNorm with its ReLU in one pass, grouped convolutions as
-block-diagonal ones. Which of it a training uses is a part of its `numerics`, chosen by measuring."""
+"""Fast kernels for training: BatchNorm with its ReLU in one pass, grouped convolutions as block-diagonal ones.
+`numerics` decides by timing which of them a training uses."""
 
 import logging
 import threading
@@ -11,60 +11,66 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor, nn
 
-# Four passes over an activation, each compiled: one that reads it once and keeps nothing in between. Sums run over
-# pixels, then over images: the inner ones stay in the cache, and float32 is exact enough for them.
+# BatchNorm with ReLU takes four passes over an activation, forward and backward. Each is one compiled function, which
+# reads it once and stores no intermediate. Sums run over pixels, then over images: the inner sums stay in the cache,
+# and float32 is exact enough for them.
 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled by torch.compile at its first use, for all shapes; anew only for another dtype, format, or number of
-    threads."""
+    """The function compiled by torch.compile, at its first use, for all shapes; again only for another dtype, memory
+    format or number of threads."""
     import torch._dynamo.config
-    import torch._inductor.config  # takes a second: only where kernels are compiled
+    import torch._inductor.config  # takes a second to import, so only here
     import torch.fx.experimental._config
     from tqdm import tqdm
 
-    torch._inductor.config.compile_threads = 1  # a pool of compiling processes pays for large graphs only
-    tqdm.set_lock(threading.RLock())  # torch.fx has a progress bar, whose lock between processes outlives a worker
-    torch.fx.experimental._config.use_duck_shape = False  # sides that are equal once may differ the next time
-    torch._dynamo.config.recompile_limit = 64  # beyond it nothing is compiled any more, without a word
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # says that there is no CUDA
+    torch._inductor.config.compile_threads = 1  # a pool of compiling processes only pays for large graphs
+    tqdm.set_lock(threading.RLock())  # torch.fx's progress bar else makes a multiprocessing lock that outlives a worker
+    torch.fx.experimental._config.use_duck_shape = False  # sides that are equal now may differ next time
+    torch._dynamo.config.recompile_limit = 64  # beyond the limit torch silently stops compiling
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
     return torch.compile(function, dynamic=True)
 
 
 def _channels(x: Tensor) -> Tensor:
-    """[C] against [N, C, H, W]."""
+    """[C] as [1, C, 1, 1]."""
     return x.view(1, -1, 1, 1)
 
 
 def _moments(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, the sums of x - shift and of its square."""
     d = x.float() - _channels(shift)
     return d.sum((2, 3)).sum(0), d.square().sum((2, 3)).sum(0)
 
 
 def _scaled_relu(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """relu(a x + b)."""
     return torch.relu(x.float() * _channels(a) + _channels(b)).to(x.dtype)
 
 
 def _gradient_sums(g: Tensor, x: Tensor, a: Tensor, b: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Per channel, the sums of g and of g (x - mean), where the ReLU passes."""
     x = x.float()
     g = torch.where(x * _channels(a) + _channels(b) > 0, g.float(), 0.0)
     return g.sum((2, 3)).sum(0), (g * (x - _channels(mean))).sum((2, 3)).sum(0)
 
 
 def _input_gradient(g: Tensor, x: Tensor, a: Tensor, b: Tensor, mean: Tensor, k: Tensor, c: Tensor) -> Tensor:
+    """a g + k (x - mean) + c, with g only where the ReLU passes."""
     y = x.float()
     masked = torch.where(y * _channels(a) + _channels(b) > 0, g.float(), 0.0)
     return (_channels(a) * masked + _channels(k) * (y - _channels(mean)) + _channels(c)).to(x.dtype)
 
 
 class _NormReLU(torch.autograd.Function):
-    """relu(a x + b) with a = gamma / sqrt(var + eps), b = beta - a mean; its backward derives the mask again."""
+    """relu(a x + b) with a = gamma / sqrt(var + eps), b = beta - a mean. The backward pass recomputes the ReLU's
+    mask."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         count = x.numel() // x.shape[1]
-        # Shifted by the mean of one image: the variance as a difference of squares would lose its digits.
+        # Shifted by the mean of one image, without which the variance, a difference of squares, would cancel.
         shift = x[0].mean((1, 2), dtype=torch.float32)
         first, second = (total / count for total in _compiled(_moments)(x, shift))
         mean, variance = shift + first, (second - first.square()).clamp_min(0)
@@ -90,7 +96,7 @@ class _NormReLU(torch.autograd.Function):
 
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """relu(norm(x)) of [N, C, H, W] in training mode, and the norm's running statistics updated, as torch does it."""
+    """relu(norm(x)) of [N, C, H, W] in training mode; updates the norm's running statistics as torch does."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
@@ -105,9 +111,10 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def merged(in_channels: int, groups: int, widths: tuple[int, ...]) -> int:
-    """How many groups of a convolution are computed as one, block-diagonal: a divisor of `groups`.
+    """How many groups of a convolution to compute as one block-diagonal group: a divisor of `groups`.
 
-    `widths`: the input channels a group to aim at, for groups of 1, 2, 4, ... channels; wider ones stay as they are.
+    `widths` are the target input channels per group, for groups of 1, 2, 4, ... channels; wider groups stay as they
+    are.
     """
     own = in_channels // groups
     place = own.bit_length() - 1
@@ -117,14 +124,14 @@ def merged(in_channels: int, groups: int, widths: tuple[int, ...]) -> int:
 
 @lru_cache
 def _blocks(out_channels: int, groups: int, per_group: int, merge: int, device: torch.device) -> Tensor:
-    """[C_out, merge * per_group, 1, 1]: 1 where a weight of the merged group is one of the grouped kernel."""
+    """A mask [C_out, merge * per_group, 1, 1]: 1 where a weight of the merged group belongs to the grouped kernel."""
     own = torch.arange(out_channels, device=device) // (out_channels // groups) % merge
     block = torch.arange(merge * per_group, device=device) // per_group
     return (own[:, None] == block).float()[:, :, None, None]
 
 
 def block_diagonal(x: Tensor, conv: nn.Conv2d, merge: int) -> Tensor:
-    """The grouped convolution `conv` of `x`, `merge` groups at a time as a dense one with zeros between the groups."""
+    """The grouped convolution `conv` of `x`, computing `merge` groups as a dense one with zeros between them."""
     per_group = conv.in_channels // conv.groups
     blocks = _blocks(conv.out_channels, conv.groups, per_group, merge, conv.weight.device)
     weight = conv.weight.repeat(1, merge, 1, 1) * blocks

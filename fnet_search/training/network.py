@@ -1,4 +1,4 @@
-"""From a macroarchitecture to a trainable torch module, and the walk over a graph that everything here shares."""
+"""Builds a trainable torch module from a macroarchitecture; `walk` runs a graph for every kind of value."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -52,11 +52,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "log_sigmoid": F.logsigmoid,
     "abs": torch.abs,
 }
-"""Those that have no constants."""
+"""The activation functions without constants."""
 
 
 def activate(layer: Activation, x: Tensor) -> Tensor:
-    """A function that learns nothing, on [N, C, H, W] or [N, C]."""
+    """Applies an activation without parameters to [N, C, H, W] or [N, C]."""
     match layer:
         case Activation("leaky_relu", tuple()):
             return F.prelu(x, x.new_tensor(layer.alpha))
@@ -72,7 +72,8 @@ def activate(layer: Activation, x: Tensor) -> Tensor:
 
 
 def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> Iterator[tuple[Node, T]]:
-    """Runs a graph: yields each node, in topological order, with its output, which is dropped after its last use."""
+    """Runs a graph on values of any kind. Yields each node, in topological order, with its output; outputs are dropped
+    after their last use."""
     alive: dict[str, T] = {INPUT: x}
     readers = {name: network.graph.out_degree(name) for name in network.graph}
     for node in network.order:
@@ -86,13 +87,13 @@ def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) 
 
 
 def run(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> T:
-    """What the last node of a graph gives for an input: the logits."""
+    """The output of a graph, the logits, for values of any kind."""
     outputs = [output for node, output in walk(network, x, apply) if node.name == network.output]
     return outputs[0]
 
 
 def moved(layer: Moving, x: Tensor, zero: int = 0) -> Tensor:
-    """A layer that computes nothing, on values or codes, [N, C, H, W] or [N, K]; `zero` stands for zero."""
+    """Applies a layer that only moves values, to values or codes [N, C, H, W] or [N, K]; `zero` represents zero."""
     match layer:
         case Flatten():
             return x.flatten(1)
@@ -113,7 +114,7 @@ def moved(layer: Moving, x: Tensor, zero: int = 0) -> Tensor:
 
 
 def apply_stateless(layer: Stateless, inputs: list[Tensor]) -> Tensor:
-    """A layer without weights on float tensors of shape [N, C, H, W] or [N, K]."""
+    """Applies a layer without weights to float tensors [N, C, H, W] or [N, K]."""
     x = inputs[0]
     if isinstance(layer, Moving):
         return moved(layer, x)
@@ -137,6 +138,7 @@ def apply_stateless(layer: Stateless, inputs: list[Tensor]) -> Tensor:
 
 
 def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
+    """The torch module of a node; None for a layer without parameters."""
     layer, shape = node.layer, network.input_shapes(node)[0]
     if isinstance(layer, Stateless):
         if isinstance(layer, Activation) and layer.function == "prelu":
@@ -146,7 +148,7 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
         case Conv(out_channels, kernel, stride, padding, dilation, groups, bias):
             return nn.Conv2d(shape[0], out_channels, kernel, stride, padding, dilation, groups, bias)
         case BatchNorm(eps, affine):
-            # A quick average for the looks in between; `train` takes the statistics anew at the end.
+            # Running statistics that adapt fast, for the accuracy after each epoch; `train.settle` recomputes them.
             kind = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
             return kind(shape[0], eps, momentum=0.3, affine=affine)
         case Affine():
@@ -158,7 +160,7 @@ def _module(network: Macroarchitecture, node: Node) -> nn.Module | None:
 
 
 class ScaleShift(nn.Module):
-    """An affine layer. Its constants are no part of the state: the layer has them."""
+    """An affine layer. Constants are not part of the state dict: the layer itself holds them."""
 
     scale: Tensor
     shift: Tensor
@@ -173,15 +175,14 @@ class ScaleShift(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] or [N, K] to the same shape and dtype."""
+        """x * scale + shift of [N, C, H, W] or [N, K], in the dtype of x."""
         scale, shift = (values.view(-1, *[1] * (x.ndim - 2)) for values in (self.scale, self.shift))
         return (x * scale + shift).to(x.dtype)
 
 
 class _Layers(nn.ModuleDict):
-    """Modules by the names of their layers, which may be those of attributes that torch refuses: ``type``, ``forward``.
-
-    They are found as items only, not as attributes, which stay torch's own.
+    """Modules by layer name. Unlike ModuleDict, takes names of attributes too (``type``, ``forward``), because modules
+    are items here and never attributes.
     """
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -193,7 +194,7 @@ class _Layers(nn.ModuleDict):
 
 
 class Network(nn.Module):
-    """The trainable network of a macroarchitecture: [N, C, H, W] float images, normalised, to [N, classes] logits."""
+    """The trainable network of a macroarchitecture: normalised float images [N, C, H, W] to logits [N, classes]."""
 
     def __init__(self, network: Macroarchitecture) -> None:
         super().__init__()
@@ -204,13 +205,13 @@ class Network(nn.Module):
         self._merged: dict[str, int] = {}
 
     def layer(self, name: str) -> nn.Module:
-        """The module of a node with parameters."""
+        """The module of a node that has one."""
         return self.layers[module_key(name)]
 
     def speed_up(self, fused: bool, group_widths: tuple[int, ...]) -> None:
-        """How it is computed in training mode from now on, by the kernels of `kernels`; the results differ by rounding.
+        """Selects the kernels of `kernels` for training mode; results differ by rounding only.
 
-        `fused`: each BatchNorm with the ReLU that follows in one pass. `group_widths`: see `numerics.Numerics`.
+        `fused`: each BatchNorm and the ReLU after it in one pass. `group_widths`: see `numerics.Numerics`.
         """
         network = self.network
         self._fused = frozenset(
@@ -227,12 +228,12 @@ class Network(nn.Module):
         }
 
     def apply_node(self, node: Node, inputs: list[Tensor]) -> Tensor:
-        """One layer on float tensors [N, C, H, W] or [N, K]."""
+        """Applies one layer to float tensors [N, C, H, W] or [N, K]."""
         key, x = module_key(node.name), inputs[0]
         if key not in self.layers:
             assert isinstance(node.layer, Stateless)
-            done = self.training and node.inputs[0] in self._fused
-            return x if done else apply_stateless(node.layer, inputs)
+            computed = self.training and node.inputs[0] in self._fused  # by the BatchNorm before it
+            return x if computed else apply_stateless(node.layer, inputs)
         module = self.layers[key]
         if self.training and node.name in self._fused:
             assert isinstance(module, nn.BatchNorm2d)
@@ -248,7 +249,7 @@ class Network(nn.Module):
 
 
 def module_key(name: str) -> str:
-    """Module names must not hold dots; `Macroarchitecture` sees to it that no two names become one."""
+    """The layer name as a module name, which must not hold dots; `Macroarchitecture` keeps the results distinct."""
     return name.replace(".", "/")
 
 
@@ -260,7 +261,7 @@ INITIALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def build(network: Macroarchitecture, initializer: str = "glorot_uniform", seed: int = 0) -> Network:
-    """A freshly initialised network, a function of (network, initializer, seed). Biases start at zero."""
+    """A freshly initialised network, determined by (network, initializer, seed). Biases are zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = Network(network)
@@ -275,12 +276,12 @@ def build(network: Macroarchitecture, initializer: str = "glorot_uniform", seed:
 
 
 def pretrained(network: Macroarchitecture, initializer: str = "glorot_uniform", seed: int = 0) -> Network:
-    """The network with the weights that it was imported with; those of a new last layer are drawn as `build` does.
+    """The network with its imported weights; the weights of a new last layer are drawn as in `build`.
 
-    Raises FnetError for one without weights.
+    Raises FnetError for a network without weights.
     """
     if network.weights is None:
-        raise FnetError(f"space {network.name!r} has no weights; import it with some, or build it")
+        raise FnetError(f"space {network.name!r} has no weights; import it with weights, or train it from scratch")
     module = build(network, initializer, seed)
     own = module.state_dict()
     known = {name: w for name, w in network.weights.items() if name in own and own[name].shape == w.shape}
@@ -289,14 +290,14 @@ def pretrained(network: Macroarchitecture, initializer: str = "glorot_uniform", 
 
 
 def load_weights(network: Macroarchitecture, path: Path) -> Macroarchitecture:
-    """The network with weights from a file (`weights.read_state`), and with as many classes as they are for. Raises
-    FnetError, naming it, where they do not fit."""
-    found = read_state(path)
+    """The network with weights from a file (`weights.read_state`), and with the number of classes that they have.
+    Raises FnetError, naming the file, if they do not fit."""
+    state = read_state(path)
     last = network.classifier
-    weight = None if last is None else found.get(f"layers.{module_key(last.name)}.weight")
+    weight = None if last is None else state.get(f"layers.{module_key(last.name)}.weight")
     own = network if weight is None else network.with_classes(weight.shape[0])
     shapes = {name: tensor.shape for name, tensor in Network(own).state_dict().items()}
-    wrong = [name for name in {**shapes, **found} if name not in found or shapes.get(name) != found[name].shape]
+    wrong = [name for name in {**shapes, **state} if name not in state or shapes.get(name) != state[name].shape]
     if wrong:
         raise FnetError(f"{path} does not hold the weights of space {network.name!r}: {wrong[0]!r} does not fit")
-    return replace(own, weights=found)
+    return replace(own, weights=state)

@@ -1,4 +1,4 @@
-"""Numerics: how a training is computed on a device. Resolved once a study by measuring, recorded, used on resume."""
+"""Numerics: how a training is computed on a device. Chosen once per run by timing, recorded, and reused on resume."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,32 +18,32 @@ from fnet_search.training.kernels import block_diagonal, norm_relu
 DType = Literal["float32", "tf32", "bfloat16"]
 
 GROUPS = (1, 2, 4, 8, 16)
-"""Channels a group for which `Numerics.group_widths` are measured."""
+"""Channels per group for which `Numerics.group_widths` are measured."""
 CLEAR = 1.05
-"""A way that differs from the plain one must be so many times faster."""
+"""A variant must be this many times faster than the plain one to be chosen, so that timing noise does not decide."""
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """How numbers are computed in a training. Evaluations are always in float32 (and integers), on the same device."""
+    """How a training computes. Evaluations always use float32 (and integers), on the same device."""
 
     device: str
     dtype: DType = "float32"
     channels_last: bool = False
     threads: int = 1
-    """Of a worker on the CPU."""
+    """Threads of a worker on the CPU."""
     fused: bool = False
-    """BatchNorm and its ReLU in one pass (`kernels.norm_relu`), compiled by torch.compile."""
+    """Whether BatchNorm and its ReLU are one pass (`kernels.norm_relu`), compiled by torch.compile."""
     group_widths: tuple[int, ...] = ()
-    """Channels a group that convolutions of 1, 2, 4, ... channels a group are computed with, as block-diagonal ones
-    (`kernels.block_diagonal`); wider ones are computed as they are."""
+    """Channels per group with which convolutions of 1, 2, 4, ... channels per group are computed, as block-diagonal
+    ones (`kernels.block_diagonal`); wider ones are computed as they are."""
     alone_threads: int = 1
-    """Of a worker on the CPU while the others have nothing to do (reference, final training)."""
+    """Threads of a worker on the CPU while the others are idle (reference, final training)."""
 
     @contextmanager
     def arithmetic(self, autocast: bool = True) -> Iterator[None]:
-        """bfloat16 with float32 master weights, or tf32 products, where `dtype` says so. Backward passes follow the
-        dtypes of the forward ones: they take no `autocast`."""
+        """A context for bfloat16 with float32 master weights, or for tf32 products, as `dtype` says. Use it without
+        `autocast` for backward passes, which follow the dtypes of the forward passes."""
         kind = torch.device(self.device).type
         before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.dtype == "tf32"
@@ -74,27 +74,25 @@ class Numerics:
             parts.append(f"groups of {', '.join(wider)} channels")
         if not self.device.startswith("cuda"):
             alone = f", {self.alone_threads} alone" if self.alone_threads > self.threads else ""
-            parts.append(f"{counted(self.threads, 'thread')} a worker{alone}")
+            parts.append(f"{counted(self.threads, 'thread')} per worker{alone}")
         return ", ".join(parts)
 
 
 def check_device(device: str) -> str:
-    """The device; for ``auto`` CUDA where there is one.
-
-    Raises FnetError for one that is not there or cannot be named.
-    """
+    """Returns `device`; for ``auto`` CUDA if available, else the CPU. Raises FnetError for a device that is malformed
+    or not available."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=torch.device(device)).item()
     except (RuntimeError, AssertionError, ValueError, ImportError):
-        found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-        raise FnetError(f"device {device!r} is not there; this machine has: {', '.join(['cpu', *found])}") from None
+        available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise FnetError(f"device {device!r} is not available; this machine has: {', '.join(available)}") from None
     return device
 
 
 def check_dtype(device: str, dtype: str) -> None:
-    """Raises FnetError for arithmetic that the device cannot do."""
+    """Raises FnetError for a dtype that is unknown or that the device does not support."""
     if dtype not in ("auto", *get_args(DType)):
         raise unknown("dtype", dtype, ("auto", *get_args(DType)))
     on_cuda = device.startswith("cuda")
@@ -105,11 +103,11 @@ def check_dtype(device: str, dtype: str) -> None:
 
 
 def check_kernels(numerics: Numerics) -> None:
-    """Raises FnetError where the kernels of fused norms cannot be compiled."""
+    """Raises FnetError if the kernels of fused norms cannot be compiled."""
     before = torch.get_num_threads()
     try:
         _block(numerics)()
-    except Exception as error:  # whatever torch.compile and the compilers behind it raise
+    except Exception as error:  # torch.compile and the compilers behind it may raise anything
         raise FnetError(f"the kernels of `fused` cannot be compiled here: {first_line(error)}") from None
     finally:
         torch.set_num_threads(before)
@@ -124,18 +122,18 @@ def resolve(
     threads: int | None = None,
     fused: bool | None = None,
 ) -> Numerics:
-    """The fastest way on this device, by timing a block of a network forward and backward: three seconds, and where
-    kernels must be compiled, up to 15 s more for the first time on a machine.
+    """The fastest numerics on this device, by timing a block of a network forward and backward.
 
-    A worker on the CPU gets `threads`, or one, or its share of the cores if that is faster. What is given is not
-    measured, and nothing is twice in a process.
-    Raises FnetError for a device that is not there and for arithmetic or kernels that it cannot do.
+    Takes three seconds, and up to 15 s more for compiling kernels the first time on a machine; cached in the process. A
+    worker on the CPU gets `threads`; if that is None, one, or its share of the cores if that is faster. Arguments that
+    are given are not timed. Raises FnetError for a device that is not available, and for a dtype or kernels that it
+    does not support.
     """
     device = check_device(device)
     check_dtype(device, dtype)
     before = torch.get_num_threads()
     try:
-        chosen = _fastest([_fused(way, fused) for way in _ways(device, dtype, threads or 1)])
+        chosen = _fastest([_with_fused(plain, fused) for plain in _dtypes(device, dtype, threads or 1)])
         chosen = replace(chosen, group_widths=tuple(_width(chosen, own) for own in GROUPS))
         wider = replace(chosen, threads=cores // workers)
         if device == "cpu" and threads is None and wider.threads > 1:
@@ -145,28 +143,29 @@ def resolve(
         torch.set_num_threads(before)
 
 
-def _ways(device: str, dtype: str, threads: int) -> list[Numerics]:
-    """What could be fast: float32 and, where the device has them, narrower dtypes; each in the memory format that it is
-    faster in."""
-    ways: list[Numerics] = []
-    for one in get_args(DType):
-        if dtype not in ("auto", one):
+def _dtypes(device: str, dtype: str, threads: int) -> list[Numerics]:
+    """Numerics worth timing: float32 and the narrower dtypes that the device supports, each in its faster memory
+    format."""
+    chosen: list[Numerics] = []
+    for kind in get_args(DType):
+        if dtype not in ("auto", kind):
             continue
         try:
-            check_dtype(device, one)
+            check_dtype(device, kind)
         except FnetError:
             continue
-        formats = [Numerics(device, one, channels_last, threads) for channels_last in (True, False)]
-        # bfloat16 without hardware for it is many times slower: nothing more is timed in it. The first time warms up.
-        steps = [_block(way) for way in (formats[0], *ways[:1])]
+        formats = [Numerics(device, kind, channels_last, threads) for channels_last in (True, False)]
+        # bfloat16 without hardware for it is many times slower: not worth timing further. The first pass warms up.
+        steps = [_block(numerics) for numerics in (formats[0], *chosen[:1])]
         times = [(_timed(step), _timed(step))[1] for step in steps]
         if times[0] <= 3 * times[-1]:
-            ways.append(_fastest(formats))
-    return ways
+            chosen.append(_fastest(formats))
+    return chosen
 
 
-def _fused(plain: Numerics, wanted: bool | None) -> Numerics:
-    """Fused norms where they are wanted, or can be compiled, which takes a C++ compiler, and are faster."""
+def _with_fused(plain: Numerics, wanted: bool | None) -> Numerics:
+    """Adds fused norms if wanted; if not given, when they can be compiled (which needs a C++ compiler) and are
+    faster."""
     if wanted is False:
         return plain
     candidate = replace(plain, fused=True)
@@ -179,17 +178,17 @@ def _fused(plain: Numerics, wanted: bool | None) -> Numerics:
     return candidate if wanted or _faster(_norm(candidate), _norm(plain)) else plain
 
 
-def _fastest(ways: list[Numerics]) -> Numerics:
-    """The first, unless another is clearly faster."""
-    best = ways[0]
-    for other in ways[1:]:
+def _fastest(choices: list[Numerics]) -> Numerics:
+    """The first choice, unless a later one is clearly faster."""
+    best = choices[0]
+    for other in choices[1:]:
         if _faster(_block(other), _block(best)):
             best = other
     return best
 
 
 def _width(numerics: Numerics, own: int) -> int:
-    """The channels a group that a convolution with `own` channels a group is computed with fastest."""
+    """The channels per group with which a convolution of `own` channels per group is computed fastest."""
     best = own
     for width in (16, 32):
         if width > own and _faster(_grouped(numerics, own, width), _grouped(numerics, own, best)):
@@ -198,7 +197,7 @@ def _width(numerics: Numerics, own: int) -> int:
 
 
 def _block(numerics: Numerics) -> Callable[[], None]:
-    """A regular layer and a factorized one, forward and backward: each convolution with BatchNorm and ReLU."""
+    """A pass over a regular and a factorized layer, each convolution with BatchNorm and ReLU."""
     convs = (
         nn.Conv2d(64, 64, 3, padding=1, bias=False),
         nn.Conv2d(64, 64, 3, padding=1, groups=16, bias=False),
@@ -217,7 +216,7 @@ def _block(numerics: Numerics) -> Callable[[], None]:
 
 
 def _norm(numerics: Numerics) -> Callable[[], None]:
-    """BatchNorm with ReLU, forward and backward, over what no cache holds, as in a training."""
+    """A pass over BatchNorm with ReLU, on more data than caches hold, as in a training."""
     norm = nn.BatchNorm2d(64).to(numerics.device)
 
     def forward(x: Tensor) -> Tensor:
@@ -228,6 +227,7 @@ def _norm(numerics: Numerics) -> Callable[[], None]:
 
 
 def _grouped(numerics: Numerics, own: int, width: int) -> Callable[[], None]:
+    """A pass over a convolution of `own` channels per group, computed with `width`."""
     conv = nn.Conv2d(64, 64, 3, padding=1, groups=64 // own, bias=False)
     conv.to(numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     merge = width // own
@@ -236,7 +236,7 @@ def _grouped(numerics: Numerics, own: int, width: int) -> Callable[[], None]:
 
 
 def _pass(numerics: Numerics, forward: Callable[[Tensor], Tensor], batch: int, size: int) -> Callable[[], None]:
-    """A step forward and backward over a batch of activations [batch, 64, size, size]."""
+    """A function that runs `forward` and its backward pass on activations [batch, 64, size, size]."""
     images = torch.randn(batch, 64, size, size, generator=torch.Generator().manual_seed(0)).to(numerics.device)
     x = images.to(memory_format=numerics.memory_format).requires_grad_()
 
@@ -253,9 +253,10 @@ def _pass(numerics: Numerics, forward: Callable[[Tensor], Tensor], batch: int, s
     return step
 
 
-def _faster(one: Callable[[], None], other: Callable[[], None], rounds: int = 3) -> bool:
-    """Whether `one` is clearly faster than `other`: the best of interleaved rounds, after one that warms up."""
-    times = [(_timed(one), _timed(other)) for _ in range(rounds + 1)][1:]
+def _faster(first: Callable[[], None], second: Callable[[], None], rounds: int = 3) -> bool:
+    """Whether `first` is clearly faster than `second`: compares the best of interleaved rounds, after one that warms
+    up."""
+    times = [(_timed(first), _timed(second)) for _ in range(rounds + 1)][1:]
     return CLEAR * min(own for own, _ in times) < min(others for _, others in times)
 
 

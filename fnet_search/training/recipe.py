@@ -1,4 +1,4 @@
-"""Recipes: how a candidate is trained, as data (``fnet_search/recipes/*.toml``, or a user's own file by path)."""
+"""Recipes: how networks are trained, as data (``recipes/*.toml``, or a user's file)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,12 +16,12 @@ ClassWeights = Literal["none", "balanced"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training image, drawn anew for every image and epoch."""
+    """Random changes of training images, drawn for every image and epoch."""
 
     shift: float = 0.0
-    """Largest shift, as a fraction of the side; whole pixels."""
+    """Largest shift as a fraction of the side, in whole pixels."""
     zoom: float = 0.0
-    """Scale between 1 - zoom and 1 + zoom."""
+    """The scale lies between 1 - zoom and 1 + zoom."""
     rotation: float = 0.0
     """Largest angle in degrees."""
     horizontal_flip: bool = False
@@ -30,31 +30,34 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum; `steps` multiplies the rate by 0.1 at each epoch of `milestones`, scaled when the number of
-    epochs is changed; `one-cycle` rises linearly over the first `warmup` of the steps and falls linearly to zero;
-    `cosine` falls to zero as half a cosine does (SGDR without restarts, arXiv 1608.03983)."""
+    """SGD with momentum.
+
+    Schedules of the learning rate: `steps` multiplies it by 0.1 at each epoch of `milestones`, which scale with the
+    number of epochs; `one-cycle` rises linearly over the first `warmup` share of the steps and falls linearly to zero;
+    `cosine` falls to zero along half a cosine (SGDR without restarts, arXiv 1608.03983).
+    """
 
     name: str
     epochs: int
-    """None of a network that is measured as it is; a recipe's file has one at least."""
+    """0 for a network measured without training; at least 1 in a recipe file."""
     batch_size: int
     learning_rate: float
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
-    """On weights; biases and norms are not decayed."""
+    """For weights; biases and norms are not decayed."""
     label_smoothing: float = 0.0
     class_weights: ClassWeights = "none"
-    """What an image counts in the loss: all alike, or (`balanced`) in inverse proportion to the training images of its
-    class, so that all classes count alike; the mean over the training images is 1."""
+    """Weights of images in the loss: ``none`` gives all the same, ``balanced`` the inverse frequency of their class, so
+    that all classes count the same; the mean over the training images is 1."""
     initializer: Initializer = "glorot_uniform"
     schedule: Schedule = "one-cycle"
     milestones: tuple[float, ...] = ()
     warmup: float = 0.2
     epoch_share: float = 1.0
-    """Of the training images, those that an epoch has: drawn anew for each."""
+    """Share of the training images in an epoch, drawn for each epoch."""
     warm_share: float = 0.2
-    """Epochs of a training that starts from a parent, as a share of `epochs`; at least one epoch."""
+    """Epochs of a training after a warm start, as a share of `epochs`; at least one epoch."""
     warm_rate: float = 0.25
     """Its learning rate, as a share of `learning_rate`."""
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -76,8 +79,8 @@ class Recipe:
             "shift must be in [0, 1)": not 0 <= self.augmentation.shift < 1,
             "rotation must be finite": not isfinite(self.augmentation.rotation),
         }
-        for problem, found in problems.items():
-            if found:
+        for problem, holds in problems.items():
+            if holds:
                 raise FnetError(f"recipe {self.name!r}: {problem}")
         for name, value, known in (
             ("schedule", self.schedule, get_args(Schedule)),
@@ -88,26 +91,26 @@ class Recipe:
                 raise unknown(name, value, known)
 
     def changed(self, table: Mapping[str, Any]) -> "Recipe":
-        """The same recipe but for the entries of a TOML table; milestones move with `epochs` unless they are there too.
+        """The recipe with the entries of a TOML table. Milestones scale with `epochs` unless the table has them too.
 
-        Raises FnetError for whatever is wrong with them.
+        Raises FnetError for unknown or invalid entries.
         """
-        found = _build({**vars(self), "milestones": list(self.milestones)}, self.augmentation, table)
-        moved = self.with_epochs(found.epochs).milestones
-        return found if "milestones" in table else replace(found, milestones=moved)
+        recipe = _build({**vars(self), "milestones": list(self.milestones)}, self.augmentation, table)
+        scaled = self.with_epochs(recipe.epochs).milestones
+        return recipe if "milestones" in table else replace(recipe, milestones=scaled)
 
     def with_epochs(self, epochs: int | None) -> "Recipe":
-        """The same recipe over another number of epochs; milestones move in proportion."""
+        """The recipe with another number of epochs; milestones scale in proportion. None changes nothing."""
         if epochs is None or epochs == self.epochs:
             return self
         scaled = tuple(milestone * epochs / self.epochs for milestone in self.milestones)
         return replace(self, epochs=epochs, milestones=scaled)
 
     def warm(self, epochs: float | None = None) -> "Recipe":
-        """For a network that starts from a trained parent: few epochs at a small rate, without a rise (`one-cycle`).
+        """The recipe for training after a warm start: few epochs, a low learning rate, no warm-up (`one-cycle`).
 
-        A transformed network knows most already: a high rate would make it forget (docs/warm-start.md). Less than one
-        epoch is one with that share of the images.
+        The child starts with most of what its parent learnt, which a high learning rate would destroy
+        (docs/warm-start.md). `epochs` below 1 is one epoch with that share of the images; None: `warm_share`.
         """
         wanted = max(1, round(self.warm_share * self.epochs)) if epochs is None else epochs
         whole = replace(self, learning_rate=self.learning_rate * self.warm_rate, warmup=0.0)
@@ -116,7 +119,7 @@ class Recipe:
         return whole.with_epochs(round(wanted))
 
     def images(self, training: int) -> int:
-        """Images of an epoch, where there are so many training images."""
+        """Images per epoch, given the number of training images."""
         return max(2, round(self.epoch_share * training))
 
     def rate(self, step: int, steps_per_epoch: int) -> float:
@@ -137,30 +140,31 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How much of a recipe the candidates of a search get."""
+    """How much of the recipe the candidates of a search get."""
 
     warm_start: bool = False
-    """Children start from trained parents."""
+    """Whether candidates start from trained parents."""
     warm_epochs: float | None = None
-    """Of those, whole ones or a part of one; None: the recipe's share."""
+    """Epochs after a warm start, a whole number or a part of one; None: the recipe's `warm_share`."""
     prune: bool = False
-    """Successive halving stops the hopeless."""
+    """Whether successive halving stops hopeless candidates."""
     final_epochs: int = 0
-    """The best candidate is trained on for so many at the end."""
+    """Epochs for which the best candidate is trained on at the end."""
     finetune: bool = False
-    """An imported network with weights is itself trained on first; else it is taken as it is."""
+    """Whether an imported network with weights is trained further before it is the reference; else it is used as it
+    is."""
 
     def __post_init__(self) -> None:
         epochs = self.warm_epochs
         if epochs is not None and (epochs <= 0 or (epochs > 1 and epochs % 1)):
-            raise FnetError(f"`warm_epochs` {epochs:g} is neither a whole number nor a part of one epoch")
+            raise FnetError(f"`warm_epochs` {epochs:g} must be a whole number or a part of one epoch")
         if epochs is not None and not self.warm_start:
-            raise FnetError("`warm_epochs` is for candidates that start from others; leave it out, or set `warm_start`")
+            raise FnetError("`warm_epochs` requires `warm_start`; set that too, or leave it out")
         check_least(0, final_epochs=self.final_epochs)
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or a TOML file by path. Raises FnetError for whatever is wrong with it."""
+    """A shipped recipe by name, or a recipe file by path. Raises FnetError for an unknown name or a malformed file."""
     path = shipped.find("recipes", "recipe", name)
     table = read_table(path, "recipe")
     try:
@@ -170,7 +174,7 @@ def load_recipe(name: str) -> Recipe:
 
 
 def _build(known: Mapping[str, Any], augmentation: Augmentation, table: Mapping[str, Any]) -> Recipe:
-    """What is known, with the entries of a TOML table instead."""
+    """The recipe with the `known` entries, overridden by those of a TOML table."""
     changes = table.get("augmentation", {})
     if not isinstance(changes, dict):
         raise FnetError("augmentation must be a table, as in [augmentation]")

@@ -1,5 +1,5 @@
-"""Training one candidate. Every random number is a function of (seed, epoch): a training that was cut off and goes on
-from its checkpoint gives, on the CPU, bit for bit the network of one that was not."""
+"""Trains one candidate. Every random number is a function of (seed, epoch), so on the CPU a training resumed from its
+checkpoint gives bit for bit the network of an uninterrupted one."""
 
 import json
 import math
@@ -22,12 +22,12 @@ from fnet_search.training.weights import read_tensors, write_tensors
 
 
 class TrainingFailed(Exception):  # noqa: N818 (reads as what happened; recorded, not shown as a bug)
-    """The candidate could not be trained or quantized; the message says why and is recorded."""
+    """A candidate could not be trained or quantized. The message, which says why, is recorded."""
 
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a candidate stands: in epoch `epoch` (from 1) of `epochs`, or, when `stage` is set, before or after the
+    """Progress of a candidate: in epoch `epoch` (from 1) of `epochs`, or, if `stage` is set, before or after the
     training."""
 
     epoch: int
@@ -35,36 +35,37 @@ class TrainingProgress:
     ended: bool
     """Whether this epoch has just ended."""
     done: float
-    """Share of the work done, 0 to 1; what comes after the training included once `evaluate` has passed it on."""
+    """Share of the work done, 0 to 1: of the training, and once `candidates.evaluate` passes it on, of the
+    evaluation."""
     loss: float | None
-    """Mean of this epoch so far; None where to read it would hold up a CUDA device."""
+    """Mean of this epoch so far; None if reading it would stall a CUDA device."""
     accuracy: float | None
-    """Of the last epoch that ended, a fraction of 1, by the search's metric; None before."""
+    """Score of the last finished epoch by the search's metric, a fraction of 1; None before."""
     split: str
-    """What `accuracy` was measured on: ``validation``, or ``training`` where nothing is held out."""
+    """Split on which `accuracy` was measured: ``validation``, or ``training`` if no images are held out."""
     stage: str = ""
-    """What is done before or after the training, as in ``measuring``."""
+    """The work before or after the training, as in ``measuring``."""
 
 
 Report = Callable[[TrainingProgress], bool | None]
-"""Takes news of a training; True at the end of an epoch stops it there (multi-fidelity: a hopeless candidate)."""
+"""Receives the progress of a training; returning True at the end of an epoch stops it (successive halving)."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training came to: accuracy after each epoch, on the split that was watched, as trained."""
+    """The outcome of a training. `accuracies` has the score after each epoch, in the numerics of the training."""
 
     images: int
-    """Trained on, earlier epochs of a resumed training included."""
+    """Images trained on, including the epochs before a resume."""
     accuracies: tuple[float, ...]
     stopped: bool = False
-    """By `Report`, before the last epoch."""
+    """Whether `Report` stopped it before the last epoch."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file that a training is saved in after each epoch, and goes on from; `key` says which training: what another
-    one has left is written over."""
+    """The file that a training writes after each epoch and resumes from. `key` identifies the training: a file of
+    another one is ignored and overwritten."""
 
     path: Path
     key: str
@@ -78,8 +79,8 @@ class Checkpoint:
         write_tensors(self.path, tensors, {"key": self.key, "accuracies": json.dumps(accuracies)})
 
     def resume(self, network: Network, optimizer: torch.optim.SGD) -> list[float]:
-        """Accuracies of the epochs already done: none without a usable checkpoint (a broken one is work to do again,
-        not an error)."""
+        """Restores network and optimizer, and returns the accuracies of the epochs already done. Without a usable
+        checkpoint returns none: a broken one costs work, but is no error."""
         try:
             tensors, metadata = read_tensors(self.path)
         except FnetError:
@@ -98,16 +99,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Watch:
-    """The images that a network is looked at on after each epoch, and the metric."""
+    """The split and the metric of the score after each epoch."""
 
     split: Split
     metric: MetricName = "accuracy"
 
 
 SETTLING = 1024
-"""Training images for the final BatchNorm statistics."""
+"""Training images for the final BatchNorm statistics (`settle`)."""
 WATCHED = 2000
-"""Images of the validation split, at most, that are looked at after an epoch; `evaluate` measures the end on all."""
+"""Images of the validation split used after an epoch, at most; the evaluation at the end uses all."""
 
 
 def train(
@@ -120,17 +121,19 @@ def train(
     checkpoint: Checkpoint,
     watch: Watch | None = None,
 ) -> Trained:
-    """Trains in place.
+    """Trains `network` in place.
 
-    `checkpoint` is rewritten after each epoch, and read first if it is there and of this training; what it had reached
-    is reported again. Without `watch`, the training accuracy is reported after each epoch. Raises TrainingFailed when
-    the loss is not finite.
+    Resumes from `checkpoint` if it is one of this training, reporting its epochs again, and rewrites it after each
+    epoch. Without `watch`, reports the accuracy on the training images. Raises TrainingFailed if the loss is not
+    finite.
     """
     network.to(device=numerics.device, memory_format=numerics.memory_format)  # type: ignore[call-overload]
     network.speed_up(numerics.fused, numerics.group_widths)
     optimizer = _optimizer(network, recipe)
     count = recipe.images(len(data.train))
-    steps = min(math.ceil(count / recipe.batch_size), count // 2)  # no batch of one: BatchNorm
+    steps = min(
+        math.ceil(count / recipe.batch_size), count // 2
+    )  # no batch of one image, which BatchNorm cannot normalise
     accuracies, weights = checkpoint.resume(network, optimizer), class_weights(data, recipe)
     split = "training" if watch is None else "validation"
 
@@ -164,7 +167,7 @@ def train(
             optimizer.step()
             loss_sum += loss.detach()
             correct += (logits.argmax(1) == batch.labels).sum()
-            if numerics.device == "cpu" or step % 20 == 0:  # on CUDA the host runs ahead: nothing is read back
+            if numerics.device == "cpu" or step % 20 == 0:  # on CUDA reading a value back would stall the device
                 done = (epoch + (step + 1) / steps) / recipe.epochs
                 mean = float(loss_sum) / (step + 1) if numerics.device == "cpu" else None
                 last = accuracies[-1] if accuracies else None
@@ -173,8 +176,10 @@ def train(
             raise TrainingFailed(f"the loss was not finite in epoch {epoch + 1} of {recipe.epochs}")
         if epoch + 1 == recipe.epochs:
             settle(network, data, numerics, seed)
-        seen = float(correct) / count
-        accuracies.append(seen if watch is None else accuracy(network, data, watch.split, numerics, watch.metric))
+        on_training = float(correct) / count
+        accuracies.append(
+            on_training if watch is None else accuracy(network, data, watch.split, numerics, watch.metric)
+        )
         checkpoint.save(network, optimizer, accuracies)
         if ended(epoch, float(loss_sum) / steps):
             return Trained((epoch + 1) * count, tuple(accuracies), stopped=True)
@@ -182,8 +187,8 @@ def train(
 
 
 def class_weights(data: DataSet, recipe: Recipe) -> Tensor | None:
-    """[classes] float32: N / (K n) for each of the K classes that have any, n, of the N training images. None: all
-    images count alike."""
+    """Loss weights of the classes, [classes] float32: N / (K n) for each of the K classes that have n > 0 of the N
+    training images. None: all images have the same weight."""
     if recipe.class_weights == "none":
         return None
     counts = torch.bincount(data.train.labels, minlength=len(data.classes)).float()
@@ -191,13 +196,14 @@ def class_weights(data: DataSet, recipe: Recipe) -> Tensor | None:
 
 
 def _loss(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
-    """Mean cross entropy of a batch; each image's times the weight of its class."""
+    """Mean cross entropy of a batch, each image's multiplied by the weight of its class."""
     if weights is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     return (weights[labels] * F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")).mean()
 
 
 def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with weight decay for weights only."""
     decayed = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     return torch.optim.SGD(
@@ -210,9 +216,9 @@ def _optimizer(network: Network, recipe: Recipe) -> torch.optim.SGD:
 
 
 def settle(network: Network, data: DataSet, numerics: Numerics, seed: int) -> None:
-    """BatchNorm statistics anew, from random training images as they are, once the weights rest.
+    """Recomputes the BatchNorm statistics with the final weights, on random training images without augmentation.
 
-    The running ones lag behind the weights: after the few steps of a short training they are worth nothing.
+    The running statistics lag behind the weights: after the few steps of a short training they are useless.
     """
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:SETTLING]
     images = data.train.images[chosen.to(numerics.device)].tensor_split(math.ceil(len(chosen) / 128))
@@ -230,8 +236,8 @@ def accuracy(
     metric: MetricName = "accuracy",
     batch: int = 500,
 ) -> float:
-    """Accuracy, or what the metric says, as trained (numerics of the training) on an evenly spread part of a split; for
-    watching only."""
+    """The score by `metric` in the numerics of the training, on WATCHED evenly spaced images of a split at most; for
+    progress reports and successive halving only."""
     network.eval()
     part = split.take(torch.arange(0, len(split), math.ceil(len(split) / WATCHED), device=numerics.device))
     images_of = torch.bincount(part.labels, minlength=len(data.classes))

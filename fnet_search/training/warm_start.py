@@ -1,8 +1,9 @@
-"""Warm start (docs/warm-start.md): a network of one plan from the trained network of another, without training.
+"""Warm start: fits a network of one plan to the trained network of another, without training (docs/warm-start.md).
 
-A factorized layer is y = P relu(norm(G x)): G reads the patches x of each group, P is pointwise. A norm that lifts its
-channels above zero leaves P G x, a least squares problem: each changed layer is fitted to what the parent computes in
-its place, layer after layer, from what the child itself, as far as it is built, feeds it.
+A factorized layer is y = P relu(norm(G x)): G is the grouped kernel on patches x, P the pointwise kernel. If the norm
+shifts its channels far enough above zero, the ReLU passes them unchanged and y = P G x up to an offset: a least squares
+problem. Layers are fitted in network order, each to the parent's output of that layer, on what the child built so far
+feeds it.
 """
 
 from collections.abc import MutableMapping
@@ -21,18 +22,21 @@ from fnet_search.training.datasets import Batches
 from fnet_search.training.network import Network, module_key, walk
 
 SHIFT = 2.5
-"""Standard deviations by which a norm lifts its channels."""
+"""Mean of a shifted hidden channel in standard deviations: the ReLU then cuts 0.6 % of a normal channel. More would
+cost resolution in 8 bits. These constants and how they were checked: docs/warm-start.md, "The constants"."""
 SWEEPS = 3
-"""Over the groups of a layer, each refitted beside all others."""
+"""Sweeps over the groups of a layer, each refitted to what the others leave; most of the gain is in the first ones."""
 PLACES = 12_288
-"""Random places of the feature maps, over all samples, that a layer is fitted on."""
+"""Random positions in the feature maps, over all samples, on which a layer is fitted: about five for each unknown of an
+output in the largest layers."""
 PATCH_RIDGE, POINTWISE_RIDGE = 1e-2, 1e-4
-"""What least squares add to each variance that they read, as a share of the mean one."""
+"""Ridges of the least squares, as shares of the mean variance. Neighbouring pixels are nearly equal, so the covariance
+of patches is nearly singular; that of hidden channels only if channels are dead or equal."""
 
 
 @dataclass(frozen=True)
 class _Both:
-    """A tensor of the parent and what stands for it in the child, a batch each; one list while they are equal."""
+    """A tensor in the parent and its counterpart in the child, a list of batches each; the same list while equal."""
 
     parent: list[Tensor]
     child: list[Tensor]
@@ -40,8 +44,11 @@ class _Both:
 
 @dataclass(frozen=True)
 class Target:
-    """What a changed layer is to compute: at random places, what it reads x [n, D], what the parent gives y [n, O] and
-    its hidden channels z [n, C_in] (y where it has none); their covariances with x, float64; all that the parent gives.
+    """What a changed layer is fitted to.
+
+    At n random positions: the patches x [n, D] that the child's layer reads, the parent's output y [n, O], and the
+    parent's hidden channels z [n, C_in] (y if its layer is regular). `xx`, `yx` and `zx` are covariances with x,
+    float64, `xx` with its ridge. `wanted` is the parent's whole output, a list of batches.
     """
 
     x: Tensor
@@ -56,13 +63,13 @@ class Target:
 def warm_start(
     parent: Network, child: Network, batches: Batches, targets: MutableMapping[str, Target] | None = None
 ) -> None:
-    """Fills `child`, of another plan on the space of `parent`, so that it computes nearly the same.
+    """Fills `child`, of another plan of the same space, so that it computes nearly the same as `parent`.
 
-    `parent` is in evaluation mode. Layers whose rate is unchanged are copied; so are the norms after the others, but
-    for mean and variance, which follow the fit. All samples pass one layer before the next: memory grows with them.
-    `targets` takes the targets of the layers; those that are in it are not computed again, so it may be given for more
-    children that have the same parent, samples and first changed layer. Raises FnetError unless every rate of the child
-    is a multiple of the parent's.
+    `parent` is in evaluation mode. Layers whose rate is unchanged are copied; so are the norms after the others, except
+    for mean and variance, which follow the fit. All samples pass one layer before the next, so memory grows with them.
+    `targets` caches the targets of the layers: share it between children with the same parent, samples and first
+    changed layer. Raises FnetError unless every rate of the child is a multiple of the parent's, and for networks of
+    two spaces.
     """
     targets = {} if targets is None else targets
     changed = _changed(parent.network, child.network)
@@ -75,17 +82,17 @@ def warm_start(
 
     def apply(node: Node, inputs: list[_Both]) -> _Both:
         if node.name not in parts:
-            found = _outputs(child, node, [both.child for both in inputs])
-            if all(both.parent is both.child for both in inputs):
-                return _Both(found, found)
-            return _Both(_outputs(parent, node, [both.parent for both in inputs]), found)
+            outputs = _outputs(child, node, [both.child for both in inputs])
+            if all(both.parent is both.child for both in inputs):  # nothing changed so far: computed once
+                return _Both(outputs, outputs)
+            return _Both(_outputs(parent, node, [both.parent for both in inputs]), outputs)
         name, _, part = node.name.rpartition(".")
         wanted, fed = inputs[0].parent, inputs[0].child
-        if part == "grouped":  # from here on, the parent's side is what the layer as a whole is to give
+        if part == "grouped":  # from this part on, the parent's side is the output of its whole layer
             if name not in targets:
                 targets[name] = _target(parent, _conv(child.network, node.name), name, wanted, fed)
             _fit(parent, child, name, targets[name])
-            if node is last:  # nothing is fitted to what the child computes from here on
+            if node is last:  # no later fit reads what the child computes
                 return inputs[0]
             wanted = targets[name].wanted
         return _Both(wanted, _outputs(child, node, [fed]))
@@ -100,12 +107,13 @@ def warm_start(
 
 
 def _outputs(network: Network, node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
-    """One layer on each batch."""
+    """Applies one layer to each batch."""
     return [network.apply_node(node, list(parts)) for parts in zip(*inputs, strict=True)]
 
 
 def _changed(parent: Macroarchitecture, child: Macroarchitecture) -> list[str]:
-    """Layers that have another rate in the child. Raises FnetError if it is no multiple, or for two spaces."""
+    """Layers with another rate in the child. Raises FnetError if it is not a multiple, and for networks of two
+    spaces."""
     before, after = _rates(parent), _rates(child)
     changed = [name for name in {**before, **after} if before.get(name, 1) != after.get(name, 1)]
     theirs, ours = _layers(parent, changed), _layers(child, changed)
@@ -120,14 +128,14 @@ def _changed(parent: Macroarchitecture, child: Macroarchitecture) -> list[str]:
 
 
 def _rates(network: Macroarchitecture) -> dict[str, int]:
-    """Rates above 1."""
+    """The rates above 1 of a plan's network, by layer."""
     nodes = [node for node in network.order if node.name.endswith(".grouped") and isinstance(node.layer, Conv)]
     names = [node.name.removesuffix(".grouped") for node in nodes]
     return {name: _conv(network, f"{name}.grouped").groups for name in names if f"{name}.pointwise" in network.by_name}
 
 
 def _layers(network: Macroarchitecture, changed: list[str]) -> dict[str, tuple[object, ...]]:
-    """What the nodes of two plans have in common: kind, options and shape, of changed layers only the shape."""
+    """What two plans of one space must share: each layer's options and shape, of changed layers only the shape."""
     whole = {f"{name}.{part}": name for name in changed for part in PARTS} | {name: name for name in changed}
     layers: dict[str, tuple[object, ...]] = {INPUT: network.input_shape}
     for node in network.order:
@@ -143,7 +151,7 @@ def _conv(network: Macroarchitecture, name: str) -> Conv:
 
 
 def _target(parent: Network, conv: Conv, name: str, inputs: list[Tensor], fed: list[Tensor]) -> Target:
-    """What a layer of the child, which is fed `fed`, is fitted to: what the parent's gives for `inputs`."""
+    """The target of a layer that reads `fed` in the child and `inputs` in the parent."""
     nodes = parent.network.by_name
     factorized = name not in nodes
     hidden = wanted = _outputs(parent, nodes[f"{name}.grouped" if factorized else name], [inputs])
@@ -158,8 +166,9 @@ def _target(parent: Network, conv: Conv, name: str, inputs: list[Tensor], fed: l
 def _fit(parent: Network, child: Network, name: str, target: Target) -> None:
     """Fits a layer of the child, and the norms after it, to a target.
 
-    The hidden channels are lifted; or, if the parent's layer is factorized too, each is fitted to one of the parent's,
-    so that the ReLU bends what it bends there. What loses less is taken.
+    The first way shifts the hidden channels above zero (`_shifted`). If the parent's layer is factorized too, the
+    second fits each hidden channel to the parent's of the same index, so that the ReLU cuts the same (`_imitating`).
+    The way that loses less variance is taken.
     """
     grouped, norm, pointwise = (child.layer(f"{name}.{part}") for part in PARTS if part != "relu")
     assert isinstance(grouped, nn.Conv2d)
@@ -170,8 +179,8 @@ def _fit(parent: Network, child: Network, name: str, target: Target) -> None:
     offset = pointwise.bias is not None or 0 < len(after) == len(readers)
 
     conv, x, y, xx = _conv(child.network, f"{name}.grouped"), target.x, target.y, target.xx
-    gain = _gain(after[0]) if after else xx.new_ones(y.shape[1])  # an error counts for what the norm makes of it
-    ways = [_lifted(x, _joint(xx, target.yx * gain.view(-1, 1), conv))]
+    gain = _gain(after[0]) if after else xx.new_ones(y.shape[1])  # the norm after the layer amplifies errors by it
+    ways = [_shifted(x, _joint(xx, target.yx * gain.view(-1, 1), conv))]
     if name not in parent.network.by_name:
         ways.append(_imitating(x, _separate(xx, target.zx, conv), parent.layer(f"{name}.norm")))
     fits = [
@@ -181,14 +190,15 @@ def _fit(parent: Network, child: Network, name: str, target: Target) -> None:
     way, fit = ways[losses.index(min(losses))], fits[losses.index(min(losses))]
 
     grouped.weight.copy_(way.kernel.view_as(grouped.weight))
-    for own, found in zip((*_statistics(norm), norm.weight, norm.bias), way.norm, strict=True):
-        own.copy_(found)
+    for own, fitted in zip((*_statistics(norm), norm.weight, norm.bias), way.norm, strict=True):
+        own.copy_(fitted)
     pointwise.weight.copy_(fit.weight.view_as(pointwise.weight))
     if pointwise.bias is not None:
         pointwise.bias.copy_(fit.offset)
     for module in after if offset else ():
         mean, variance = _statistics(module)
-        # The variance that is left, as a training's first batches will find it; what the norm gives keeps its mean.
+        # The fit explains the share `kept` of the variance, which the first batches of a training will find. The
+        # norm's mean is moved so that its output keeps its mean.
         left = variance * fit.kept.float()
         narrower = torch.sqrt((left + norm.eps) / (variance + norm.eps))
         mean.copy_(fit.mean - (fit.mean - mean) * narrower - (fit.offset if pointwise.bias is None else 0))
@@ -196,6 +206,7 @@ def _fit(parent: Network, child: Network, name: str, target: Target) -> None:
 
 
 def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a BatchNorm."""
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -203,63 +214,66 @@ def _statistics(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _gain(norm: nn.Module) -> Tensor:
-    """What a norm multiplies each channel by, but for the sign, float64."""
+    """The absolute factor by which a norm multiplies each channel, |gamma| / sqrt(var + eps), float64."""
     assert isinstance(norm, nn.BatchNorm2d)
     weight = norm.weight.double() if norm.affine else 1.0
     return (weight / torch.sqrt(_statistics(norm)[1].double() + norm.eps)).abs()
 
 
 def _places(conv: Conv, inputs: list[Tensor], *outputs: list[Tensor]) -> list[Tensor]:
-    """At random places: what a convolution reads, x [n, D] with D = C_in K_h K_w, and each of the outputs, [n, O]."""
+    """At random positions, the patches that a convolution reads, [n, D] with D = C_in K_h K_w, and each output, [n,
+    O]."""
     generator = torch.Generator().manual_seed(0)
     height, width = outputs[0][0].shape[2:]
     taps = list(product(*map(range, conv.kernel)))
-    an_image = ceil(PLACES / sum(map(len, inputs)))
-    found = []
+    per_image = ceil(PLACES / sum(map(len, inputs)))
+    chunks = []
     for batch, *maps in zip(inputs, *outputs, strict=True):
-        chosen = torch.randperm(len(batch) * height * width, generator=generator)[: an_image * len(batch)]
+        chosen = torch.randperm(len(batch) * height * width, generator=generator)[: per_image * len(batch)]
         image, place = chosen.to(batch.device) // (height * width), chosen.to(batch.device) % (height * width)
         row, column = place // width, place % width
         padded = F.pad(batch, (conv.padding[1], conv.padding[1], conv.padding[0], conv.padding[0]))
         rows, columns = row * conv.stride[0], column * conv.stride[1]
         read = [padded[image, :, rows + i * conv.dilation[0], columns + j * conv.dilation[1]] for i, j in taps]
-        found.append([torch.stack(read, 2).flatten(1), *(output[image, :, row, column] for output in maps)])
-    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+        chunks.append([torch.stack(read, 2).flatten(1), *(output[image, :, row, column] for output in maps)])
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 def _covariance(a: Tensor, b: Tensor) -> Tensor:
-    """Of [n, A] and [n, B]: [A, B], float64."""
+    """The covariance [A, B] of a [n, A] and b [n, B], float64."""
     return (a.T @ b).double() / len(a) - torch.outer(a.mean(0).double(), b.mean(0).double())
 
 
 def _blocks(size: int, groups: int) -> list[slice]:
-    """Where in a patch of this size each group's part is."""
+    """The slice of each group in a patch of this size."""
     return [slice(start, start + size // groups) for start in range(0, size, size // groups)]
 
 
 def _grouped(x: Tensor, kernel: Tensor) -> Tensor:
-    """A grouped convolution at the places, [n, C_in]."""
+    """A grouped convolution of patches x [n, D] with a kernel [C_in, D / groups]: [n, C_in]."""
     blocks = _blocks(x.shape[1], x.shape[1] // kernel.shape[1])
     return torch.cat([x[:, at] @ part.T for at, part in zip(blocks, kernel.chunk(len(blocks)), strict=True)], 1)
 
 
 def _separate(xx: Tensor, zx: Tensor, conv: Conv) -> Tensor:
-    """The grouped kernel [C_in, D / groups] whose channels are nearest to z [C_in], each by itself."""
-    places = zip(_blocks(len(xx), conv.groups), zx.chunk(conv.groups), strict=True)
-    return torch.cat([_solve(xx[at, at], part[:, at], 0) for at, part in places])
+    """The grouped kernel [C_in, D / groups] whose channels are each nearest to one of z [C_in], by least squares."""
+    parts = zip(_blocks(len(xx), conv.groups), zx.chunk(conv.groups), strict=True)
+    return torch.cat([_solve(xx[at, at], part[:, at], 0) for at, part in parts])
 
 
 def _joint(xx: Tensor, yx: Tensor, conv: Conv) -> Tensor:
-    """The grouped kernel [C_in, D / groups] from whose channels a pointwise one can make what is nearest to y.
+    """The grouped kernel [C_in, D / groups] G that minimises E |y - P G x|^2 together with a free pointwise P.
 
-    It starts from the leading right singular vectors of the dense kernel's part for each group, in the metric of the
-    group's xx. Then each group in turn is fitted to what all others leave.
+    Block-diagonal reduced-rank regression, for which only one group has a closed solution (`_leading`). Starts with
+    each group fitted to its part of the dense solution yx xx^-1. Then SWEEPS times: refits P, and each group in turn to
+    what all others leave of y.
     """
     blocks, rank = _blocks(len(xx), conv.groups), conv.out_channels // conv.groups
     roots = [torch.linalg.cholesky(xx[at, at]) for at in blocks]
     dense = torch.cholesky_solve(yx.T, torch.linalg.cholesky(xx)).T
     kernels = [_leading(dense[:, at] @ xx[at, at], root, rank)[1] for at, root in zip(blocks, roots, strict=True)]
     for _ in range(SWEEPS):
+        # hx = cov(h, x) of the hidden channels h = G x; left = cov(y - P h, x), kept up to date group by group.
         whole: Tensor = torch.block_diag(*kernels)  # type: ignore[no-untyped-call]
         hx = whole @ xx
         weight = _solve(hx @ whole.T, yx @ whole.T, 1e-6)
@@ -272,34 +286,38 @@ def _joint(xx: Tensor, yx: Tensor, conv: Conv) -> Tensor:
 
 
 def _solve(xx: Tensor, yx: Tensor, ridge: float) -> Tensor:
-    """The weight [O, D] of least squares."""
+    """The least squares weight [O, D] of y on x, from their covariances."""
     solution: Tensor = torch.linalg.solve(_ridged(xx, ridge), yx.T)
     return solution.T
 
 
 def _ridged(xx: Tensor, ridge: float) -> Tensor:
+    """xx with a share of its mean variance added to each; the floor keeps idle channels finite."""
     return xx + torch.diag_embed((ridge * xx.diagonal().mean() + 1e-12).expand(len(xx)))
 
 
 def _leading(yx: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Weights [O, rank] and a kernel [rank, D] whose product takes x nearest to y; `root` is xx's Cholesky factor."""
+    """Weights [O, rank] and a kernel [rank, D] whose product maps x nearest to y; `root` is the Cholesky factor of xx.
+
+    The leading singular vectors of yx root^-T: least squares in coordinates where x is white.
+    """
     white = torch.linalg.solve_triangular(root, yx.T, upper=False).T
     left, values, right = torch.linalg.svd(white, full_matrices=False)
     kernel = torch.linalg.solve_triangular(root.T, (values.view(-1, 1) * right)[:rank].T, upper=True).T
-    missing = rank - len(kernel)  # a group has more channels than the layer has outputs
+    missing = rank - len(kernel)  # if a group has more channels than the layer has outputs
     return F.pad(left[:, :rank], (0, missing)), F.pad(kernel, (0, 0, 0, missing))
 
 
 @dataclass(frozen=True)
 class _Hidden:
-    """A grouped kernel [C_in, D / groups], and mean, variance, weight and bias of the norm after it."""
+    """A fitted grouped kernel [C_in, D / groups], and mean, variance, weight and bias of the norm after it."""
 
     kernel: Tensor
     norm: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _lifted(x: Tensor, kernel: Tensor) -> _Hidden:
-    """Channels of unit variance, SHIFT above zero, the longer tail up: the ReLU cuts the other."""
+def _shifted(x: Tensor, kernel: Tensor) -> _Hidden:
+    """Scales channels to unit variance and mean SHIFT, their longer tail up, so that the ReLU cuts the shorter one."""
     z = _grouped(x, kernel.float())
     variance, mean = torch.var_mean(z, 0, correction=0)
     scale = 1 / variance.sqrt().clamp_min(1e-6 * float(variance.max().sqrt()) + 1e-12)
@@ -309,7 +327,7 @@ def _lifted(x: Tensor, kernel: Tensor) -> _Hidden:
 
 
 def _imitating(x: Tensor, kernel: Tensor, norm: nn.Module) -> _Hidden:
-    """Channels that pass the norm of those that they imitate, with statistics of their own."""
+    """Channels with the weight and bias of the parent's norm and their own mean and variance."""
     assert isinstance(norm, nn.BatchNorm2d)
     variance, mean = torch.var_mean(_grouped(x, kernel.float()), 0, correction=0)
     return _Hidden(kernel.float(), (mean, variance, norm.weight, norm.bias))
@@ -317,7 +335,7 @@ def _imitating(x: Tensor, kernel: Tensor, norm: nn.Module) -> _Hidden:
 
 @dataclass(frozen=True)
 class _Pointwise:
-    """Weight [O, C_in] and offset [O]; mean of each output, and of its variance the share kept and the part lost."""
+    """Weight [O, C_in] and offset [O]; of each output the mean, the share of variance explained, and the rest lost."""
 
     weight: Tensor
     offset: Tensor
@@ -327,7 +345,7 @@ class _Pointwise:
 
 
 def _pointwise(h: Tensor, y: Tensor, offset: bool) -> _Pointwise:
-    """Least squares from hidden channels h [n, C_in] to y [n, O], with an offset or without."""
+    """Least squares from hidden channels h [n, C_in] to y [n, O], with or without an offset."""
     h, y = h.double(), y.double()
     h_mean, y_mean = (part.mean(0) if offset else part.new_zeros(part.shape[1]) for part in (h, y))
     h, y = h - h_mean, y - y_mean

@@ -1,7 +1,7 @@
-"""The policy pack: policies that ship with fnet-search, each a plug-in like any third party's.
+"""The policies that ship with fnet-search, each a plug-in like those of third parties.
 
-One file a policy, registered by name as entry points of the group ``fnet_search.policies``. A policy is a class that
-is made with no arguments and has ``suggest(history)``, a pure function of the history: start from `random`.
+One file per policy, registered by name as an entry point of the group ``fnet_search.policies``. A policy is a class
+made without arguments, with a method ``suggest(history)`` that is a pure function of the history: start from `random`.
 """
 
 from importlib import import_module
@@ -32,7 +32,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Each policy is imported when it is first used: some need Optuna's samplers or scikit-learn."""
+    """Imports a policy when it is first used: some need Optuna's samplers or scikit-learn."""
     if name in _MODULES:
         return getattr(import_module(f"fnet_policies.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler
 from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
 
 POPULATION = 8
-"""Smaller than Optuna's 50, since trainings are dear."""
+"""Smaller than Optuna's 50, because trainings are expensive."""
 
 
 def _sampler(seed: int) -> NSGAIISampler:
@@ -19,7 +19,7 @@ def _sampler(seed: int) -> NSGAIISampler:
 class NSGA2(SamplerPolicy):
     """A genetic algorithm maximising quint8 accuracy: Optuna's ``NSGAIISampler``.
 
-    The first generation is uniform under the ceilings. Then parents are selected, crossed and mutated by Optuna.
+    The first generation is drawn uniformly under the ceilings. Then Optuna selects, crosses and mutates parents.
     """
 
     sampler: Callable[..., BaseSampler] = _sampler

@@ -8,9 +8,9 @@ from fnet_search.policy.protocol import History
 
 @dataclass(frozen=True)
 class ProgressiveDoubling:
-    """``f1`` (regular), ``f2``, ``f4``, ... to depthwise everywhere: the first that was not suggested yet.
+    """``f1`` (regular), ``f2``, ``f4``, ... to depthwise everywhere: the first plan that was not suggested yet.
 
-    It walks plans over the ceilings too: the host records them as refused.
+    Suggests plans above the ceilings too; the host records them as refused.
     """
 
     def suggest(self, history: History) -> FactorizationPlan | None:

@@ -1,4 +1,4 @@
-"""Random search: the baseline that every other policy has to beat."""
+"""Random search: the baseline for every other policy."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,8 @@ from fnet_search.policy.protocol import History
 
 @dataclass(frozen=True)
 class Random:
-    """A plan under the ceilings that was not suggested yet, drawn uniformly by ``history.rng``.
-
-    None if there is none left.
-    """
+    """A plan under the ceilings that was not suggested yet, drawn uniformly with ``history.rng``; None if none is
+    left."""
 
     def suggest(self, history: History) -> FactorizationPlan | None:
         return sample_plan(history.space, history.constraints, history.seen, history.rng)

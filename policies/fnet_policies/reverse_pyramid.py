@@ -8,9 +8,9 @@ from fnet_search.policy.protocol import History
 
 @dataclass(frozen=True)
 class ReversePyramid:
-    """``init1``, ``init2``, ``init4``, ...: the first that was not suggested yet.
+    """``init1``, ``init2``, ``init4``, ...: the first plan that was not suggested yet.
 
-    It walks plans over the ceilings too: the host records them as refused.
+    Suggests plans above the ceilings too; the host records them as refused.
     """
 
     def suggest(self, history: History) -> FactorizationPlan | None:

@@ -23,36 +23,38 @@ _PARAMETERS = TPESampler()._parzen_estimator_parameters
 
 
 _CANDIDATES = 24
-"""Draws per layer, of which a proposal has the best: Optuna's default."""
+"""Draws per layer, of which a proposal takes the best: Optuna's default."""
 
 
 @dataclass(frozen=True)
 class TPE(SamplerPolicy):
     """Tree-structured Parzen estimator, maximising quint8 accuracy: Optuna's ``TPESampler``.
 
-    One estimator per layer (``multivariate=False``), so that the model's score of a plan is a sum over layers: where
-    no proposal is unseen and under the ceilings, the plan that scores best among all that are is suggested. Running
-    plans count as bad (constant liar), so that workers spread out.
+    One estimator per layer (``multivariate=False``), so that the score of a plan is a sum over layers: if no proposal
+    is unseen and under the ceilings, the best-scoring plan that is both is suggested. Running plans count as bad
+    (constant liar), so that workers spread out.
     """
 
     sampler: Callable[..., BaseSampler] = TPESampler
     replay: bool = False
 
     def proposed(self, history: History, seed: int) -> Iterator[FactorizationPlan]:
-        """All proposals at once, from the sampler's own model: asking it anew for each takes seconds late in a search,
-        when most are known."""
+        """All proposals at once, from the sampler's own model: asking the sampler for each takes seconds late in a
+        search, when most proposals are known."""
         rng, (likely, scores) = np.random.default_rng(seed), self.model(history)
         drawn = [_best_of(_CANDIDATES, likely[layer], scores[layer], rng.random(self.proposals)) for layer in scores]
         return (from_indices(history.space, chosen) for chosen in zip(*drawn, strict=True))
 
     def otherwise(self, history: History) -> FactorizationPlan | None:
+        """The unseen plan under the ceilings with the best score, exactly."""
         _, scores = self.model(history)
         return best_plan(history.space, history.constraints, scores, history.seen)
 
     def model(self, history: History) -> tuple[dict[str, Values], dict[str, Values]]:
-        """Per layer and rate index: the log density where plans are good, and the score: that less where they are not.
+        """Per layer, for each rate index: the log density of good plans, and the score, that minus the log density of
+        bad plans.
 
-        Optuna has no public way to them; tests hold them against what its sampler does.
+        Optuna has no public access to them; tests compare them with its sampler.
         """
         with self.study(history, 0) as study:
             states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -65,7 +67,7 @@ class TPE(SamplerPolicy):
 
 
 def _log_densities(history: History, rows: list[list[int]]) -> dict[str, Values]:
-    """Per layer, the log density of each rate index where plans like those of `rows` are likely."""
+    """Per layer, the log density of each rate index in the Parzen estimator of the plans `rows` (rate indices)."""
     observed = np.array(rows, dtype=np.float64).reshape(len(rows), len(legal_rates(history.space)))
     densities = {}
     for (layer, indexed), values in zip(distributions(history.space).items(), observed.T, strict=True):
@@ -76,10 +78,10 @@ def _log_densities(history: History, rows: list[list[int]]) -> dict[str, Values]
 
 
 def _best_of(count: int, log_density: Values, scores: Values, uniform: Values) -> list[int]:
-    """For each of the `uniform` numbers: of `count` draws from a density, the one with the best score.
+    """For each of the `uniform` numbers u, the best-scoring of `count` draws from a density, as a rate index.
 
-    The largest of so many uniform numbers is distributed as u ** (1 / count); the density's quantile there, with the
-    indices in the order of their scores, is the draw that scores best.
+    The largest of `count` uniform numbers is distributed as u ** (1 / count). The density's quantile there, with
+    indices ordered by score, is the best-scoring draw.
     """
     order = np.argsort(scores, kind="stable")
     reached = np.cumsum(np.exp(log_density[order]))

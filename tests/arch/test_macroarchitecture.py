@@ -231,8 +231,8 @@ def test_a_cycle_names_its_layers_and_line(tmp_path: Path) -> None:
         ('kind = "activation"\nfunction = "leaky_relu"\nalpha = []', "alpha must be finite, got ()"),
         ('kind = "activation"\nfunction = "leaky_relu"\nalpha = [1, 2]', "it has 2 slopes for 8 channels"),
         ('kind = "activation"\nfunction = "leaky_relu"\nalpha = "x"', "alpha must be a number or a list of numbers"),
-        ('kind = "activation"\nper_channel = true', "per_channel is of prelu"),
-        ('kind = "pad"\nbefore = [0, 0, -1]', "zeros must not be fewer than none, got [0, 0, -1] and [0, 0, 0]"),
+        ('kind = "activation"\nper_channel = true', "per_channel requires prelu"),
+        ('kind = "pad"\nbefore = [0, 0, -1]', "before and after must not be negative, got [0, 0, -1] and [0, 0, 0]"),
         ('kind = "pad"\nafter = 1', "after must be a list of three integers, got 1"),
         ('kind = "pool"\nreduction = "mean"', "unknown pool reduction 'mean'; did you mean 'max'?"),
         ('kind = "pool"\npadding = 2', "padding must be between 0 and half the kernel"),
@@ -458,12 +458,12 @@ def test_other_classes_where_the_logits_are_scaled(one: Layer, several: Layer) -
     [
         (
             '{ name = "out", kind = "dense", out_features = 1 }',
-            "it gives one number an image, not a logit for each of",
+            "it gives one number per image; end it with one logit for each of",
         ),
         (
             '{ name = "out", kind = "dense", out_features = 4 }, { name = "end", kind = "activation", '
             'function = "sigmoid" }',
-            "it ends with a sigmoid, 'end', as for several labels an image or for numbers; fnet-search is for ",
+            "it ends with a sigmoid, 'end', as for several labels per image or for numbers; fnet-search is for ",
         ),
     ],
 )
@@ -487,11 +487,11 @@ def test_other_classes_where_the_last_layer_is_read_twice() -> None:
         (Slice(2, 5), (4, 8, 8), "cannot take channels 2 to 5 of 4"),
         (Slice(2, 2), (4, 8, 8), "cannot take channels 2 to 2 of 4"),
         (Shuffle(3), (4, 8, 8), "groups = 3 does not divide its 4 channels"),
-        (Resample((0, 8), (0,)), (4, 8, 8), "rows must be of the 8 that there are, counted from 0"),
-        (Resample((0,), ()), (4, 8, 8), "columns must be of the 8 that there are"),
+        (Resample((0, 8), (0,)), (4, 8, 8), "rows must be indices from 0 to 7, at least one"),
+        (Resample((0,), ()), (4, 8, 8), "columns must be indices from 0 to 7"),
         (Reshape((4, 3, 1)), (16,), "they hold different numbers of values"),
-        (Affine((1.0, 2.0)), (4, 8, 8), "scale must be 1 or 4 numbers, one a channel, got 2"),
-        (Affine(shift=(1.0,) * 5), (4,), "shift must be 1 or 4 numbers"),
+        (Affine((1.0, 2.0)), (4, 8, 8), "scale must be 1 number or 4, one per channel, got 2"),
+        (Affine(shift=(1.0,) * 5), (4,), "shift must be 1 number or 4"),
     ],
     ids=str,
 )
@@ -557,5 +557,5 @@ def test_every_layer_survives_toml(layer: Layer) -> None:
 
 
 def test_a_file_of_code_wants_its_function(tmp_path: Path) -> None:
-    with pytest.raises(FnetError, match=r"space net.py: name the function too, as in net.py:make"):
+    with pytest.raises(FnetError, match=r"space net.py: name its function too, as in net.py:make"):
         load_space("net.py")

@@ -217,7 +217,7 @@ def test_plans_survive_text_and_files(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("conv_64_3=2", "unknown layer 'conv_64_3'; did you mean 'conv_64_"),
-        ("conv_in=2", "layer 'conv_in' cannot be factorized; those that can: conv_64_1, conv_64_2, "),
+        ("conv_in=2", "layer 'conv_in' cannot be factorized; factorizable layers: conv_64_1, conv_64_2, "),
         ("conv_64_1=3", "illegal rate 3 for layer 'conv_64_1'; legal rates: 1, 2, 4, 8, 16, 32, 64"),
         ("conv_64_1=128", "illegal rate 128 for layer 'conv_64_1'; legal rates: 1, 2, 4, 8, 16, 32, 64"),
         ("conv_64_1=0", "illegal rate 0 for layer 'conv_64_1'"),
@@ -276,5 +276,5 @@ def test_nothing_to_factorize() -> None:
     assert named_plans(space) == {"regular": regular(space), "dws": regular(space)}
     assert label(space, regular(space)) == "regular"
     for other in ("f2", "init1", "dws", "conv=2"):
-        with pytest.raises(FnetError, match="space 'chain' has no factorizable layer; set factorize = true on a conv"):
+        with pytest.raises(FnetError, match="space 'chain' has no factorizable layer, so its only plan is regular"):
             parse_plan(space, other)

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from fnet_search.base.errors import FnetError
-from fnet_search.base.toml_tables import Numbers, Pair, build, is_int
+from fnet_search.base.toml_tables import IntPair, Numbers, build, is_int
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Sample:
     share: float = 0.5
     on: bool = False
     label: str = "none"
-    kernel: Pair = (1, 1)
-    stride: Pair | None = None
+    kernel: IntPair = (1, 1)
+    stride: IntPair | None = None
     steps: tuple[float, ...] = ()
     slopes: Numbers | None = None
     part: Part = field(default_factory=Part)

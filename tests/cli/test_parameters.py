@@ -74,14 +74,14 @@ def test_errors_name_the_options_of_the_command(message: str, shown: str) -> Non
         (
             {"warm_epochs": 1.5},
             ("--warm-epochs", "1.5"),
-            "`warm_epochs` 1.5 is neither a whole number nor a part of one epoch",
-            "--warm-epochs 1.5 is neither a whole number nor a part of one epoch",
+            "`warm_epochs` 1.5 must be a whole number or a part of one epoch",
+            "--warm-epochs 1.5 must be a whole number or a part of one epoch",
         ),
         (
             {"warm_epochs": 2, "warm_start": False},
             ("--warm-epochs", "2", "--no-warm-start"),
-            "`warm_epochs` is for candidates that start from others; leave it out, or set `warm_start`",
-            "--warm-epochs is for candidates that start from others; leave it out, or set --warm-start",
+            "`warm_epochs` requires `warm_start`; set that too, or leave it out",
+            "--warm-epochs requires --warm-start; set that too, or leave it out",
         ),
         (
             {"lease": 5},
@@ -92,8 +92,8 @@ def test_errors_name_the_options_of_the_command(message: str, shown: str) -> Non
         (
             {"dataset": "cifar10"},
             ("--dataset", "cifar10"),
-            "data set cifar10 is not in data/; set `download`, or `data_dir` to where it lies",
-            "data set cifar10 is not in data/; set --download, or --data-dir to where it lies",
+            "data set cifar10 is not in data/; set `download`, or set `data_dir` to its folder",
+            "data set cifar10 is not in data/; set --download, or set --data-dir to its folder",
         ),
         (
             {"dataset": "imagefolder:."},
@@ -104,8 +104,8 @@ def test_errors_name_the_options_of_the_command(message: str, shown: str) -> Non
         (
             {"validation": "none", "dataset": "imagefolder:."},
             ("--validation", "none", "--dataset", "imagefolder:."),
-            "none does not exist, or is not a folder; class folders must lie in it",
-            "none does not exist, or is not a folder; class folders must lie in it",
+            "none is not an existing folder; give one that holds class folders",
+            "none is not an existing folder; give one that holds class folders",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -101,7 +101,7 @@ def test_without_a_terminal_there_is_a_line_an_epoch(time: list[float]) -> None:
         shown.status("drawing figures and the report")
     assert out.getvalue().splitlines() == [
         "reading digits ...",
-        "study one in runs/one: up to 2 candidates; cpu, bfloat16, channels_last, 1 thread a worker",
+        "study one in runs/one: up to 2 candidates; cpu, bfloat16, channels_last, 1 thread per worker",
         "candidate 0 (regular) refused: 811,008 conv MACs exceed the budget of 507,904",
         "candidate 1 (f2, 0.508 MMAC) starts",
         "candidate 1 (f2): epoch 1 of 4, validation accuracy 50.0 %; 1:10 left",

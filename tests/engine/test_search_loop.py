@@ -295,7 +295,7 @@ class Raising:
 
 def test_a_policy_that_has_no_other_plan_is_stopped() -> None:
     record = Listed()
-    with pytest.raises(FnetError, match=r"plan \S+ again and again; refused 10 times in a row: repeats"):
+    with pytest.raises(FnetError, match=r"keeps suggesting plan \S+, refused 10 times in a row: repeats"):
         list(search(Stubborn(), record, Clocked(), 5))
     assert len(record.evaluations) == REPEATS_IN_A_ROW
 

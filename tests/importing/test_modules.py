@@ -282,14 +282,14 @@ def test_no_pickle_is_loaded(folder: Path) -> None:
             r"\(it holds mine.Net, ",
         ),
         ("less.pth", r"the weights in less.pth do not fit: 'head.bias' is missing$"),
-        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not of this network$"),
+        ("more.pth", r"the weights in more.pth do not fit: 'extra' is not in this network$"),
         (
             "other.pth",
             r"do not fit: 'gamma', 'norm.weight', 'norm.bias' and 3 more are missing; 'bn.weight', 'bn.bias', "
-            r"'bn.running_mean' and 2 more are not of this network$",
+            r"'bn.running_mean' and 2 more are not in this network$",
         ),
         ("codes.pth", r"the weights in codes.pth do not fit: 'body.weight' is int8, not float32"),
-        ("twice.pth", r"twice.pth holds this network more than once, .*'a.' and 'b.'"),
+        ("twice.pth", r"twice.pth holds this network more than once \(.*'a.' and 'b.'"),
         ("wide.pth", r"the weights in wide.pth do not fit: size mismatch for "),
     ],
 )
@@ -350,7 +350,7 @@ def test_a_large_import_comes_back(tmp_path: Path, name: str) -> None:
         ("weights = 3", r"name, description and weights must be strings"),
         ('weights = "gone.safetensors"', r"the weights file .*gone.safetensors does not exist"),
         ('weights = "other.safetensors"', r"other.safetensors does not hold the weights of space 'mine': "),
-        ("mean = [0.5]", r"mean and std must be 1 numbers each, one a channel"),
+        ("mean = [0.5]", r"mean and std must be 1 numbers each, one per channel"),
         ("mean = [nan]\nstd = [1]", r"mean must be finite"),
         ("mean = 0.5", r"mean and std must be lists of numbers"),
         ("mean = [0.5]\nstd = [0]", r"std positive, got \[0.5\] and \[0\]"),
@@ -437,7 +437,7 @@ def test_nothing_to_factorize_can_still_be_quantized(folder: Path, fnet: Callabl
     (folder / "mobile.py").write_text(text)
     code, _, err = fnet("run", "--space", "mobile.py:make", "--budget", "50%", *RUN)
     assert code == 2
-    assert "there is nothing to factorize in mobile" in err
+    assert "space mobile has no factorizable layer" in err
     assert "fnet-search evaluate --plan regular" in err
     code, out, err = fnet("evaluate", "--space", "mobile.py:make", "--weights", "own", "--plan", "regular", *RUN)
     assert code == 0, err
@@ -463,7 +463,7 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
         (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),
         (("--normalise", "0.5/x"), "--normalise 0.5/x: write imagenet"),
-        (("--normalise", "imagenet"), "mean and std must be 1 numbers each, one a channel"),
+        (("--normalise", "imagenet"), "mean and std must be 1 numbers each, one per channel"),
         (("--normalise", "0.5/0"), "std positive, got [0.5] and [0.0]"),
         (("--factorize", "bdy"), "'bdy' matches no convolution without groups of space 'mine'; did you mean 'body'?"),
         (("--space", "tiny", "--weights", "own"), "the weights file own does not exist"),

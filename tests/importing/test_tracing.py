@@ -340,12 +340,12 @@ class Standardized(nn.Conv2d):
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "layer norm": (
         Of(lambda x, parts: parts["n"](x), n=nn.LayerNorm(11)),
-        r"cannot import of: 'parts\.n' \(layer_norm\): no layer computes this; those that can be imported are abs, .*"
+        r"cannot import of: 'parts\.n' \(layer_norm\): no layer computes this; supported operations are abs, .*"
         "batch_norm, .*conv2d, .*linear, .*relu, .*reshape, ",
     ),
     "softmax": (
         Of(lambda x: x.mean((2, 3)).softmax(1)),
-        r"'softmax' \(softmax\): it gives probabilities where logits are needed; leave it out: the loss",
+        r"'softmax' \(softmax\): it gives probabilities where logits are needed; leave it out, since the",
     ),
     "log softmax": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.LogSoftmax(1)),
@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "sigmoid": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Sigmoid()),
-        "it ends with a sigmoid, '2', as for several labels an image or for numbers; fnet-search is for ",
+        "it ends with a sigmoid, '2', as for several labels per image or for numbers; fnet-search is for ",
     ),
     "sigmoid of a map": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -361,61 +361,67 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "one output": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1)),
-        "cannot import sequential: it gives one number an image, not a logit for each of two classes or more; "
-        "fnet-search is for classification with one class an image",
+        "cannot import sequential: it gives one number per image; end it with one logit for each of two or more "
+        "classes: fnet-search is for classification with one class per image",
     ),
     "one output, squeezed": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 1), nn.Flatten(0)),
-        "it gives one number an image",
+        "it gives one number per image",
     ),
-    "over the image": (Of(lambda x: 2 / x), "a division by what hangs on the image is no layer"),
-    "a tensor over the image": (Of(lambda x: torch.ones(8, 1, 1) / x), "a division by what hangs on the image"),
+    "over the image": (Of(lambda x: 2 / x), "a division by a tensor that depends on the image is not supported"),
+    "a tensor over the image": (
+        Of(lambda x: torch.ones(8, 1, 1) / x),
+        "a division by a tensor that depends on the image",
+    ),
     "a rounded quotient": (
         Of(lambda x: torch.div(x, 2, rounding_mode="floor")),
-        "a division that is rounded is no layer",
+        "a rounded division is not supported",
     ),
-    "a difference": (Of(lambda x: x - F.relu(x)), "a difference, or a sum with a factor, of tensors is no layer"),
+    "a difference": (Of(lambda x: x - F.relu(x)), "a difference, or a sum with a factor, of tensors is not supported"),
     "from place to place": (
         Of(lambda x: x * torch.linspace(0, 1, 11)),
-        r"'multiply' \(multiply\): a constant that differs from place to place is no layer",
+        r"'multiply' \(multiply\): a constant that differs between positions is not supported",
     ),
-    "from image to image": (Of(lambda x: x + torch.arange(2).view(2, 1, 1, 1)), "differs from place to place"),
+    "from image to image": (Of(lambda x: x + torch.arange(2).view(2, 1, 1, 1)), "differs between positions"),
     "infinite": (Of(lambda x: x * float("inf")), "its constant is not finite"),
     "by zero": (Of(lambda x: x / 0), "its constant is not finite"),
     "larger": (
         Of(lambda x: x.mean((2, 3), keepdim=True) + torch.zeros(1, 1, 3, 3)),
-        "a constant that makes a tensor larger is no layer",
+        "a constant that broadcasts to a larger tensor is not supported",
     ),
     "positions": (
         Of(lambda x, parts: x + parts["p"].weight.view(8, 13, 11), p=nn.Embedding(8, 143)),
-        "a parameter of 8x13x11 is no layer: one number a channel would be",
+        "a parameter of size 8x13x11 is not supported; only one number per",
     ),
     "concat of a constant": (
         Of(lambda x: torch.cat([x[:, 1:], torch.zeros(2, 1, 13, 11)], 1)),
-        r"'concat' \(concat\): it reads a weight or constant where a layer reads a tensor",
+        r"'concat' \(concat\): it reads a weight or constant where a layer needs a tensor",
     ),
     "constant kernel": (
         Of(lambda x: F.conv2d(x, torch.ones(8, 1, 3, 3) / 9, groups=8)),
-        "its kernel is a constant, and a layer's is trained; make it an nn.Parameter",
+        "its kernel is a constant; make it an nn.Parameter",
     ),
     "constant matrix": (Of(lambda x: F.linear(x.mean((2, 3)), torch.eye(8))), "its kernel is a constant"),
     "torchvision's old transform": (
         nn.Sequential(transforms.Normalize([0.5] * 3, [0.5] * 3), nn.Flatten(), nn.Linear(3 * 13 * 11, 2)),
-        "; torchvision.transforms.v2 has transforms that can be traced",
+        "; use torchvision.transforms.v2, which can be traced",
     ),
     "indices": (
         Of(lambda x: F.max_pool2d(x, 2, return_indices=True)[1] * 1.0),
-        r"'max_pool2d_with_indices' \(max_pool2d_with_indices\): only its first output is a layer's, not number 2",
+        r"'max_pool2d_with_indices' \(max_pool2d_with_indices\): only its first output is supported, not number 2",
     ),
     "indices of an adaptive pool": (
         Of(lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[1] * 1.0),
-        r"\(adaptive_max_pool2d\): only its first output is a layer's, not number 2",
+        r"\(adaptive_max_pool2d\): only its first output is supported, not number 2",
     ),
     "statistics of the batch": (
         Of(lambda x, parts: parts["n"](x), n=nn.BatchNorm2d(8, track_running_stats=False)),
-        r"'parts.n' \(batch_norm\): it normalises with the statistics of what it reads, in evaluation too",
+        r"'parts.n' \(batch_norm\): it normalises with the statistics of its input, in evaluation mode too",
     ),
-    "dropout in evaluation": (Of(lambda x: F.dropout(x, training=True)), "it is drawn at random, in evaluation too"),
+    "dropout in evaluation": (
+        Of(lambda x: F.dropout(x, training=True)),
+        "it is random, in evaluation mode too; remove it",
+    ),
     "twice a convolution": (
         Of(lambda x, parts: parts["c"](F.relu(parts["c"](x))), c=nn.Conv2d(8, 8, 1)),
         "'parts.c' and 'parts.c_2' share 'parts.c.bias' .a module that is called twice, or tied weights.: they",
@@ -435,23 +441,26 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "tanh": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Tanh()),
-        "it ends with a tanh, '2', as for several labels an image or for numbers",
+        "it ends with a tanh, '2', as for several labels per image or for numbers",
     ),
-    "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): of all means and maxima only those over"),
-    "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds are no numbers"),
-    "other softplus": (Of(lambda x: F.softplus(x, 2)), "only that with beta 1 and threshold 20 is a layer"),
-    "mean of channels": (Of(lambda x: x.mean(1, keepdim=True) * x), "only those over height, width or both are layers"),
+    "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): means and maxima are only supported over"),
+    "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds must be numbers"),
+    "other softplus": (Of(lambda x: F.softplus(x, 2)), "only beta 1 with threshold 20 is supported"),
+    "mean of channels": (Of(lambda x: x.mean(1, keepdim=True) * x), "are only supported over height, width or both"),
     "bilinear, odd": (
         Of(lambda x: F.interpolate(x, (20, 20), mode="bilinear")),
         r"'upsample_bilinear2d' \(upsample_bilinear2d\): a bilinear resize by 2, 3, 4, ... \(at most 16\) with ",
     ),
-    "bicubic": (Of(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")), "no layer computes this; those that"),
+    "bicubic": (
+        Of(lambda x: F.interpolate(x, scale_factor=2, mode="bicubic")),
+        "no layer computes this; supported operations",
+    ),
     "antialiased": (
         Of(lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear", antialias=True)),
-        r"\(_upsample_bilinear2d_aa\): no layer computes this; those that",
+        r"\(_upsample_bilinear2d_aa\): no layer computes this; supported operations",
     ),
-    "padded with ones": (Of(lambda x: F.pad(x, (1, 1, 1, 1), value=1)), "of all constants only zero can be padded"),
-    "padded by less than nothing": (Of(lambda x: F.pad(x, (-1, 0))), "a negative padding is no layer; take a part"),
+    "padded with ones": (Of(lambda x: F.pad(x, (1, 1, 1, 1), value=1)), "pads with a constant other than zero"),
+    "padded by less than nothing": (Of(lambda x: F.pad(x, (-1, 0))), "negative padding is not supported; take a slice"),
     "padded with images": (Of(lambda x: F.pad(x, (0,) * 7 + (1,))), "it adds images"),
     "pixels from channels": (
         Of(lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1)),
@@ -461,31 +470,34 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "repeated channels": (Of(lambda x: x[:, :4].repeat(1, 2, 1, 1)), "no layer moves values like this, from 8x13"),
     "transposed": (Of(lambda x: x.transpose(2, 3)), "no layer moves values like this, from 8x13x11 to 8x11x13"),
     "between images": (Of(lambda x: x.flip(0)), "it moves values between images"),
-    "concat of rows": (Of(lambda x: torch.cat([x, x], 2)), "over their channels only"),
+    "concat of rows": (Of(lambda x: torch.cat([x, x], 2)), "can only be concatenated over channels"),
     "neither vector nor map": (
         nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(8 * 11 * 9, 2)),
-        "layers read vectors or feature maps, not 8x99",
+        "it gives 8x99; layers read vectors or feature maps",
     ),
-    "random": (Of(lambda x: F.conv2d(x, torch.randn(8, 8, 1, 1))), r"\(randn\): it is drawn at random"),
+    "random": (Of(lambda x: F.conv2d(x, torch.randn(8, 8, 1, 1))), r"\(randn\): it is random"),
     "half weights": (Of(F.relu).half(), r"the weights are float16; call float\(\) of the module first"),
     "half precision": (Of(lambda x: x.half().float()), "it gives float16; only float32 can be imported"),
-    "dilated pool": (Of(lambda x: F.max_pool2d(x, 2, dilation=2)), "a pool with dilation is no layer"),
+    "dilated pool": (Of(lambda x: F.max_pool2d(x, 2, dilation=2)), "a pool with dilation is not supported"),
     "1-D": (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 3)), "no layer computes this"),
     "weights of the image": (
         Of(lambda x: F.conv2d(x, F.adaptive_avg_pool2d(x, 1)[:1].expand(8, 8, 1, 1))),
         r"cannot import of: 'conv2d' \(conv2d\): its weights are computed from the image",
     ),
-    "two outputs": (Gives(lambda x: (x, x)), "one tensor of logits is needed, it gives 2"),
-    "outputs by name": (Gives(lambda x: {"boxes": x, "classes": -x}), "one tensor of logits is needed, it gives 2"),
-    "no output": (Gives(lambda x: 3), "one tensor of logits is needed, it gives 0"),
-    "a constant": (Gives(lambda x: torch.zeros(2, 5)), "what it gives does not hang on the image"),
+    "two outputs": (Gives(lambda x: (x, x)), "it gives 2 tensors; one tensor of logits is needed"),
+    "outputs by name": (
+        Gives(lambda x: {"boxes": x, "classes": -x}),
+        "it gives 2 tensors; one tensor of logits is needed",
+    ),
+    "no output": (Gives(lambda x: 3), "it gives 0 tensors; one tensor of logits is needed"),
+    "a constant": (Gives(lambda x: torch.zeros(2, 5)), "its output does not depend on the image"),
     "nothing": (nn.Identity(), "cannot import identity: it computes nothing"),
     "a branch": (Branching(), "cannot trace branching for an input of 3x13x11"),
     "a map at the end": (
         nn.Conv2d(3, 4, 3),
-        "cannot import conv2d: it gives 4x11x9 an image, not logits; fnet-search is for classification with one class",
+        "cannot import conv2d: it gives 4x11x9 per image, not logits; fnet-search is for classification with one class",
     ),
-    "a pixel at the end": (nn.Conv2d(3, 4, (13, 11)), "it gives 4x1x1 an image, not logits; flatten it"),
+    "a pixel at the end": (nn.Conv2d(3, 4, (13, 11)), "it gives 4x1x1 per image, not logits; flatten it"),
 }
 
 

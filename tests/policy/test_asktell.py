@@ -112,7 +112,7 @@ def test_an_evaluation_of_ones_own_counts_the_costs() -> None:
     assert one == Evaluation(0, plan, plan_cost(TINY, plan), quint8_accuracy=0.5, seed=3)
     with pytest.raises(FnetError, match=r"cannot be factorized|unknown layer"):
         AskTell(Random(), TINY).tell(Evaluation.of(SPACE, regular(SPACE), quint8_accuracy=0.5))
-    with pytest.raises(FnetError, match=r"plan .* has no quint8_accuracy; if it failed, say state='failed'"):
+    with pytest.raises(FnetError, match=r"plan .* has no quint8_accuracy; give it, or state='failed'"):
         AskTell(Random(), TINY).tell(replace(one, quint8_accuracy=None))
 
 
@@ -120,7 +120,7 @@ def test_balanced_accuracy_wants_results_by_class() -> None:
     loop = AskTell(Random(), TINY, Constraints(metric="balanced-accuracy"))
     plan = loop.ask()
     assert plan is not None
-    with pytest.raises(FnetError, match=r"^balanced accuracy is taken from results by class; give the evaluation its"):
+    with pytest.raises(FnetError, match=r"^balanced accuracy needs results by class; give the evaluation classes"):
         loop.tell(Evaluation.of(TINY, plan, quint8_accuracy=0.5))
     loop.tell(Evaluation.of(TINY, plan, state="failed", reason="no luck"))
     other = loop.ask()
@@ -152,7 +152,7 @@ def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end() -> None:
             return regular(TINY)
 
     loop = AskTell(Stubborn(), TINY, CEILING)
-    message = "suggests plan regular again and again; refused 10 times in a row: repeats candidate 0"
+    message = "keeps suggesting plan regular, refused 10 times in a row: repeats candidate 0"
     for _ in range(2):  # asked once more it is refused at once
         with pytest.raises(FnetError, match=message):
             loop.ask()
@@ -170,6 +170,6 @@ def test_a_policy_may_pass_many_plans_above_the_ceilings() -> None:
             return plans[history.number]
 
     loop = AskTell(Walking(), SPACE, Constraints(conv_macs=40_000_000))
-    with pytest.raises(FnetError, match=r"suggested 1000 plans in a row that had to be refused, lastly: .* exceed the"):
+    with pytest.raises(FnetError, match=r"suggested 1000 refused plans in a row; the last: .* exceed the"):
         loop.ask()
     assert len(loop.evaluations) == REFUSALS_IN_A_ROW

@@ -18,7 +18,7 @@ from fnet_search.policy.asktell import AskTell
 from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints, parse_constraints
 from fnet_search.policy.evaluation import Audit, Evaluation, LayerStats
-from fnet_search.policy.explanation import LayerChoice, Step
+from fnet_search.policy.explanation import LayerChoice, RateChange
 from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.protocol import FISHER, PROBES, History, requirements
 from fnet_search.policy.ranking import choose_parent, ranking
@@ -179,9 +179,7 @@ def test_a_budget_at_the_limit_is_met() -> None:
 
 def test_what_has_no_quint8_accuracy_is_not_complete() -> None:
     for accuracy in ({}, {"quint8_accuracy": None}, {"quint8_accuracy": None, "fp32_accuracy": 0.9}):
-        with pytest.raises(
-            FnetError, match=r"quint8_accuracy must be a fraction of 1, got None; if it failed, say sta"
-        ):
+        with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got None; give state='failed'"):
             Evaluation.of(TINY, regular(TINY), **accuracy)
     for state in ("refused", "pruned", "failed"):
         assert Evaluation.of(TINY, regular(TINY), state=state).quint8_accuracy is None
@@ -404,12 +402,12 @@ def test_without_probes_the_method_to_provide_is_named(name: str) -> None:
 
 
 def test_reasons_are_in_words() -> None:
-    lower, higher = Step(2, 1_500_000, 0.002), Step(8, -250_000, -0.0125)
+    lower, higher = RateChange(2, 1_500_000, 0.002), RateChange(8, -250_000, -0.0125)
     choice = LayerChoice("conv", 4, lower, higher)
     assert choice.reason == "against 2 it saves 1.5 MMAC for 0.20 points; 8 would save 0.25 MMAC for 1.25 points"
-    odd = LayerChoice("conv", 4, Step(2, -1_000_000, -0.01), Step(8, 2_000_000, 0.03))
+    odd = LayerChoice("conv", 4, RateChange(2, -1_000_000, -0.01), RateChange(8, 2_000_000, 0.03))
     assert odd.reason == "against 2 it costs 1 MMAC and gains 1.00 points; 8 would cost 2 MMAC and gain 3.00 points"
-    nothing = LayerChoice("conv", 4, Step(2, 1_000_000, -0.00001), Step(8, -1_000_000, 0.00001))
+    nothing = LayerChoice("conv", 4, RateChange(2, 1_000_000, -0.00001), RateChange(8, -1_000_000, 0.00001))
     assert nothing.reason == "against 2 it saves 1 MMAC for 0.00 points; 8 would save 1 MMAC for 0.00 points"
     assert LayerChoice("conv", 1, None, None).reason == ""
 
@@ -432,7 +430,7 @@ def test_limits_that_nothing_meets_are_refused(limit: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("accuracy", [float("nan"), 55.0, -0.1])
 def test_an_accuracy_is_a_fraction_of_1(accuracy: float) -> None:
-    with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got .*; if it failed, say state="):
+    with pytest.raises(FnetError, match=r"quint8_accuracy must be a fraction of 1, got .*; give state='failed' if"):
         Evaluation.of(TINY, regular(TINY), quint8_accuracy=accuracy)
 
 

@@ -143,7 +143,7 @@ def test_batches_cover_a_split_in_order() -> None:
 def test_unknown_data_sets_and_inputs() -> None:
     with pytest.raises(FnetError, match=r"unknown data set 'digit'; did you mean 'digits'\?"):
         load_dataset("digit", (3, 32, 32))
-    with pytest.raises(FnetError, match="data sets give 1 or 3 channels, but the space's input has 4"):
+    with pytest.raises(FnetError, match="the space's input has 4 channels; data sets need one with 1 or 3"):
         load_dataset("digits", (4, 32, 32))
 
 
@@ -211,8 +211,8 @@ def test_a_data_set_of_a_third_party() -> None:
         ("their-floats", ": its training images must be uint8 [N, 1 or 3, H, W], got float32 (2, 1, 2, 2)"),
         ("their-flat", ": its test images must be uint8 [N, 1 or 3, H, W], got uint8 (1, 4)"),
         ("their-nothing", ": its test images must be uint8 [N, 1 or 3, H, W], got uint8 (0, 1, 2, 2)"),
-        ("their-short", ": its training labels must be int64, one an image"),
-        ("their-many", ": its test labels must be numbers of its 2 classes, from 0"),
+        ("their-short", ": its training labels must be int64, one per image"),
+        ("their-many", ": its test labels must be class numbers from 0 to 1"),
         ("their-raises", " cannot be loaded: KeyError: 'nothing in data, True'"),
         ("their-number", " cannot be loaded: it is a int, not a Source"),
         ("their-gone", " cannot be loaded: AttributeError: module 'their_data' has no attribute 'gone'"),
@@ -228,7 +228,7 @@ def test_bad_data_sets_of_a_third_party(name: str, complaint: str) -> None:
 def test_missing_files_say_how_to_get_them(tmp_path: Path, name: str) -> None:
     with pytest.raises(FnetError) as caught:
         load_dataset(name, (3, 32, 32), tmp_path)
-    assert f"data set {name} is not in {tmp_path}/; set `download`, or `data_dir`" in str(caught.value)
+    assert f"data set {name} is not in {tmp_path}/; set `download`, or set `data_dir`" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.rglob("*-ubyte")) == []
 

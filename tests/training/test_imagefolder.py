@@ -252,7 +252,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
         load_dataset(source, (1, 6, 4))
     (tmp_path / "train/a/more").unlink()
     (tmp_path / "train/c").symlink_to(tmp_path / "gone")
-    with pytest.raises(FnetError, match=r"train/c is a link to nothing"):
+    with pytest.raises(FnetError, match=r"train/c is a broken link"):
         load_dataset(source, (1, 6, 4))
 
 
@@ -320,7 +320,7 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     faults = str(caught.value).replace(f"{tmp_path}/few/", "").split("; ")
     assert faults[0].startswith("cannot read 3 of 7 images: train/a/x00.jpg: cannot identify image file")
     assert [fault.partition(": ")[0] for fault in faults[1:-1]] == ["train/a/x01.jpg", "test/b/photo.heic"]
-    assert faults[-1] == "`skip_unreadable` leaves out what cannot be read"
+    assert faults[-1] == "`skip_unreadable` leaves out unreadable images"
     with pytest.raises(FnetError) as caught:
         load_dataset(broken_folder(tmp_path / "many", LISTED + 3), (3, 6, 4))
     assert str(caught.value).count(".jpg: ") == LISTED
@@ -337,7 +337,9 @@ def test_what_cannot_be_read_is_left_out_where_that_is_asked_for(tmp_path: Path)
     assert len(data.train.images) == 2
     assert data.fingerprint() == load_dataset(image_folder(tmp_path / "whole"), (3, 6, 4)).fingerprint()
     (tmp_path / "test/b/1.png").write_bytes(b"")
-    with pytest.raises(FnetError, match=r"^no image of the class of .*/test/b/0\.png can be read$"):
+    with pytest.raises(
+        FnetError, match=r"^no image of the class of .*/test/b/0\.png can be read; replace one of them$"
+    ):
         load_dataset(source, (3, 6, 4), skip_unreadable=True)
 
 
@@ -403,7 +405,7 @@ def test_a_folder_may_have_its_validation_images(tmp_path: Path, name: str) -> N
 def test_validation_images_in_another_folder(tmp_path: Path) -> None:
     source = split_folder(tmp_path / "data", "test", "val", "valid")
     split_folder(tmp_path / "other", "mine")
-    both = r"^imagefolder .*/data: val/ and valid/ are there; name the validation images with `validation`$"
+    both = r"^imagefolder .*/data has val/ and valid/; name the folder of validation images with `validation`$"
     with pytest.raises(FnetError, match=both):
         load_dataset(source, (1, 6, 4), split="validation")
     mine = tmp_path / "other" / "mine"
@@ -412,9 +414,11 @@ def test_validation_images_in_another_folder(tmp_path: Path) -> None:
         data = load_dataset(source, (1, 6, 4), split="validation", validation=given)
         assert (data.validation, int(data.evaluation.images[0, 0, 0, 0])) == (recorded, shade)
     for part, name in (("train", "training"), ("test", "test")):
-        with pytest.raises(FnetError, match=rf"the validation images .*{part} are the {name} images; name others with"):
+        with pytest.raises(
+            FnetError, match=rf"the validation images .*{part} are the {name} images; name another folder with"
+        ):
             load_dataset(source, (1, 6, 4), split="validation", validation=part)
-    with pytest.raises(FnetError, match=r"`validation` .*/none does not exist, or is not a folder; class folders must"):
+    with pytest.raises(FnetError, match=r"`validation` .*/none is not an existing folder; give one that holds"):
         load_dataset(source, (1, 6, 4), split="validation", validation="none")
     (mine / "d").mkdir()
     with pytest.raises(FnetError, match="class 'd' is in mine/ but not among the training images"):

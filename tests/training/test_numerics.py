@@ -182,15 +182,16 @@ def test_numerics_come_back_from_json() -> None:
 @pytest.mark.parametrize(
     ("numerics", "text"),
     [
-        (Numerics("cpu"), "cpu, float32, channels_first, 1 thread a worker"),
-        (Numerics("cpu", "bfloat16", True, 2), "cpu, bfloat16, channels_last, 2 threads a worker"),
-        (Numerics("cpu", alone_threads=2), "cpu, float32, channels_first, 1 thread a worker, 2 alone"),
+        (Numerics("cpu"), "cpu, float32, channels_first, 1 thread per worker"),
+        (Numerics("cpu", "bfloat16", True, 2), "cpu, bfloat16, channels_last, 2 threads per worker"),
+        (Numerics("cpu", alone_threads=2), "cpu, float32, channels_first, 1 thread per worker, 2 alone"),
         (Numerics("cuda:1", "bfloat16", True, 2), "cuda:1, bfloat16, channels_last"),
         (Numerics("cuda", "tf32"), "cuda, tf32, channels_first"),
-        (Numerics("cpu", fused=True), "cpu, float32, channels_first, fused norms, 1 thread a worker"),
+        (Numerics("cpu", fused=True), "cpu, float32, channels_first, fused norms, 1 thread per worker"),
         (
             Numerics("cpu", "float32", True, 1, True, (16, 32, 4, 16, 16)),
-            "cpu, float32, channels_last, fused norms, groups of 1 as 16, 2 as 32, 8 as 16 channels, 1 thread a worker",
+            "cpu, float32, channels_last, fused norms, groups of 1 as 16, 2 as 32, 8 as 16 channels, "
+            "1 thread per worker",
         ),
         (Numerics("cuda", "tf32", group_widths=(1, 2, 4, 8, 16)), "cuda, tf32, channels_first"),
     ],
@@ -240,7 +241,7 @@ def test_memory_format(channels_last: bool, strides: tuple[int, ...]) -> None:
 def test_devices_that_are_not_there(device: str) -> None:
     with pytest.raises(FnetError) as caught:
         check_device(device)
-    assert str(caught.value).startswith(f"device {device!r} is not there; this machine has: cpu")
+    assert str(caught.value).startswith(f"device {device!r} is not available; this machine has: cpu")
     with pytest.raises(FnetError):
         resolve(device, "float32")
 

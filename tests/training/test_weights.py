@@ -89,13 +89,13 @@ OTHERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "model.onnx": (lambda path: path.write_bytes(b"\x08\x07"), "it is an ONNX file; save the state dict of the torch"),
     "pointer.safetensors": (
         lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"),
-        "it is a Git LFS pointer; git lfs pull fetches the file that it stands for",
+        "it is a Git LFS pointer; fetch the file with git lfs pull",
     ),
     "arrays.npz": (lambda path: np.savez(path, a=np.zeros(3)), "it is an archive that torch.save did not write"),
-    "script.pt": (script, "it is TorchScript; torch.save(torch.jit.load(PATH).state_dict(), NEW) saves what is needed"),
+    "script.pt": (script, "it is TorchScript; save its state dict: torch.save(torch.jit.load(PATH).state_dict(), NEW)"),
     "program.pt2": (
         lambda path: torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(3, 2),)), path),
-        "it is an exported program; torch.save(torch.export.load(PATH).state_dict, NEW) saves what is needed",
+        "it is an exported program; save its state dict: torch.save(torch.export.load(PATH).state_dict, NEW)",
     ),
 }
 

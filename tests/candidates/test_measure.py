@@ -120,7 +120,7 @@ def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     trained, data, scheme = randomized(MIXED), noise(MIXED, 300), parse_scheme(text)
     told: list[tuple[int, int]] = []
     found = prepare(trained, scheme, data, 3, lambda done, total: told.append((done, total)))
-    images = len(data.train) * (1 if scheme.ranges.kind == "minmax" else 2)
+    images = len(data.train) * (1 if scheme.ranges.name == "minmax" else 2)
     assert told[-1] == (images, images), "in one pass or two"
     folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
     stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES, AT_ONCE), scheme.ranges)

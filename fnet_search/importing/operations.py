@@ -489,4 +489,4 @@ def title(operator: object) -> str:
 
 
 SUPPORTED = ", ".join(sorted({title(operator).removeprefix("_") for operator in (*LAYERS, *MOVES)}))
-"""Operators that can be imported, for people."""
+"""The names of the operators that can be imported, for messages."""

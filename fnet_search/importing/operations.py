@@ -207,7 +207,7 @@ def _gelu(call: Call) -> Layers:
 
 def _softplus(call: Call) -> Layers:
     plain = (call.given["beta"], call.given["threshold"]) == (1, 20)
-    _require(plain, "of all softplus, only beta 1 with threshold 20 is supported")
+    _require(plain, "only softplus with beta 1 and threshold 20 is supported")
     return [Activation("softplus")]
 
 
@@ -489,4 +489,4 @@ def title(operator: object) -> str:
 
 
 SUPPORTED = ", ".join(sorted({title(operator).removeprefix("_") for operator in (*LAYERS, *MOVES)}))
-"""Operators that can be imported, for people."""
+"""The names of the operators that can be imported, for messages."""

@@ -24,8 +24,8 @@ class Deadline:
         """Whether this process has done an epoch or other work."""
 
     def check(self, idle: bool = False) -> None:
-        """Raises TimeUp if no further work may be started. If `idle`, this process only waits for others: then it needs
-        not have worked itself."""
+        """Raises TimeUp if no further work may be started. If `idle`, this process only waits for others: the limit
+        alone counts then."""
         if self.over or (idle and time.monotonic() >= self._end):
             raise TimeUp
 

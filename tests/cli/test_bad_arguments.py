@@ -170,7 +170,7 @@ TAIL = '    { name = "flat", kind = "flatten" },\n    { name = "out", kind = "de
         (
             "--space",
             HEAD + '    { name = "a", kind = "conv", out_channels = 4 },\n',
-            "nothing to factorize in mine",
+            "space mine has no factorizable layer",
         ),
         ("--space", bytes(range(256)), "cannot read space mine.toml: 'utf-8' codec can't decode"),
         ("--recipe", "epochs = 1\nbatch_size = 64\n", "mine.toml: a recipe needs 'learning_rate'"),

@@ -445,7 +445,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): means and maxima are only supported over"),
     "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds must be numbers"),
-    "other softplus": (Of(lambda x: F.softplus(x, 2)), "only beta 1 with threshold 20 is supported"),
+    "other softplus": (Of(lambda x: F.softplus(x, 2)), "only softplus with beta 1 and threshold 20 is supported"),
     "mean of channels": (Of(lambda x: x.mean(1, keepdim=True) * x), "are only supported over height, width or both"),
     "bilinear, odd": (
         Of(lambda x: F.interpolate(x, (20, 20), mode="bilinear")),

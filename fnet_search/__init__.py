@@ -62,7 +62,7 @@ _API = {
     "TimeUp": "training.deadline",
     "uniform": "arch.plan",
 }
-"""The module that each name is of."""
+"""The module that defines each name."""
 
 if TYPE_CHECKING:
     from fnet_search.api import evaluate, search

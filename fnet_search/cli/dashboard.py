@@ -177,7 +177,7 @@ def study_note(
 
 
 def trial_note(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
-    """Markdown: the candidate in a line, and a row a layer."""
+    """Markdown: the candidate in one line, and one row per layer."""
     parts = [f"`{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, {one.cost.params:,} parameters"]
     if one.state == "complete":
         parts.append(f"{one.split} fp32 {percent(one.fp32_accuracy)}, quint8 {percent(one.quint8_accuracy)}")

@@ -200,8 +200,8 @@ def machine_options(command: Any) -> Any:
         click.option(
             "--workers",
             type=click.IntRange(0),
-            show_default="one a core; on CUDA 2",
-            help="Processes that train candidates at the same time; 0: this process trains, for debuggers.",
+            show_default="one per core; on CUDA 2",
+            help="Processes that train candidates at the same time; 0: this process trains, for debugging.",
         ),
         click.option(
             "--threads",

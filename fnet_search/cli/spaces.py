@@ -44,7 +44,7 @@ def show(  # noqa: PLR0913 (a Click command: a parameter an option)
     factorize: tuple[str, ...],
     keep: tuple[str, ...],
 ) -> None:
-    """Print a space under a plan: a row a layer with shapes, rates, MACs and parameters, and the totals.
+    """Print a space under a plan: one row per layer, with shapes, rates, MACs and parameters, and the totals.
 
     SPACE as of run; an imported network reads 224 pixels a side unless --input says otherwise.
     """

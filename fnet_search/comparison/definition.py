@@ -195,7 +195,7 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
     if ("plans" in table) == ("search" in table):
         raise FnetError("a study needs either plans or a [search]")
     if "validation" in table and "search" not in table:
-        raise FnetError("validation images are of a [search]; given plans are measured on the test images")
+        raise FnetError("validation images require a [search]; given plans are measured on the test images")
     seeds = table.get("seeds", [0])
     if (
         len(set(map(str, seeds))) < len(seeds)

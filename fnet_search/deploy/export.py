@@ -42,7 +42,7 @@ from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.simulator import QuantizedNetwork, row_starts, table
 
 OPSET, IR_VERSION = 13, 7
-"""Of 2020: the first operator set with a scale a channel; what reads QDQ at all reads these."""
+"""Opset 13, the first with per-channel quantization, and the IR version of that release."""
 MODEL = "model.onnx"
 LOGITS = "logits"
 PRODUCER = "fnet-search"
@@ -278,7 +278,7 @@ class _QuantizedGraph(_Graph):
         self.node("DequantizeLinear", f"{node}.dequantize", [codes_name(node), *params], output)
 
     def weights(self, node: Node) -> list[str]:
-        """Weight and bias of a layer, dequantized; a scale a channel is on axis 0."""
+        """Weight and bias of a layer, dequantized; per-channel scales lie on axis 0."""
         layer = self.quantized.layers[node.name]
         scales = layer.bias_scale(self.quantized.params[self.carrier[node.inputs[0]]])
         parts = {

@@ -35,7 +35,7 @@ class Machine:
     numerics_of: Path | None = None
     """An earlier run, to compute as it did; nothing else may say how then."""
     workers: int | None = None
-    """None: one a core, on CUDA 2. 0: this process itself trains, which is slower; for debuggers."""
+    """None: one per core, on CUDA 2. 0: this process itself trains, which is slower; for debugging."""
     data_dir: Path = Path("data")
     download: bool = False
     skip_unreadable: bool = False

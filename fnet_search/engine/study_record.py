@@ -61,7 +61,7 @@ class Sharing:
     artifacts: "ArtifactStore"
     """Where weights lie that others need."""
     lease: float = LEASE_SECONDS
-    """Seconds after which a lease that rests is taken over."""
+    """Seconds after which a lease that is not renewed is taken over."""
 
 
 @dataclass

@@ -264,7 +264,7 @@ def verdict(one: NetworkAnalysis) -> str:
 
 
 def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
-    """A network for a terminal of so many columns, a row a layer; the costliest is marked. Accuracies in percent.
+    """A network for a terminal of so many columns, one row per layer; the costliest is marked. Accuracies in percent.
 
     Columns that do not fit are left out, the last ones first; what there is of a layer's name is folded.
     """

@@ -98,7 +98,7 @@ class Ledger:
     _own: set[int] = field(default_factory=set)
     _closed: set[int] = field(default_factory=set)
     _leases: dict[int, tuple[Any, float]] = field(default_factory=dict)
-    """By trial: its lease, and since when it rests, as seen from here."""
+    """By trial: its lease, and since when this process has not seen it renewed."""
 
     def __post_init__(self) -> None:
         self._heart = None if self.worker is None else Heart(self.study._storage, self.worker, self.seconds)

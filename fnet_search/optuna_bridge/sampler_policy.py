@@ -143,7 +143,8 @@ def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPla
 
 
 def _candidates(history: History) -> tuple[Evaluation, ...]:
-    """What a sampler is told of: not of the reference, which is above the ceilings, nor of what has no value."""
+    """The trials that a sampler sees: without the reference, which exceeds the ceilings, and those without a
+    value."""
 
     def told(one: Evaluation) -> bool:
         value, state = value_and_state(one, history.constraints.metric)

@@ -13,7 +13,7 @@ from fnet_search.quant.quant_params import QuantParams, clip, degenerate, float3
 
 EXACT_IN_FLOAT32 = 1 << 24
 SYMMETRIC_ZERO = 128
-"""Zero point of weights with a scale a channel: ONNX ``QLinearConv`` wants the same one for all channels."""
+"""Zero point of weights with per-channel scales: ONNX ``QLinearConv`` wants the same one for all channels."""
 BIAS_ROOM = 1 << 30
 """What bias codes stay below where weight scales are chosen for them. The rest of int32 is left to the weights, and to
 bias correction."""
@@ -30,7 +30,7 @@ class QuantizedLayer:
 
     @cached_property
     def scales(self) -> Tensor:
-        """float32 [1], or [C_out] with a scale a channel."""
+        """float32 [1], or [C_out] with per-channel scales."""
         return torch.tensor([one.scale for one in self.params], dtype=torch.float32, device=self.codes.device)
 
     @cached_property

@@ -124,7 +124,7 @@ def parse_scheme(text: str) -> Scheme:
 
 
 PAPER = Scheme()
-"""The paper's: 1 % of the hidden activations clipped at the top and at the bottom, a scale a tensor."""
+"""The paper's: 1 % of the hidden activations clipped at the top and at the bottom, per-tensor scales."""
 CHOICE = tuple(
     Scheme(ranges, per_channel, False, bias_correct)
     for per_channel, bias_correct, ranges in product((True, False), (True, False), (MSE, MINMAX))

@@ -146,7 +146,7 @@ def _matrix(classes: Sequence[str], confusion: Confusion, measured: Evaluation) 
                 f"{f'{images:,}' if images else ''}</td>"
             )
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    intro = f"What the quint8 network takes the images of each class for ({measured.split} split, a row a class)."
+    intro = f"What the quint8 network takes the images of each class for ({measured.split} split, one row per class)."
     return f'<p class="soft">{intro}</p><div class="confusion">{table(f"{head}</th></tr>", rows)}</div>'
 
 

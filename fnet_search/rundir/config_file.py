@@ -1,4 +1,4 @@
-"""Where a run folder has its configuration. Light, so that a path that is no run is told of at once."""
+"""The configuration file of a run folder. Imports nothing heavy, so that a wrong path is reported at once."""
 
 from pathlib import Path
 

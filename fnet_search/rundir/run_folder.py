@@ -91,7 +91,7 @@ class RunFolder:
 
     @property
     def confusion(self) -> Path:
-        """What the winner takes for what, on the images that `read_test` is of."""
+        """The winner's confusion matrix, on the images that `read_test` was measured on."""
         return self.best / "confusion.csv"
 
     @property

@@ -114,7 +114,7 @@ def test_validation_images_of_a_search(tmp_path: Path) -> None:
     assert study.validation == "mine"
     assert load_study("budget-120mmac").validation is None
     assert load_study("budget-120mmac", validation="other").validation == "other"
-    with pytest.raises(FnetError, match=r"paper\.toml: validation images are of a \[search\]"):
+    with pytest.raises(FnetError, match=r"paper\.toml: validation images require a \[search\]"):
         load_study("paper", validation="other")
 
 
@@ -160,7 +160,7 @@ def test_options_of_the_command_line() -> None:
         ),
         (
             f'{LEAST}validation = "x"',
-            "validation images are of a [search]; given plans are measured on the test images",
+            "validation images require a [search]; given plans are measured on the test images",
         ),
         (f"{SEARCH}{OPTIONS}trials = 0", "trials must be at least 1, got 0"),
         (f'{SEARCH}{OPTIONS}metric = "balanced"', "unknown metric 'balanced'; did you mean 'balanced-accuracy'?"),

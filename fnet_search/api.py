@@ -46,7 +46,7 @@ def search(arguments: SearchArguments) -> Outcome:
 
     `space` by name, path, as an object, or ``"torchvision:resnet18"``, ``"mymodel.py:make"``. `budget` in conv MACs, as
     a number, ``"120MMAC"`` or ``"45%"`` of the unfactorized network; accuracies and drops as fractions of 1 or
-    ``"80%"``. `metric`: ``"accuracy"`` or ``"balanced-accuracy"``: what networks are compared by, and what the limits on
+    ``"80%"``. `metric`: ``"accuracy"`` or ``"balanced-accuracy"``: what networks are compared by, and what limits on
     accuracy mean. `policy` by name, or an object with ``suggest(history)``. `trials`: candidates to train. With
     `weights` (`modules.load_imported`) candidates start from the network as it is, or as `finetune` trained it on the
     data set. `class_weights`: ``"none"`` or ``"balanced"``, instead of the recipe's. `factorize` and `keep` are

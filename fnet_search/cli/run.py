@@ -98,7 +98,7 @@ _artifacts = click.option(
     "--metric",
     type=click.Choice(["accuracy", "balanced-accuracy"]),
     default="accuracy",
-    help="What candidates are compared by, and what --min-quint8 and --max-drop limit. Balanced accuracy is the mean over "
+    help="What candidates are compared by, and --min-quint8 and --max-drop limit. Balanced accuracy is the mean over "
     "classes: all count alike, however few images they have.",
 )
 @click.option(

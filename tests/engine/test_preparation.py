@@ -135,7 +135,7 @@ def test_other_images_under_the_same_name_are_refused(images: Path, tmp_path: Pa
     ("change", "message"),
     [
         ({"dataset": "digit"}, "unknown data set 'digit'"),
-        ({"machine": Machine("cuda:99")}, "device 'cuda:99' is not there"),
+        ({"machine": Machine("cuda:99")}, "device 'cuda:99' is not available"),
         ({"storage": "garbage"}, "an Optuna URL is wanted"),
         ({"constraints": Constraints(params=1_577)}, "a limit of 1,577 parameters is below the smallest network"),
         (

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import torch
 
-from fnet_search.quant.calibration import calibration
+from fnet_search.quant.calibration import calibration_batches
 from fnet_search.quant.fold import fold
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import parse_ranges
@@ -29,7 +29,7 @@ def calibrated(folder: Path, candidate: str, data_dir: Path, ranges: str, sample
     folded = fold(network.load_trained(opened.space))
     before = peak()
     start = time.monotonic()
-    calibrate(folded, calibration(data, opened.config["seed"], samples), parse_ranges(ranges))
+    calibrate(folded, calibration_batches(data, opened.config["seed"], samples), parse_ranges(ranges))
     seconds = time.monotonic() - start
     click.echo(f"{ranges:15} {samples:8,} {seconds:8.1f} {before:10,.0f} {peak():10,.0f}")
 

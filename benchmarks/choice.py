@@ -16,7 +16,7 @@ import torch
 from machine import machine, ratio, spread
 
 from fnet_search.arch.plan import label
-from fnet_search.quant.calibration import Quantized, calibrated_for, prepare
+from fnet_search.quant.calibration import Quantized, calibrate_for, quantize_trained
 from fnet_search.quant.scheme import CHOICE, PAPER
 from fnet_search.quant.scheme_choice import least_divergent
 from fnet_search.rundir.recorded_run import open_run
@@ -32,7 +32,7 @@ def seconds(work: Callable[[], Quantized]) -> tuple[float, Quantized]:
 
 
 def best(trained: Network, data: DataSet, seed: int) -> Quantized:
-    return least_divergent(calibrated_for(trained, CHOICE, data, seed), CHOICE, data, seed)
+    return least_divergent(calibrate_for(trained, CHOICE, data, seed), CHOICE, data, seed)
 
 
 @click.command()
@@ -53,7 +53,7 @@ def main(folder: Path, rounds: int, data_dir: Path) -> None:
         trained = network.load_trained(opened.space)
         ours, papers = [], []
         for _ in range(rounds):
-            papers.append(seconds(lambda: prepare(trained, PAPER, data, seed))[0])  # noqa: B023 (called at once)
+            papers.append(seconds(lambda: quantize_trained(trained, PAPER, data, seed))[0])  # noqa: B023 (called at once)
             took_now, chosen = seconds(lambda: best(trained, data, seed))  # noqa: B023
             ours.append(took_now)
         added = spread(ours).median - spread(papers).median

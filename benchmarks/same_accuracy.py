@@ -30,7 +30,7 @@ from fnet_search.candidates.measure import measure
 from fnet_search.candidates.processes import environment
 from fnet_search.candidates.worker_count import cores
 from fnet_search.importing.spaces import load_space
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.scheme import Scheme
 from fnet_search.training.datasets import DataSet, load_dataset
 from fnet_search.training.network import Network, build
@@ -68,7 +68,7 @@ class Training:
                 checkpoint = Checkpoint(Path(folder) / "checkpoint", "")
                 train(network, data, recipe, self.numerics, self.seed, lambda progress: None, checkpoint)
         network.eval().to(memory_format=torch.contiguous_format)
-        quantized = prepare(network, Scheme(), data, self.seed)
+        quantized = quantize_trained(network, Scheme(), data, self.seed)
         part = data.test.take(torch.arange(0, len(data.test), max(1, len(data.test) // 2000)))
         found = measure(quantized.folded, quantized.network, data, part)
         return 100 * found.fp32_accuracy, 100 * found.quint8_accuracy

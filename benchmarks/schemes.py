@@ -17,7 +17,7 @@ from fnet_search.arch.plan import label
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.quant.bias_correction import correct_biases
-from fnet_search.quant.calibration import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration_batches
 from fnet_search.quant.equalize import equalize
 from fnet_search.quant.fold import fold
 from fnet_search.quant.quantize import quantize
@@ -64,9 +64,9 @@ def main(
                 start, found = time.monotonic(), []
                 for equalized in (False, True):
                     folded = equalize(fold(trained)) if equalized else fold(trained)
-                    stats = calibrate(folded, calibration(data, seed, CALIBRATION_SAMPLES), parse_ranges(name))
+                    stats = calibrate(folded, calibration_batches(data, seed, CALIBRATION_SAMPLES), parse_ranges(name))
                     plain = quantize(folded, stats, per_channel)
-                    few = calibration(data, seed, CORRECTION_SAMPLES)
+                    few = calibration_batches(data, seed, CORRECTION_SAMPLES)
                     corrected = correct_biases(folded, plain, few)
                     found += [f"{100 * accuracy(one, data):8.2f}" for one in (plain, corrected)]
                 seconds = (time.monotonic() - start) / len(found)

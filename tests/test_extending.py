@@ -153,7 +153,7 @@ def test_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = figures.RunFigure("nothing", "Never shown.", lambda outcome: None)
     monkeypatch.setattr(figures, "FIGURES", (mine, nothing))
     found = outcome(TINY, Constraints(), [trained(TINY, regular(TINY), 0, 0.9, 0.8)], tmp_path)
-    drawn = figures.figures(found)
+    drawn = figures.run_figures(found)
     assert [text.get_text() for text in texts(drawn["how_many"])] == ["1 candidates"]
     pictures = figures.save_figures(drawn, tmp_path / "figures")
     assert [path.name for path in pictures] == ["how_many.png"]

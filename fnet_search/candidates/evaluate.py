@@ -17,7 +17,7 @@ from fnet_search.candidates.network_files import CHECKPOINT, WEIGHTS, load_train
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Evaluation
-from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibrated_for, calibration
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibrate_for, calibration_batches
 from fnet_search.quant.scheme_choice import least_divergent
 from fnet_search.training.datasets import DataSet
 from fnet_search.training.network import Network, build, pretrained
@@ -100,7 +100,7 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     trained.eval().to(memory_format=torch.contiguous_format)
     stages.after("quantizing", 0)
     try:
-        calibrated = calibrated_for(trained, setup.schemes, data, setup.seed)
+        calibrated = calibrate_for(trained, setup.schemes, data, setup.seed)
         quantized = least_divergent(calibrated, setup.schemes, data, setup.seed)
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
@@ -128,7 +128,7 @@ def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> N
     else:
         parent = load_trained(setup.space, start.plan, start.folder).to(device)
     fresh.eval().to(device)
-    warm_start(parent, fresh, calibration(data, setup.seed, transform_samples(setup.space)))
+    warm_start(parent, fresh, calibration_batches(data, setup.seed, transform_samples(setup.space)))
     return fresh.to(memory_format=setup.numerics.memory_format)
 
 

@@ -16,9 +16,9 @@ from fnet_search.policy.evaluation import Audit, Evaluation
 from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.significance import as_bits
 from fnet_search.quant.calibration import (
-    AT_ONCE,
+    CALIBRATION_BATCH,
     Quantized,
-    calibration,
+    calibration_batches,
 )
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.layer_statistics import profile
@@ -54,7 +54,7 @@ class Measures:
 
     def complete(self, evaluation: Evaluation) -> Evaluation:
         """The evaluation with what was measured, but for the confusion, which is kept of winners only."""
-        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "confusion"}
+        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
         return replace(evaluation, **found)
 
 
@@ -143,6 +143,6 @@ def measured(
     """Completes an evaluation of a trained network: what it measures with this quantization. `runtime` and `seen` as in
     `measure`."""
     measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
-    samples = ((x, x) for x in calibration(data, seed, SQNR_SAMPLES, AT_ONCE)())
+    samples = ((x, x) for x in calibration_batches(data, seed, SQNR_SAMPLES, CALIBRATION_BATCH)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
     return replace(measures.complete(evaluation), scheme=str(quantized.scheme), layers=layers)

@@ -32,7 +32,7 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.importing.tracing import from_module
 from fnet_search.policy.evaluation import Probe, Probes
 from fnet_search.quant.bias_correction import correct_biases
-from fnet_search.quant.calibration import calibration, folded_for, prepare
+from fnet_search.quant.calibration import calibration_batches, folded_for, quantize_trained
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.layer_statistics import profile, sqnr_db
 from fnet_search.quant.quant_params import QuantParams
@@ -40,7 +40,7 @@ from fnet_search.quant.quantize import quantize
 from fnet_search.quant.quantized_layer import QuantizedLayer
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import CHOICE, Scheme, parse_scheme
-from fnet_search.quant.sensitivity import sample
+from fnet_search.quant.sensitivity import stratified_sample
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.training.datasets import DataSet, Split, hold_out, load_dataset, natural_shape
 from fnet_search.training.network import Network, build, load_weights, pretrained, walk
@@ -133,7 +133,7 @@ def probes_for(
         start = Start(0, regular(space), folder, 0, chosen)
         trained = pretrained(space).eval().to(setup.numerics.device)
         write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(start.plan)})
-        write_codes(folder, start.plan, trained, prepare(trained, chosen, images, setup.seed))
+        write_codes(folder, start.plan, trained, quantize_trained(trained, chosen, images, setup.seed))
         return probe_network(setup, images, start, fisher)
 
 
@@ -307,7 +307,7 @@ class _Fed:
 
 def probed_images(data: DataSet) -> Split:
     """What probes are measured on: images of the validation split, in the proportions of the classes."""
-    return sample(data.evaluation, min(MOST, max(FEWEST, len(data.evaluation) // 10)))
+    return stratified_sample(data.evaluation, min(MOST, max(FEWEST, len(data.evaluation) // 10)))
 
 
 def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: QuantizedNetwork, source: str) -> _Fed:
@@ -330,7 +330,7 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
 
     images = probed_images(data)
     batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
-    samples = [at_cut(_faster(x)) for x in calibration(data, setup.seed, transform_samples(setup.space))()]
+    samples = [at_cut(_faster(x)) for x in calibration_batches(data, setup.seed, transform_samples(setup.space))()]
     given, logits = zip(*map(floats, batches), strict=True)
     return _Fed(
         torch.cat(samples),

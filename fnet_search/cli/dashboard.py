@@ -146,9 +146,11 @@ def study_note(
 ) -> str:
     """Markdown: what is searched, how far it is, the winner so far, and how to read the trials."""
     everything = list(evaluations)
-    validation = next((f"validation images ({one.validation})" for one in everything if one.validation), "")
+    validation = next(
+        (f"validation images ({evaluation.validation})" for evaluation in everything if evaluation.validation), ""
+    )
     limits = [f"{name} {limit}" for name, limit in constraints.described(_safe(validation))]
-    states = [one.state for one in everything]
+    states = [evaluation.state for evaluation in everything]
     counts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
     lines = [
         f"## {_safe(space.name)}, {_safe(about)}",
@@ -156,14 +158,14 @@ def study_note(
         f"**Constraints:** {'; '.join(limits) or 'none'}.",
         f"**Trials:** {', '.join(counts) or 'none yet'}.",
     ]
-    for one in winner:
-        fp32, quint8 = one.scores(constraints.metric)
-        met = "**Winner**" if constraints.feasible(one) else "**None is feasible; nearest**"
+    for evaluation in winner:
+        fp32, quint8 = evaluation.scores(constraints.metric)
+        met = "**Winner**" if constraints.feasible(evaluation) else "**None is feasible; nearest**"
         lines.append(
-            f"{met}: candidate {one.number}, `{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, "
-            f"{one.split} {constraints.measured} {percent(fp32)} fp32, {percent(quint8)} quint8 ({one.scheme})."
+            f"{met}: candidate {evaluation.number}, `{label(space, evaluation.plan)}`, {mmac(evaluation.cost.conv_macs)}, "
+            f"{evaluation.split} {constraints.measured} {percent(fp32)} fp32, {percent(quint8)} quint8 ({evaluation.scheme})."
         )
-        lines.append(f"Its rates: `{one.plan}`")
+        lines.append(f"Its rates: `{evaluation.plan}`")
     lines.append(
         "A trial is a candidate: its parameters are its rates (in a study that an earlier version began: their "
         f"indices), its value is the quint8 {constraints.measured} on the evaluation split (fraction of 1). All trials "
@@ -176,25 +178,31 @@ def study_note(
     return "\n\n".join(lines)
 
 
-def trial_note(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
+def trial_note(space: Macroarchitecture, constraints: Constraints, evaluation: Evaluation) -> str:
     """Markdown: the candidate in one line, and one row per layer."""
-    parts = [f"`{label(space, one.plan)}`, {mmac(one.cost.conv_macs)}, {one.cost.params:,} parameters"]
-    if one.state == "complete":
-        parts.append(f"{one.split} fp32 {percent(one.fp32_accuracy)}, quint8 {percent(one.quint8_accuracy)}")
-        if one.classes:
-            fp32, quint8 = one.scores("balanced-accuracy")
-            parts.append(f"balanced accuracy fp32 {percent(fp32)}, quint8 {percent(quint8)}")
-        parts.append(f"relative drop {percent(one.relative_drop)} ({one.scheme})")
-    feasible = "meets every constraint" if constraints.feasible(one) else "feasible: no"
-    lines = [
-        f"**Candidate {one.number}** ({one.role}, {STATES[one.state]}): {parts[0]}; {feasible}.",
-        *(f"{part}." for part in parts[1:]),
-        *([f"Why: {_safe(one.reason)}"] if one.reason else []),
-        *([f"Note: {_safe(one.constant)}."] if one.constant else []),
-        f"Rates: `{one.plan}`",
+    parts = [
+        f"`{label(space, evaluation.plan)}`, {mmac(evaluation.cost.conv_macs)}, {evaluation.cost.params:,} parameters"
     ]
-    if one.layers:
-        lines.append("\n".join(["|".join(["", *_LAYER, ""]), "|" + "---|" * len(_LAYER), *map(_row, one.layers)]))
+    if evaluation.state == "complete":
+        parts.append(
+            f"{evaluation.split} fp32 {percent(evaluation.fp32_accuracy)}, quint8 {percent(evaluation.quint8_accuracy)}"
+        )
+        if evaluation.classes:
+            fp32, quint8 = evaluation.scores("balanced-accuracy")
+            parts.append(f"balanced accuracy fp32 {percent(fp32)}, quint8 {percent(quint8)}")
+        parts.append(f"relative drop {percent(evaluation.relative_drop)} ({evaluation.scheme})")
+    feasible = "meets every constraint" if constraints.feasible(evaluation) else "feasible: no"
+    lines = [
+        f"**Candidate {evaluation.number}** ({evaluation.role}, {STATES[evaluation.state]}): {parts[0]}; {feasible}.",
+        *(f"{part}." for part in parts[1:]),
+        *([f"Why: {_safe(evaluation.reason)}"] if evaluation.reason else []),
+        *([f"Note: {_safe(evaluation.constant)}."] if evaluation.constant else []),
+        f"Rates: `{evaluation.plan}`",
+    ]
+    if evaluation.layers:
+        lines.append(
+            "\n".join(["|".join(["", *_LAYER, ""]), "|" + "---|" * len(_LAYER), *map(_row, evaluation.layers)])
+        )
     return "\n\n".join(lines)
 
 
@@ -210,17 +218,17 @@ _LAYER = (
 )
 
 
-def _row(one: LayerStats) -> str:
-    sqnrs = (one.weight_sqnr_db, one.activation_sqnr_db, one.accumulated_sqnr_db)
+def _row(layer: LayerStats) -> str:
+    sqnrs = (layer.weight_sqnr_db, layer.activation_sqnr_db, layer.accumulated_sqnr_db)
     cells = [
-        _safe(one.layer),
-        millions(one.macs),
-        f"{one.folded_min:.3g} to {one.folded_max:.3g}",
-        f"{one.folded_precision:.3f}",
-        f"{one.activation_min:.3g} to {one.activation_max:.3g}",
-        f"{one.activation_precision:.3f}",
+        _safe(layer.layer),
+        millions(layer.macs),
+        f"{layer.folded_min:.3g} to {layer.folded_max:.3g}",
+        f"{layer.folded_precision:.3f}",
+        f"{layer.activation_min:.3g} to {layer.activation_max:.3g}",
+        f"{layer.activation_precision:.3f}",
         ", ".join("-" if value is None else f"{value:.1f}" for value in sqnrs),
-        f"{100 * one.sparsity:.1f}",
+        f"{100 * layer.sparsity:.1f}",
     ]
     return "|".join(["", *cells, ""])
 
@@ -229,19 +237,35 @@ def pareto_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Iterable[Evaluation], winner: Iterable[Evaluation]
 ) -> go.Figure:
     """The quint8 score against conv MACs: feasible candidates with their front, the others, reference, and winner."""
-    trained = [one for one in evaluations if one.state == "complete" and _quint8(constraints, one) is not None]
-    candidates = [one for one in trained if one.role != "reference"]
+    trained = [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.state == "complete" and _quint8(constraints, evaluation) is not None
+    ]
+    candidates = [evaluation for evaluation in trained if evaluation.role != "reference"]
     feasible = sorted(filter(constraints.feasible, candidates), key=lambda one: one.cost.conv_macs)
     front, best = list[Evaluation](), -1.0
-    for one in feasible:
-        if (reached := _quint8(constraints, one) or 0.0) > best:
-            front.append(one)
+    for evaluation in feasible:
+        if (reached := _quint8(constraints, evaluation) or 0.0) > best:
+            front.append(evaluation)
             best = reached
     groups = [
         ("feasible", feasible, COLOURS[0], "circle", 9),
-        ("infeasible", [one for one in candidates if not constraints.feasible(one)], COLOURS[7], "x", 9),
-        ("reference", [one for one in trained if one.role == "reference"], COLOURS[5], "square", 9),
-        ("winner", [one for one in winner if constraints.feasible(one)], COLOURS[1], "star", 16),
+        (
+            "infeasible",
+            [evaluation for evaluation in candidates if not constraints.feasible(evaluation)],
+            COLOURS[7],
+            "x",
+            9,
+        ),
+        (
+            "reference",
+            [evaluation for evaluation in trained if evaluation.role == "reference"],
+            COLOURS[5],
+            "square",
+            9,
+        ),
+        ("winner", [evaluation for evaluation in winner if constraints.feasible(evaluation)], COLOURS[1], "star", 16),
     ]
     figure, points = go.Figure(), partial(_points, space, constraints)
     line = {"color": COLOURS[0], "width": 1, "shape": "hv"}
@@ -261,13 +285,13 @@ def pareto_figure(
     return figure
 
 
-def _quint8(constraints: Constraints, one: Evaluation) -> float | None:
-    return one.scores(constraints.metric).quint8
+def _quint8(constraints: Constraints, evaluation: Evaluation) -> float | None:
+    return evaluation.scores(constraints.metric).quint8
 
 
 def _points(space: Macroarchitecture, constraints: Constraints, some: list[Evaluation]) -> dict[str, list[object]]:
     return {
-        "x": [one.cost.conv_macs / 1e6 for one in some],
-        "y": [100 * (_quint8(constraints, one) or 0.0) for one in some],
-        "text": [f"candidate {one.number}: {label(space, one.plan)}" for one in some],
+        "x": [evaluation.cost.conv_macs / 1e6 for evaluation in some],
+        "y": [100 * (_quint8(constraints, evaluation) or 0.0) for evaluation in some],
+        "text": [f"candidate {evaluation.number}: {label(space, evaluation.plan)}" for evaluation in some],
     }

@@ -45,7 +45,7 @@ class Commands(click.Group):
 def with_options(message: str, command: click.Command) -> str:
     """An error with the command's options in place of the parameters, in backquotes, that it names."""
     options = dict[str | None, str]()
-    for option in (one for one in command.params if isinstance(one, click.Option)):
+    for option in (parameter for parameter in command.params if isinstance(parameter, click.Option)):
         words = [name.removeprefix("--").replace("-", "_") for name in option.opts]
         options |= dict.fromkeys((option.name, *words), option.opts[0])
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
@@ -230,7 +230,7 @@ def machine_options(command: Any) -> Any:
 def machine_of(options: dict[str, Any]) -> "Machine":
     from fnet_search.engine.request import Machine
 
-    return Machine(**{one.name: options[one.name] for one in fields(Machine)})
+    return Machine(**{field.name: options[field.name] for field in fields(Machine)})
 
 
 def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, Deadline | None], T]") -> T:

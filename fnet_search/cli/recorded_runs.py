@@ -251,7 +251,7 @@ def quantize(
     (network,) = opened.find([candidates])
     if network.folder != network.candidate:
         raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
-    own = {one.id: one.evaluation for one in opened.networks if one.candidate == network.candidate}
+    own = {recorded.id: recorded.evaluation for recorded in opened.networks if recorded.candidate == network.candidate}
     better = False
     with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
         if promoting and not writable:
@@ -266,7 +266,7 @@ def quantize(
             measure_winner(study, found, data, display)
         outcome = _reported(study, display)
     shown = {**own, found.id: found.evaluation}
-    rows = [[text for part in row(opened, one, name) for text in part] for name, one in shown.items()]
+    rows = [[text for part in row(opened, evaluation, name) for text in part] for name, evaluation in shown.items()]
     texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
     title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
     console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
@@ -322,8 +322,8 @@ def analyze(
         if opened.run.writable:
             display.status("drawing the pictures")
             page = write_analysis(opened, found)
-    for one in found:
-        console().print(analysis_table(one, console().width))
+    for analysis in found:
+        console().print(analysis_table(analysis, console().width))
     click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
 
 

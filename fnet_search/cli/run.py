@@ -230,7 +230,7 @@ def _work(kind: "type[SearchArguments | EvaluateArguments]", options: dict[str, 
 
     given = {**options, "input_shape": parse_shape(options["input_shape"]), "scheme": parse_scheme_options(options)}
     given["machine"] = machine_of(options)
-    arguments = kind(**{one.name: given[one.name] for one in fields(kind) if one.name in given})
+    arguments = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
     arguments.check_paths(arguments.dataset)
     request = arguments.request()
     folder = arguments.folder(request)

@@ -118,8 +118,11 @@ def _recipes() -> "Iterator[tuple[str, str]]":
     from fnet_search.training.recipe import load_recipe
 
     for name in shipped.names("recipes"):
-        one = load_recipe(name)
-        yield name, f"{one.epochs} epochs in batches of {one.batch_size}, {one.schedule}, rate {one.learning_rate:g}"
+        recipe = load_recipe(name)
+        yield (
+            name,
+            f"{recipe.epochs} epochs in batches of {recipe.batch_size}, {recipe.schedule}, rate {recipe.learning_rate:g}",
+        )
 
 
 def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[str, Any]:

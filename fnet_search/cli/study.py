@@ -58,8 +58,8 @@ def described(study: "Study") -> list[str]:
 
     what = f"plans {', '.join(study.plans)}"
     if study.search is not None:
-        one = study.search
-        what = f"search of {counted(one.trials, 'candidate')} by {one.policy} under {one.budget}"
+        options = study.search
+        what = f"search of {counted(options.trials, 'candidate')} by {options.policy} under {options.budget}"
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
     about = f": {study.description}" if study.description else ""
     lines = [f"{study.name}{about}", f"data set {study.dataset}; {seeds}; {what}"]
@@ -144,5 +144,5 @@ def run(**options: Any) -> None:
     for remark in remarks(whole, runs):
         click.echo(remark)
     click.echo(f"results: {folder.path / RESULTS}")
-    if any(one.missed for one in found):
+    if any(network.missed for network in found):
         sys.exit(NOTHING_FEASIBLE)

@@ -42,11 +42,13 @@ class Variant:
     recipe: Recipe
 
     def __str__(self) -> str:
-        one = self.recipe
+        recipe = self.recipe
         name = f"variant {self.name}: " if self.name else ""
-        training = f"{counted(one.epochs, 'epoch')}, batch {one.batch_size}, {one.schedule}, {one.initializer}"
-        weights = ", classes weighted alike" if one.class_weights == "balanced" else ""
-        return f"{name}space {self.space.name}; recipe {one.name}, {training}{weights}"
+        training = (
+            f"{counted(recipe.epochs, 'epoch')}, batch {recipe.batch_size}, {recipe.schedule}, {recipe.initializer}"
+        )
+        weights = ", classes weighted alike" if recipe.class_weights == "balanced" else ""
+        return f"{name}space {self.space.name}; recipe {recipe.name}, {training}{weights}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Study:
         """
         if ranges and schemes:
             raise FnetError("`schemes` says all of how to quantize; leave it or `ranges` out")
-        variants = tuple(replace(one, recipe=one.recipe.with_epochs(epochs)) for one in self.variants)
+        variants = tuple(replace(variant, recipe=variant.recipe.with_epochs(epochs)) for variant in self.variants)
         further = (text for text in map(_normal, ranges) if text not in self.schemes)
         wanted = _schemes(schemes or (*self.schemes, *dict.fromkeys(further)), self.search)
         return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=wanted)

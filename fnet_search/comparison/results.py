@@ -21,8 +21,8 @@ from fnet_search.base.units import millions
 from fnet_search.candidates.network_files import WEIGHTS
 from fnet_search.comparison.definition import Part, Published, Study, Variant
 from fnet_search.policy.evaluation import Evaluation, LayerStats
-from fnet_search.report.figures import PRECISIONS, RANGES, layers_figure
-from fnet_search.report.plot_labels import Labelled, place_labels
+from fnet_search.report.layer_figures import PRECISIONS, RANGES, layers_figure
+from fnet_search.report.plot_labels import PointLabel, place_labels
 from fnet_search.report.style import (
     COLOURS,
     GREY,
@@ -88,11 +88,11 @@ class Row:
     @property
     def conv_mmac(self) -> float:
         """Mean over the seeds, whose winners differ."""
-        return fmean(one.evaluation.cost.conv_macs for one in self.networks) / 1e6
+        return fmean(network.evaluation.cost.conv_macs for network in self.networks) / 1e6
 
     def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
         """Of each seed, where it was measured."""
-        found = (value(one.evaluation) for one in self.networks)
+        found = (value(network.evaluation) for network in self.networks)
         return [scale * one for one in found if one is not None]
 
 
@@ -106,12 +106,13 @@ def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
             continue
         plans = {plan: parse_plan(part.variant.space, plan) for plan in study.plans}  # some may be the same
         found += [
-            Network(part, name, scheme, one.evaluation)
-            for one in run.networks
+            Network(part, name, scheme, network.evaluation)
+            for network in run.networks
             for name, plan in plans.items()
             for scheme in study.schemes
-            if one.evaluation.plan == plan
-            if scheme == one.evaluation.scheme or (scheme == study.schemes[0] and one.folder == one.candidate)
+            if network.evaluation.plan == plan
+            if scheme == network.evaluation.scheme
+            or (scheme == study.schemes[0] and network.folder == network.candidate)
         ]
     return found
 
@@ -119,11 +120,11 @@ def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
 def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
     """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
     found = networks(study, runs)
-    known = {(one.part, one.plan, one.scheme) for one in found}
+    known = {(network.part, network.plan, network.scheme) for network in found}
     lines = [
-        f"{one.part.name}: no candidate met the constraints; the nearest, {one.label}, misses {', '.join(one.missed)}"
-        for one in found
-        if one.missed
+        f"{network.part.name}: no candidate met the constraints; the nearest, {network.label}, misses {', '.join(network.missed)}"
+        for network in found
+        if network.missed
     ]
     for part in study.parts:
         if study.search is not None:
@@ -147,9 +148,9 @@ def _states(run: RecordedRun) -> dict[str, str]:
         return {}
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     found = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
-    for one in run.networks:
+    for network in run.networks:
         gone = "not quantized: its weights are gone"
-        found[str(one.evaluation.plan)] = "not quantized yet" if (one.candidate / WEIGHTS).is_file() else gone
+        found[str(network.evaluation.plan)] = "not quantized yet" if (network.candidate / WEIGHTS).is_file() else gone
     return found
 
 
@@ -160,7 +161,9 @@ def rows(study: Study, found: Sequence[Network]) -> list[Row]:
         for plan in study.plans or (WINNER,):
             for scheme in study.schemes:
                 same = tuple(
-                    one for one in found if (one.part.variant, one.plan, one.scheme) == (variant, plan, scheme)
+                    network
+                    for network in found
+                    if (network.part.variant, network.plan, network.scheme) == (variant, plan, scheme)
                 )
                 if same:
                     listed.append(Row(variant, plan, scheme, same, study.published.get(plan, Published())))
@@ -180,12 +183,30 @@ class Measure:
 
 
 MEASURES = (
-    Measure("fp32 accuracy", "%", lambda one: one.fp32_accuracy, 100, published=lambda one: one.fp32_accuracy),
-    Measure("quint8 accuracy", "%", lambda one: one.quint8_accuracy, 100, published=lambda one: one.quint8_accuracy),
-    Measure("relative drop", "%", lambda one: one.relative_drop, 100, published=lambda one: one.relative_drop),
-    Measure("QMSE", "", lambda one: one.qmse, digits=3),
-    Measure("QCE", "nats", lambda one: one.qce, digits=3),
-    Measure("KL", "nats", lambda one: one.kl, digits=3),
+    Measure(
+        "fp32 accuracy",
+        "%",
+        lambda evaluation: evaluation.fp32_accuracy,
+        100,
+        published=lambda published: published.fp32_accuracy,
+    ),
+    Measure(
+        "quint8 accuracy",
+        "%",
+        lambda evaluation: evaluation.quint8_accuracy,
+        100,
+        published=lambda published: published.quint8_accuracy,
+    ),
+    Measure(
+        "relative drop",
+        "%",
+        lambda evaluation: evaluation.relative_drop,
+        100,
+        published=lambda published: published.relative_drop,
+    ),
+    Measure("QMSE", "", lambda evaluation: evaluation.qmse, digits=3),
+    Measure("QCE", "nats", lambda evaluation: evaluation.qce, digits=3),
+    Measure("KL", "nats", lambda evaluation: evaluation.kl, digits=3),
 )
 
 
@@ -201,16 +222,18 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
     """Heads, then a row each: numbers as mean ± standard deviation over seeds; a column of published numbers beside
     each of ours that has any."""
     several = len(study.variants) > 1
-    published = [any(one.published(known) is not None for known in study.published.values()) for one in MEASURES]
+    published = [
+        any(measure.published(known) is not None for known in study.published.values()) for measure in MEASURES
+    ]
     head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
     for measure, known in zip(MEASURES, published, strict=True):
         head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
         head += [_published_name(study)] if known else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
-        found = ", ".join(dict.fromkeys(one.label for one in row.networks))
+        found = ", ".join(dict.fromkeys(network.label for network in row.networks))
         line = [*([row.variant.name] if several else []), f"{WINNER}: {found}" if row.plan == WINNER else row.plan]
-        macs = row.values(lambda one: one.cost.conv_macs)
+        macs = row.values(lambda evaluation: evaluation.cost.conv_macs)
         same = len(set(macs)) == 1
         line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
         line += [row.scheme, str(len(row.networks))]
@@ -219,8 +242,8 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
             if known:
                 other = measure.published(row.published)
                 line.append("" if other is None else f"{measure.scale * other:.{measure.digits}f}")
-        audits = [one.evaluation.audit for one in row.networks if one.evaluation.audit is not None]
-        counted = f"{sum(one.differing for one in audits):,} of {sum(one.codes for one in audits):,}"
+        audits = [network.evaluation.audit for network in row.networks if network.evaluation.audit is not None]
+        counted = f"{sum(audit.differing for audit in audits):,} of {sum(one.codes for one in audits):,}"
         lines.append([*line, counted if audits else "-"])
     return lines
 
@@ -239,12 +262,12 @@ def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
     """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
     that a search's winner does not meet."""
     rows = []
-    for one in found:
-        it, audit = one.evaluation, one.evaluation.audit
+    for network in found:
+        it, audit = network.evaluation, network.evaluation.audit
         named = {name: getattr(it, name) for name in _MEASURED}
         audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
-        what = {"label": one.label, "missed": " ".join(one.missed)}
-        rows.append({**_key(one), **what, **vars(it.cost), **named, **audited})
+        what = {"label": network.label, "missed": " ".join(network.missed)}
+        rows.append({**_key(network), **what, **vars(it.cost), **named, **audited})
     frame = pd.DataFrame(
         rows, columns=[*_KEY, "label", "missed", *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED]
     )
@@ -270,12 +293,12 @@ _AUDITED = ("audited_codes", "differing_codes")
 
 def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
     """One row a layer of each network and scheme, every field of LayerStats a column."""
-    rows = [{**_key(one), **asdict(layer)} for one in found for layer in one.evaluation.layers]
+    rows = [{**_key(network), **asdict(layer)} for network in found for layer in network.evaluation.layers]
     return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
 
-def _key(one: Network) -> dict[str, object]:
-    values = one.part.variant.name, one.plan, one.part.seed, one.evaluation.scheme
+def _key(network: Network) -> dict[str, object]:
+    values = network.part.variant.name, network.plan, network.part.seed, network.evaluation.scheme
     return dict(zip(_KEY, values, strict=True))
 
 
@@ -374,16 +397,16 @@ def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str)
     return values
 
 
-def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[Labelled]:
+def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[PointLabel]:
     """One for all points of a network above each other, next to the last: sides are told by their colours."""
     found: dict[tuple[str, float], list[float]] = {}
     for row in listed:
-        for one in measures:
-            if values := row.values(one.value, one.scale):
-                known = one.published(row.published)
-                points = [] if known is None else [one.scale * known]
+        for measure in measures:
+            if values := row.values(measure.value, measure.scale):
+                known = measure.published(row.published)
+                points = [] if known is None else [measure.scale * known]
                 found.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
-    return [Labelled((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
+    return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
 
 
 def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:

@@ -48,7 +48,7 @@ class StudyFolder:
 
     def check(self) -> None:
         """Raises FnetError for a folder of something else; one whose first part was killed at once is a study's."""
-        inside = [one.name for one in self.path.iterdir() if one.name[0] != "."] if self.path.is_dir() else []
+        inside = [path.name for path in self.path.iterdir() if path.name[0] != "."] if self.path.is_dir() else []
         if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
             raise FnetError(f"{self.path} exists and is not the folder of a study; choose another `out`")
 
@@ -85,7 +85,7 @@ def run_parts(
         if folder.run(part).exists:
             compare(folder.run(part), _asked(study, part).config())
     for place, part in enumerate(study.parts):
-        later = sum(epochs(study, one) - _done(study, folder, one) for one in study.parts[place + 1 :])
+        later = sum(epochs(study, part) - _done(study, folder, part) for part in study.parts[place + 1 :])
         display.part(part.name, later)
         try:
             _run_part(study, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
@@ -106,7 +106,7 @@ def _done(study: Study, folder: StudyFolder, part: Part) -> float:
     """Of its epochs, those of finished networks; of a search all or none."""
     if not folder.run(part).exists:
         return 0.0
-    found = {one.plan for one in networks(study, {part: open_run(folder.run(part).path)})}
+    found = {network.plan for network in networks(study, {part: open_run(folder.run(part).path)})}
     return epochs(study, part) * (len(found) / len(study.plans) if study.search is None else len(found))
 
 
@@ -148,10 +148,10 @@ def _asked(study: Study, part: Part) -> Request:
 def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
     """The trained networks of a part, quantized as each further scheme says too, where they are not yet."""
     opened = open_run(run.path)
-    known = {(one.candidate, one.scheme) for one in opened.networks}
-    own = [one for one in opened.networks if one.folder == one.candidate and one.has_weights]
+    known = {(network.candidate, network.scheme) for network in opened.networks}
+    own = [network for network in opened.networks if network.folder == network.candidate and network.has_weights]
     further = list(map(parse_scheme, study.schemes[1:]))
-    missing = [(one, scheme) for one in own for scheme in further if (one.candidate, scheme) not in known]
+    missing = [(network, scheme) for network in own for scheme in further if (network.candidate, scheme) not in known]
     if not missing:
         return
     with opened.run.locked():

@@ -39,7 +39,7 @@ from fnet_search.base.files import replacing
 from fnet_search.base.version import __version__
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import QuantParams
-from fnet_search.quant.simulator import QuantizedNetwork, row_starts, table
+from fnet_search.quant.simulator import QuantizedNetwork, lookup_table, row_starts
 
 OPSET, IR_VERSION = 13, 7
 """Opset 13, the first with per-channel quantization, and the IR version of that release."""
@@ -303,7 +303,7 @@ class _QuantizedGraph(_Graph):
         inputs = [self.floats[source] for source in node.inputs]
         if isinstance(layer, Activation) and self.carrier[node.inputs[0]] != name:
             source, target = (self.quantized.params[self.carrier[one]] for one in (node.inputs[0], name))
-            rows = table(layer, source, target)
+            rows = lookup_table(layer, source, target)
             lookup = self.constant(f"{name}.table", rows.flatten().numpy())
             index = self.node(
                 "Cast", f"{name}.cast", [codes_name(node.inputs[0])], f"{name}.index", to=TensorProto.INT32

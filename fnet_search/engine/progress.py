@@ -20,7 +20,7 @@ from fnet_search.engine.search_loop import Dropped, Event, ProbesProgressed, Sta
 from fnet_search.policy.asktell import Refused
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.metric import MetricName
-from fnet_search.report.outcome import Outcome, span
+from fnet_search.report.outcome import Outcome, interval
 from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.train import TrainingProgress
 
@@ -213,38 +213,46 @@ def candidates_table(outcome: Outcome) -> PlainTable:
     """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
     accuracy is that in quint8, and shown where it counts or classes are uneven; the interval is that of the metric."""
     space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
-    alike = {one.number for one in outcome.undecided}
-    images = max((one.images for one in evaluations), default=0)
+    alike = {evaluation.number for evaluation in outcome.undecided}
+    images = max((evaluation.images for evaluation in evaluations), default=0)
     on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
-    balanced = constraints.metric != "accuracy" or any(one.uneven for one in evaluations)
+    balanced = constraints.metric != "accuracy" or any(evaluation.uneven for evaluation in evaluations)
     shown = ("quint8 %", *(["balanced %"] if balanced else []), *(["95 % interval"] if images else []))
     numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit")
     rows = []
-    for one in evaluations:
+    for evaluation in evaluations:
         measured = [
             "" if value is None else f"{value:{form}}"
             for value, form in (
-                (one.fp32_accuracy and 100 * one.fp32_accuracy, ".2f"),
-                (one.quint8_accuracy and 100 * one.quint8_accuracy, ".2f"),
-                *([(one.quint8_balanced_accuracy and 100 * one.quint8_balanced_accuracy, ".2f")] if balanced else []),
-                *([(span(one, constraints.metric).partition(",")[0] if one.images else None, "")] if images else []),
-                (one.relative_drop and 100 * one.relative_drop, ".2f"),
-                (one.qmse, ".4f"),
-                (one.qce, ".4f"),
+                (evaluation.fp32_accuracy and 100 * evaluation.fp32_accuracy, ".2f"),
+                (evaluation.quint8_accuracy and 100 * evaluation.quint8_accuracy, ".2f"),
+                *(
+                    [(evaluation.quint8_balanced_accuracy and 100 * evaluation.quint8_balanced_accuracy, ".2f")]
+                    if balanced
+                    else []
+                ),
+                *(
+                    [(interval(evaluation, constraints.metric).partition(",")[0] if evaluation.images else None, "")]
+                    if images
+                    else []
+                ),
+                (evaluation.relative_drop and 100 * evaluation.relative_drop, ".2f"),
+                (evaluation.qmse, ".4f"),
+                (evaluation.qce, ".4f"),
             )
         ]
-        state = one.state if not one.reason else f"{one.state}: {one.reason}"
-        if one.role == "reference" and one.state == "complete":
+        state = evaluation.state if not evaluation.reason else f"{evaluation.state}: {evaluation.reason}"
+        if evaluation.role == "reference" and evaluation.state == "complete":
             state = "reference: others start from it"
-        elif one.role == "final" and one.state == "complete":
-            state = f"candidate {one.parent} trained on"
-        if one.role != "reference" and one.state == "complete" and not constraints.feasible(one):
-            infeasible = f"infeasible: {', '.join(constraints.missed(one))}"
-            state = f"{state}, {infeasible}" if one.role == "final" else infeasible
-        state = f"{state}; {one.constant}" if one.constant else state
-        if one.number in alike:
+        elif evaluation.role == "final" and evaluation.state == "complete":
+            state = f"candidate {evaluation.parent} trained on"
+        if evaluation.role != "reference" and evaluation.state == "complete" and not constraints.feasible(evaluation):
+            infeasible = f"infeasible: {', '.join(constraints.missed(evaluation))}"
+            state = f"{state}, {infeasible}" if evaluation.role == "final" else infeasible
+        state = f"{state}; {evaluation.constant}" if evaluation.constant else state
+        if evaluation.number in alike:
             state += ", not distinguishable from the winner"
-        audit = "" if one.audit is None else f"{one.audit.differing:,} of {one.audit.codes:,}"
-        macs, params = millions(one.cost.conv_macs), f"{one.cost.params:,}"
-        rows.append([str(one.number), label(space, one.plan), macs, params, *measured, audit, state])
+        audit = "" if evaluation.audit is None else f"{evaluation.audit.differing:,} of {evaluation.audit.codes:,}"
+        macs, params = millions(evaluation.cost.conv_macs), f"{evaluation.cost.params:,}"
+        rows.append([str(evaluation.number), label(space, evaluation.plan), macs, params, *measured, audit, state])
     return PlainTable(f"candidates ({on})", ("#", "plan", *numbers, "state"), rows, {"plan": 13, "state": 12}, LEAST)

@@ -23,7 +23,7 @@ from fnet_search.policy.protocol import Policy
 from fnet_search.policy.registry import load_policy
 from fnet_search.quant.scheme import AUTO
 from fnet_search.report import class_balance as balance
-from fnet_search.report.figures import figures, save_figures
+from fnet_search.report.figures import run_figures, save_figures
 from fnet_search.report.html_report import write_report
 from fnet_search.report.outcome import Outcome
 from fnet_search.rundir.recorded_run import RecordedRun, open_run
@@ -46,7 +46,7 @@ def make_outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | 
         explanation,
         run.config()["data"]["has_test"],
     )
-    pictures = save_figures(figures(outcome), run.path / "figures")
+    pictures = save_figures(run_figures(outcome), run.path / "figures")
     tables = [] if probes is None else [run.write_probes(probes)]
     if explanation is not None:
         tables += run.write_explanation(explanation)
@@ -106,10 +106,10 @@ def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, s
         yield "warm start", f"from trained parents, {counted(epochs, 'epoch')}, a smaller learning rate"
     if fidelity.get("prune"):
         yield "pruning", "successive halving over validation accuracies"
-    for one in outcome.evaluations:
-        if one.role == "final" and one.state == "complete":
-            more = counted(one.epochs, "epoch")
-            yield "final training", f"of candidate {one.parent}, for {more}, as candidate {one.number}"
+    for evaluation in outcome.evaluations:
+        if evaluation.role == "final" and evaluation.state == "complete":
+            more = counted(evaluation.epochs, "epoch")
+            yield "final training", f"of candidate {evaluation.parent}, for {more}, as candidate {evaluation.number}"
     yield "quantization", _quantization(config["scheme"], outcome)
     yield "seed", str(config["seed"])
     yield "numerics", str(Numerics.from_json(config["numerics"]))
@@ -120,8 +120,12 @@ def _quantization(scheme: str, outcome: Outcome) -> str:
     """How networks are quantized, and which scheme the policy knows."""
     if scheme != AUTO:
         return scheme
-    seen = (one.common or one for one in outcome.evaluations if one.state == "complete" and one.role != "final")
-    common = next((one.scheme for one in seen), "")
+    seen = (
+        evaluation.common or evaluation
+        for evaluation in outcome.evaluations
+        if evaluation.state == "complete" and evaluation.role != "final"
+    )
+    common = next((evaluation.scheme for evaluation in seen), "")
     policy = f"; the policy learns from {common}" if common and outcome.winner is not None else ""
     return f"each network with the scheme whose outputs diverge least from its float ones{policy}"
 
@@ -150,7 +154,7 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
 def _check_whole(run: RunFolder, storage: BaseStorage) -> None:
     known = has_study(storage, run.name)
     trials = optuna.load_study(study_name=run.name, storage=storage).get_trials(deepcopy=False) if known else []
-    lost = run.listed() - {one.number for one in map(recorded, trials) if one is not None}
+    lost = run.listed() - {evaluation.number for evaluation in map(recorded, trials) if evaluation is not None}
     if lost or not known:
         what = "candidates " + ", ".join(map(str, sorted(lost))) if lost else f"the study {run.name!r}"
         raise FnetError(

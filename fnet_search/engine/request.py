@@ -186,7 +186,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults(kind: type) -> Any:
-    return as_json({one.name: one.default for one in fields(kind) if one.default is not MISSING})
+    return as_json({field.name: field.default for field in fields(kind) if field.default is not MISSING})
 
 
 def as_json(facts: dict[str, Any]) -> Any:

@@ -59,7 +59,7 @@ def run_study(request: Request, run: RunFolder, display: Display, deadline: Dead
                 publish(record.study, request, prepared.data, artifacts_of(request, run))
                 share_weights(record.study, record.artifacts, request.space)
             if isinstance(policy, FixedPlans):
-                past = {one.plan for one in record.evaluations}
+                past = {evaluation.plan for evaluation in record.evaluations}
                 trials = trained(record.evaluations) + len(set(policy.plans) - past)
             with _pool(prepared, record, trials, display) as pool:
                 _search(policy, record, pool, trials, display, deadline)
@@ -87,10 +87,10 @@ def join_study(join: JoinRequest, run: RunFolder, display: Display, deadline: De
     with run.locked():
         configure(run, {**prepared.config, "study": name})
         with closing(_record(prepared, run, storage)) as record:
-            before = {one.number for one in record.evaluations}
+            before = {evaluation.number for evaluation in record.evaluations}
             with _pool(prepared, record, request.trials, display) as pool:
                 own = _search(request.policy, record, pool, request.trials, display, deadline)
-        new = sum(one.number not in before for one in record.evaluations)
+        new = sum(evaluation.number not in before for evaluation in record.evaluations)
     return f"study {name} is done; of {new} candidates since, this worker has finished {own}"
 
 

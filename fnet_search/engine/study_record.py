@@ -195,8 +195,8 @@ class StudyRecord:
         self.look(again_after=0.0)
         open_claims = {**self._ledger.left, **self._ledger.claims}
         running = tuple(open_claims[n].plan for n in sorted(open_claims) if open_claims[n].role is not None)
-        roles = [one.role for one in self.evaluations] + [one.role for one in open_claims.values()]
-        past = tuple(one.common or one for one in self.evaluations if one.role != "final")
+        roles = [evaluation.role for evaluation in self.evaluations] + [claim.role for claim in open_claims.values()]
+        past = tuple(evaluation.common or evaluation for evaluation in self.evaluations if evaluation.role != "final")
         number = self._next() - roles.count("final")
         return History(self.space, self.constraints, past, running, number, self.seed, self.probes)
 
@@ -210,27 +210,33 @@ class StudyRecord:
         if not layers or self._probed.keys() != set(layers):
             return None
         number, _ = self._probed[next(iter(layers))]
-        measured = (one for layer in layers for one in self._probed[layer][1])
+        measured = (probe for layer in layers for probe in self._probed[layer][1])
         return probes_from(number, self._ledger.evaluations[number].plan, measured)
 
     def to_probe(self, fisher: bool) -> list[ProbeTask]:
         history = self.history()
-        one = choose_parent(history.evaluations, depthwise(self.space), self.constraints.metric)
-        if one is None:
-            reasons = [f"candidate {one.number}: {one.reason}" for one in history.evaluations if one.state == "failed"]
+        evaluation = choose_parent(history.evaluations, depthwise(self.space), self.constraints.metric)
+        if evaluation is None:
+            reasons = [
+                f"candidate {evaluation.number}: {evaluation.reason}"
+                for evaluation in history.evaluations
+                if evaluation.state == "failed"
+            ]
             raise FnetError(f"there is no trained network to probe ({'; '.join(reasons) or 'none was trained'})")
-        tasks = [task for task in probe_tasks(self.space, self._start(one), fisher) if task.layer not in self._probed]
+        tasks = [
+            task for task in probe_tasks(self.space, self._start(evaluation), fisher) if task.layer not in self._probed
+        ]
         if self.sharing is None or not tasks:
             return tasks
-        if not self.fetch(one.number):
-            raise self._gone(one.number)
+        if not self.fetch(evaluation.number):
+            raise self._gone(evaluation.number)
         first = hash(self.sharing.worker) % len(tasks)  # in an order of its own: layers are not leased
         return tasks[first:] + tasks[:first]
 
     def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
         if task.layer in self._probed:  # by another process, meanwhile
             return
-        facts: dict[str, Any] = {"number": task.start.number, "probes": [one.to_json() for one in probes]}
+        facts: dict[str, Any] = {"number": task.start.number, "probes": [probe.to_json() for probe in probes]}
         self.storage.set_study_system_attr(self.study._study_id, f"{PROBED}:{task.layer}", facts)
         self._probed[task.layer] = task.start.number, probes
         self._write()
@@ -291,7 +297,11 @@ class StudyRecord:
         reference = setup.referenced and plan == first
         if len(setup.schemes) == 1 or not self.searching or role != "candidate" or reference:
             return None
-        known = (one.scheme for one in self.evaluations if one.plan == first and one.state == "complete")
+        known = (
+            evaluation.scheme
+            for evaluation in self.evaluations
+            if evaluation.plan == first and evaluation.state == "complete"
+        )
         found = next(known, None) if setup.referenced else None
         return setup.schemes[0] if found is None else parse_scheme(found)
 
@@ -302,7 +312,9 @@ class StudyRecord:
         if role == "reference" or not self._setup.fidelity.warm_start:
             return None
         having = kept(self.evaluations, self.constraints, self.searching)
-        past = (one for one in self.evaluations if one.number in having and one.role != "final")
+        past = (
+            evaluation for evaluation in self.evaluations if evaluation.number in having and evaluation.role != "final"
+        )
         return choose_parent(past, plan, self.constraints.metric)
 
     @property
@@ -311,25 +323,35 @@ class StudyRecord:
         return self.setup
 
     def _best(self) -> Evaluation | None:
-        ranked = ranking(tuple(one for one in self.evaluations if one.role == "candidate"), self.constraints)
+        ranked = ranking(
+            tuple(evaluation for evaluation in self.evaluations if evaluation.role == "candidate"), self.constraints
+        )
         return ranked[0] if ranked else None
 
     @property
     def starts(self) -> list[Evaluation]:
         """The networks that others start from: parents, the regular one, and that of the final training."""
-        parents = {one.parent for one in self.evaluations if one.role == "candidate"}
-        parents |= {one.number for one in self.evaluations if one.plan == regular(self.space)}
+        parents = {evaluation.parent for evaluation in self.evaluations if evaluation.role == "candidate"}
+        parents |= {evaluation.number for evaluation in self.evaluations if evaluation.plan == regular(self.space)}
         if best := self.to_finish():
             parents.add(best.number)
-        past = (one for one in self.evaluations if one.state == "complete" and one.role != "final")
-        return [one for one in past if one.number in parents]
+        past = (
+            evaluation
+            for evaluation in self.evaluations
+            if evaluation.state == "complete" and evaluation.role != "final"
+        )
+        return [evaluation for evaluation in past if evaluation.number in parents]
 
     def to_finish(self) -> Evaluation | None:
         epochs, best = self._setup.fidelity.final_epochs, self._best()
         if not epochs or best is None or (best.parent is None and best.epochs >= epochs):
             return None
-        finals = [one for one in self.evaluations if one.role == "final" and one.parent == best.number]
-        done = any(one.state == "failed" or one.epochs >= epochs for one in finals)
+        finals = [
+            evaluation
+            for evaluation in self.evaluations
+            if evaluation.role == "final" and evaluation.parent == best.number
+        ]
+        done = any(evaluation.state == "failed" or evaluation.epochs >= epochs for evaluation in finals)
         return None if done else best
 
     def progress(self, number: int, progress: TrainingProgress) -> bool:

@@ -72,22 +72,24 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
 
 def restore(record: StudyRecord, pool: Pool, display: Display) -> None:
     """Trains once more what others start from, where its weights were lost since."""
-    for one in record.starts:
-        folder = record.run.candidate(one.number)
-        record.fetch(one.number)
+    for evaluation in record.starts:
+        folder = record.run.candidate(evaluation.number)
+        record.fetch(evaluation.number)
         try:
-            load_trained(record.space, one.plan, folder)
+            load_trained(record.space, evaluation.plan, folder)
         except FnetError as error:
-            display.status(f"training candidate {one.number} once more ({error})")
+            display.status(f"training candidate {evaluation.number} once more ({error})")
             (folder / WEIGHTS).unlink(missing_ok=True)
-            _again(record, pool, one)
+            _again(record, pool, evaluation)
 
 
 def _again(record: StudyRecord, pool: Pool, evaluation: Evaluation) -> None:
     """Trains a network once more; first the one that it started from, where its weights are gone."""
     job = record.again(evaluation)
     if job.start is not None and not (job.start.folder / WEIGHTS).is_file():
-        _again(record, pool, next(one for one in record.evaluations if one.number == evaluation.parent))
+        _again(
+            record, pool, next(candidate for candidate in record.evaluations if candidate.number == evaluation.parent)
+        )
     pool.submit(job)
     while pool.busy:
         for _ in pool.events():

@@ -15,12 +15,12 @@ from fnet_search.arch.plan import label
 from fnet_search.base.terminal import fitting
 from fnet_search.base.units import millions
 from fnet_search.policy.evaluation import Evaluation, LayerStats
-from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration_batches
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.layer_statistics import channel_extremes, channel_precision
 from fnet_search.quant.ranges import TensorStats, calibrate
 from fnet_search.quant.scheme import MINMAX
-from fnet_search.quant.sensitivity import PartSensitivity, Sensitivity, sample, sensitivity
+from fnet_search.quant.sensitivity import PartSensitivity, Sensitivity, sensitivity, stratified_sample
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.report.style import plan_name
 from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
@@ -94,13 +94,13 @@ def analyze(
     are found again on the calibration images. `seen` is told how many images are done and how many there are, over all
     networks. Raises FnetError for weights that are missing or broken.
     """
-    networks, split = list(dict.fromkeys(networks)), sample(data.evaluation, images)
+    networks, split = list(dict.fromkeys(networks)), stratified_sample(data.evaluation, images)
     found = []
     for number, (network, name) in enumerate(zip(networks, _names(opened, networks), strict=True)):
         before, total = number * len(split), len(networks) * len(split)
         trained = network.load_trained(opened.space)
         folded, quantized = network.load(opened.space)
-        samples = calibration(data, opened.config["seed"], CALIBRATION_SAMPLES)
+        samples = calibration_batches(data, opened.config["seed"], CALIBRATION_SAMPLES)
         stats = calibrate(folded, samples, MINMAX)  # for the extremes and zeros, which are those of any method
 
         def told(done: int, _: int, before: int = before, total: int = total) -> None:
@@ -114,8 +114,11 @@ def analyze(
 
 def _names(opened: RecordedRun, networks: Sequence[RecordedNetwork]) -> list[str]:
     """What figures call the networks: the plans' names, with the id where that alone would say the same twice."""
-    names = [plan_name(opened.space, one.evaluation) for one in networks]
-    return [name if names.count(name) == 1 else f"{name} ({one.id})" for name, one in zip(names, networks, strict=True)]
+    names = [plan_name(opened.space, network.evaluation) for network in networks]
+    return [
+        name if names.count(name) == 1 else f"{name} ({network.id})"
+        for name, network in zip(names, networks, strict=True)
+    ]
 
 
 def _layer(
@@ -191,17 +194,17 @@ def analysis_frame(opened: RecordedRun, analyses: Iterable[NetworkAnalysis]) -> 
     only this layer is left in float, in percentage points; errors are standard errors.
     """
     rows = []
-    for one in analyses:
-        costs = one.sensitivity
+    for analysis in analyses:
+        costs = analysis.sensitivity
         network = {
-            "network": one.id,
-            "label": label(opened.space, one.evaluation.plan),
-            "scheme": one.evaluation.scheme,
-            "split": one.evaluation.split,
+            "network": analysis.id,
+            "label": label(opened.space, analysis.evaluation.plan),
+            "scheme": analysis.evaluation.scheme,
+            "split": analysis.evaluation.split,
             "images": costs.images,
             **{name: getattr(costs, name) for name in ("fp32_accuracy", "fake_accuracy", "quint8_accuracy")},
         }
-        for layer in one.layers:
+        for layer in analysis.layers:
             part = layer.sensitivity
             values = {
                 **network,
@@ -225,19 +228,19 @@ def points(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f} points"
 
 
-def measured(one: NetworkAnalysis) -> str:
+def measured(analysis: NetworkAnalysis) -> str:
     """The network's accuracies on the images of the analysis."""
-    costs = one.sensitivity
+    costs = analysis.sensitivity
     return (
         f"fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} % "
-        f"(integer network {100 * costs.quint8_accuracy:.1f} %) on {costs.images:,} {one.evaluation.split} images"
+        f"(integer network {100 * costs.quint8_accuracy:.1f} %) on {costs.images:,} {analysis.evaluation.split} images"
     )
 
 
-def verdict(one: NetworkAnalysis) -> str:
+def verdict(analysis: NetworkAnalysis) -> str:
     """Which layer costs the accuracy, in a sentence or two. Below two standard errors is noise; of one layer, which is
     the largest of some twenty, below three."""
-    costs, worst, best = one.sensitivity, one.sensitivity.costliest, one.sensitivity.most_gained
+    costs, worst, best = analysis.sensitivity, analysis.sensitivity.costliest, analysis.sensitivity.most_gained
     clear = worst.cost > 3 * worst.cost_error
     alone = f"{points(worst.cost, worst.cost_error)} when only it is quantized"
     if costs.drop <= 2 * costs.drop_error:
@@ -263,34 +266,36 @@ def verdict(one: NetworkAnalysis) -> str:
 # On the terminal
 
 
-def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
+def analysis_table(analysis: NetworkAnalysis, width: int = 120) -> Table:
     """A network for a terminal of so many columns, one row per layer; the costliest is marked. Accuracies in percent.
 
     Columns that do not fit are left out, the last ones first; what there is of a layer's name is folded.
     """
     columns = {
-        "layer": [f"{layer.name}{' <' if layer is one.costliest else ''}" for layer in one.layers],
-        "kind": [layer.statistics["kind"] for layer in one.layers],
-        "only it\nquint8 %": [f"{100 * layer.sensitivity.only_accuracy:.1f}" for layer in one.layers],
-        "all but\nit %": [f"{100 * layer.sensitivity.all_but_accuracy:.1f}" for layer in one.layers],
-        "weight\nrange": [_form(layer.range("weight")) for layer in one.layers],
-        "folded\nrange": [_form(layer.range("folded")) for layer in one.layers],
-        "growth\nx": [_form(layer.fold_growth, ".2f") for layer in one.layers],
-        "activ.\nrange": [_form(layer.range("activation")) for layer in one.layers],
-        "precision %\nraw/fold/act": _joined(one, [f"{name}_precision" for name in TENSORS], 100),
-        "SQNR dB\nw/act/accum": _joined(one, ("weight_sqnr_db", "activation_sqnr_db", "accumulated_sqnr_db")),
-        "zero\n%": _joined(one, ("sparsity",), 100),
-        "dead\nw/act": _joined(one, ("dead_weight_channels", "dead_activation_channels")),
+        "layer": [f"{layer.name}{' <' if layer is analysis.costliest else ''}" for layer in analysis.layers],
+        "kind": [layer.statistics["kind"] for layer in analysis.layers],
+        "only it\nquint8 %": [f"{100 * layer.sensitivity.only_accuracy:.1f}" for layer in analysis.layers],
+        "all but\nit %": [f"{100 * layer.sensitivity.all_but_accuracy:.1f}" for layer in analysis.layers],
+        "weight\nrange": [_form(layer.range("weight")) for layer in analysis.layers],
+        "folded\nrange": [_form(layer.range("folded")) for layer in analysis.layers],
+        "growth\nx": [_form(layer.fold_growth, ".2f") for layer in analysis.layers],
+        "activ.\nrange": [_form(layer.range("activation")) for layer in analysis.layers],
+        "precision %\nraw/fold/act": _joined(analysis, [f"{name}_precision" for name in TENSORS], 100),
+        "SQNR dB\nw/act/accum": _joined(analysis, ("weight_sqnr_db", "activation_sqnr_db", "accumulated_sqnr_db")),
+        "zero\n%": _joined(analysis, ("sparsity",), 100),
+        "dead\nw/act": _joined(analysis, ("dead_weight_channels", "dead_activation_channels")),
         "MMAC": [
-            "-" if layer.statistics["macs"] is None else millions(layer.statistics["macs"]) for layer in one.layers
+            "-" if layer.statistics["macs"] is None else millions(layer.statistics["macs"]) for layer in analysis.layers
         ],
     }
     names, rows = list(columns), list(zip(*columns.values(), strict=True))
     places = fitting(names, rows, width, {"layer": 24}, reversed(names[1:]), between=1, around=0)
     table = Table(
-        title=Text(f"{one.id}: {one.name}, quantized with {one.evaluation.scheme}; {measured(one)}"),
+        title=Text(
+            f"{analysis.id}: {analysis.name}, quantized with {analysis.evaluation.scheme}; {measured(analysis)}"
+        ),
         title_justify="left",
-        caption=Text(f"< {verdict(one)}"),
+        caption=Text(f"< {verdict(analysis)}"),
         caption_justify="left",
         padding=(0, 1, 0, 0),
         box=None,
@@ -298,9 +303,9 @@ def analysis_table(one: NetworkAnalysis, width: int = 120) -> Table:
     for name in (names[place] for place in places):
         left, folded = name in ("layer", "kind"), name == "layer"
         table.add_column(name, justify="left" if left else "right", no_wrap=not folded, overflow="fold")
-    for layer, row in zip(one.layers, rows, strict=True):
+    for layer, row in zip(analysis.layers, rows, strict=True):
         cells = (Text(row[place]) for place in places)
-        table.add_row(*cells, style="bold red" if layer is one.costliest else "")
+        table.add_row(*cells, style="bold red" if layer is analysis.costliest else "")
     return table
 
 
@@ -308,7 +313,7 @@ def _form(value: float | None, form: str = ".3g") -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _joined(one: NetworkAnalysis, names: Sequence[str], scale: float = 1.0) -> list[str]:
+def _joined(analysis: NetworkAnalysis, names: Sequence[str], scale: float = 1.0) -> list[str]:
     """These statistics of each layer, in whole numbers: ``61/58/99``."""
-    known = [[layer.statistics[name] for name in names] for layer in one.layers]
+    known = [[layer.statistics[name] for name in names] for layer in analysis.layers]
     return ["/".join("-" if value is None else f"{scale * value:.0f}" for value in values) for values in known]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.inspection.analysis import TENSORS, LayerAnalysis, NetworkAnalysis
-from fnet_search.report.figures import Slot, layer_panels, slot_of
+from fnet_search.report.layer_figures import Slot, layer_panels, slot_of
 from fnet_search.report.style import COLOURS, GREY, heading, legend, legend_columns, log_if_wide, new_figure, style
 
 SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55e00", "#6b2400"]).with_extremes(
@@ -21,7 +21,7 @@ SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55
 
 def slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list[Slot]:
     """The rows or columns of a picture: the input, and every layer of the space that any network quantizes."""
-    filled = {slot_of(one.evaluation.plan, layer.name) for one in analyses for layer in one.layers}
+    filled = {slot_of(analysis.evaluation.plan, layer.name) for analysis in analyses for layer in analysis.layers}
     order = [INPUT, *(node.name for node in space.order)]
     return [slot for name in order for slot in ((name, False), (name, True)) if slot in filled]
 
@@ -49,14 +49,14 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
         for position, (_, pointwise) in enumerate(rows):
             if pointwise:
                 axes.axhspan(position - 0.5, position + 0.5, color="#f3f3f3", linewidth=0, zorder=0)
-        for index, one in enumerate(analyses):
-            places = [rows.index(slot_of(one.evaluation.plan, layer.name)) for layer in one.layers]
+        for index, analysis in enumerate(analyses):
+            places = [rows.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
             ys = [place + (index - (count - 1) / 2) * height for place in places]
-            values = [100 * getattr(layer.sensitivity, name) for layer in one.layers]
-            errors = [100 * getattr(layer.sensitivity, f"{name}_error") for layer in one.layers]
-            axes.barh(ys, values, height * 0.9, color=COLOURS[index], label=described(one))
+            values = [100 * getattr(layer.sensitivity, name) for layer in analysis.layers]
+            errors = [100 * getattr(layer.sensitivity, f"{name}_error") for layer in analysis.layers]
+            axes.barh(ys, values, height * 0.9, color=COLOURS[index], label=described(analysis))
             axes.errorbar(values, ys, xerr=errors, fmt="none", ecolor="#888888", elinewidth=0.7)
-            most = one.sensitivity.parts.index(getattr(one.sensitivity, longest))
+            most = analysis.sensitivity.parts.index(getattr(analysis.sensitivity, longest))
             axes.annotate(
                 f"{values[most]:.1f}",
                 (max(0, values[most] + errors[most]), ys[most]),
@@ -78,10 +78,10 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
     return figure
 
 
-def described(one: NetworkAnalysis) -> str:
+def described(analysis: NetworkAnalysis) -> str:
     """A network in a legend."""
-    costs = one.sensitivity
-    return f"{one.name}: fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} %"
+    costs = analysis.sensitivity
+    return f"{analysis.name}: fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} %"
 
 
 # Channels
@@ -94,15 +94,15 @@ def boxes_figure(
 
     The axes are those that all of `analyses` need, so that the pictures of several networks can be compared.
     """
-    one, found = analyses[index], slots(space, [analyses[index]])
-    places = [found.index(slot_of(one.evaluation.plan, layer.name)) for layer in one.layers]
+    analysis, found = analyses[index], slots(space, [analyses[index]])
+    places = [found.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
     figure = new_figure(8.2, 9.6)
-    heading(figure, f"Ranges of the channels of {one.name}: {space.name}")
+    heading(figure, f"Ranges of the channels of {analysis.name}: {space.name}")
     panels = layer_panels(figure, found, len(TENSORS))
     titles = ("raw weights, range", "folded weights, range", "clipped activations, range")
     for axes, title, tensor in zip(panels, titles, TENSORS, strict=True):
         axes.set_ylabel(title, fontsize=8.5)
-        alive = {place: _alive(layer, tensor) for place, layer in zip(places, one.layers, strict=True)}
+        alive = {place: _alive(layer, tensor) for place, layer in zip(places, analysis.layers, strict=True)}
         boxes = axes.boxplot(
             [ranges for ranges in alive.values() if ranges],
             positions=[place for place, ranges in alive.items() if ranges],
@@ -117,7 +117,7 @@ def boxes_figure(
         )
         for box in boxes["boxes"][:1]:
             box.set_label("channels: median, quartiles, and all between the whiskers")
-        wholes = [layer.range(tensor) or math.nan for layer in one.layers]
+        wholes = [layer.range(tensor) or math.nan for layer in analysis.layers]
         axes.plot(places, wholes, "_", color="black", markersize=9, label="the whole tensor")
         ends = [value for other in analyses for layer in other.layers for value in _alive(layer, tensor)]
         ends += [layer.range(tensor) or math.nan for other in analyses for layer in other.layers]
@@ -191,11 +191,11 @@ def badness(values: Sequence[float], statistic: Statistic, noise: float = 0.0) -
     return [float(value) for value in np.clip((column - best) / span, 0, 1)]
 
 
-def heat_figure(space: Macroarchitecture, one: NetworkAnalysis, frame: pd.DataFrame) -> Figure:
+def heat_figure(space: Macroarchitecture, analysis: NetworkAnalysis, frame: pd.DataFrame) -> Figure:
     """A network's layers by statistics; the worse a value in its column, the darker. `frame` has its rows."""
     rows = len(frame)
     figure = new_figure(2.6 + 0.2 * rows, 10.4)
-    heading(figure, f"Layers of {one.name} by statistics: {space.name}")
+    heading(figure, f"Layers of {analysis.name} by statistics: {space.name}")
     axes = figure.add_subplot()
     columns = []
     for statistic in STATISTICS:

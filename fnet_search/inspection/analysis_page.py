@@ -10,8 +10,8 @@ from fnet_search.base.files import write_text
 from fnet_search.base.units import millions
 from fnet_search.inspection.analysis import NetworkAnalysis, analysis_frame, measured, verdict
 from fnet_search.inspection.analysis_figures import boxes_figure, costs_figure, described, heat_figure
-from fnet_search.report.figures import PRECISIONS, RANGES, SHOWN, layers_figure
-from fnet_search.report.html_page import NONE, plain_table, png, write_page
+from fnet_search.report.html_page import NONE, figure_html, plain_table, write_page
+from fnet_search.report.layer_figures import PRECISIONS, RANGES, SHOWN, layers_figure
 from fnet_search.report.style import COLOURS, GREY
 from fnet_search.rundir.recorded_run import RecordedRun
 
@@ -42,25 +42,29 @@ def write_analysis(opened: RecordedRun, analyses: Sequence[NetworkAnalysis]) -> 
     frame = analysis_frame(opened, analyses)
     write_text(folder / "layers.csv", frame.to_csv(index=False, lineterminator="\n"))
     space, shown = opened.space, analyses[:SHOWN]
-    sections = [("", _head(analyses) + png(costs_figure(space, shown), CAPTIONS["costs"], "cost of each layer"))]
-    lines = [(one.name, one.evaluation) for one in shown]
+    sections = [
+        ("", _head(analyses) + figure_html(costs_figure(space, shown), CAPTIONS["costs"], "cost of each layer"))
+    ]
+    lines = [(analysis.name, analysis.evaluation) for analysis in shown]
     pictures = [
-        png(layers_figure(space, lines, "Ranges", RANGES), CAPTIONS["ranges"], "ranges"),
-        png(
+        figure_html(layers_figure(space, lines, "Ranges", RANGES), CAPTIONS["ranges"], "ranges"),
+        figure_html(
             layers_figure(space, lines, "Average channel precisions", PRECISIONS), CAPTIONS["precisions"], "precisions"
         ),
     ]
     sections.append(("Networks side by side", f'<div class="pair">{"".join(pictures)}</div>'))
-    for index, one in enumerate(analyses):
-        rows = frame[frame["network"] == one.id]
+    for index, analysis in enumerate(analyses):
+        rows = frame[frame["network"] == analysis.id]
         colour = COLOURS[index] if index < SHOWN else GREY
         body = (
-            f"<p>{escape(verdict(one))}</p>"
-            + png(heat_figure(space, one, rows), CAPTIONS["heat"], f"heat map of {one.name}")
-            + png(boxes_figure(space, analyses, index, colour), CAPTIONS["boxes"], f"channels of {one.name}")
-            + _table(one, rows)
+            f"<p>{escape(verdict(analysis))}</p>"
+            + figure_html(heat_figure(space, analysis, rows), CAPTIONS["heat"], f"heat map of {analysis.name}")
+            + figure_html(
+                boxes_figure(space, analyses, index, colour), CAPTIONS["boxes"], f"channels of {analysis.name}"
+            )
+            + _table(analysis, rows)
         )
-        summary = f"<summary>{escape(described(one))}</summary>"
+        summary = f"<summary>{escape(described(analysis))}</summary>"
         sections.append(
             (
                 "" if index else "Each network",
@@ -78,20 +82,20 @@ def _head(analyses: Sequence[NetworkAnalysis]) -> str:
         found = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(measured(analyses[0]))}.</p>'
     else:
         lines = [
-            f'<li><a href="#network-{index}">{escape(one.name)}</a>: {escape(verdict(one))} '
-            f'<span class="soft">{escape(measured(one))}</span></li>'
-            for index, one in enumerate(analyses)
+            f'<li><a href="#network-{index}">{escape(analysis.name)}</a>: {escape(verdict(analysis))} '
+            f'<span class="soft">{escape(measured(analysis))}</span></li>'
+            for index, analysis in enumerate(analyses)
         ]
         found = f"<ul>{''.join(lines)}</ul>"
     few = f'<p class="soft">The pictures of several networks show the first {SHOWN} of {len(analyses)}.</p>'
     return found + EXPLAINED + (few if len(analyses) > SHOWN else "")
 
 
-def _table(one: NetworkAnalysis, frame: pd.DataFrame) -> str:
+def _table(analysis: NetworkAnalysis, frame: pd.DataFrame) -> str:
     names = ("MMAC", "trained weights, range", "folded, range", "growth", "activations, range", "zero %")
     more = ("only it, quint8 %", "lost, points", "all but it %", "regained, points", "KL alone, mnats")
     rows = []
-    for layer, row in zip(one.layers, frame.to_dict("records"), strict=True):
+    for layer, row in zip(analysis.layers, frame.to_dict("records"), strict=True):
         values, part = layer.statistics, layer.sensitivity
         known = [
             NONE if values["macs"] is None else millions(values["macs"]),
@@ -106,7 +110,7 @@ def _table(one: NetworkAnalysis, frame: pd.DataFrame) -> str:
             f"{1000 * part.only_kl:.2f}",
         ]
         rows.append(((layer.name, values["kind"]), known))
-    return plain_table(("layer", "kind"), (*names, *more), rows, one.costliest.name)
+    return plain_table(("layer", "kind"), (*names, *more), rows, analysis.costliest.name)
 
 
 def _reach(low: float | None, high: float | None) -> str:

@@ -34,9 +34,9 @@ from fnet_search.deploy.timing import (
     layer_latencies,
     machine,
 )
-from fnet_search.report.figures import slot_of
-from fnet_search.report.html_page import NONE, cells, heads, plain_table, png, table
-from fnet_search.report.plot_labels import Labelled, place_labels
+from fnet_search.report.html_page import NONE, cells, figure_html, head_row, html_table, plain_table
+from fnet_search.report.layer_figures import slot_of
+from fnet_search.report.plot_labels import PointLabel, place_labels
 from fnet_search.report.style import COLOURS, GREY, MARKERS, heading, legend, new_figure, style
 from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
 
@@ -55,8 +55,8 @@ def pairs(results: Sequence[Latency]) -> list[Pair]:
     return [(quint8, fp32) for quint8, fp32 in found]
 
 
-def _network(one: Latency) -> str:
-    return one.network
+def _network(latency: Latency) -> str:
+    return latency.network
 
 
 # Measured
@@ -85,11 +85,11 @@ def time_networks(
         quartiles = np.quantile(np.array(samples), (0.25, 0.5, 0.75), axis=1).T.tolist()
         return tuple(
             Latency(
-                network=one.id,
-                label=label(opened.space, one.evaluation.plan),
+                network=recorded.id,
+                label=label(opened.space, recorded.evaluation.plan),
                 precision=precision,
-                conv_macs=one.evaluation.cost.conv_macs,
-                total_macs=one.evaluation.cost.total_macs,
+                conv_macs=recorded.evaluation.cost.conv_macs,
+                total_macs=recorded.evaluation.cost.total_macs,
                 batch=batch,
                 threads=THREADS,
                 rounds=rounds,
@@ -101,7 +101,7 @@ def time_networks(
                 onnxruntime=graph.version,
                 layers=layer_latencies(network, graph.events(), TimedGraph.COUNTED),
             )
-            for (one, precision, network, graph), (lower, middle, upper) in zip(subjects, quartiles, strict=True)
+            for (recorded, precision, network, graph), (lower, middle, upper) in zip(subjects, quartiles, strict=True)
         )
 
 
@@ -111,16 +111,21 @@ def time_networks(
 def latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
     """One row a network and precision, every field of `Latency` but the layers a column."""
     columns = _columns(Latency)
-    return pd.DataFrame([asdict(one) for one in results], columns=list(columns)).astype(columns)
+    return pd.DataFrame([asdict(latency) for latency in results], columns=list(columns)).astype(columns)
 
 
 def layer_latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
     """One row a network, precision and layer; `share` is a fraction of 1, of the sum over the network's layers."""
     columns = {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency), "share": "float64"}
     rows = [
-        {"network": one.network, "precision": one.precision, **asdict(layer), "share": layer.median_ms / _sum(one)}
-        for one in results
-        for layer in one.layers
+        {
+            "network": latency.network,
+            "precision": latency.precision,
+            **asdict(layer),
+            "share": layer.median_ms / _sum(latency),
+        }
+        for latency in results
+        for layer in latency.layers
     ]
     return pd.DataFrame(rows, columns=list(columns)).astype(columns)
 
@@ -130,8 +135,8 @@ def _columns(kind: Any) -> dict[str, str]:
     return {field.name: types[field.type] for field in fields(kind) if field.type in types}
 
 
-def _sum(one: Latency) -> float:
-    return sum(layer.median_ms for layer in one.layers)
+def _sum(latency: Latency) -> float:
+    return sum(layer.median_ms for layer in latency.layers)
 
 
 def write(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
@@ -154,7 +159,7 @@ def read(opened: RecordedRun) -> tuple[Latency, ...]:
     layers: dict[tuple[str, str], list[LayerLatency]] = {}
     for row in _read(opened.run.path / LAYERS, {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency)}):
         layers.setdefault((row.pop("network"), row.pop("precision")), []).append(LayerLatency(**row))
-    known = {one.id for one in opened.networks}
+    known = {network.id for network in opened.networks}
     return tuple(
         Latency(**row, layers=tuple(layers.get((row["network"], row["precision"]), ())))
         for row in rows
@@ -193,10 +198,10 @@ LEAST = ("GMAC/s", "MMAC/ms", "quartiles ms", "total MMAC", "kind", "% of all", 
 
 def conditions(results: Sequence[Latency]) -> str:
     """How and on what it was measured; and a warning, where the machine had more to do."""
-    one = results[0]
-    threads, images = counted(one.threads, "thread"), f"a batch of {counted(one.batch, 'image')}"
-    found = f"ONNX Runtime {one.onnxruntime} on {one.machine}; {threads}, {images}, {one.rounds} interleaved rounds"
-    share = min(one.cpu_share for one in results)
+    latency = results[0]
+    threads, images = counted(latency.threads, "thread"), f"a batch of {counted(latency.batch, 'image')}"
+    found = f"ONNX Runtime {latency.onnxruntime} on {latency.machine}; {threads}, {images}, {latency.rounds} interleaved rounds"
+    share = min(latency.cpu_share for latency in results)
     if share < BUSY:
         found += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
     return found
@@ -211,11 +216,11 @@ def row(pair: Pair) -> tuple[list[str], list[str]]:
     quint8, fp32 = pair
     times = [
         text
-        for one in pair
+        for latency in pair
         for text in (
-            _ms(one.median_ms),
-            f"{_ms(one.lower_ms)} to {_ms(one.upper_ms)}",
-            f"{one.macs_per_second / 1e9:.1f}",
+            _ms(latency.median_ms),
+            f"{_ms(latency.lower_ms)} to {_ms(latency.upper_ms)}",
+            f"{latency.macs_per_second / 1e9:.1f}",
         )
     ]
     macs = [millions(quint8.conv_macs), millions(quint8.total_macs)]
@@ -225,22 +230,24 @@ def row(pair: Pair) -> tuple[list[str], list[str]]:
 def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
     the sum, and beside it the network as it was timed whole."""
-    known = [{layer.layer: layer for layer in one.layers} for one in pair]
+    known = [{layer.layer: layer for layer in latency.layers} for latency in pair]
     found = []
     for name in [one for one in [*order, OTHER] if any(one in layers for layers in known)]:
         timed = [layers.get(name) for layers in known]
         kinds = dict.fromkeys(layer.kind for layer in timed if layer)
         macs = max(layer.macs for layer in timed if layer)
         times = []
-        for layer, one in zip(timed, pair, strict=True):
+        for layer, latency in zip(timed, pair, strict=True):
             if layer is None:
                 times += [NONE] * 3
                 continue
-            speed = f"{macs * one.batch / 1e6 / layer.median_ms:,.1f}" if macs and layer.median_ms else NONE
-            times += [_ms(layer.median_ms), f"{100 * layer.median_ms / _sum(one):.1f}", speed]
+            speed = f"{macs * latency.batch / 1e6 / layer.median_ms:,.1f}" if macs and layer.median_ms else NONE
+            times += [_ms(layer.median_ms), f"{100 * layer.median_ms / _sum(latency):.1f}", speed]
         found.append(([name, "; ".join(kinds)], [millions(macs) if macs else NONE, *times]))
-    totals = [text for one in pair for text in (_ms(_sum(one)), "100.0", NONE)]
-    whole = [text for one in pair for text in (_ms(one.median_ms), NONE, f"{one.macs_per_second / 1e9:,.1f}")]
+    totals = [text for latency in pair for text in (_ms(_sum(latency)), "100.0", NONE)]
+    whole = [
+        text for latency in pair for text in (_ms(latency.median_ms), NONE, f"{latency.macs_per_second / 1e9:,.1f}")
+    ]
     found.append((["sum of the layers", ""], [NONE, *totals]))
     found.append((["whole network", "timed on its own"], [millions(pair[0].total_macs), *whole]))
     return found
@@ -264,7 +271,7 @@ def _order(opened: RecordedRun, network: str) -> list[str]:
 
 
 def _plans(opened: RecordedRun) -> dict[str, FactorizationPlan]:
-    return {one.id: one.evaluation.plan for one in opened.networks}
+    return {network.id: network.evaluation.plan for network in opened.networks}
 
 
 # For the report
@@ -281,12 +288,14 @@ def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
     axes.set_ylabel("latency, one thread (ms)", fontsize=9)
     macs = [quint8.conv_macs / 1e6 for quint8, _ in measured]
-    times = [[one.median_ms for one in reversed(pair)] for pair in measured]
+    times = [[latency.median_ms for latency in reversed(pair)] for pair in measured]
     axes.vlines(macs, list(map(min, times)), list(map(max, times)), color="#bbbbbb", linewidth=1)
     for index, name in enumerate(("fp32", "quint8")):
         series = [pair[1 - index] for pair in measured]
-        axes.vlines(macs, [one.lower_ms for one in series], [one.upper_ms for one in series], color=COLOURS[index])
-        medians = [one.median_ms for one in series]
+        axes.vlines(
+            macs, [latency.lower_ms for latency in series], [one.upper_ms for one in series], color=COLOURS[index]
+        )
+        medians = [latency.median_ms for latency in series]
         axes.plot(macs, medians, MARKERS[index], color=COLOURS[index], markersize=5, label=name)
     most = max((quint8 for quint8, _ in measured), key=lambda one: one.conv_macs)
     line = [0, most.conv_macs / 1e6], [0, most.median_ms]
@@ -298,7 +307,7 @@ def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
     labels = []
     for (quint8, _), x, ys in zip(measured, macs, times, strict=True):
         name = quint8.label if len(quint8.label) <= 24 else f"#{quint8.network}"
-        labels.append(Labelled(tuple(dict.fromkeys([name, f"#{quint8.network}"])), x, ys))
+        labels.append(PointLabel(tuple(dict.fromkeys([name, f"#{quint8.network}"])), x, ys))
     place_labels(axes, labels)
     return figure
 
@@ -341,7 +350,7 @@ def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
         "Below the time of a factorized layer (its grouped and its pointwise convolution together): its share of the "
         "regular convolution's time | of its MACs. Bold: no faster than the regular one."
     )
-    timed = table(heads(["layer, quint8 ms at rate"], map(str, rates)), rows)
+    timed = html_table(head_row(["layer, quint8 ms at rate"], map(str, rates)), rows)
     return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{timed}'
 
 
@@ -362,7 +371,7 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
             "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "
             "lines in the markers' colours, where they show: the quartiles."
         )
-        html += png(latency_figure(opened.space.name, results), caption, "latency against MACs")
+        html += figure_html(latency_figure(opened.space.name, results), caption, "latency against MACs")
     html += _blocks(opened, results)
     for pair in measured:
         name = escape(f"Layers of network {pair[0].network} ({pair[0].label})")

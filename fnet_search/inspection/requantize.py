@@ -16,7 +16,7 @@ from fnet_search.candidates.measure import record
 from fnet_search.deploy.export import MODEL, quantized_model, write_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Evaluation
-from fnet_search.quant.calibration import calibrated_for
+from fnet_search.quant.calibration import calibrate_for
 from fnet_search.quant.scheme import Scheme, schemes_text
 from fnet_search.quant.scheme_choice import least_divergent
 from fnet_search.report.html_page import NONE, plain_table
@@ -47,7 +47,7 @@ def requantize(
     def measured(images: int) -> None:
         advance(f"measuring {named}, in ONNX Runtime too", images, len(data.evaluation))
 
-    calibrated = calibrated_for(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
+    calibrated = calibrate_for(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
     choosing = partial(advance, f"choosing a scheme for candidate {network.id}")
     quantized = least_divergent(calibrated, schemes, data, seed, choosing)
     if (known := opened.quantized(network, (quantized.scheme,))) is not None:
@@ -82,17 +82,23 @@ def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
     """One row a quantization of each candidate that has several, its own first. Accuracies are fractions of 1."""
     rows = [
         {
-            "network": one.id,
-            "label": label(opened.space, one.evaluation.plan),
-            "scheme": one.evaluation.scheme,
-            "split": one.evaluation.split,
-            **{name: getattr(one.evaluation, name) for name in ("fp32_accuracy", "quint8_accuracy", "relative_drop")},
-            **{name: getattr(one.evaluation, name) for name in ("fp32_balanced_accuracy", "quint8_balanced_accuracy")},
-            **{name: getattr(one.evaluation, name) for name in ("qmse", "qce", "kl")},
-            "audited_codes": one.evaluation.audit.codes if one.evaluation.audit else None,
-            "differing_codes": one.evaluation.audit.differing if one.evaluation.audit else None,
+            "network": network.id,
+            "label": label(opened.space, network.evaluation.plan),
+            "scheme": network.evaluation.scheme,
+            "split": network.evaluation.split,
+            **{
+                name: getattr(network.evaluation, name)
+                for name in ("fp32_accuracy", "quint8_accuracy", "relative_drop")
+            },
+            **{
+                name: getattr(network.evaluation, name)
+                for name in ("fp32_balanced_accuracy", "quint8_balanced_accuracy")
+            },
+            **{name: getattr(network.evaluation, name) for name in ("qmse", "qce", "kl")},
+            "audited_codes": network.evaluation.audit.codes if network.evaluation.audit else None,
+            "differing_codes": network.evaluation.audit.differing if network.evaluation.audit else None,
         }
-        for one in several(opened)
+        for network in several(opened)
     ]
     return pd.DataFrame(rows).astype({"audited_codes": "Int64", "differing_codes": "Int64"})
 
@@ -100,20 +106,23 @@ def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
 def several(opened: RecordedRun) -> list[RecordedNetwork]:
     """The networks of the candidates that are quantized in several ways, a candidate's own way first."""
     networks = opened.networks
-    chosen = {one.candidate for one in networks if one.folder != one.candidate}
-    return [one for one in networks if one.candidate in chosen]
+    chosen = {network.candidate for network in networks if network.folder != network.candidate}
+    return [network for network in networks if network.candidate in chosen]
 
 
 HEADINGS = ("network", "plan", "quantized with")
 MEASURED = ("fp32 %", "quint8 %", "drop %", "QMSE", "KL", "audit")
 
 
-def row(opened: RecordedRun, one: Evaluation, name: str) -> tuple[list[str], list[str]]:
+def row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[list[str], list[str]]:
     """What people see of an evaluation: under HEADINGS and under MEASURED."""
-    shares = [f"{100 * (value or 0):.2f}" for value in (one.fp32_accuracy, one.quint8_accuracy, one.relative_drop)]
-    audit = f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE
-    measured = [*shares, f"{one.qmse:.4g}", f"{one.kl:.4g}", audit]
-    return [name, label(opened.space, one.plan), one.scheme], measured
+    shares = [
+        f"{100 * (value or 0):.2f}"
+        for value in (evaluation.fp32_accuracy, evaluation.quint8_accuracy, evaluation.relative_drop)
+    ]
+    audit = f"{evaluation.audit.differing:,} of {evaluation.audit.codes:,}" if evaluation.audit else NONE
+    measured = [*shares, f"{evaluation.qmse:.4g}", f"{evaluation.kl:.4g}", audit]
+    return [name, label(opened.space, evaluation.plan), evaluation.scheme], measured
 
 
 def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
@@ -121,7 +130,7 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     networks = several(opened)
     if not networks:
         return ()
-    rows = [row(opened, one.evaluation, one.id) for one in networks]
+    rows = [row(opened, network.evaluation, network.id) for network in networks]
     about = "".join(
         f'<p class="soft">{escape(text)}</p>' for text in (f"On the {opened.split} split.", *remarks(opened))
     )
@@ -130,9 +139,9 @@ def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
 
 def remarks(opened: RecordedRun) -> list[str]:
     """Which networks that were quantized otherwise are better than the winner, and what makes them win."""
-    found = [one for one in several(opened) if not one.competes and opened.better(one)]
+    found = [network for network in several(opened) if not network.competes and opened.better(network)]
     return [
-        f"{one.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "
-        f"{one.evaluation.number} --scheme {one.scheme} --promote makes it best/."
-        for one in found
+        f"{network.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "
+        f"{network.evaluation.number} --scheme {network.scheme} --promote makes it best/."
+        for network in found
     ]

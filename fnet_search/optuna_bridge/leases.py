@@ -209,7 +209,7 @@ class Ledger:
         try:
             return self.study.tell(number, *value_and_state(evaluation, self.metric), skip_if_finished=True)
         except UpdateFinishedTrialError:  # between two steps, or the answer was lost
-            return next(one for one in self.study.get_trials(deepcopy=False) if one.number == number)
+            return next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
 
     def leave(self, trial_id: int, why: Left) -> None:
         """Ends a trial of this process without an evaluation."""

@@ -44,4 +44,4 @@ class _Peers:
     def get_trials(self, deepcopy: bool = False, states: Any = None) -> list[FrozenTrial]:
         # Failed ones are what runs that were cut off left: their candidates were issued again.
         wanted = states or (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        return [one for one in self._study.get_trials(deepcopy, wanted) if _kind(one) == self._kind]
+        return [trial for trial in self._study.get_trials(deepcopy, wanted) if _kind(trial) == self._kind]

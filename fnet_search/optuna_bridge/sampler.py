@@ -125,7 +125,9 @@ class PolicySampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The rates of all layers that have a choice."""
-        return {name: one for name, one in distributions(self.space).items() if not one.single()}
+        return {
+            name: distribution for name, distribution in distributions(self.space).items() if not distribution.single()
+        }
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -136,8 +138,8 @@ class PolicySampler(BaseSampler):
         """
         ours = search_space.keys() & distributions(self.space).keys()
         sampled = {
-            name: self._independent.sample_independent(study, trial, name, one)
-            for name, one in search_space.items()
+            name: self._independent.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
             if name not in ours
         }
         if not ours:
@@ -167,7 +169,7 @@ class PolicySampler(BaseSampler):
 
     def _over(self, study: Study, ended: FrozenTrial) -> bool:
         trials = [*self._others(study, ended), ended]
-        if any(one.state is TrialState.WAITING for one in trials):
+        if any(trial.state is TrialState.WAITING for trial in trials):
             return False
         with self._lock, suppress(FnetError, ValueError):  # what is wrong is said when a plan is needed
             history = self._past.of(study, trials)
@@ -191,7 +193,7 @@ class PolicySampler(BaseSampler):
             if plan is not None:
                 _pause()
                 continue
-            states = {one.state for one in others}
+            states = {trial.state for trial in others}
             loop = _loop(study)  # an enqueued plan is for whoever comes next: perhaps this worker
             if not history.running or loop is None or loop._stop_flag or TrialState.WAITING in states:
                 done = PolicyDone(len(history.running))
@@ -221,11 +223,11 @@ class PolicySampler(BaseSampler):
 
         Of two that write and then look, one at least sees the other and gives way: no plan is out twice.
         """
-        history = self._past.of(study, (one for one in others if one.state is not TrialState.WAITING))
+        history = self._past.of(study, (trial for trial in others if trial.state is not TrialState.WAITING))
         limit(study._storage, trial, self.constraints)
         for name, value in suggested(self.space, history.number, plan).items():
             _set(study, trial, name, value)
-        before = {one.number: _claimed(one) for one in others}
+        before = {trial.number: _claimed(trial) for trial in others}
         for one in self._others(study, trial):
             number, text = _claimed(one)
             new = one.state not in (TrialState.WAITING, TrialState.FAIL) and (number, text) != before.get(one.number)

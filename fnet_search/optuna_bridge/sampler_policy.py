@@ -50,7 +50,7 @@ class SamplerPolicy:
 
     def suggest(self, history: History) -> FactorizationPlan | None:
         space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
-        if sum(one.state == "complete" for one in _candidates(history)) < self.startup:
+        if sum(evaluation.state == "complete" for evaluation in _candidates(history)) < self.startup:
             return sample_plan(space, constraints, seen, rng)
         for plan in self.proposed(history, int(rng.integers(2**31))):
             if plan not in seen and not constraints.refusal(plan_cost(space, plan)):
@@ -83,8 +83,8 @@ class SamplerPolicy:
         if past is None or not past.begins(history, candidates):
             past = _Past(history.space, history.constraints, _study(InMemoryStorage()))
         _end(past.study)
-        for one in candidates[len(past.evaluations) :]:
-            past.take(one, self.sampler(seed=one.number) if self.replay else None)
+        for evaluation in candidates[len(past.evaluations) :]:
+            past.take(evaluation, self.sampler(seed=evaluation.number) if self.replay else None)
         study = _study(copy.deepcopy(past.study._storage)) if self.replay else past.study
         study.sampler = self.sampler(seed=seed)
         for plan in history.running:
@@ -110,26 +110,26 @@ class _Past:
         same = self.space == history.space and self.constraints == history.constraints
         return same and candidates[: len(self.evaluations)] == self.evaluations
 
-    def take(self, one: Evaluation, sampler: BaseSampler | None) -> None:
+    def take(self, evaluation: Evaluation, sampler: BaseSampler | None) -> None:
         """One more; as if `sampler` had proposed it, where one is given."""
-        self.evaluations += (one,)
-        value, state = value_and_state(one, self.constraints.metric)
-        violations = {name: max(0.0, value) for name, value in self.constraints.of(one).items()}
+        self.evaluations += (evaluation,)
+        value, state = value_and_state(evaluation, self.constraints.metric)
+        violations = {name: max(0.0, value) for name, value in self.constraints.of(evaluation).items()}
         if sampler is None:
             trial = create_trial(
-                value=(one.accuracies or (None,))[-1] if state is TrialState.PRUNED else value,
+                value=(evaluation.accuracies or (None,))[-1] if state is TrialState.PRUNED else value,
                 state=state,
-                params=parameters(self.space, one.plan),
+                params=parameters(self.space, evaluation.plan),
                 distributions=distributions(self.space),
-                intermediate_values=dict(enumerate(one.accuracies, 1)),
+                intermediate_values=dict(enumerate(evaluation.accuracies, 1)),
                 constraints=violations,
             )
             self.study.add_trial(trial)
             return
         self.study.sampler = sampler
-        walked = _fixed(self.study, self.space, one.plan)
+        walked = _fixed(self.study, self.space, evaluation.plan)
         _ = walked.relative_params
-        for epoch, accuracy in enumerate(one.accuracies, 1):
+        for epoch, accuracy in enumerate(evaluation.accuracies, 1):
             walked.report(accuracy, epoch)
         for name, violation in violations.items():
             walked.set_constraint(name, violation)
@@ -146,10 +146,10 @@ def _candidates(history: History) -> tuple[Evaluation, ...]:
     """The trials that a sampler sees: without the reference, which exceeds the ceilings, and those without a
     value."""
 
-    def told(one: Evaluation) -> bool:
-        value, state = value_and_state(one, history.constraints.metric)
+    def told(evaluation: Evaluation) -> bool:
+        value, state = value_and_state(evaluation, history.constraints.metric)
         known = value is not None if state is TrialState.COMPLETE else state is not TrialState.FAIL
-        return one.role == "candidate" and known
+        return evaluation.role == "candidate" and known
 
     return tuple(filter(told, history.evaluations))
 

@@ -65,23 +65,23 @@ class TrialHistory:
         for trial in trials:
             number = trial.user_attrs.get(NUMBER)
             if trial.state.is_finished():
-                one = self._evaluation(study, trial, failures)
-                if one is None:
+                evaluation = self._evaluation(study, trial, failures)
+                if evaluation is None:
                     strange += [trial] if _unread(trial) else []
                     continue
                 if number is None or number in evaluations:
-                    unnumbered.append(one)
+                    unnumbered.append(evaluation)
                 else:
-                    evaluations[number] = one
+                    evaluations[number] = evaluation
             elif (plan := self._plan(trial)) is not None:
                 if number is None or number in running or trial.state is TrialState.WAITING:
                     waiting.append(plan)
                 else:
                     running[number] = plan
         self._warn(strange)
-        for one in unnumbered:  # added by other means than suggestions
+        for evaluation in unnumbered:  # added by other means than suggestions
             number = lowest_free(evaluations.keys() | running.keys())
-            evaluations[number] = replace(one, number=number)
+            evaluations[number] = replace(evaluation, number=number)
         return History(
             self.space,
             self.constraints,
@@ -125,9 +125,9 @@ class TrialHistory:
                 return None
             number, reason = trial.user_attrs.get(NUMBER, 0), f"{FAILURES} trials failed"
             return Evaluation.of(self.space, plan, number=number, state="failed", reason=reason)
-        one = None if plan is None else reported or self._measured(study, trial, plan)
-        self._ended[trial._trial_id] = one
-        return one
+        evaluation = None if plan is None else reported or self._measured(study, trial, plan)
+        self._ended[trial._trial_id] = evaluation
+        return evaluation
 
     def _measured(self, study: Study, trial: FrozenTrial, plan: FactorizationPlan) -> Evaluation:
         """What an objective that reports no evaluation tells."""

@@ -1,5 +1,5 @@
 """quint8: schemes, ranges, folding, equalization, bias correction, the integer simulator, layer statistics.
 
-Comes in: Rules of docs/quint8.md and what measures them. No search, no files of runs.
+Holds the rules of docs/quint8.md and what measures their effect. No search, no run folders.
 Read first: `quantize.py`.
 """

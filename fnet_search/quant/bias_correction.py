@@ -11,15 +11,15 @@ from fnet_search.arch.macroarchitecture import INPUT, Node
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.quantized_layer import QuantizedLayer, fits, quantize_layer
-from fnet_search.quant.simulator import QuantizedNetwork, Step, accumulate
+from fnet_search.quant.simulator import IntegerStep, QuantizedNetwork, accumulate
 from fnet_search.training.datasets import Batches
 from fnet_search.training.network import run, walk
 
 
 @torch.no_grad()
 def channel_means(folded: FoldedNetwork, batches: Batches) -> Mapping[str, Tensor]:
-    """Of each convolution and dense layer of the float network: the mean of each output channel over the samples,
-    before any ReLU, float64 [C]."""
+    """The mean of each output channel of each convolution and dense layer of the float network over the samples, before
+    any ReLU: float64 [C], keyed by node."""
     sums: dict[str, list[tuple[Tensor, int]]] = {}
     for batch in batches():
         for node, output in walk(folded.network, batch, folded.apply_node):
@@ -35,31 +35,35 @@ def correct_biases(
     batches: Batches,
     means: Mapping[str, Tensor] | None = None,
 ) -> QuantizedNetwork:
-    """Layer after layer, moves the int32 biases so that the mean of each output channel, before any ReLU, is that of
-    the float network over the samples (`means`, those of `channel_means`), with all layers before quantized and
-    corrected.
+    """Shifts the int32 biases so that the mean of each output channel, before any ReLU, equals that of the float
+    network.
 
-    What clipping and rounding shift is put right; the float network stays as it is. A layer whose corrected biases
-    leave int32 no room for its sums is quantized again, with a wider weight scale. The codes of all samples pass one
-    layer before the next, so memory grows with them: give few.
+    Layers are corrected in network order, each with all layers before it quantized and corrected, so that the shift
+    also undoes what clipping and rounding did upstream. A layer whose corrected bias would let its int32 sums overflow
+    is quantized again with a wider weight scale. All samples pass one layer before the next: memory grows with their
+    number, so give few.
+
+    Args:
+        batches: normalised calibration images.
+        means: those of `channel_means` over the same batches; None computes them.
     """
-    wanted = channel_means(folded, batches) if means is None else means
+    target_means = channel_means(folded, batches) if means is None else means
     layers = dict(quantized.layers)
     corrected = replace(quantized, layers=layers)
-    step = Step(corrected)
+    step = IntegerStep(corrected)
 
     def apply(node: Node, inputs: list[list[Tensor]]) -> list[Tensor]:
         if not isinstance(node.layer, Weighted):
             return [step(node, list(parts)) for parts in zip(*inputs, strict=True)]
         layer, source = layers[node.name], corrected.params[corrected.carrier[node.inputs[0]]]
-        weight, mean = folded.weight[node.name], wanted[node.name].to(layer.bias.device)
-        while True:
+        weight, mean = folded.weight[node.name], target_means[node.name].to(layer.bias.device)
+        while True:  # a wider weight scale rounds the weights anew, and so needs another correction
             totals = [accumulate(node.layer, codes, source.zero, layer) for codes in inputs[0]]
-            bias = _bias(layer, source, mean, totals)
+            bias = _corrected_bias(layer, source, mean, totals)
             if fits(layer.with_bias(bias)):
                 break
             scale = layer.bias_scale(source).double()
-            layer = quantize_layer(weight, bias * scale, source, len(layer.params) > 1)  # its weights round otherwise
+            layer = quantize_layer(weight, bias * scale, source, len(layer.params) > 1)
         layers[node.name] = layer.with_bias(bias.to(torch.int32))
         shift = layers[node.name].bias - layer.bias
         return [step.output(node, total + shift.view(-1, *[1] * (total.ndim - 2))) for total in totals]
@@ -68,18 +72,18 @@ def correct_biases(
     return corrected
 
 
-def _bias(layer: QuantizedLayer, source: QuantParams, wanted: Tensor, totals: list[Tensor]) -> Tensor:
-    """Bias codes, float64 [C], with which the mean of each channel's int32 totals is that of the float network."""
-    found = _mean([_channel_sums(total) for total in totals])
-    return layer.bias.double() + torch.round(wanted / layer.bias_scale(source).double() - found)
+def _corrected_bias(layer: QuantizedLayer, source: QuantParams, mean: Tensor, totals: list[Tensor]) -> Tensor:
+    """Bias codes, float64 [C], with which the mean of each channel's int32 totals stands for `mean`."""
+    mean_total = _mean([_channel_sums(total) for total in totals])
+    return layer.bias.double() + torch.round(mean / layer.bias_scale(source).double() - mean_total)
 
 
 def _channel_sums(output: Tensor) -> tuple[Tensor, int]:
-    """Of [N, C, ...]: the sum of each channel over all else, float64 [C], and how many elements a channel has."""
+    """The sum of each channel of [N, C, ...], float64 [C], and the number of elements in a channel."""
     others = [axis for axis in range(output.ndim) if axis != 1]
     return output.sum(others, dtype=torch.float64), output.numel() // output.shape[1]
 
 
 def _mean(parts: list[tuple[Tensor, int]]) -> Tensor:
-    """Of `_channel_sums` of batches: float64 [C]."""
+    """The mean of each channel over the batches that `_channel_sums` gave `parts` of: float64 [C]."""
     return torch.stack([total for total, _ in parts]).sum(0) / sum(count for _, count in parts)

@@ -20,18 +20,18 @@ from fnet_search.training.network import Network
 CALIBRATION_SAMPLES = 1024
 """Random training samples for the activation ranges (paper, section 3)."""
 CORRECTION_SAMPLES = 256
-"""Of these, for bias correction."""
-AT_ONCE = 32
-"""Images that pass a network together: few, so that what a layer gives stays in a cache."""
+"""The first of them also serve bias correction, which holds their activations of one layer in memory."""
+CALIBRATION_BATCH = 32
+"""Images in a batch: few, so that a layer's output stays in the processor's cache (half the time of 128 images)."""
 
-Seen = Callable[[int, int], None]
-"""Told how many of how many images are done."""
+OnImages = Callable[[int, int], None]
+"""Called with the number of images that are done and their total."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A trained network made ready for 8 bits by a scheme: folded (and equalized), its calibrated tensors, the integer
-    network."""
+    """A trained network quantized with a scheme: the folded (and equalized) float network, the statistics of its
+    tensors, the integer network."""
 
     scheme: Scheme
     folded: FoldedNetwork
@@ -41,89 +41,100 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A trained network, folded (and equalized), with the ranges of its tensors by some methods: to be quantized.
-
-    `few` are the samples for bias correction.
-    """
+    """A trained network, folded (and equalized), with tensor statistics for each range method: ready to be quantized
+    with any scheme of these methods."""
 
     folded: FoldedNetwork
     stats: Mapping[RangeMethod, Mapping[str, TensorStats]]
-    few: Batches
+    correction_batches: Batches
+    """For bias correction."""
     _known: dict[Scheme, Quantized] = field(default_factory=dict)
 
     def quantized(self, scheme: Scheme) -> Quantized:
-        """With a scheme of these methods. Raises FnetError where an int32 accumulation could overflow."""
+        """The network under `scheme`. Raises FnetError where an int32 accumulation could overflow."""
         if scheme not in self._known:
             stats = self.stats[scheme.ranges]
             if scheme.bias_correct:
                 plain = self.quantized(replace(scheme, bias_correct=False))
-                network = correct_biases(self.folded, plain.network, self.few, self.means)
+                network = correct_biases(self.folded, plain.network, self.correction_batches, self.means)
             else:
-                alike = (
-                    one.network.layers for other, one in self._known.items() if other.per_channel == scheme.per_channel
+                same_weights = (  # their codes are shared
+                    known.network.layers
+                    for other, known in self._known.items()
+                    if other.per_channel == scheme.per_channel
                 )
-                network = quantize(self.folded, stats, scheme.per_channel, next(alike, {}))
+                network = quantize(self.folded, stats, scheme.per_channel, next(same_weights, {}))
             self._known[scheme] = Quantized(scheme, self.folded, stats, network)
         return self._known[scheme]
 
     @cached_property
     def means(self) -> Mapping[str, Tensor]:
-        """Of the float network's channels, for bias correction."""
-        return channel_means(self.folded, self.few)
+        """The channel means of the float network, for bias correction."""
+        return channel_means(self.folded, self.correction_batches)
 
 
 def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
-    """The float network that a scheme quantizes: folded, and equalized where it says so."""
+    """The float network that `scheme` quantizes: folded, and equalized if the scheme says so."""
     folded = fold(trained)
     return equalize(folded) if scheme.equalize else folded
 
 
-def calibration(data: DataSet, seed: int, samples: int, at_once: int = 128, skipped: int = 0) -> Batches:
-    """The same random training samples, normalised, not augmented, in batches, at each call; `skipped` leaves out the
-    first ones, which another use has."""
+def calibration_batches(data: DataSet, seed: int, samples: int, batch_size: int = 128, skipped: int = 0) -> Batches:
+    """Random training samples, normalised, not augmented, in batches: the same ones whenever they are iterated.
+
+    `skipped` samples of the same random order are left out first: those that another use has taken.
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data.train), generator=generator)[skipped : skipped + samples]
 
     def batches() -> Iterator[Tensor]:
-        for part in torch.split(chosen.to(data.train.images.device), at_once):
+        for part in torch.split(chosen.to(data.train.images.device), batch_size):
             yield data.normalise(data.train.images[part]).to(memory_format=torch.channels_last)  # the faster one
 
     return batches
 
 
-def prepare(
-    trained: Network, scheme: Scheme, data: DataSet, seed: int, seen: Seen = lambda done, total: None
+def quantize_trained(
+    trained: Network, scheme: Scheme, data: DataSet, seed: int, on_images: OnImages = lambda done, total: None
 ) -> Quantized:
-    """Folds and quantizes a trained network in evaluation mode, as `scheme` says, on up to CALIBRATION_SAMPLES training
-    images of `data`.
+    """Folds, calibrates and quantizes a trained network (in evaluation mode) with `scheme`.
 
-    `seen` counts calibration images, over all passes. Raises FnetError for activations that are not finite, and where
-    an int32 accumulation could overflow.
+    Calibrates on up to CALIBRATION_SAMPLES training images of `data`; `on_images` counts them over all passes. Raises
+    FnetError for activations that are not finite, and where an int32 accumulation could overflow.
     """
-    return calibrated_for(trained, (scheme,), data, seed, seen).quantized(scheme)
+    return calibrate_for(trained, (scheme,), data, seed, on_images).quantized(scheme)
 
 
-def calibrated_for(
-    trained: Network, schemes: Sequence[Scheme], data: DataSet, seed: int, seen: Seen = lambda done, total: None
+def calibrate_for(
+    trained: Network,
+    schemes: Sequence[Scheme],
+    data: DataSet,
+    seed: int,
+    on_images: OnImages = lambda done, total: None,
 ) -> Calibrated:
-    """A trained network in evaluation mode, to be quantized with any of `schemes`, which equalize all or none.
+    """Folds and calibrates a trained network (in evaluation mode) for any of `schemes`, which equalize all or none.
 
-    Where these are several, half of the training images at most are taken: others are left to choose on
-    (`least_divergent`). `seen` as in `prepare`. Raises FnetError for activations that are not finite.
+    With several schemes at most half of the training images are used, which leaves others to choose a scheme on
+    (`least_divergent`). `on_images` as in `quantize_trained`. Raises FnetError for activations that are not finite.
     """
-    samples = min(CALIBRATION_SAMPLES, len(data.train)) if len(schemes) == 1 else calibrated_images(data)
+    samples = min(CALIBRATION_SAMPLES, len(data.train)) if len(schemes) == 1 else calibration_images(data)
     folded = folded_for(schemes[0], trained)
     methods = list(dict.fromkeys(scheme.ranges for scheme in schemes))
-    batches = _counted(calibration(data, seed, samples, AT_ONCE), samples * passes(*methods), seen)
+    batches = _counted(
+        calibration_batches(data, seed, samples, CALIBRATION_BATCH), samples * passes(*methods), on_images
+    )
     stats = dict(zip(methods, calibrate_each(folded, batches, methods), strict=True))
-    return Calibrated(folded, stats, calibration(data, seed, min(samples, CORRECTION_SAMPLES), AT_ONCE))
+    return Calibrated(
+        folded, stats, calibration_batches(data, seed, min(samples, CORRECTION_SAMPLES), CALIBRATION_BATCH)
+    )
 
 
-def calibrated_images(data: DataSet) -> int:
+def calibration_images(data: DataSet) -> int:
+    """How many training images calibrate several schemes."""
     return max(1, min(CALIBRATION_SAMPLES, len(data.train) // 2))
 
 
-def _counted(batches: Batches, total: int, seen: Seen) -> Batches:
+def _counted(batches: Batches, total: int, on_images: OnImages) -> Batches:
     done = 0
 
     def counted() -> Iterator[Tensor]:
@@ -131,6 +142,6 @@ def _counted(batches: Batches, total: int, seen: Seen) -> Batches:
         for batch in batches():
             yield batch
             done += len(batch)
-            seen(done, total)
+            on_images(done, total)
 
     return counted

@@ -29,16 +29,17 @@ from fnet_search.arch.layers import (
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.quant.fold import FoldedNetwork
 
-SWEEPS = 1000
+MAX_SWEEPS = 1000
+"""Far more than any network needs: chains of ten layers settle in some fifty."""
 SETTLED = 1e-4
-"""Largest change of a logarithmic scale at which sweeps end."""
+"""Sweeps end when no logarithmic scale changes by more: 0.01 %, far below a step of eight bits."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two layers between which a positive factor a channel may move: `first` writes what only `second` reads.
+class LayerPair:
+    """Two layers that can exchange a positive factor for each channel: only `second` reads what `first` writes.
 
-    `repeat` inputs of `second` stand for one channel of `first` (pixels, where a flatten lies between).
+    `repeat` inputs of `second` belong to one channel of `first` (pixels, where a flatten lies between).
     """
 
     first: str
@@ -46,9 +47,9 @@ class Pair:
     repeat: int = 1
 
 
-def pairs(network: Macroarchitecture) -> Iterator[Pair]:
-    """The pairs of a folded network, in order: convolutions or dense layers with nothing between them that has another
-    reader or is not positively homogeneous channel by channel (ReLU, leaky ReLU, pools and flatten are)."""
+def layer_pairs(network: Macroarchitecture) -> Iterator[LayerPair]:
+    """The pairs of a folded network, in network order: convolutions or dense layers with nothing between them but nodes
+    that have one reader and are positively homogeneous channel by channel (ReLU, leaky ReLU, pools, flatten)."""
     for node in network.order:
         if not isinstance(node.layer, Weighted):
             continue
@@ -58,7 +59,7 @@ def pairs(network: Macroarchitecture) -> Iterator[Pair]:
                 repeat *= network.shapes[reader.name][0] // network.input_shapes(reader)[0][0]
             reader = _only_reader(network, reader)
         if reader is not None and isinstance(reader.layer, Weighted):
-            yield Pair(node.name, reader.name, repeat)
+            yield LayerPair(node.name, reader.name, repeat)
 
 
 def _only_reader(network: Macroarchitecture, node: Node) -> Node | None:
@@ -76,41 +77,43 @@ def _homogeneous(node: Node) -> bool:
         case Conv() | Dense() | BatchNorm() | Affine() | Add() | Multiply() | Concat():
             return False
         case Reshape() | Slice() | Shuffle() | Resample() | Pad():
-            return False  # those of one channel may be of another after it
+            return False  # may move values from one channel to another
         case _:
             assert_never(layer)
 
 
 def equalize(folded: FoldedNetwork) -> FoldedNetwork:
-    """Scales channel i between the layers of each pair by s_i = sqrt(r1_i / r2_i), r the largest absolute weights that
-    write and read it, until nothing changes: then r1_i = r2_i, unless b1_i / s_i would grow beyond the largest bias of
-    its layer. There s_i stops: a channel of small weights and a large bias would stretch the range of the activations.
+    """Scales channel i between the layers of each pair, W1_i / s_i, b1_i / s_i and W2_i s_i, until r1_i = r2_i.
 
-    W1_i / s_i, b1_i / s_i and W2_i s_i: in float64, stored as float32, so the function changes by its rounding only.
-    A channel that is not written or not read keeps its weights.
+    s_i = sqrt(r1_i / r2_i), with r1_i and r2_i the largest absolute weights that write and read the channel. s_i stops
+    where b1_i / s_i would exceed the largest bias of its layer: a channel with small weights and a large bias would
+    otherwise stretch the range of the activations. A channel that is not written or not read keeps its weights.
+    Computed in float64 and stored as float32, so the network's function changes by that rounding only.
     """
-    chained, nodes = list(pairs(folded.network)), folded.network.by_name
-    repeat = {pair.second: pair.repeat for pair in chained}
-    reach = {name: _reach(nodes[name], weight, repeat.get(name, 1)) for name, weight in folded.weight.items()}
-    scales = {pair: torch.ones(len(folded.bias[pair.first]), dtype=torch.float64) for pair in chained}
-    lowest = {pair: _share(folded.bias[pair.first]) for pair in chained}
-    for _ in range(SWEEPS):
+    pairs, nodes = list(layer_pairs(folded.network)), folded.network.by_name
+    repeat = {pair.second: pair.repeat for pair in pairs}
+    largest = {
+        name: _largest_weights(nodes[name], weight, repeat.get(name, 1)) for name, weight in folded.weight.items()
+    }
+    scales = {pair: torch.ones(len(folded.bias[pair.first]), dtype=torch.float64) for pair in pairs}
+    lowest = {pair: _relative_size(folded.bias[pair.first]) for pair in pairs}
+    for _ in range(MAX_SWEEPS):
         change = 0.0
-        for pair in chained:
-            first, second = reach[pair.first], reach[pair.second]
+        for pair in pairs:
+            first, second = largest[pair.first], largest[pair.second]
             scale = torch.sqrt(first.amax(2).flatten() / second.amax(1).flatten())
             scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
             scale = torch.maximum(scale, lowest[pair] / scales[pair])
-            reach[pair.first] = first / scale.view(first.shape[0], -1, 1)
-            reach[pair.second] = second * scale.view(second.shape[0], 1, -1)
+            largest[pair.first] = first / scale.view(first.shape[0], -1, 1)
+            largest[pair.second] = second * scale.view(second.shape[0], 1, -1)
             scales[pair] *= scale
             change = max(change, float(scale.log().abs().max()))
         if change < SETTLED:
             break
     weight = {name: tensor.double() for name, tensor in folded.weight.items()}
     bias = {name: tensor.double() for name, tensor in folded.bias.items()}
-    for pair, found in scales.items():
-        scale = found.to(bias[pair.first].device)
+    for pair, factors in scales.items():
+        scale = factors.to(bias[pair.first].device)
         weight[pair.first] = weight[pair.first] / scale.view(-1, *[1] * (weight[pair.first].ndim - 1))
         bias[pair.first] = bias[pair.first] / scale
         read = _grouped(nodes[pair.second], weight[pair.second])
@@ -123,8 +126,8 @@ def equalize(folded: FoldedNetwork) -> FoldedNetwork:
     )
 
 
-def _share(bias: Tensor) -> Tensor:
-    """|b_i| of the largest, float64 [C]; zeros where all are zero."""
+def _relative_size(bias: Tensor) -> Tensor:
+    """|b_i| / max |b|, float64 [C]; zeros where all are zero."""
     size = bias.double().abs().cpu()
     return size / size.max().clamp_min(torch.finfo(torch.float64).tiny)
 
@@ -135,8 +138,10 @@ def _grouped(node: Node, weight: Tensor) -> Tensor:
     return weight.view(groups, weight.shape[0] // groups, weight.shape[1], -1)
 
 
-def _reach(node: Node, weight: Tensor, repeat: int) -> Tensor:
-    """The largest absolute weight from each channel to each output, [groups, outputs, channels in a group]: small, so
-    that sweeps cost little."""
-    largest = _grouped(node, weight).abs().amax(3)
-    return largest.reshape(*largest.shape[:2], -1, repeat).amax(3).double().cpu()
+def _largest_weights(node: Node, weight: Tensor, repeat: int) -> Tensor:
+    """The largest absolute weight between each channel and each output, float64 [groups, outputs, channels in a group].
+
+    Without the kernel's positions the sweeps cost little.
+    """
+    over_kernel = _grouped(node, weight).abs().amax(3)
+    return over_kernel.reshape(*over_kernel.shape[:2], -1, repeat).amax(3).double().cpu()

@@ -46,12 +46,11 @@ class FoldedNetwork:
 
 
 def fold(trained: Network) -> FoldedNetwork:
-    """Folds each BatchNorm and affine layer into the convolution or dense layer before it, in float64, stored as
-    float32.
+    """Folds each BatchNorm and affine layer into the convolution or dense layer before it.
 
-    g = gamma / sqrt(var + eps), W' = W g, b' = (b - mean) g + beta. One with no such layer of its own before it
-    becomes a 1x1 depthwise convolution (on vectors: a dense layer with a diagonal weight). What a PReLU has learned
-    becomes constants of a leaky ReLU.
+    g = gamma / sqrt(var + eps), W' = W g, b' = (b - mean) g + beta, computed in float64 and stored as float32. Where no
+    such layer comes before, or another node reads it too, the BatchNorm becomes a 1x1 depthwise convolution (on
+    vectors: a dense layer with a diagonal weight). The learned slopes of a PReLU become constants of a leaky ReLU.
     """
     space = trained.network
     weight: dict[str, Tensor] = {}
@@ -98,7 +97,7 @@ def fold(trained: Network) -> FoldedNetwork:
 
 
 def _affine(module: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
-    """Gain and offset of a BatchNorm in evaluation, or of an affine layer, float64 [C]."""
+    """Gain and offset, float64 [C], of an affine layer or of a BatchNorm in evaluation mode."""
     if isinstance(module, ScaleShift):
         gain, offset = (values.detach().double().expand(channels) for values in (module.scale, module.shift))
         return gain, offset

@@ -18,7 +18,7 @@ from fnet_search.training.network import Network, walk
 def channel_precision(low: Tensor, high: Tensor) -> tuple[float, int]:
     """Paper equation (3): the mean over channels of (channel range / tensor range), and the number of dead channels.
 
-    `low` and `high` are the channels' extremes, [C]. A dead channel (range 0) counts 0 in the mean.
+    `low` and `high` are the smallest and largest value of each channel, [C]. A dead channel (range 0) counts as 0.
     """
     ranges = (high - low).double()
     whole = float(high.max() - low.min())
@@ -39,16 +39,18 @@ def profile(
     inputs: Iterable[tuple[Tensor, Tensor]],
     layers: Collection[str] | None = None,
 ) -> tuple[LayerStats, ...]:
-    """One LayerStats per convolution and dense layer, or of those named in `layers`, in network order.
+    """One LayerStats for each convolution and dense layer (or those named in `layers`), in network order.
 
-    SQNR over `inputs`: batches for the float network, and what stands for them in the quantized one (the same, unless
-    they come out of a network before this one).
+    Args:
+        stats: of every quantized tensor, keyed by carrier.
+        inputs: what SQNR is measured on: batches for the float network, each with the batch for the quantized one (the
+            same, unless they come out of networks before these).
     """
     carrier = quantized.carrier
     nodes = [node for node in trained.network.order if isinstance(node.layer, Weighted)]
     nodes = [node for node in nodes if layers is None or node.name in layers]
-    energy = _energies(folded, quantized, inputs, {carrier[node.name] for node in nodes})
-    found = []
+    energies = _energies(folded, quantized, inputs, {carrier[node.name] for node in nodes})
+    statistics = []
     for node in nodes:
         raw = trained.layer(node.name).get_parameter("weight").detach().cpu()
         weight, layer = folded.weight[node.name].cpu(), quantized.layers[node.name]
@@ -58,9 +60,9 @@ def profile(
         clipped = (side.clamp(tensor.low, tensor.high) for side in (tensor.channel_min, tensor.channel_max))
         activation_precision, dead_activations = channel_precision(*clipped)
         error = layer.weight.cpu().double() - weight.double()
-        signal, local, accumulated = energy[carrier[node.name]]
+        signal, local, accumulated = energies[carrier[node.name]]
         cost = layer_cost(node, trained.network.input_shapes(node))
-        found.append(
+        statistics.append(
             LayerStats(
                 layer=node.name,
                 kind=node.layer.kind,
@@ -83,11 +85,11 @@ def profile(
                 dead_activation_channels=dead_activations,
             )
         )
-    return tuple(found)
+    return tuple(statistics)
 
 
 def channel_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each output channel."""
+    """The smallest and the largest weight of each output channel, [C_out]."""
     return weight.flatten(1).amin(1), weight.flatten(1).amax(1)
 
 
@@ -98,7 +100,8 @@ def _energies(
     inputs: Iterable[tuple[Tensor, Tensor]],
     tensors: Collection[str],
 ) -> dict[str, tuple[float, float, float]]:
-    """Per carrier tensor: energy of the signal, of its own quantization noise, and of the accumulated noise."""
+    """For each carrier in `tensors`: the energy (sum of squares) of the float signal, of the noise of quantizing it
+    alone, and of the noise that the quantized network has accumulated there."""
     sums = dict.fromkeys(tensors, (0.0, 0.0, 0.0))
     last = [node.name for node in folded.network.order if node.name in sums][-1]
     for batch, quantized_batch in inputs:

@@ -24,27 +24,29 @@ class QuantParams:
 
 
 def quant_params(low: float, high: float) -> QuantParams:
-    """Rule 2: the parameters of a range, widened to hold zero. A degenerate range gives scale 1, zero point 0."""
+    """Rule 2: scale and zero point of a range, which is widened to hold zero. A degenerate one gives scale 1, zero
+    0."""
     if degenerate(low, high):
         return QuantParams(1.0, 0)
-    low, scale = min(low, 0.0), _step(low, high)
+    low, scale = min(low, 0.0), _scale(low, high)
     return QuantParams(float(np.float32(scale)), int(np.clip(np.rint(-low / scale), 0, 255)))
 
 
 def degenerate(low: float, high: float) -> bool:
-    """Whether a range, widened to hold zero, has no step in float32: it holds nothing but zero."""
-    return not np.float32(_step(low, high)) > 0
+    """Whether the scale of a range, widened to hold zero, is 0 in float32: such a range holds nothing but zero."""
+    return not np.float32(_scale(low, high)) > 0
 
 
-def _step(low: float, high: float) -> float:
+def _scale(low: float, high: float) -> float:
     return (max(high, 0.0) - min(low, 0.0)) / 255
 
 
 def float32(value: float, like: Tensor) -> Tensor:
-    """A float32 scalar as a tensor: torch may turn a division by a Python number into a multiplication."""
+    """`value` as a float32 scalar on the device of `like`: torch may turn a division by a Python number into a
+    multiplication, which rounds differently."""
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
 def clip(x: Tensor) -> Tensor:
-    """To uint8, in place where `x` is a temporary."""
+    """Clips to 0..255 as uint8. Overwrites `x`."""
     return x.clamp_(0, 255).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""From a folded network and its activation ranges to the integer one: rules 2 and 17 of docs/quint8.md."""
+"""From a folded network and its activation ranges to the integer network: rules 2 and 17 of docs/quint8.md."""
 
 from collections.abc import Mapping
 from math import inf
@@ -14,7 +14,7 @@ from fnet_search.quant.ranges import TensorStats, carriers
 from fnet_search.quant.simulator import QuantizedNetwork
 
 BOUNDS: Mapping[str, tuple[float, float]] = {"relu6": (0, 6), "hardsigmoid": (0, 1), "sigmoid": (0, 1), "tanh": (-1, 1)}
-"""What bounded functions lie between."""
+"""The range of values of each bounded function."""
 
 
 def quantize(
@@ -23,9 +23,10 @@ def quantize(
     per_channel: bool = False,
     known: Mapping[str, QuantizedLayer] = MappingProxyType({}),
 ) -> QuantizedNetwork:
-    """The integer network of a folded one, with activation ranges from `ranges.calibrate`.
+    """The integer network of a folded one, with the activation ranges of `stats` (those of `ranges.calibrate`).
 
-    `known`: layers with the same weights, quantized for other ranges, whose codes are shared where they come out equal.
+    `known` holds layers with the same weights, quantized for other ranges; equal codes are shared, not computed again.
+    Raises FnetError where an int32 accumulation could overflow.
     """
     carrier = carriers(folded.network)
     params = {name: _activation_params(folded.network.by_name.get(name), tensor) for name, tensor in stats.items()}
@@ -42,8 +43,9 @@ def quantize(
 
 
 def _activation_params(node: Node | None, stats: TensorStats) -> QuantParams:
-    """Rules 2 and 17: a range ends where the function that gives the tensor does. One that was zero over all samples
-    has the whole range of a function bounded from above: with the step 1 of rule 2 its codes would go beyond that."""
+    """Rules 2 and 17: a range ends where that of the function that gives the tensor ends. A tensor that was zero over
+    all samples takes the whole range of its function if that is bounded from above: with the scale 1 of rule 2 its
+    codes could exceed the bound."""
     low, high = stats.low, stats.high
     if node is not None and isinstance(node.layer, Activation):
         least, most = _bounds(node.layer)
@@ -54,7 +56,7 @@ def _activation_params(node: Node | None, stats: TensorStats) -> QuantParams:
 
 
 def _bounds(layer: Activation) -> tuple[float, float]:
-    """What a function lies between."""
+    """The range of values of an activation function."""
     if layer.low is not None and layer.high is not None:
         return layer.low, layer.high
     return BOUNDS.get(layer.function, (-inf, inf))

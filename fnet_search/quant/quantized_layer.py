@@ -12,17 +12,18 @@ from fnet_search.base.errors import FnetError
 from fnet_search.quant.quant_params import QuantParams, clip, degenerate, float32, quant_params
 
 EXACT_IN_FLOAT32 = 1 << 24
+"""float32 represents all integers below this, so sums that stay below it are exact in any order."""
 SYMMETRIC_ZERO = 128
 """Zero point of weights with per-channel scales: ONNX ``QLinearConv`` wants the same one for all channels."""
 BIAS_ROOM = 1 << 30
-"""What bias codes stay below where weight scales are chosen for them. The rest of int32 is left to the weights, and to
-bias correction."""
+"""Bound on bias codes when weight scales are widened for them: half of int32, so that the sums of the weights, and
+later bias correction, have the other half."""
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A convolution or dense layer: uint8 weight codes in torch's shape, int32 bias codes, and the weights' parameters:
-    one, or one for each output channel."""
+    """A convolution or dense layer: uint8 weight codes in torch's shape, int32 bias codes [C_out], and the weights'
+    parameters: one, or one for each output channel."""
 
     codes: Tensor
     params: tuple[QuantParams, ...]
@@ -31,12 +32,12 @@ class QuantizedLayer:
     @cached_property
     def scales(self) -> Tensor:
         """float32 [1], or [C_out] with per-channel scales."""
-        return torch.tensor([one.scale for one in self.params], dtype=torch.float32, device=self.codes.device)
+        return torch.tensor([params.scale for params in self.params], dtype=torch.float32, device=self.codes.device)
 
     @cached_property
     def zeros(self) -> Tensor:
         """uint8, as `scales`."""
-        return torch.tensor([one.zero for one in self.params], dtype=torch.uint8, device=self.codes.device)
+        return torch.tensor([params.zero for params in self.params], dtype=torch.uint8, device=self.codes.device)
 
     @cached_property
     def centred(self) -> Tensor:
@@ -45,18 +46,18 @@ class QuantizedLayer:
 
     @cached_property
     def reach(self) -> Tensor:
-        """The most that the weights of a channel can add up to: sum |q_w - z_w| 255, float64 [C_out]."""
+        """The largest sum that the weights of an output channel can give: sum |q_w - z_w| 255, float64 [C_out]."""
         return self.centred.abs().flatten(1).sum(1, dtype=torch.float64) * 255
 
     def with_bias(self, bias: Tensor) -> "QuantizedLayer":
-        """The same weights, and what is known of them, with other bias codes."""
+        """The same weights with other bias codes. Keeps the cached properties of the weights."""
         other = replace(self, bias=bias)
         other.__dict__.update({name: self.__dict__[name] for name in _OF_WEIGHTS if name in self.__dict__})
         return other
 
     @property
     def weight(self) -> Tensor:
-        """s_w (q_w - z_w): the weights that the codes stand for, float32."""
+        """The weights that the codes stand for: s_w (q_w - z_w), float32."""
         return self.centred * _by_output(self.scales, self.codes)
 
     def bias_scale(self, source: QuantParams) -> Tensor:
@@ -65,19 +66,19 @@ class QuantizedLayer:
 
     @cached_property
     def slices(self) -> list[slice]:
-        """Consecutive slices of input channels (within a group), each with a reach that float32 sums exactly; none
-        where one channel alone reaches further (kernels of 17x17 and more)."""
+        """Consecutive slices of input channels (within a group), each with sums that float32 holds exactly; empty where
+        the sums of one channel exceed that (kernels of 17x17 and more)."""
         reach = self.centred.abs().flatten(2).sum(2) * 255 if self.codes.ndim > 2 else self.centred.abs() * 255
         sums = F.pad(reach.double().cumsum(1), (1, 0))
-        found, start, window = [], 0, reach.shape[1]
+        slices, start, window = [], 0, reach.shape[1]
         while start < reach.shape[1]:
             ahead = sums[:, start + 1 : start + 1 + window] - sums[:, start : start + 1]
             fits = int((ahead.amax(0) < EXACT_IN_FLOAT32).sum())
             if not fits:
                 return []
-            found.append(slice(start, start + fits))
-            start, window = start + fits, 2 * fits  # the next one is about as long: no need to look further
-        return found
+            slices.append(slice(start, start + fits))
+            start, window = start + fits, 2 * fits  # the next slice is about as long, so do not look much further
+        return slices
 
 
 _OF_WEIGHTS = ("scales", "zeros", "centred", "reach", "slices")
@@ -85,7 +86,7 @@ _OF_WEIGHTS = ("scales", "zeros", "centred", "reach", "slices")
 
 
 def _by_output(values: Tensor, weight: Tensor) -> Tensor:
-    """[1] or [C_out] in a shape that goes with a weight."""
+    """[1] or [C_out] in a shape that broadcasts with a weight."""
     return values.view(-1, *[1] * (weight.ndim - 1))
 
 
@@ -98,11 +99,13 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Rules 3, 6 and 10: weights by min and max, per tensor or per output channel, bias with scale f32(s_x s_w).
 
-    Where int32 has no room for the bias beside the sums of the weights, the weight scale is widened until it has.
-    Weights of zero have a scale that is made for the bias. Raises FnetError where the sums of the weights alone could
-    overflow, which the runtime would let wrap around.
+    Where int32 cannot hold the bias together with the sums of the weights, the weight scale is widened until it can.
+    Weights that are all zero take a scale that suits the bias. Raises FnetError where the sums of the weights alone
+    could overflow, which the runtime would let wrap around.
 
-    `like`: the same weights quantized for another source, whose codes are taken where the parameters are the same.
+    Args:
+        source: parameters of the layer's input.
+        like: the same weights quantized for another source; its codes are reused where the parameters are equal.
     """
 
     def common(scales: Tensor) -> Tensor:
@@ -119,8 +122,10 @@ def quantize_layer(
             scales = torch.where(least > 0, least, scales)
     layer = _coded(weight, bias, source, scales, zero, like)
     if not fits(layer):
-        bounded(layer.with_bias(torch.zeros_like(layer.bias)))
-        layer = _coded(weight, bias, source, torch.maximum(scales, common(_roomy(weight, bias, source))), zero)
+        bounded(layer.with_bias(torch.zeros_like(layer.bias)))  # no scale helps where the weights alone overflow
+        layer = _coded(
+            weight, bias, source, torch.maximum(scales, common(_scales_with_room(weight, bias, source))), zero
+        )
     return bounded(layer)
 
 
@@ -132,8 +137,8 @@ def _coded(
     zero: int,
     like: QuantizedLayer | None = None,
 ) -> QuantizedLayer:
-    """Rules 3 and 6, with these weight scales, float64 [1] or [C_out]; but where f32(s_x s_w) would not be a normal
-    number of float32, with the smallest ones for which it is."""
+    """Rules 3 and 6 with the given weight scales, float64 [1] or [C_out], raised where needed to the smallest ones for
+    which f32(s_x s_w) is a normal float32 number."""
     smallest = float(np.finfo(np.float32).tiny) / min(source.scale, 1.0)
     params = tuple(QuantParams(scale, zero) for scale in scales.clamp_min(smallest).float().tolist())
     if like is None or like.params != params:
@@ -144,7 +149,7 @@ def _coded(
     return like.with_bias(bias_codes.to(torch.int32))
 
 
-def _roomy(weight: Tensor, bias: Tensor, source: QuantParams) -> Tensor:
+def _scales_with_room(weight: Tensor, bias: Tensor, source: QuantParams) -> Tensor:
     """Weight scales at which sum |q_w - z_w| 255 + |q_b| stays below BIAS_ROOM, float64 [C_out]: the sum is at most
     (255 sum |w| + |b| / s_x) / s_w, and half a step for each weight that is rounded."""
     sums = 255 * weight.double().abs().flatten(1).sum(1) + bias.double().abs() / source.scale
@@ -157,7 +162,7 @@ def fits(layer: QuantizedLayer) -> bool:
 
 
 def bounded(layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer itself. Raises FnetError where its int32 accumulation can overflow (rule 10)."""
+    """Returns `layer`. Raises FnetError where its int32 accumulation can overflow (rule 10)."""
     if not fits(layer):
         raise FnetError(f"int32 accumulation can overflow: sum |q_w - z_w| 255 + |q_b| reaches {_reach(layer):.3g}")
     return layer

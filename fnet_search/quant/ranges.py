@@ -1,4 +1,4 @@
-"""Ranges of activations (rule 4 of docs/quint8.md): which tensors are quantized, and from where to where."""
+"""Ranges of activations (rule 4 of docs/quint8.md): which tensors are quantized, and their lowest and highest value."""
 
 import math
 import sys
@@ -36,10 +36,11 @@ from fnet_search.training.network import walk
 
 
 def carriers(network: Macroarchitecture) -> dict[str, str]:
-    """For each node of a folded network (and the input) the node whose scale and zero point its codes have.
+    """For each node of a folded network, and the input: its carrier, the node whose scale and zero point its codes
+    have.
 
-    A ReLU or ReLU6 that is the only reader of a layer is fused into it: both carry the ReLU's parameters. Max pooling
-    and layers that only move values keep those of their input. Everything else has its own.
+    A ReLU or ReLU6 that is the only reader of a layer is fused into it: both have the ReLU's parameters. Max pooling
+    and layers that only move values keep those of their input. Every other node has its own.
     """
     carrier = {INPUT: INPUT}
     for node in network.order:
@@ -53,7 +54,7 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
 
 
 def _keeps_codes(layer: Layer) -> bool:
-    """Whether the codes that a layer gives are some of those that it reads."""
+    """Whether each output code of a layer is one of its input codes."""
     if isinstance(layer, Moving):
         return True
     match layer:
@@ -71,7 +72,8 @@ def _clips(layer: object) -> bool:
 
 @dataclass(frozen=True)
 class TensorStats:
-    """A tensor over the calibration samples. `low` and `high` bound the clipped range; channel extremes are [C]."""
+    """A tensor over the calibration samples. `low` and `high` bound the clipped range; `channel_min` and `channel_max`
+    [C] are those of each channel before clipping."""
 
     low: float
     high: float
@@ -81,20 +83,23 @@ class TensorStats:
     """Share of elements that are exactly zero."""
 
 
-HELD = 1 << 26
-"""Values of activations that are held between two passes, at most: a quarter of a gigabyte."""
+MAX_HELD_VALUES = 1 << 26
+"""At most so many activations are held in memory between the two passes: 256 MiB in float32."""
 
 
 def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held: int = 0) -> Mapping[str, TensorStats]:
     """Statistics of every quantized tensor, keyed by its carrier.
 
-    The network's input and its logits get min and max, hidden tensors what `method` says: nearest-rank percentiles
-    pooled over all elements, exact, or the range of least squared error. Percentiles between which there is nothing but
-    zero (a sparse tensor) give way to min and max. Both take two passes over the samples and keep histograms, so memory
-    does not grow with their number.
+    The input and the logits take min and max, hidden tensors the range of `method`. Percentiles are nearest-rank,
+    exact, over all elements of a tensor; where they enclose nothing but zero (a sparse tensor), min and max replace
+    them. Percentiles and least squares take two passes over the samples and keep histograms, so memory does not grow
+    with the number of samples.
 
-    `held`: the samples are so many, and few: what the network gives for them is held for the second pass, where that is
-    at most HELD values, and not computed again. Raises FnetError for activations that are not finite.
+    Args:
+        held: the number of samples, where their activations should be held for the second pass instead of computed
+            again; no more than MAX_HELD_VALUES are. 0 holds none.
+
+    Raises FnetError for activations that are not finite.
     """
     return calibrate_each(folded, batches, (method,), held)[0]
 
@@ -102,7 +107,7 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held
 def calibrate_each(
     folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod], held: int = 0
 ) -> list[Mapping[str, TensorStats]]:
-    """As `calibrate`, for several range methods in the same passes."""
+    """As `calibrate`, for several range methods in the same passes: one mapping for each method."""
     carrier = carriers(folded.network)
     ends = {INPUT, carrier[folded.network.output]}
     kinds = [observer_of(method) for method in methods]
@@ -110,15 +115,15 @@ def calibrate_each(
         name: [(Observer if name in ends else kind)(method) for kind, method in zip(kinds, methods, strict=True)]
         for name in carrier.values()
     }
-    hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= HELD if held else False
+    hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= MAX_HELD_VALUES if held else False
     tensors = []
     for name, tensor in _tensors(folded, batches, observers):
         for observer in observers[name]:
             observer.first_pass(tensor)
         if hold:
             tensors.append((name, tensor))
-    left = {name: [one for one in each if not one.settled] for name, each in observers.items()}
-    if unsettled := {name: each for name, each in left.items() if each}:
+    remaining = {name: [observer for observer in each if not observer.settled] for name, each in observers.items()}
+    if unsettled := {name: each for name, each in remaining.items() if each}:
         for name, tensor in tensors if hold else _tensors(folded, batches, unsettled):
             for observer in unsettled.get(name, ()):
                 observer.second_pass(tensor)
@@ -126,16 +131,17 @@ def calibrate_each(
 
 
 def passes(*methods: RangeMethod) -> int:
-    """How often `calibrate` looks at the samples, at most."""
+    """The most passes over the samples that `calibrate` makes for these methods."""
     return max(observer_of(method).passes for method in methods)
 
 
 def observer_of(method: RangeMethod) -> "type[Observer]":
-    """Raises FnetError for a method that is not there, or whose observer is none."""
-    found = range_spec(method.name).load()
-    if not (isinstance(found, type) and issubclass(found, Observer)):
+    """The observer class of a range method. Raises FnetError for an unknown method, or one whose observer is not an
+    `Observer`."""
+    observer = range_spec(method.name).load()
+    if not (isinstance(observer, type) and issubclass(observer, Observer)):
         raise FnetError(f"range method {method.name!r} cannot be loaded: its observer must be a subclass of Observer")
-    return found
+    return observer
 
 
 @torch.no_grad()
@@ -149,10 +155,10 @@ def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, objec
 
 
 class Observer:
-    """What a range method sees of one tensor: here its extremes, which are the range of ``minmax``.
+    """Watches one tensor over the calibration samples and finds its range. This one is ``minmax``.
 
-    A subclass for each other method finds its `range` from what it keeps in one pass over the samples or in two; what
-    it keeps must not grow with their number.
+    Each other range method is a subclass, which overrides `range` and collects what it needs in one or two passes over
+    the samples, in memory that does not grow with their number.
     """
 
     passes: ClassVar[int] = 1
@@ -173,7 +179,7 @@ class Observer:
         self.zeros += tensor.numel() - int(torch.count_nonzero(tensor))
 
     def second_pass(self, tensor: Tensor) -> None:
-        """Called with the same tensors again, unless `settled`."""
+        """Is given the same tensors again, unless the observer is `settled` after the first pass."""
 
     @property
     def low(self) -> float:
@@ -185,11 +191,11 @@ class Observer:
 
     @property
     def settled(self) -> bool:
-        """Whether one pass was enough. Raises nothing, also for values that are not finite: `stats` does."""
+        """Whether the first pass was enough. Must not raise for values that are not finite: `stats` does."""
         return self.passes == 1
 
     def range(self) -> tuple[float, float]:
-        """From where to where values are represented."""
+        """The lowest and the highest value to be represented."""
         return self.low, self.high
 
     def stats(self, name: str) -> TensorStats:
@@ -199,7 +205,8 @@ class Observer:
 
 
 class Percentiles(Observer):
-    """Exact order statistics in 64 Ki counters a pass: first the upper half of the floats' bits, then the lower."""
+    """``percentile``: exact order statistics with 65,536 counters in each pass, the first for the upper 16 bits of the
+    floats, the second for the lower 16 bits of those in the buckets that hold the wanted ranks."""
 
     passes = 2
 
@@ -220,15 +227,16 @@ class Percentiles(Observer):
             bucket, _ = _locate(self.coarse, rank)
             key = bucket - (1 << 15)
             inside = _keys(flat[upper == (key if key >= 0 else key ^ 0x7FFF)])
-            found = torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
-            self.fine[rank] = self.fine[rank] + found if rank in self.fine else found
+            counts = torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
+            self.fine[rank] = self.fine[rank] + counts if rank in self.fine else counts
 
     @property
     def settled(self) -> bool:
         return not self.open_ranks()
 
     def open_ranks(self) -> tuple[int, ...]:
-        """Ranks that the first pass has not settled: the zeros at the bottom of a ReLU's output are settled."""
+        """Ranks that need the second pass. Those among the zeros of a tensor without negative values do not: it is
+        known that their value is 0."""
         zeros = self.zeros if self.low >= 0 else 0
         return tuple(rank for rank in self.ranks() if rank > zeros)
 
@@ -250,7 +258,7 @@ class Percentiles(Observer):
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All elements, in the order in which they lie in memory where that needs no copy."""
+    """All elements in memory order, without a copy where possible."""
     return (tensor.movedim(1, -1) if tensor.ndim == 4 and not tensor.is_contiguous() else tensor).flatten()
 
 
@@ -266,23 +274,23 @@ def _keys(flat: Tensor) -> Tensor:
 
 
 def _float(key: int) -> float:
-    """Inverse of `_keys`. NaN for keys beyond infinity, which no finite tensor has."""
+    """Inverse of `_keys`. NaN for keys beyond that of infinity, which no finite tensor has."""
     bits = torch.tensor([key], dtype=torch.int64).to(torch.int32)
     return float((bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32))
 
 
 def _locate(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bucket that holds the element of a rank (from 1), and how many elements lie before that bucket."""
+    """The bucket that holds the element of `rank` (from 1), and the number of elements in the buckets before it."""
     cumulative = histogram.cumsum(0)
     bucket = int(torch.searchsorted(cumulative, torch.tensor(rank)))
     return bucket, int(cumulative[bucket] - histogram[bucket])
 
 
 class LeastSquares(Observer):
-    """The range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
+    """``mse``: the range with the least sum (x - x_q)^2, over a histogram of BINS equal bins between min and max.
 
-    A bin is at least 16 times narrower than a step, down to a range of a sixteenth of the whole: then what a bin's
-    place within a step says about its values is exact enough. Zeros are left out: they are always represented.
+    With 65,536 bins and 255 steps a bin is at least 16 times narrower than a step, as long as the range is at least a
+    sixteenth of min to max; so a bin's centre may stand for its values. Zeros are left out: every range holds them.
     """
 
     passes = 2
@@ -303,7 +311,7 @@ class LeastSquares(Observer):
         return ((tensor.double() - self.low) * (self.BINS / (self.high - self.low))).int().clamp_(0, self.BINS - 1)
 
     def range(self) -> tuple[float, float]:
-        """Shrinks min and max on a grid of 64 by 64, then twice around the best on one that is 8 times finer."""
+        """Shrinks min and max on a grid of 64 by 64 shares, then twice around the best, each grid 8 times finer."""
         if self.settled:
             return self.low, self.high
         ends = min(self.low, 0.0), max(self.high, 0.0)
@@ -319,7 +327,8 @@ class LeastSquares(Observer):
 
 
 class _Moments:
-    """Sums of a histogram's counts, values and squares up to each bin: the error of a range in 256 additions."""
+    """Cumulative sums of a histogram's counts, values and squares, from which the error of a range follows with one
+    difference for each of its 256 codes."""
 
     def __init__(self, counts: "np.ndarray[Any, np.dtype[np.int64]]", low: float, high: float) -> None:
         self.low, self.width = low, (high - low) / len(counts)
@@ -327,12 +336,12 @@ class _Moments:
         self.sums = [np.concatenate([[0.0], np.cumsum(counts * centres**power)]) for power in range(3)]
 
     def errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
-        """sum (x - x_q)^2 with the parameters of each range, a few ranges at a time."""
+        """sum (x - x_q)^2 for each range; 64 ranges at a time, to bound the memory."""
         return np.concatenate([self._errors(ranges[start : start + 64]) for start in range(0, len(ranges), 64)])
 
     def _errors(self, ranges: Sequence[tuple[float, float]]) -> "np.ndarray[Any, np.dtype[np.float64]]":
         params = [quant_params(low, high) for low, high in ranges]
-        scales, zeros = np.array([[one.scale for one in params], [one.zero for one in params]])[:, :, None]
+        scales, zeros = np.array([(each.scale, each.zero) for each in params]).T[:, :, None]
         codes = np.arange(256.0)
         values = scales * (codes - zeros)
         edges = (scales * (codes[1:] - 0.5 - zeros) - self.low) / self.width

@@ -1,14 +1,14 @@
 """Which layer costs the accuracy: partly quantized networks, measured on the same images.
 
-What is quantized or left in float is a *part* of a folded network: one quantized tensor, and the weights that make it.
-A convolution or dense layer is a part with its weights, its bias, and its output, which is that after a ReLU that is
-fused into it (`ranges.carriers`). Every other quantized tensor (the input, what an add, a concat, an average pool or an
-activation gives) is a part of its own, without weights. So the parts are all that is quantized, each once: "only" and
-"all but" a part leave nothing open.
+The unit that is quantized or left in float is a *part* of a folded network: one quantized tensor, and the weights that
+produce it. A convolution or dense layer is a part: its weights, its bias and its output (after a fused ReLU, see
+`ranges.carriers`). Every other quantized tensor (the input; the output of an add, a concat, an average pool or an
+activation) is a part without weights. The parts partition everything that is quantized, so "only" and "all but" a part
+are well defined.
 
-A part that is quantized takes the values that its codes stand for: weights s_w (q_w - z_w), biases s_x s_w q_b, outputs
-s_y (q_y - z_y). Everything is computed in float32 on these values (integers and floats cannot be mixed within an
-integer network), which gives the integer network's codes but for rare roundings by one step in each layer.
+A quantized part takes the values that its codes stand for: weights s_w (q_w - z_w), biases s_x s_w q_b, outputs
+s_y (q_y - z_y). All of it is computed in float32, since integers and floats cannot be mixed within the integer network;
+the result is that of the integer network except for rare roundings by one step in a layer.
 """
 
 import math
@@ -28,13 +28,13 @@ from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.training.datasets import DataSet, Split
 
 BATCH = 25
-"""Images at a time: few, since the activations of all nodes are held."""
+"""Images in a batch: few, since the activations of all nodes are held."""
 
 
 @dataclass(frozen=True)
 class PartSensitivity:
-    """One part, named after the layer (or ``input``) that makes its tensor. Accuracies and their differences are
-    fractions of 1; errors are standard errors of differences of paired images."""
+    """One part, named after the layer (or ``input``) that produces its tensor. Accuracies and their differences are
+    fractions of 1; errors are standard errors of the paired differences."""
 
     layer: str
     only_accuracy: float
@@ -53,7 +53,8 @@ class PartSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one network on `images` images. Accuracies, `drop` and its standard error are fractions of 1."""
+    """The sensitivity of one network, on `images` images. Accuracies, `drop` and its standard error are fractions of
+    1."""
 
     images: int
     fp32_accuracy: float
@@ -69,25 +70,26 @@ class Sensitivity:
 
     @property
     def costliest(self) -> PartSensitivity:
-        """The part that loses most when only it is quantized; of equals the one that gives back most, then by KL."""
+        """The part that costs most when only it is quantized; ties go by `gain`, then by `only_kl`."""
         return max(self.parts, key=lambda part: (part.cost, part.gain, part.only_kl))
 
     @property
     def most_gained(self) -> PartSensitivity:
-        """The part that gives back most when only it is left in float; of equals the one that costs most."""
+        """The part that regains most when only it is left in float; ties go by `cost`, then by `only_kl`."""
         return max(self.parts, key=lambda part: (part.gain, part.cost, part.only_kl))
 
 
 @dataclass(frozen=True)
 class PartlyQuantized:
-    """A folded network any parts of which are quantized; a part is named by its carrier, in `params` of `quantized`."""
+    """A folded network of which any parts can be quantized. A part is named by its carrier, a key of
+    `quantized.params`."""
 
     folded: FoldedNetwork
     quantized: QuantizedNetwork
 
     @cached_property
-    def coarse(self) -> FoldedNetwork:
-        """The float network of the values that the codes of weights and biases stand for."""
+    def dequantized(self) -> FoldedNetwork:
+        """The float network with the weights and biases that the codes stand for."""
         layers = self.quantized.layers
         bias = {}
         for node in self.folded.network.order:
@@ -98,43 +100,43 @@ class PartlyQuantized:
 
     @cached_property
     def sources(self) -> Mapping[str, str]:
-        """For each part, in network order, the node (or the input) that makes its tensor."""
-        found: dict[str, str] = {}
+        """For each part, in network order, the node (or the input) that produces its tensor."""
+        sources: dict[str, str] = {}
         for name in (INPUT, *(node.name for node in self.folded.network.order)):
-            found.setdefault(self.quantized.carrier[name], name)
-        return found
+            sources.setdefault(self.quantized.carrier[name], name)
+        return sources
 
-    def first(self, x: Tensor, parts: Set[str]) -> Tensor:
-        """The input, quantized if it is one of these parts."""
-        return self._seen(x, INPUT) if INPUT in parts else x
+    def input(self, x: Tensor, parts: Set[str]) -> Tensor:
+        """The input images, quantized if the input is one of `parts`."""
+        return self._rounded(x, INPUT) if INPUT in parts else x
 
     def apply(self, node: Node, inputs: list[Tensor], parts: Set[str]) -> Tensor:
-        """One node on float tensors, with these parts quantized."""
+        """The output of one node for float tensors, with `parts` quantized."""
         carrier = self.quantized.carrier[node.name]
         if carrier not in parts:
             return self.folded.apply_node(node, inputs)
-        output = self.coarse.apply_node(node, inputs)
-        return self._seen(output, carrier) if node.name == carrier else output
+        output = self.dequantized.apply_node(node, inputs)
+        return self._rounded(output, carrier) if node.name == carrier else output
 
-    def _seen(self, x: Tensor, carrier: str) -> Tensor:
-        """The same values as ``dequantize(quantize(x))``, in half the passes over memory."""
+    def _rounded(self, x: Tensor, carrier: str) -> Tensor:
+        """Equals ``dequantize(quantize(x))``, in half the passes over memory."""
         params = self.quantized.params[carrier]
         scale = float32(params.scale, x)
         return (x / scale).round_().clamp_(-params.zero, 255 - params.zero).mul_(scale)
 
     def values(self, x: Tensor, parts: Set[str]) -> dict[str, Tensor]:
-        """The outputs of all nodes, and the input, for normalised images [N, C, H, W] with these parts quantized."""
-        values = {INPUT: self.first(x, parts)}
+        """The outputs of all nodes, and the input, for normalised images [N, C, H, W], with `parts` quantized."""
+        values = {INPUT: self.input(x, parts)}
         for node in self.folded.network.order:
             values[node.name] = self.apply(node, [values[source] for source in node.inputs], parts)
         return values
 
     def logits(self, x: Tensor, parts: Set[str], values: Mapping[str, Tensor], changed: str) -> Tensor:
-        """[N, classes] logits with these parts quantized, given the `values` of parts that differ in `changed` only:
-        what does not depend on that one is taken from there."""
+        """[N, classes] logits with `parts` quantized. `values` are those with the same parts but `changed`: only the
+        nodes that depend on `changed` are computed again."""
         network, source = self.folded.network, self.sources[changed]
         after = {source, *nx.descendants(network.graph, source)}
-        fresh = {INPUT: self.first(x, parts)} if source == INPUT else {}
+        fresh = {INPUT: self.input(x, parts)} if source == INPUT else {}
         for node in network.order:
             if node.name in after:
                 inputs = [fresh[name] if name in fresh else values[name] for name in node.inputs]
@@ -143,14 +145,15 @@ class PartlyQuantized:
 
 
 class _Tally:
-    """What one of the compared networks made of the images: which it got right, how far it is from the float one."""
+    """The results of one of the compared networks: which images it classifies right, its divergence from the float
+    one."""
 
     def __init__(self) -> None:
         self.hits: list[Tensor] = []
         self.divergence = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, reference: Tensor) -> None:
-        """`reference` has the log probabilities of the float network, float64."""
+        """`reference` holds the log probabilities of the float network, float64 [N, classes]."""
         self.hits.append((logits.argmax(1) == labels).double().cpu())
         log_q = F.log_softmax(logits.double(), 1)
         self.divergence += float((reference.exp() * (reference - log_q)).sum())
@@ -168,7 +171,7 @@ class _Tally:
         return max(0.0, self.divergence / len(self.right))
 
     def above(self, other: "_Tally") -> tuple[float, float]:
-        """The difference to the accuracy of another on the same images, and its standard error."""
+        """Accuracy less that of `other` on the same images, and the standard error of the difference."""
         difference = self.right - other.right
         return float(difference.mean()), float(difference.std(correction=0)) / math.sqrt(len(difference))
 
@@ -179,12 +182,15 @@ def sensitivity(
     quantized: QuantizedNetwork,
     data: DataSet,
     split: Split,
-    seen: Callable[[int, int], None] = lambda done, total: None,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
-    """Accuracies with each part quantized alone, and left in float alone.
+    """Accuracies with only each part quantized, and with all but each part.
 
-    `split` holds images of `data`; `seen` is told after each batch how many of them are done. A batch costs about as
-    much as it has parts, in passes of the network, since only what follows a changed part is computed again.
+    Only the nodes after a changed part are computed again, so a batch costs about as many passes as there are parts.
+
+    Args:
+        split: images of `data`.
+        on_images: called after each batch with the number of images that are done, and their total.
     """
     network = PartlyQuantized(folded, quantized)
     nothing: frozenset[str] = frozenset()
@@ -206,7 +212,7 @@ def sensitivity(
         for part, tally in all_but.items():
             tally.add(network.logits(x, everything - {part}, values, part), labels, reference)
         done += len(labels)
-        seen(done, len(split))
+        on_images(done, len(split))
     return Sensitivity(
         len(split),
         whole.accuracy,
@@ -227,8 +233,8 @@ def sensitivity(
     )
 
 
-def sample(split: Split, images: int) -> Split:
-    """At most so many images, in the proportions of the classes: every k-th of them in order of their classes."""
+def stratified_sample(split: Split, images: int) -> Split:
+    """At most `images` images of a split in the proportions of its classes: every k-th one, ordered by class."""
     if images >= len(split):
         return split
     ordered = torch.argsort(split.labels, stable=True)

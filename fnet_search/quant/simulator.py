@@ -1,6 +1,6 @@
-"""quint8, exactly as ONNX Runtime computes it (docs/quint8.md): weights, and the integer simulator.
+"""The integer simulator: quint8 networks exactly as ONNX Runtime computes them (docs/quint8.md).
 
-Codes are uint8 tensors; every step below is an integer or a single float32 operation, in the runtime's order.
+Codes are uint8 tensors; every step is an integer operation or a single float32 one, in the runtime's order.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,7 +36,8 @@ from fnet_search.training.network import activate, apply_stateless, moved, run, 
 
 @dataclass(frozen=True)
 class QuantizedNetwork:
-    """The integer network. `params` holds scale and zero point of every carrier tensor, `layers` the weights."""
+    """The integer network: `params` holds the scale and zero point of every carrier, `layers` the weights of every
+    convolution and dense layer."""
 
     network: Macroarchitecture
     params: Mapping[str, QuantParams]
@@ -48,11 +49,11 @@ class QuantizedNetwork:
 
     def codes(self, x: Tensor) -> Iterator[tuple[Node, Tensor]]:
         """Yields every node with its output codes, uint8, for normalised float images [N, C, H, W]."""
-        return walk(self.network, self.params[INPUT].quantize(x), Step(self))
+        return walk(self.network, self.params[INPUT].quantize(x), IntegerStep(self))
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] logits: dequantized, float32."""
-        logits = run(self.network, self.params[INPUT].quantize(x), Step(self))
+        logits = run(self.network, self.params[INPUT].quantize(x), IntegerStep(self))
         return self.params[self.carrier[self.network.output]].dequantize(logits)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -86,7 +87,7 @@ class QuantizedNetwork:
 
 
 def _check(network: Macroarchitecture, node: Node, layer: QuantizedLayer) -> None:
-    """Raises FnetError for codes that are not of a layer's shape."""
+    """Raises FnetError for codes whose shape is not that of the layer."""
     kind, inputs = node.layer, network.input_shapes(node)[0]
     assert isinstance(kind, Weighted)
     match kind:
@@ -108,8 +109,9 @@ def _unpack(name: str, tensors: Mapping[str, Tensor]) -> tuple[QuantParams, ...]
     return tuple(map(QuantParams, scales, zeros))
 
 
-def table(function: Activation | None, source: QuantParams, target: QuantParams) -> Tensor:
-    """Rule 16: any function of one tensor as 256 codes, a row for each slope that it has; None requantizes."""
+def lookup_table(function: Activation | None, source: QuantParams, target: QuantParams) -> Tensor:
+    """Rule 16: a function of one tensor as a table: target codes of the 256 source codes, [256], or a row for each
+    slope that the function has, [rows, 256]. None requantizes from `source` to `target`."""
     x = source.dequantize(torch.arange(256))
     if function is None:
         return target.quantize(x)
@@ -117,8 +119,9 @@ def table(function: Activation | None, source: QuantParams, target: QuantParams)
     return target.quantize(y.float()).T.contiguous()
 
 
-class Step:
-    """Computes the output codes of a node, for `network.walk`; see the rules of docs/quint8.md for each case."""
+class IntegerStep:
+    """Computes the output codes of a node from its input codes, for `network.walk` and `network.run`. Each case is a
+    rule of docs/quint8.md."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier
@@ -135,7 +138,7 @@ class Step:
             case Activation() if self.carrier[node.inputs[0]] == node.name:
                 return codes  # fused: the layer before clipped at the zero point already
             case Activation():
-                return _lookup(table(layer, source, target), codes)
+                return _lookup(lookup_table(layer, source, target), codes)
             case Pool(reduction="max"):
                 return apply_stateless(layer, [codes.float()]).to(torch.uint8)
             case Pool(reduction="average") if layer.kernel != codes.shape[2:] or any(layer.padding):
@@ -152,7 +155,8 @@ class Step:
             case Concat():
                 parts = zip(inputs, sources, strict=True)
                 same = [
-                    part if params == target else _lookup(table(None, params, target), part) for part, params in parts
+                    part if params == target else _lookup(lookup_table(None, params, target), part)
+                    for part, params in parts
                 ]
                 return torch.cat(same, dim=1)
             case BatchNorm() | Affine():
@@ -161,19 +165,20 @@ class Step:
                 assert_never(layer)
 
     def output(self, node: Node, total: Tensor) -> Tensor:
-        """The codes of a convolution or dense layer, of what it accumulated."""
+        """The output codes of a convolution or dense layer from its int32 accumulators `total`."""
         source, target = (self.params[self.carrier[name]] for name in (node.inputs[0], node.name))
         scale = self.layers[node.name].bias_scale(source)
         return requantize(total, scale / float32(target.scale, scale), target)
 
 
 def row_starts(rows: int, axes: int) -> Tensor:
-    """Where the row of each channel begins in a flattened `table`, int32, against codes of so many axes."""
+    """The start of each channel's row in a flattened `lookup_table`, int32, in a shape that broadcasts with codes of
+    `axes` dimensions."""
     return 256 * torch.arange(rows, dtype=torch.int32).view(-1, *[1] * (axes - 2))
 
 
 def _lookup(codes: Tensor, index: Tensor) -> Tensor:
-    """Codes from a `table` [256] or [rows, 256], where a channel has a row, or all have the one."""
+    """The entries of a `lookup_table` at the codes `index`: with several rows, channel i looks them up in row i."""
     places, rows = index.int(), codes.numel() // 256
     if rows > 1:
         places += row_starts(rows, index.ndim).to(index.device)

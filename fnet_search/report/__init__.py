@@ -1,5 +1,5 @@
-"""What a run came to, for people: the outcome, figures, drawings, CSV tables, HTML pages.
+"""The results of a run for people: the outcome, figures, drawings, CSV tables, HTML pages.
 
-Comes in: Drawing and writing from data. No torch, no Optuna.
+Holds what draws and writes from data. No torch, no Optuna.
 Read first: `outcome.py`.
 """

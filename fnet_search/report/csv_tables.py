@@ -52,25 +52,24 @@ COLUMNS: dict[str, type] = {
 }
 
 
-def candidate_line(space: Macroarchitecture, constraints: Constraints, one: Evaluation) -> str:
-    """A line of candidates.csv. Accuracies and drop are fractions of 1, losses in nats; what was not measured is empty.
-
-    What the policy learns from is quantized with the common scheme.
+def candidate_line(space: Macroarchitecture, constraints: Constraints, evaluation: Evaluation) -> str:
+    """A line of candidates.csv. Accuracies and drops are fractions of 1, losses in nats; values that were not measured
+    are empty. The columns ``common_*`` hold what policies learn from: the candidate under the common scheme.
     """
-    common = (one.common or one) if one.state == "complete" else None
+    common = (evaluation.common or evaluation) if evaluation.state == "complete" else None
     derived = {
-        "images": one.images or None,
+        "images": evaluation.images or None,
         "common_scheme": common and common.scheme,
         "common_quint8_accuracy": common and common.quint8_accuracy,
-        "label": label(space, one.plan),
-        "reason": one.remark,
-        "feasible": constraints.feasible(one),
-        "last_epoch_accuracy": one.accuracies[-1] if one.accuracies else None,
-        "audited_codes": one.audit and one.audit.codes,
-        "differing_codes": one.audit and one.audit.differing,
-        **vars(one.cost),
+        "label": label(space, evaluation.plan),
+        "reason": evaluation.remark,
+        "feasible": constraints.feasible(evaluation),
+        "last_epoch_accuracy": evaluation.accuracies[-1] if evaluation.accuracies else None,
+        "audited_codes": evaluation.audit and evaluation.audit.codes,
+        "differing_codes": evaluation.audit and evaluation.audit.differing,
+        **vars(evaluation.cost),
     }
-    return _line(COLUMNS, {name: derived[name] if name in derived else getattr(one, name) for name in COLUMNS})
+    return _line(COLUMNS, {name: derived[name] if name in derived else getattr(evaluation, name) for name in COLUMNS})
 
 
 def candidates_csv(lines: Mapping[int, str]) -> str:
@@ -79,7 +78,8 @@ def candidates_csv(lines: Mapping[int, str]) -> str:
 
 
 def layers_csv(evaluation: Evaluation) -> str:
-    """One line a convolution or dense layer, every field of LayerStats a column; empty: no noise or no signal."""
+    """layers.csv: a line for each convolution and dense layer, a column for each field of LayerStats. An SQNR is empty
+    where there is no noise or no signal."""
     types = {field.name: field.type if field.type in (str, int) else float for field in fields(LayerStats)}
     return _head(types) + "".join(_line(types, asdict(layer)) for layer in evaluation.layers)
 
@@ -99,18 +99,18 @@ PROBE_COLUMNS: dict[str, type] = {
 
 
 def probes_csv(probes: Probes) -> str:
-    """One line a change of a layer's rate, first the network as it is. Losses in nats. The widest range and the lowest
-    precision of the convolutions that stand for the layer; empty: not measured."""
+    """probes.csv: a line for the unchanged network, then one for each change of a layer's rate. Losses in nats. Ranges
+    and precisions are the widest and the lowest among the convolutions that replace the layer; empty: not measured."""
     lines = [_head(PROBE_COLUMNS)]
-    for one in (probes.unchanged, *probes.changes):
+    for probe in (probes.unchanged, *probes.changes):
         derived = {
-            "conv_macs_saved": probes.unchanged.conv_macs - one.conv_macs,
-            "folded_range": max((part.folded_max - part.folded_min for part in one.layers), default=None),
-            "folded_precision": min((part.folded_precision for part in one.layers), default=None),
-            "activation_range": max((part.activation_max - part.activation_min for part in one.layers), default=None),
-            "activation_precision": min((part.activation_precision for part in one.layers), default=None),
+            "conv_macs_saved": probes.unchanged.conv_macs - probe.conv_macs,
+            "folded_range": max((part.folded_max - part.folded_min for part in probe.layers), default=None),
+            "folded_precision": min((part.folded_precision for part in probe.layers), default=None),
+            "activation_range": max((part.activation_max - part.activation_min for part in probe.layers), default=None),
+            "activation_precision": min((part.activation_precision for part in probe.layers), default=None),
         }
-        lines.append(_line(PROBE_COLUMNS, {**vars(one), **derived}))
+        lines.append(_line(PROBE_COLUMNS, {**vars(probe), **derived}))
     return "".join(lines)
 
 
@@ -123,13 +123,13 @@ CHOICE_COLUMNS: dict[str, type] = {
 
 
 def choices_csv(explanation: Explanation) -> str:
-    """One line a layer; of the next lower and higher rate, the conv MACs and the expected quint8 accuracy (fraction of
-    1) that are more than the plan's, or less (negative); empty: there is no such rate."""
+    """choices.csv: a line for each layer. Columns of the next lower and higher rate hold the change in conv MACs and in
+    expected quint8 accuracy (fraction of 1) against the plan; empty where there is no such rate."""
     lines = [_head(CHOICE_COLUMNS)]
-    for one in explanation.choices:
-        steps = {"lower": one.lower, "higher": one.higher}
+    for choice in explanation.choices:
+        steps = {"lower": choice.lower, "higher": choice.higher}
         derived = {f"{side}_{name}": getattr(step, name, None) for side, step in steps.items() for name in _STEP}
-        lines.append(_line(CHOICE_COLUMNS, {**vars(one), **derived, "reason": one.reason}))
+        lines.append(_line(CHOICE_COLUMNS, {**vars(choice), **derived, "reason": choice.reason}))
     return "".join(lines)
 
 
@@ -137,7 +137,8 @@ FRONT_COLUMNS: dict[str, type] = {"conv_macs": int, "expected_quint8_accuracy": 
 
 
 def front_csv(explanation: Explanation) -> str:
-    """One line a plan on the front of conv MACs and expected quint8 accuracy (fraction of 1), by MACs."""
+    """front.csv: a line for each plan on the front of conv MACs and expected quint8 accuracy (fraction of 1), by
+    MACs."""
     rows = (dict(zip(FRONT_COLUMNS, (macs, expected, plan), strict=True)) for plan, macs, expected in explanation.front)
     return "".join([_head(FRONT_COLUMNS), *(_line(FRONT_COLUMNS, row) for row in rows)])
 
@@ -147,7 +148,8 @@ def _head(columns: Iterable[str]) -> str:
 
 
 def _line(columns: Mapping[str, Any], values: Mapping[str, object]) -> str:
-    """A line of a CSV file, `columns` being types; None is an empty cell. pandas takes milliseconds for any table."""
+    """A line of a CSV file, `columns` being types; None is an empty cell. Without pandas, which takes milliseconds for
+    a table: candidates.csv is written after every candidate."""
     text = StringIO()
     cells = ("" if values[name] is None else kind(values[name]) for name, kind in columns.items())
     writer(text, lineterminator="\n").writerow(cells)

@@ -1,4 +1,4 @@
-"""A macroarchitecture as a picture: a box a layer, its colour the kind, branches side by side."""
+"""Pictures of macroarchitectures: a box for each layer, coloured by kind, branches side by side."""
 
 import math
 import textwrap
@@ -71,7 +71,7 @@ def _window(kernel: IntPair) -> str:
 
 
 def describe(layer: Layer) -> str:
-    """Kind and telling parameters: ``conv 3x3, 64, groups 8``."""
+    """The kind of a layer and the parameters that are not the usual ones: ``conv 3x3, 64, groups 8``."""
     match layer:
         case Conv():
             parts = [f"conv {_window(layer.kernel)}", str(layer.out_channels)]
@@ -112,7 +112,7 @@ def _function(layer: Activation) -> str:
         return f"{layer.function} {layer.slopes[0]:g}"
     if layer.function == "clip":
         return f"clip {layer.low:g} to {layer.high:g}"
-    return f"{layer.function}, a slope a channel" if layer.per_channel or layer.slopes else layer.function
+    return f"{layer.function}, a slope for each channel" if layer.per_channel or layer.slopes else layer.function
 
 
 def _family(layer: Layer) -> str:
@@ -188,7 +188,7 @@ def _title(network: Macroarchitecture, space: Macroarchitecture, plan: Factoriza
 
 
 def drawing(network: Macroarchitecture, plan: FactorizationPlan | None = None) -> Figure:
-    """The picture of a network; with a plan, that of the factorized network, the rates shown."""
+    """The picture of a network; with a plan, that of the factorized network with its rates."""
     factorized = factorize(network, plan) if plan else network
     boxes = _boxes(factorized, plan)
     box_width = max(box.width for box in boxes.values())
@@ -233,5 +233,5 @@ def drawing(network: Macroarchitecture, plan: FactorizationPlan | None = None) -
 
 
 def draw(network: Macroarchitecture, path: Path, plan: FactorizationPlan | None = None) -> None:
-    """Writes the picture of a network as PNG; with a plan, that of the factorized network."""
+    """Writes the `drawing` of a network as a PNG file."""
     save_png(drawing(network, plan), path)

@@ -1,7 +1,7 @@
-"""Where the layers of a network stand in its picture: ranks from longest paths, lanes for branches, columns for length.
+"""The layout of a network's picture: ranks from longest paths, lanes for branches, columns so that it fits a page.
 
-One unit is an inch and y grows downwards. The longest path runs straight down in lane 0; branches and skip
-connections run beside it in lanes of their own, so that no line passes under a box.
+The unit is an inch and y grows downwards. The longest path runs straight down in lane 0; branches and skip connections
+run beside it in lanes of their own, so that no line passes under a box.
 """
 
 import math
@@ -18,15 +18,16 @@ from fnet_search.arch.layers import Activation, Foldable, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 
 Place = str | tuple[str, int]
-"""A layer, or the waypoint in a rank that edges of a source pass: one line for all of them, which branches."""
+"""A layer, or (source, rank): the waypoint in a rank that all edges of a source share until they branch off."""
 Edge = Sequence[Place]
-"""The places that an edge visits, one a rank."""
+"""The places that an edge visits, one in each rank."""
 Point = tuple[float, float]
 Vertex = tuple[Point, np.uint8]
-"""A point of a line and how the line gets there (a code of matplotlib's Path)."""
+"""A point of a line, and the code of matplotlib's Path for the way there."""
 
 BOX_HEIGHT, GAP, MARGIN, LANE_GAP, SKIP_LANE, GUTTER = 0.36, 0.2, 0.2, 0.2, 0.14, 0.5
-ASPECT = 0.85  # width / height that a page shows well
+ASPECT = 0.85
+"""Width / height of a portrait page with its caption."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Layout:
         return self._ends[0][column, self.lane[place]], self.top + GAP + row * (BOX_HEIGHT + GAP)
 
     def entry(self, place: Place) -> Point:
-        """Where a line comes in: the middle of a box's upper side, the left of a lane."""
+        """Where a line enters: the middle of a box's upper side, or the middle of a narrow lane."""
         x, y = self.corner(place)
         return x + (self.box_width if isinstance(place, str) else SKIP_LANE) / 2, y
 
@@ -102,7 +103,8 @@ class Layout:
         return Curve(vertices, codes)
 
     def _shift(self, edge: Edge) -> float:
-        """How far from the middle of its target an edge arrives: those from the right arrive on the right."""
+        """The horizontal distance of an edge's end from the middle of its target: edges from the right end on the
+        right."""
         lanes = sorted(self.lane[other[-2]] for other in self.edges if other[-1] == edge[-1])
         own = self.lane[edge[-1]]
         return min(0.16, 0.45 * self.box_width / len(lanes)) * (
@@ -147,7 +149,8 @@ def lay_out(network: Macroarchitecture, box_width: float) -> Layout:
 
 
 def _lanes(edges: Sequence[Edge], rank: Mapping[Place, int]) -> dict[Place, int]:
-    """Splits the network into paths: the longest takes lane 0, the others the first lane free in their ranks."""
+    """Splits the network into paths: the longest takes lane 0, each other one the first lane that is free in its
+    ranks."""
     rest: nx.DiGraph[Place] = nx.DiGraph()
     for edge in edges:
         for source, target in pairwise(edge):
@@ -167,8 +170,8 @@ def _lanes(edges: Sequence[Edge], rank: Mapping[Place, int]) -> dict[Place, int]
 
 
 def _blocks(network: Macroarchitecture, rank: Mapping[str, int]) -> list[range]:
-    """Ranks that must stay in one column: it may end where a single tensor is alive, but not after a convolution
-    whose norm, activation or pointwise convolution follows."""
+    """Ranks that must stay in one column. A column may end where a single tensor is alive, but not between a
+    convolution and the norm, activation or pointwise convolution that follows it."""
     spans = [(source, rank[source], rank[target]) for source, target in network.graph.edges]
     starts = [0]
     for depth in range(max(rank.values())):
@@ -199,14 +202,14 @@ def _below(entry: Point) -> Point:
 
 
 def _toward(start: Point, end: Point) -> Point:
-    """A corner's radius from `start` on the way to `end`."""
+    """The point a corner's radius away from `start` towards `end`."""
     length = math.dist(start, end)
     share = min(0.08, length / 2) / length if length else 0.0
     return start[0] + (end[0] - start[0]) * share, start[1] + (end[1] - start[1]) * share
 
 
 def _rounded(points: Sequence[Point]) -> Iterator[Vertex]:
-    """A polyline with round corners, its first point left out."""
+    """A polyline with round corners, without its first point."""
     for before, corner, after in zip(points, points[1:], points[2:], strict=False):
         yield _toward(corner, before), Curve.LINETO
         yield corner, Curve.CURVE3

@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing but itself: how it looks, and what it is made of."""
+"""Self-contained HTML pages: their style, and the elements that they are made of."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from fnet_search.base.files import write_text
 from fnet_search.report.style import DPI
 
 NONE = "-"
-"""In the place of what was not measured."""
+"""Stands for a value that was not measured."""
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --soft: #5b6470; --line: #d8dde3; --back: #fff; --band: #f4f6f8;
@@ -69,27 +69,29 @@ summary { cursor: pointer; }
 """
 
 
-def png(figure: Figure, caption: str, alt: str) -> str:
+def figure_html(figure: Figure, caption: str, alt: str) -> str:
+    """A matplotlib figure as a PNG in the page."""
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
-    return picture(buffer.getvalue(), caption, alt)
+    return picture_html(buffer.getvalue(), caption, alt)
 
 
-def picture(data: bytes, caption: str, alt: str) -> str:
-    """A PNG file in the page, 100 pixels an inch of the figure."""
+def picture_html(data: bytes, caption: str, alt: str) -> str:
+    """The bytes of a PNG file in the page, at 100 pixels for an inch of the figure."""
     width = round(int.from_bytes(data[16:20]) * 100 / DPI)
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     image = f'<img src="{source}" alt="{escape(alt)}" width="{width}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def table(head: str, rows: Iterable[str]) -> str:
+def html_table(head: str, rows: Iterable[str]) -> str:
+    """A table from the HTML of its head and of its rows."""
     body = "\n".join(rows)
     return f'<div class="wide"><table><thead>{head}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
-def heads(texts: Iterable[str], numbers: Iterable[str] = ()) -> str:
-    """The head of a table: of columns of text, then of numbers."""
+def head_row(texts: Iterable[str], numbers: Iterable[str] = ()) -> str:
+    """The head of a html_table: the names of its columns of text, then those of its columns of numbers."""
     named = [f"<th>{name}</th>" for name in texts] + [f'<th class="number">{name}</th>' for name in numbers]
     return f"<tr>{''.join(named)}</tr>"
 
@@ -100,13 +102,13 @@ def plain_table(
     rows: Iterable[tuple[Sequence[str], Sequence[str]]],
     best: str | None = None,
 ) -> str:
-    """A table of plain text, each row what stands under `texts` and under `numbers`; the one that begins with `best` is
-    marked."""
+    """A table of plain text. Each row holds the cells under `texts` and those under `numbers`; the row whose first cell
+    is `best` is highlighted."""
     lines = [
         f"<tr{' class=best' if words[0] == best else ''}>{cells(words, numbers=False)}{cells(values)}</tr>"
         for words, values in rows
     ]
-    return table(heads(texts, numbers), lines)
+    return html_table(head_row(texts, numbers), lines)
 
 
 def cells(cells: Iterable[str], numbers: bool = True) -> str:
@@ -116,7 +118,7 @@ def cells(cells: Iterable[str], numbers: bool = True) -> str:
 
 
 def write_page(path: Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Writes a page of sections, each a heading (or none) and HTML. The page loads nothing and runs nothing."""
+    """Writes a page of sections, each a heading (may be empty) and HTML. The page loads nothing and runs nothing."""
     body = "".join(f"<section>{f'<h2>{head}</h2>' if head else ''}{text}</section>" for head, text in sections)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     write_text(

@@ -1,4 +1,4 @@
-"""The report of a run: its tables as CSV, and one HTML page that needs nothing but itself."""
+"""The report of a run: one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,18 +14,20 @@ from fnet_search.policy.explanation import Explanation, RateChange
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.drawing import drawing
 from fnet_search.report.figures import caption
-from fnet_search.report.html_page import NONE, cells, heads, picture, png, table, write_page
-from fnet_search.report.outcome import Outcome, span
+from fnet_search.report.html_page import NONE, cells, figure_html, head_row, html_table, picture_html, write_page
+from fnet_search.report.outcome import Outcome, interval
 from fnet_search.report.style import plan_name
 
-DETAILED = 30  # candidates whose layers the page shows; those of all are in their folders
-LISTED = 8  # rates that stand below a plan's short name; those of longer plans are shown on a click
+DETAILED = 30
+"""The most candidates whose layers the page shows; their folders have those of all."""
+LISTED = 8
+"""The most rates that are always shown below a plan's label; longer plans unfold on a click."""
 
 
 # The page
 
 STATES = {"complete": "trained", "pruned": "stopped early", "refused": "refused before training", "failed": "failed"}
-"""What a state is called."""
+"""How states are called on the page."""
 
 GLOSSARY = {
     "plan, rate": "One factorization rate f per layer: 1 is the regular convolution; above 1 a convolution with f "
@@ -80,36 +82,38 @@ def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}"
 
 
-def _of(constraints: Constraints) -> str:
-    """The metric, where it is not what everybody expects."""
+def _metric_name(constraints: Constraints) -> str:
+    """The name of the metric after a number; empty for accuracy, which readers expect."""
     return "" if constraints.metric == "accuracy" else f" {constraints.measured}"
 
 
 def _headline(outcome: Outcome) -> str:
     space, constraints, best, split = outcome.space, outcome.constraints, outcome.winner, outcome.split
-    states = [str(one.state) for one in outcome.evaluations if one.role == "candidate"]
+    states = [str(evaluation.state) for evaluation in outcome.evaluations if evaluation.role == "candidate"]
     counts = [(state, states.count(state)) for state in STATES]
     summary = ", ".join(f"{count} {STATES[state]}" for state, count in counts if count) or "none yet"
-    images = sum(one.trained_images for one in outcome.evaluations)
+    images = sum(evaluation.trained_images for evaluation in outcome.evaluations)
     candidates = f'<p class="soft">Candidates: {summary}. Images trained on in all: {images:,}.</p>'
     notes = "".join(f'<p class="caution">{escape(text[0].upper() + text[1:])}.</p>' for text in outcome.cautions)
     if best is None:
-        trained = any(one.state == "complete" and one.role != "reference" for one in outcome.evaluations)
+        trained = any(
+            evaluation.state == "complete" and evaluation.role != "reference" for evaluation in outcome.evaluations
+        )
         given = f"Given plans, each measured on the {split} split: none of them is a winner."
         return f'<p class="verdict">{given if trained else "No candidate was trained."}</p>{notes}{candidates}'
     name = f"<strong>{escape(label(space, best.plan))}</strong>"
     if outcome.feasible:
         score = percent(best.scores(constraints.metric).quint8)
-        verdict = f"{name} won: {score}{_of(constraints)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
+        verdict = f"{name} won: {score}{_metric_name(constraints)} in quint8 at {millions(best.cost.conv_macs)} MMAC."
         checked = f" (checked on {outcome.measured_on})" if constraints.on_images else ""
         verdict += f" It meets every constraint{escape(checked)}." if constraints.described() else ""
-        verdict += _alike(outcome)
+        verdict += _undecided(outcome)
     else:
         missed = "; ".join(constraints.misses(best, outcome.measured_on))
         verdict = f"No candidate met the constraints; nearest is {name}: {escape(missed)}."
-    for one in (best, outcome.test):
-        if one is not None and one.constant:
-            verdict += f" <strong>On the {one.split} split {escape(one.constant)}.</strong>"
+    for evaluation in (best, outcome.test):
+        if evaluation is not None and evaluation.constant:
+            verdict += f" <strong>On the {evaluation.split} split {escape(evaluation.constant)}.</strong>"
     whole = plan_cost(space, regular(space))
     cards = [
         (
@@ -120,22 +124,22 @@ def _headline(outcome: Outcome) -> str:
         ("parameters", f"{best.cost.params:,}", f"{_part(best.cost.params, whole.params)}"),
         ("quantized with", best.scheme or NONE, "ranges, weight scales, biases"),
     ]
-    for one, where in ((best, split), (outcome.test, "test")):
-        if one is not None and (one is best or split != "test"):
+    for evaluation, where in ((best, split), (outcome.test, "test")):
+        if evaluation is not None and (evaluation is best or split != "test"):
             cards += [
                 (
                     f"quint8 accuracy, {where}",
-                    percent(one.quint8_accuracy) or NONE,
-                    f"95 % interval {span(one, constraints.metric)}" if one.images else "",
+                    percent(evaluation.quint8_accuracy) or NONE,
+                    f"95 % interval {interval(evaluation, constraints.metric)}" if evaluation.images else "",
                 ),
                 (
                     f"fp32 accuracy, {where}",
-                    percent(one.fp32_accuracy) or NONE,
-                    f"drop {percent(one.relative_drop)}",
+                    percent(evaluation.fp32_accuracy) or NONE,
+                    f"drop {percent(evaluation.relative_drop)}",
                 ),
             ]
-            if one.uneven or constraints.metric != "accuracy":
-                fp32, quint8 = one.scores("balanced-accuracy")
+            if evaluation.uneven or constraints.metric != "accuracy":
+                fp32, quint8 = evaluation.scores("balanced-accuracy")
                 cards.append((f"quint8 balanced accuracy, {where}", percent(quint8), f"fp32 {percent(fp32)}"))
     shown = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
@@ -145,9 +149,9 @@ def _headline(outcome: Outcome) -> str:
     return f'<p class="verdict">{verdict}</p>{notes}{plan}<dl class="cards">{shown}</dl>{candidates}'
 
 
-def _alike(outcome: Outcome) -> str:
-    """Which candidates are as good, as far as the images tell."""
-    numbers = [one.number for one in outcome.undecided]
+def _undecided(outcome: Outcome) -> str:
+    """A sentence that names the candidates that cannot be told apart from the winner."""
+    numbers = [evaluation.number for evaluation in outcome.undecided]
     if not numbers:
         return ""
     assert outcome.winner is not None
@@ -173,83 +177,96 @@ def _plan(space: Macroarchitecture, plan: FactorizationPlan) -> str:
 
 
 def _candidates(outcome: Outcome, ranked: Sequence[Evaluation], others: Sequence[Evaluation]) -> str:
-    """Trained candidates by rank, then the others by number; balanced accuracy where it counts or classes are
-    uneven."""
-    space, constraints, alike = outcome.space, outcome.constraints, {one.number for one in outcome.undecided}
-    balanced = constraints.metric != "accuracy" or any(one.uneven for one in ranked)
+    """The table of candidates: trained ones by rank, then the others by number. It has balanced accuracies where they
+    are the metric or where classes are uneven."""
+    space, constraints, alike = (
+        outcome.space,
+        outcome.constraints,
+        {evaluation.number for evaluation in outcome.undecided},
+    )
+    balanced = constraints.metric != "accuracy" or any(evaluation.uneven for evaluation in ranked)
     shown = ("quint8 %", "balanced %") if balanced else ("quint8 %",)
     names = ("fp32 %", *shown, "95 % interval", "drop %", "QMSE", "QCE", "KL", "audit", "feasible")
     rows = []
-    for rank, one in [*enumerate(ranked, 1), *((None, one) for one in others)]:
-        feasible = "yes" if constraints.feasible(one) else "no" if one.state == "complete" else NONE
-        reason = "; ".join(filter(None, (one.remark, "not distinguishable from the winner" * (one.number in alike))))
-        number = f'<a href="#layers-{one.number}">{one.number}</a>' if rank and rank <= DETAILED else str(one.number)
-        state = _ROLES.get(one.role, "trained") if one.state == "complete" else one.state
+    for rank, evaluation in [*enumerate(ranked, 1), *((None, evaluation) for evaluation in others)]:
+        feasible = "yes" if constraints.feasible(evaluation) else "no" if evaluation.state == "complete" else NONE
+        reason = "; ".join(
+            filter(None, (evaluation.remark, "not distinguishable from the winner" * (evaluation.number in alike)))
+        )
+        number = (
+            f'<a href="#layers-{evaluation.number}">{evaluation.number}</a>'
+            if rank and rank <= DETAILED
+            else str(evaluation.number)
+        )
+        state = _ROLES.get(evaluation.role, "trained") if evaluation.state == "complete" else evaluation.state
         rows.append(
-            f'<tr id="candidate-{one.number}"{" class=best" if rank == 1 else ""}>'
+            f'<tr id="candidate-{evaluation.number}"{" class=best" if rank == 1 else ""}>'
             f'<td class="number">{rank or NONE}</td><td class="number">{number}</td>'
-            f"<td>{_plan(space, one.plan)}</td>"
-            f'<td>{escape(state)}<span class="reason">{escape(reason)}</span></td><td>{_training(one)}</td>'
-            f"<td>{escape(one.scheme if one.state == 'complete' else NONE)}</td>"
-            f'<td class="number" title="{one.cost.conv_macs:,}">{millions(one.cost.conv_macs)}</td>'
+            f"<td>{_plan(space, evaluation.plan)}</td>"
+            f'<td>{escape(state)}<span class="reason">{escape(reason)}</span></td><td>{_training(evaluation)}</td>'
+            f"<td>{escape(evaluation.scheme if evaluation.state == 'complete' else NONE)}</td>"
+            f'<td class="number" title="{evaluation.cost.conv_macs:,}">{millions(evaluation.cost.conv_macs)}</td>'
             + cells(
                 [
-                    f"{one.cost.params:,}",
-                    *map(_percent, (one.fp32_accuracy, one.quint8_accuracy)),
-                    *([_percent(one.quint8_balanced_accuracy)] if balanced else []),
-                    span(one, constraints.metric).partition(",")[0] if one.images else NONE,
-                    _percent(one.relative_drop),
-                    *map(_number, (one.qmse, one.qce, one.kl)),
-                    f"{one.audit.differing:,} of {one.audit.codes:,}" if one.audit else NONE,
+                    f"{evaluation.cost.params:,}",
+                    *map(_percent, (evaluation.fp32_accuracy, evaluation.quint8_accuracy)),
+                    *([_percent(evaluation.quint8_balanced_accuracy)] if balanced else []),
+                    interval(evaluation, constraints.metric).partition(",")[0] if evaluation.images else NONE,
+                    _percent(evaluation.relative_drop),
+                    *map(_number, (evaluation.qmse, evaluation.qce, evaluation.kl)),
+                    f"{evaluation.audit.differing:,} of {evaluation.audit.codes:,}" if evaluation.audit else NONE,
                     feasible,
                 ]
             )
             + "</tr>"
         )
-    return table(
-        heads(("rank", "no.", "plan", "state", "training", "quantized with"), ("conv MMAC", "parameters", *names)), rows
+    return html_table(
+        head_row(("rank", "no.", "plan", "state", "training", "quantized with"), ("conv MMAC", "parameters", *names)),
+        rows,
     )
 
 
 _ROLES = {"reference": "reference", "final": "trained on"}
 
 
-def _training(one: Evaluation) -> str:
-    """Epochs of its own, and what it started from."""
-    if not one.epochs:
+def _training(evaluation: Evaluation) -> str:
+    """The cell on training: own epochs, and the parent that the network started from."""
+    if not evaluation.epochs:
         return NONE
-    epochs = counted(one.epochs, "epoch")
-    if one.parent is None:
+    epochs = counted(evaluation.epochs, "epoch")
+    if evaluation.parent is None:
         return epochs
-    zero_shot = f", {percent(one.zero_shot_accuracy)} before" if one.zero_shot_accuracy is not None else ""
-    return f'{epochs}<span class="reason">from {one.parent} ({one.inherited_epochs} epochs){zero_shot}</span>'
+    zero_shot = (
+        f", {percent(evaluation.zero_shot_accuracy)} before" if evaluation.zero_shot_accuracy is not None else ""
+    )
+    return f'{epochs}<span class="reason">from {evaluation.parent} ({evaluation.inherited_epochs} epochs){zero_shot}</span>'
 
 
 def _explained(explanation: Explanation | None, constraints: Constraints) -> list[tuple[str, str]]:
-    """Heading and HTML of why the winner is what it is; nothing where the policy does not say."""
+    """Heading and HTML of the section that explains the winner's rates; empty where the policy does not explain."""
     if explanation is None:
         return []
     expected = f"{percent(explanation.expected)} ± {100 * explanation.spread:.2f} points"
     drop = f"a relative drop of {percent(explanation.expected_drop)}"
-    intro = f"<p>Of this plan the policy expects {expected}{_of(constraints)} in quint8, and {drop}, by all that it "
-    intro += "has seen. Steps of one layer, all others unchanged:</p>"
+    intro = f"<p>Of this plan the policy expects {expected}{_metric_name(constraints)} in quint8 and {drop}, from "
+    intro += "everything measured so far. Changes of one layer, with all others unchanged:</p>"
     head = (
         "<tr><th>layer</th>" + "".join(f'<th class="number">{name}</th>' for name in _CHOICE_HEAD) + "<th>why</th></tr>"
     )
     rows = []
-    for one in explanation.choices:
-        steps = [_step(step) for step in (one.lower, one.higher)]
-        numbers = cells([str(one.rate), *steps[0], *steps[1]])
-        rows.append(f"<tr>{cells([one.layer], numbers=False)}{numbers}{cells([one.reason], numbers=False)}</tr>")
+    for choice in explanation.choices:
+        steps = [_step(step) for step in (choice.lower, choice.higher)]
+        numbers = cells([str(choice.rate), *steps[0], *steps[1]])
+        rows.append(f"<tr>{cells([choice.layer], numbers=False)}{numbers}{cells([choice.reason], numbers=False)}</tr>")
     shares = sorted(explanation.importances.items(), key=lambda item: -item[1])
     bars = "".join(
         f"<tr>{cells([name], numbers=False)}{cells([f'{100 * share:.0f}'])}"
         f'<td><span class="bar" style="width:{max(1, round(200 * share))}px"></span></td></tr>'
         for name, share in shares
     )
-    importances = table('<tr><th>feature</th><th class="number">share %</th><th></th></tr>', [bars])
-    between = "<p>What the expectation rests on:</p>"
-    return [("Why this plan", intro + table(head, rows) + between + importances)]
+    importances = html_table('<tr><th>feature</th><th class="number">share %</th><th></th></tr>', [bars])
+    between = "<p>Importance of each feature for the expected accuracy:</p>"
+    return [("Why this plan", intro + html_table(head, rows) + between + importances)]
 
 
 _CHOICE_HEAD = ("rate", "next lower", "MMAC", "points", "next higher", "MMAC", "points")
@@ -284,26 +301,26 @@ def _layers(evaluation: Evaluation) -> str:
     second = "".join(f"<th{'' if name in groups[''] else ' class=number'}>{name}</th>" for name in names)
     rows = [
         "<tr>"
-        + f"<td>{_breakable(one.layer, after='.')}</td>"
-        + cells([one.kind], numbers=False)
+        + f"<td>{_breakable(layer.layer, after='.')}</td>"
+        + cells([layer.kind], numbers=False)
         + cells(
             (
-                millions(one.macs),
-                f"{one.params:,}",
-                _span(one.weight_min, one.weight_max),
-                _tenths(100 * one.weight_precision),
-                _span(one.folded_min, one.folded_max),
-                _tenths(100 * one.folded_precision),
-                _span(one.activation_min, one.activation_max),
-                *map(_tenths, (100 * one.activation_precision, 100 * one.sparsity)),
-                *map(_tenths, (one.weight_sqnr_db, one.activation_sqnr_db, one.accumulated_sqnr_db)),
-                f"{one.dead_weight_channels} / {one.dead_activation_channels}",
+                millions(layer.macs),
+                f"{layer.params:,}",
+                _span(layer.weight_min, layer.weight_max),
+                _tenths(100 * layer.weight_precision),
+                _span(layer.folded_min, layer.folded_max),
+                _tenths(100 * layer.folded_precision),
+                _span(layer.activation_min, layer.activation_max),
+                *map(_tenths, (100 * layer.activation_precision, 100 * layer.sparsity)),
+                *map(_tenths, (layer.weight_sqnr_db, layer.activation_sqnr_db, layer.accumulated_sqnr_db)),
+                f"{layer.dead_weight_channels} / {layer.dead_activation_channels}",
             )
         )
         + "</tr>"
-        for one in evaluation.layers
+        for layer in evaluation.layers
     ]
-    return table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
+    return html_table(f"<tr>{head}</tr><tr>{second}</tr>", rows) if rows else '<p class="soft">Not profiled.</p>'
 
 
 def write_report(
@@ -313,15 +330,24 @@ def write_report(
     pictures: Sequence[Path],
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Writes ``report.html``: the winner (or nearest); how it was found (`settings`); every candidate; why the winner,
-    where its policy says; `more` sections, heading and HTML; the `pictures` that `figures` were saved as."""
+    """Writes ``report.html``.
+
+    Args:
+        settings: how the run was searched, name and value.
+        pictures: the PNG files of the run's figures (`run_figures`).
+        more: further sections, heading and HTML.
+    """
     space, best = outcome.space, outcome.winner
     ranked = ranking(outcome.evaluations, outcome.constraints)
-    others = sorted((one for one in outcome.evaluations if one not in ranked), key=lambda one: one.number)
-    if best is not None and all((one.number, one.scheme) != (best.number, best.scheme) for one in ranked):
-        ranked = [best, *ranked]  # it was promoted
+    others = sorted(
+        (evaluation for evaluation in outcome.evaluations if evaluation not in ranked), key=lambda one: one.number
+    )
+    if best is not None and all(
+        (evaluation.number, evaluation.scheme) != (best.number, best.scheme) for evaluation in ranked
+    ):
+        ranked = [best, *ranked]  # promoted with another scheme, or from outside the ranking
     rows = [f"<tr><th>{escape(name)}</th>{cells([value], numbers=False)}</tr>" for name, value in settings.items()]
-    shown = [picture(one.read_bytes(), caption(one.stem), one.stem.replace("_", " ")) for one in pictures]
+    shown = [picture_html(path.read_bytes(), caption(path.stem), path.stem.replace("_", " ")) for path in pictures]
     nothing = '<p class="soft">Nothing was trained yet.</p>'
     sections = [
         ("", _headline(outcome)),
@@ -335,12 +361,12 @@ def write_report(
     if best is not None:
         name = escape(plan_name(space, best))
         built = f"The network as built: {space.name}, {label(space, best.plan)}."
-        graph = png(drawing(space, best.plan), built, "graph of the network")
+        graph = figure_html(drawing(space, best.plan), built, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{graph}')
-    for one in ranked[:DETAILED]:
-        summary = f"{one.number}: {escape(label(space, one.plan))}, {percent(one.quint8_accuracy)} in quint8"
+    for evaluation in ranked[:DETAILED]:
+        summary = f"{evaluation.number}: {escape(label(space, evaluation.plan))}, {percent(evaluation.quint8_accuracy)} in quint8"
         layers.append(
-            f'<details class="layers" id="layers-{one.number}"><summary>{summary}</summary>{_layers(one)}</details>'
+            f'<details class="layers" id="layers-{evaluation.number}"><summary>{summary}</summary>{_layers(evaluation)}</details>'
         )
     if len(ranked) > DETAILED:
         layers.append(f'<p class="soft">The best {DETAILED} of {len(ranked)}; layers.csv of each has the others.</p>')

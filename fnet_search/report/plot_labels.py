@@ -1,4 +1,4 @@
-"""Labels of the points of a scatter plot, placed where they cover nothing."""
+"""Labels for the points of a scatter plot, placed so that they cover nothing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ FONT_POINTS = 7.5
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """What one label belongs to: markers one above the other at (x, ys), the last of them its anchor.
+class PointLabel:
+    """A label and its markers, which lie one above the other at (x, ys); the last one is its anchor.
 
-    `texts` are alternatives, the preferred one first; `size` is the marker's half width in points.
+    `texts` are alternatives, the preferred one first; `size` is half the width of a marker, in points.
     """
 
     texts: Sequence[str]
@@ -32,25 +32,25 @@ class Labelled:
     size: float = 4.0
 
 
-def place_labels(axes: Axes, labels: Sequence[Labelled]) -> None:
-    """Writes every label near its anchor, the first ones first, clear of markers, dashed lines and other labels.
+def place_labels(axes: Axes, labels: Sequence[PointLabel]) -> None:
+    """Writes each label near its anchor, in order, clear of markers, dashed lines and other labels.
 
-    One that finds no free place, or has no markers, is left out. Freezes the figure's layout: nothing may move after.
+    A label without markers or a free place is left out. Freezes the layout of the figure: nothing may move afterwards.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     pixels = figure.dpi / 72
-    labels = [one for one in labels if one.ys]
-    markers = np.array([_markers(axes, one, pixels) for one in labels]).reshape(-1, 4)
+    labels = [point for point in labels if point.ys]
+    markers = np.array([_markers(axes, point, pixels) for point in labels]).reshape(-1, 4)
     lines = [line.get_window_extent().padded(2 * pixels) for line in axes.lines if line.get_linestyle() in ("--", ":")]
     written = np.array([line.extents for line in lines]).reshape(-1, 4)
-    for one in labels:
-        anchor = axes.transData.transform((one.x, one.ys[-1]))
-        sizes = {text: _size(axes, text) for text in one.texts}
-        for text, step, (right, up) in product(one.texts, STEPS, DIRECTIONS):
-            offset = np.array((right, up)) * (one.size + step)
+    for point in labels:
+        anchor = axes.transData.transform((point.x, point.ys[-1]))
+        sizes = {text: _size(axes, text) for text in point.texts}
+        for text, step, (right, up) in product(point.texts, STEPS, DIRECTIONS):
+            offset = np.array((right, up)) * (point.size + step)
             near = anchor + offset * pixels
             corner = near - sizes[text] * (1 - np.sign((right, up))) / 2
             box = np.concatenate([corner, corner + sizes[text]])
@@ -60,7 +60,7 @@ def place_labels(axes: Axes, labels: Sequence[Labelled]) -> None:
                 continue
             axes.annotate(
                 text,
-                (one.x, one.ys[-1]),
+                (point.x, point.ys[-1]),
                 (offset[0], offset[1]),
                 textcoords="offset points",
                 fontsize=FONT_POINTS,
@@ -88,10 +88,10 @@ def _outside(axes: Axes, box: Boxes) -> bool:
     return bool(box[0] < bounds.x0 or box[1] < bounds.y0 or box[2] > bounds.x1 or box[3] > bounds.y1)
 
 
-def _markers(axes: Axes, one: Labelled, pixels: float) -> Boxes:
-    """The markers of a label and the line between them."""
-    low, high = axes.transData.transform([(one.x, min(one.ys)), (one.x, max(one.ys))])
-    return np.concatenate([low - one.size * pixels, high + one.size * pixels])
+def _markers(axes: Axes, point: PointLabel, pixels: float) -> Boxes:
+    """The box around the markers of a label and the line between them."""
+    low, high = axes.transData.transform([(point.x, min(point.ys)), (point.x, max(point.ys))])
+    return np.concatenate([low - point.size * pixels, high + point.size * pixels])
 
 
 def _size(axes: Axes, text: str) -> npt.NDArray[np.float64]:

@@ -15,27 +15,36 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import label
 from fnet_search.base.files import replacing
+from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
 
 DPI = 150
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#e69f00", "#999999")
-"""Okabe and Ito's, but for their yellow, which is pale on white: safe for the colour-blind."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart, without its yellow, too pale on white."""
 GREY = "#666666"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LONGEST_NAME = 38  # so that two columns of a legend fit
+LONGEST_NAME = 38
+"""Characters, so that a legend has room for two columns."""
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes a PNG; whoever reads `path` meanwhile sees the old file or the new one, whole."""
+    """Writes a PNG file atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi="figure", metadata={"Software": None})
 
 
 def plan_name(space: Macroarchitecture, evaluation: Evaluation) -> str:
-    """The plan's label where it is short enough for a figure, else ``#number`` as in the table of candidates."""
+    """The label of a plan if it is short enough for a figure, else ``#number`` as in the table of candidates."""
     name = label(space, evaluation.plan)
     final = " (final)" if evaluation.role == "final" else ""
     return name + final if len(name) <= 24 else f"#{evaluation.number}"
+
+
+def best_name(constraints: Constraints, best: Evaluation) -> str:
+    """What the best candidate is called: given plans measured on the test split have no winner."""
+    if best.split == "test":
+        return "highest"
+    return "winner" if constraints.feasible(best) else "nearest"
 
 
 def new_figure(height: float, width: float = 7.2) -> Figure:
@@ -57,12 +66,12 @@ def heading(figure: Figure, text: str) -> None:
 
 
 def shorten(name: str) -> str:
-    """For a legend."""
+    """Cuts a name to LONGEST_NAME for a legend."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
 def legend_columns(names: Sequence[str], most: int) -> int:
-    """As many as fit, each as wide as its longest name."""
+    """The number of columns that fit, at most `most`, each as wide as its longest name."""
     for count in range(min(most, len(names)), 1, -1):
         if sum(max(map(len, column)) + 9 for column in np.array_split(names, count)) <= 112:
             return count
@@ -70,7 +79,7 @@ def legend_columns(names: Sequence[str], most: int) -> int:
 
 
 def legend(axes: Axes) -> None:
-    """Above the axes, in as many columns as fit."""
+    """Puts the legend above the axes, in as many columns as fit."""
     columns = legend_columns(axes.get_legend_handles_labels()[1], 5)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, fontsize=8, frameon=False, borderaxespad=0.2)
 
@@ -81,12 +90,12 @@ def nothing(figure: Figure) -> Figure:
 
 
 def finite(value: float | None) -> float:
-    """NaN, which matplotlib leaves out, for what was not measured."""
+    """The value, or NaN, which matplotlib leaves out, for one that was not measured."""
     return value if value is not None and math.isfinite(value) else math.nan
 
 
 def log_if_wide(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis where a linear one would squeeze most values into a line."""
+    """Makes the vertical axis logarithmic where a linear one would squeeze most values into a line."""
     known = [value for value in values if math.isfinite(value)]
     if known and min(known) > 0 and (max(known) > 50 * min(known) or max(known) > 5 * median(known)):
         axes.set_yscale("log")

@@ -91,21 +91,25 @@ class RecordedRun:
         for path in sorted(self.run.path.glob("candidates/[0-9]*/evaluation.json")):
             found.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
             for folder in self.run.requantized(int(path.parent.name)):
-                one = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
-                if folder == scheme_folder(path.parent, one.evaluation.scheme):  # and not a copy that somebody made
-                    found.append(one)
+                network = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
+                if folder == scheme_folder(path.parent, network.evaluation.scheme):  # and not a copy that somebody made
+                    found.append(network)
         return found
 
     @property
     def winner(self) -> RecordedNetwork | None:
         """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
-        own = {one.evaluation: one for one in self.networks if one.competes}
+        own = {network.evaluation: network for network in self.networks if network.competes}
         ranked = ranking(tuple(own), self.constraints)
         return own[ranked[0]] if ranked and self.searching else None
 
     def quantized(self, network: RecordedNetwork, schemes: Sequence[Scheme]) -> RecordedNetwork | None:
         """The network of the same weights that was quantized with the one scheme; None where there are several."""
-        same = [one for one in self.networks if one.candidate == network.candidate and (one.scheme,) == tuple(schemes)]
+        same = [
+            recorded
+            for recorded in self.networks
+            if recorded.candidate == network.candidate and (recorded.scheme,) == tuple(schemes)
+        ]
         return same[0] if same else None
 
     def better(self, network: RecordedNetwork) -> bool:
@@ -126,11 +130,13 @@ class RecordedRun:
 
         Raises FnetError for an id that is not there or has no weights, and for a run with no network to work on.
         """
-        networks = {one.id: one for one in self.networks}
+        networks = {network.id: network for network in self.networks}
         if not names:
             winner = self.winner
-            given = [one for one in networks.values() if one.has_weights and one.folder == one.candidate]
-            names = [winner.id] if winner else [one.id for one in given]
+            given = [
+                network for network in networks.values() if network.has_weights and network.folder == network.candidate
+            ]
+            names = [winner.id] if winner else [network.id for network in given]
         if not names:
             raise FnetError(f"{self.run.path} has no trained network with its weights")
         return list(dict.fromkeys(self._named(name, networks) for name in names))
@@ -140,7 +146,7 @@ class RecordedRun:
         wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash + scheme
         of_folder = {one.replace(":", "-"): one for one in networks}  # what `scheme_folder` makes of it
         wanted = of_folder.get(wanted.replace(":", "-"), wanted)
-        kept = [one.id for one in networks.values() if one.has_weights]
+        kept = [network.id for network in networks.values() if network.has_weights]
         if wanted not in networks:
             raise FnetError(
                 f"{self.run.path} has no network {name!r}; with weights it has: {', '.join(kept) or 'none'}"
@@ -220,12 +226,12 @@ def metadata(
     }
     if evaluation.validation:
         found["validation"] = evaluation.validation
-    for one in (evaluation, test):
-        if one is not None:
+    for candidate in (evaluation, test):
+        if candidate is not None:
             found |= {
-                f"{one.split}_fp32_accuracy": one.fp32_accuracy,
-                f"{one.split}_quint8_accuracy": one.quint8_accuracy,
-                f"{one.split}_fp32_balanced_accuracy": one.fp32_balanced_accuracy,
-                f"{one.split}_quint8_balanced_accuracy": one.quint8_balanced_accuracy,
+                f"{candidate.split}_fp32_accuracy": candidate.fp32_accuracy,
+                f"{candidate.split}_quint8_accuracy": candidate.quint8_accuracy,
+                f"{candidate.split}_fp32_balanced_accuracy": candidate.fp32_balanced_accuracy,
+                f"{candidate.split}_quint8_balanced_accuracy": candidate.quint8_balanced_accuracy,
             }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

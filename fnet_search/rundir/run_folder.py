@@ -127,7 +127,7 @@ class RunFolder:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
         proper = {
             "data": config["data"].keys() >= _DATA,
-            "constraints": config["constraints"].keys() <= {one.name for one in fields(Constraints)},
+            "constraints": config["constraints"].keys() <= {field.name for field in fields(Constraints)},
             "numerics": _are_numerics(config["numerics"]),
         }
         for key, is_proper in proper.items():
@@ -239,7 +239,7 @@ class RunFolder:
         """
         paths = [*self.path.glob("candidates/[0-9]*/evaluation.json"), *self.path.glob("best/evaluation.json")]
         found = [read_evaluation(path) for path in paths]
-        return {one.number: one.audit for one in found if one.audit is not None}
+        return {evaluation.number: evaluation.audit for evaluation in found if evaluation.audit is not None}
 
     def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
         """Everything about a candidate but its weights; returns the files worth looking at."""
@@ -263,7 +263,7 @@ class RunFolder:
         those that may have any; None: it is not known. Returns what to give next time, but for new ones.
         """
         needed = kept(evaluations, constraints, searching).union(parents)
-        for number in [one.number for one in evaluations] if among is None else among:
+        for number in [evaluation.number for evaluation in evaluations] if among is None else among:
             folder = self.candidate(number)
             (folder / CHECKPOINT).unlink(missing_ok=True)
             if number not in needed and not self.requantized(number):
@@ -286,7 +286,7 @@ class RunFolder:
         if test is not None:
             write_json(fresh / "test.json", test.to_json())
         if confusion:
-            names = [one.name for one in (test or winner).classes]
+            names = [result.name for result in (test or winner).classes]
             write_text(fresh / self.confusion.name, balance.confusion_csv(names, confusion))
         write_model(fresh / MODEL, model)
         shutil.rmtree(self.best, ignore_errors=True)
@@ -311,9 +311,9 @@ class RunFolder:
         return found if _same(found, winner) else None
 
 
-def _same(one: Evaluation, other: Evaluation) -> bool:
+def _same(evaluation: Evaluation, other: Evaluation) -> bool:
     """Whether two evaluations are of one quantized network."""
-    facts = [(each.number, each.plan, each.seed, each.epochs, each.scheme) for each in (one, other)]
+    facts = [(each.number, each.plan, each.seed, each.epochs, each.scheme) for each in (evaluation, other)]
     return facts[0] == facts[1]
 
 
@@ -326,12 +326,12 @@ def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints, searchin
     """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
     parents, and all of given plans (not `searching`)."""
     if not searching:
-        return {one.number for one in evaluations}
+        return {evaluation.number for evaluation in evaluations}
     ranked = ranking(evaluations, constraints)
-    candidates = [one.number for one in ranked if one.role == "candidate"][:KEPT]
-    finals = [one.number for one in ranked if one.role == "final"][:1]
-    others = [one.number for one in evaluations if one.role == "reference"]
-    parents = [one.parent for one in evaluations if one.parent is not None]
+    candidates = [evaluation.number for evaluation in ranked if evaluation.role == "candidate"][:KEPT]
+    finals = [evaluation.number for evaluation in ranked if evaluation.role == "final"][:1]
+    others = [evaluation.number for evaluation in evaluations if evaluation.role == "reference"]
+    parents = [evaluation.parent for evaluation in evaluations if evaluation.parent is not None]
     return {*candidates, *finals, *others, *parents}
 
 

@@ -15,7 +15,7 @@ from fnet_search.candidates.job import Job, Start, unfinished
 from fnet_search.candidates.measure import measure
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.policy.evaluation import Audit, Evaluation, Role
-from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration
+from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration_batches
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate
@@ -76,7 +76,7 @@ def test_it_measures_what_it_saved(outcome: Outcome, data: DataSet) -> None:
 
 def test_ranges_come_from_the_training_images(outcome: Outcome, data: DataSet) -> None:
     folded, quantized = load_candidate(PLAN, outcome.folder)
-    stats = calibrate(folded, calibration(data, 7, CALIBRATION_SAMPLES), RangeMethod())
+    stats = calibrate(folded, calibration_batches(data, 7, CALIBRATION_SAMPLES), RangeMethod())
     assert quantize(folded, stats).params == quantized.params
     low, high = (float(value) for value in data.normalise(data.train.images).aminmax())
     assert (stats["input"].low, stats["input"].high) == (low, high)

@@ -14,7 +14,13 @@ from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Audit, Evaluation
 from fnet_search.policy.metric import ClassResult
 from fnet_search.quant.bias_correction import correct_biases
-from fnet_search.quant.calibration import AT_ONCE, CALIBRATION_SAMPLES, CORRECTION_SAMPLES, calibration, prepare
+from fnet_search.quant.calibration import (
+    CALIBRATION_BATCH,
+    CALIBRATION_SAMPLES,
+    CORRECTION_SAMPLES,
+    calibration_batches,
+    quantize_trained,
+)
 from fnet_search.quant.equalize import equalize
 from fnet_search.quant.fold import fold
 from fnet_search.quant.quantize import quantize
@@ -26,7 +32,7 @@ from tests.support.networks import MIXED, batches_of, noise, normal, randomized,
 
 
 def test_calibration_samples_are_random_training_images_and_always_the_same(data: DataSet) -> None:
-    batches = calibration(data, 3, 300)
+    batches = calibration_batches(data, 3, 300)
     first, second = torch.cat(list(batches())), torch.cat(list(batches()))
     assert [len(batch) for batch in batches()] == [128, 128, 44]
     assert torch.equal(first, second)
@@ -34,8 +40,8 @@ def test_calibration_samples_are_random_training_images_and_always_the_same(data
     drawn = {image.numpy().tobytes() for image in first}
     assert drawn <= training
     assert len(drawn) > 290
-    assert not torch.equal(first, torch.cat(list(calibration(data, 4, 300)())))
-    assert sum(map(len, calibration(data, 3, CALIBRATION_SAMPLES)())) == 400
+    assert not torch.equal(first, torch.cat(list(calibration_batches(data, 4, 300)())))
+    assert sum(map(len, calibration_batches(data, 3, CALIBRATION_SAMPLES)())) == 400
 
 
 def test_metrics_by_hand() -> None:
@@ -119,14 +125,14 @@ def test_measuring_takes_an_uneven_number_of_images() -> None:
 def test_a_network_is_made_ready_as_the_scheme_says(text: str) -> None:
     trained, data, scheme = randomized(MIXED), noise(MIXED, 300), parse_scheme(text)
     told: list[tuple[int, int]] = []
-    found = prepare(trained, scheme, data, 3, lambda done, total: told.append((done, total)))
+    found = quantize_trained(trained, scheme, data, 3, lambda done, total: told.append((done, total)))
     images = len(data.train) * (1 if scheme.ranges.name == "minmax" else 2)
     assert told[-1] == (images, images), "in one pass or two"
     folded = equalize(fold(trained)) if "equalize" in text else fold(trained)
-    stats = calibrate(folded, calibration(data, 3, CALIBRATION_SAMPLES, AT_ONCE), scheme.ranges)
+    stats = calibrate(folded, calibration_batches(data, 3, CALIBRATION_SAMPLES, CALIBRATION_BATCH), scheme.ranges)
     network = quantize(folded, stats, "per-channel" in text)
     if "bias-correct" in text:
-        few = calibration(data, 3, CORRECTION_SAMPLES, AT_ONCE)
+        few = calibration_batches(data, 3, CORRECTION_SAMPLES, CALIBRATION_BATCH)
         network = correct_biases(folded, network, few)
     assert all(torch.equal(found.folded.weight[name], weight) for name, weight in folded.weight.items())
     assert {name: (one.low, one.high) for name, one in found.stats.items()} == {
@@ -141,7 +147,9 @@ def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
     """Over batches of 250: here the runtime has the network of other weights."""
     space = sequence((3, 8, 8), c=Conv(4), r=Activation(), f=Flatten(), d=Dense(5))
     data = noise(space, 263)
-    one, other = (prepare(randomized(space), parse_scheme(text), data, 0) for text in ("minmax", "percentile:20"))
+    one, other = (
+        quantize_trained(randomized(space), parse_scheme(text), data, 0) for text in ("minmax", "percentile:20")
+    )
     x = data.normalise(data.evaluation.images)
     same, wrong = (
         measure(one.folded, one.network, data, data.evaluation, runtime=Runtime(quantized_model(it.network)))

@@ -39,7 +39,7 @@ from fnet_search.importing.tracing import from_module
 from fnet_search.policy.asktell import AskTell
 from fnet_search.policy.constraints import parse_constraints
 from fnet_search.policy.evaluation import Probe, Probes
-from fnet_search.quant.calibration import calibration, folded_for, prepare
+from fnet_search.quant.calibration import calibration_batches, folded_for, quantize_trained
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import parse_scheme
@@ -154,13 +154,13 @@ def long_way(setup: Setup, data: DataSet, start: Start, layer: str, rate: int) -
     parent = load_trained(setup.space, start.plan, start.folder)
     plan = make_plan(setup.space, {**start.plan.by_layer, layer: rate})
     child = Network(factorize(setup.space, plan)).eval()
-    samples = calibration(data, setup.seed, TRANSFORM_SAMPLES)
+    samples = calibration_batches(data, setup.seed, TRANSFORM_SAMPLES)
     warm_start(parent, child, samples)
     folded = folded_for(setup.schemes[0], child)
-    before = prepare(parent, setup.schemes[0], data, setup.seed)
+    before = quantize_trained(parent, setup.schemes[0], data, setup.seed)
     names = [INPUT, *(node.name for node in setup.space.order)]
     unchanged = set(names[: names.index(layer)]) & before.stats.keys()
-    few = calibration(data, setup.seed, CALIBRATED)
+    few = calibration_batches(data, setup.seed, CALIBRATED)
     stats = {**calibrate(folded, few, setup.schemes[0].ranges), **{name: before.stats[name] for name in unchanged}}
     network = quantize(folded, stats, setup.schemes[0].per_channel)
     part = probed_images(data)
@@ -354,7 +354,7 @@ def test_probes_for_a_loop_of_ones_own_are_those_of_a_search(data: DataSet, star
     assert with_codes == probes_for("tiny", read_state(path), images, scheme=parse_scheme("percentile:1"), fisher=True)
     assert (with_codes.number, with_codes.plan) == (0, regular(TINY))
     trained = load_trained(TINY, regular(TINY), start.folder)
-    prepared = prepare(trained, setup.schemes[0], held, 0)
+    prepared = quantize_trained(trained, setup.schemes[0], held, 0)
     write_codes(start.folder / "again", regular(TINY), trained, prepared)
     shutil.copy(path, start.folder / "again" / WEIGHTS)
     again = replace(start, number=0, folder=start.folder / "again")

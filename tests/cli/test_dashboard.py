@@ -17,7 +17,7 @@ from fnet_search.base.units import mmac
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.metric import ClassResult
-from fnet_search.report.figures import figures, save_figures
+from fnet_search.report.figures import run_figures, save_figures
 from fnet_search.report.html_report import write_report
 from fnet_search.rundir.recorded_run import open_run
 from tests.support.command_line import PLAIN, Result, in_process
@@ -133,7 +133,7 @@ def test_a_report_of_many_layers_is_no_wider_than_its_page(tmp_path: Path) -> No
     plan = make_plan(space, {name: rates[-1] for name, rates in legal_rates(space).items()})
     best = trained(space, plan, 0, 0.5, 0.4)
     found = outcome(space, Constraints(), [best], tmp_path)
-    write_report(found, "study", {}, save_figures(figures(found), tmp_path))
+    write_report(found, "study", {}, save_figures(run_figures(found), tmp_path))
     with browser() as chromium:
         for width in (1400, 500):
             page = chromium.new_page(viewport={"width": width, "height": 1000})

@@ -20,7 +20,7 @@ from fnet_search.deploy.runtime import Runtime, with_outputs
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Audit
 from fnet_search.quant.bias_correction import correct_biases
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
 from fnet_search.quant.quant_params import QuantParams, clip
 from fnet_search.quant.quantize import quantize
@@ -144,7 +144,7 @@ def test_whole_networks(name: str, plan: str, scheme: str, images: int) -> None:
     if plan:
         space = factorize(space, parse_plan(space, plan))
     data = noise(space, images)
-    quantized = prepare(randomized(space), parse_scheme(scheme), data, 0).network
+    quantized = quantize_trained(randomized(space), parse_scheme(scheme), data, 0).network
     x = data.normalise(data.train.images)
     assert all(len(codes.unique()) > 3 for _, codes in quantized.codes(x))
     (whole,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
@@ -283,7 +283,7 @@ def test_changed_weights_are_found_in_their_layer(name: str) -> None:
     """Those of the channel that varies most: many others are dead."""
     data = noise(MIXED, 20)
     x = data.normalise(data.train.images)
-    quantized = prepare(randomized(MIXED), Scheme(), data, 0).network
+    quantized = quantize_trained(randomized(MIXED), Scheme(), data, 0).network
     (outputs,) = (output for node, output in quantized.codes(x) if node.name == quantized.carrier[name])
     channel = int(outputs.transpose(0, 1).flatten(1).float().std(1).argmax())
     model = quantized_model(quantized)

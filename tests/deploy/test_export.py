@@ -18,7 +18,7 @@ from fnet_search.base.version import __version__
 from fnet_search.deploy.export import coded, codes_name, float_model, quantized_model, read_model, write_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.spaces import load_space
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
 from fnet_search.quant.scheme import parse_scheme
 from fnet_search.quant.simulator import QuantizedNetwork
@@ -33,7 +33,7 @@ SCHEMES = ["percentile:1", "percentile:1+per-channel"]
 
 
 def quantized_network(space: Macroarchitecture, scheme: str = "percentile:1") -> QuantizedNetwork:
-    return prepare(randomized(space), parse_scheme(scheme), noise(space, 20), 0).network
+    return quantize_trained(randomized(space), parse_scheme(scheme), noise(space, 20), 0).network
 
 
 def initializers(model: ModelProto) -> dict[str, "np.ndarray[Any, Any]"]:

@@ -4,14 +4,14 @@ import torch
 from fnet_search.base.errors import FnetError
 from fnet_search.deploy.export import LOGITS, codes_name, float_model, quantized_model
 from fnet_search.deploy.runtime import Runtime, with_outputs
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
 from fnet_search.quant.scheme import Scheme
 from tests.support.networks import MIXED, noise, randomized
 
 DATA = noise(MIXED, 20)
 X = DATA.normalise(DATA.train.images)
-QUANTIZED = prepare(randomized(MIXED), Scheme(), DATA, 0).network
+QUANTIZED = quantize_trained(randomized(MIXED), Scheme(), DATA, 0).network
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -17,7 +17,7 @@ from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.modules import load_imported
 from fnet_search.importing.tracing import from_module
 from fnet_search.policy.evaluation import Audit
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
 from fnet_search.quant.scheme import parse_scheme
 from fnet_search.training.network import pretrained
@@ -60,7 +60,7 @@ AUDITED = (
 def test_codes_are_those_of_the_runtime(name: str) -> None:
     space = from_module(lively(built(name)), images(1, 3, 32 if name == "resnet18" else 64, 64), name)
     data = noise(space, 4)
-    quantized = prepare(pretrained(space).eval(), parse_scheme("percentile:1"), data, 0).network
+    quantized = quantize_trained(pretrained(space).eval(), parse_scheme("percentile:1"), data, 0).network
     x = data.normalise(data.train.images)
     (found,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
     assert found == Audit(4, 4 * 1000)

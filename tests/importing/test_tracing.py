@@ -18,7 +18,7 @@ from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.tracing import from_module
 from fnet_search.policy.evaluation import Audit
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.scheme import parse_scheme
 from fnet_search.training.network import pretrained
 from tests.support.modules import check, images
@@ -186,14 +186,14 @@ MIDDLES: dict[str, tuple[Callable[..., Tensor], dict[str, nn.Module]]] = {
     "twice an activation": (lambda x, parts: parts["a"](-parts["a"](x)), {"a": nn.Hardswish()}),
     "unused": (lambda x: (F.relu(x), x)[1], {}),
 }
-AT_ONCE = 8
+MIDDLES_AT_ONCE = 8
 
 
-@pytest.mark.parametrize("start", range(0, len(MIDDLES), AT_ONCE))
+@pytest.mark.parametrize("start", range(0, len(MIDDLES), MIDDLES_AT_ONCE))
 def test_operations(start: int) -> None:
     torch.manual_seed(1)
     check(
-        Together(*(Of(middle, **parts) for middle, parts in islice(MIDDLES.values(), start, start + AT_ONCE))),
+        Together(*(Of(middle, **parts) for middle, parts in islice(MIDDLES.values(), start, start + MIDDLES_AT_ONCE))),
         images(3, 3, 13, 11),
     )
 
@@ -248,7 +248,7 @@ def test_constants_are_constants() -> None:
     assert layers["multiply_3"] == Affine((1.0,), trained=True)
     data = noise(space, 40)
     x = data.normalise(data.train.images)
-    quantized = prepare(found.eval(), parse_scheme("percentile:1"), data, 0).network
+    quantized = quantize_trained(found.eval(), parse_scheme("percentile:1"), data, 0).network
     (differing,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
     assert differing == Audit(40, 40 * 5)
 

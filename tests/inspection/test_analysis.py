@@ -44,7 +44,7 @@ from fnet_search.inspection.analysis_page import write_analysis
 from fnet_search.policy.conformance import made_up_layers as layer_stats
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, LayerStats
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.quant.sensitivity import PartSensitivity, Sensitivity
 from fnet_search.rundir.recorded_run import RecordedRun
@@ -78,7 +78,7 @@ def recorded(
         trained = randomized(factorize(space, plan), number)
         write_tensors(candidate / WEIGHTS, trained.state_dict(), {})
         begun = Evaluation(number, plan, plan_cost(space, plan), split="test")
-        quantized = prepare(trained, scheme, data, 3)
+        quantized = quantize_trained(trained, scheme, data, 3)
         run.write_candidate(record(begun, trained, quantized, data, 3, target), target)
     return RecordedRun(run, config, space, Constraints()), data
 

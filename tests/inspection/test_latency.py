@@ -35,7 +35,7 @@ from fnet_search.inspection.latency import (
     time_networks,
     write,
 )
-from fnet_search.quant.calibration import prepare
+from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.rundir.recorded_run import RecordedRun, open_run
 from fnet_search.rundir.run_folder import RunFolder, scheme_folder
@@ -67,7 +67,7 @@ def record_run(folder: Path, space: Macroarchitecture, plans: Sequence[str]) -> 
         for scheme in schemes:
             target = candidate if scheme == schemes[0] else scheme_folder(candidate, str(scheme))
             evaluation = replace(trained(space, plan, number, 0.9, 0.8, layers=False), split="test")
-            found = record(evaluation, network, prepare(network, scheme, data, 0), data, 0, target)
+            found = record(evaluation, network, quantize_trained(network, scheme, data, 0), data, 0, target)
             run.write_candidate(found, target)
     return open_run(folder)
 

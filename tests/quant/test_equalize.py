@@ -10,7 +10,7 @@ from fnet_search.arch.layers import Activation, Add, Concat, Conv, Dense, Flatte
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.arch.plan import parse_plan
 from fnet_search.importing.spaces import load_space
-from fnet_search.quant.equalize import Pair, equalize, pairs
+from fnet_search.quant.equalize import LayerPair, equalize, layer_pairs
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate
@@ -83,10 +83,10 @@ def test_the_function_is_the_same(space: Macroarchitecture) -> None:
     assert all(torch.equal(folded.weight[name], tensor) for name, tensor in before.items())
     assert {tensor.dtype for tensor in (*found.weight.values(), *found.bias.values())} == {torch.float32}
     moved = {name for name in before if not torch.equal(found.weight[name], before[name])}
-    assert moved == {name for pair in pairs(folded.network) for name in (pair.first, pair.second)}
+    assert moved == {name for pair in layer_pairs(folded.network) for name in (pair.first, pair.second)}
 
 
-def written_and_read(folded: FoldedNetwork, pair: Pair) -> tuple[Tensor, Tensor]:
+def written_and_read(folded: FoldedNetwork, pair: LayerPair) -> tuple[Tensor, Tensor]:
     """Largest absolute weights of each channel between two layers, found by running |weights| on one channel each."""
     space, written = folded.network, folded.weight[pair.first].flatten(1).abs().amax(1)
     node, weight = space.by_name[pair.second], folded.weight[pair.second].abs()
@@ -108,7 +108,7 @@ def written_and_read(folded: FoldedNetwork, pair: Pair) -> tuple[Tensor, Tensor]
 def test_what_writes_a_channel_and_what_reads_it_are_as_wide(space: Macroarchitecture) -> None:
     folded = uneven(space)
     found = equalize(folded)
-    chained = list(pairs(folded.network))
+    chained = list(layer_pairs(folded.network))
     assert chained
     for pair in chained:
         written, read = written_and_read(folded, pair)
@@ -153,17 +153,17 @@ def test_a_channel_of_small_weights_and_a_large_bias_does_not_stretch_the_range(
     assert errors[1] < 2 * errors[0]
 
 
-def found_pairs(**layers: Layer) -> list[Pair]:
-    return list(pairs(sequence((4, 8, 8), **layers)))
+def found_pairs(**layers: Layer) -> list[LayerPair]:
+    return list(layer_pairs(sequence((4, 8, 8), **layers)))
 
 
 def test_which_layers_are_a_pair() -> None:
     a, b, flat = Conv(4, padding=(1, 1), bias=True), Conv(4, bias=True), Flatten()
-    assert found_pairs(a=a, b=b, f=flat) == [Pair("a", "b")]
-    assert found_pairs(a=a, r=Activation(), m=Pool(), s=Activation(), b=b, f=flat) == [Pair("a", "b")]
-    assert found_pairs(a=a, p=Pool("average"), f=flat, d=Dense(3)) == [Pair("a", "d", 4 * 4)]
-    assert found_pairs(a=a, g=Pool("global_average"), f=flat, d=Dense(3)) == [Pair("a", "d", 1)]
-    assert found_pairs(f=flat, d=Dense(3), e=Dense(2)) == [Pair("d", "e")]
+    assert found_pairs(a=a, b=b, f=flat) == [LayerPair("a", "b")]
+    assert found_pairs(a=a, r=Activation(), m=Pool(), s=Activation(), b=b, f=flat) == [LayerPair("a", "b")]
+    assert found_pairs(a=a, p=Pool("average"), f=flat, d=Dense(3)) == [LayerPair("a", "d", 4 * 4)]
+    assert found_pairs(a=a, g=Pool("global_average"), f=flat, d=Dense(3)) == [LayerPair("a", "d", 1)]
+    assert found_pairs(f=flat, d=Dense(3), e=Dense(2)) == [LayerPair("d", "e")]
     assert found_pairs(a=a, f=flat) == []
     for function in ("relu6", "sigmoid", "hardswish", "hardsigmoid", "silu"):
         assert found_pairs(a=a, r=Activation(function), b=b, f=flat) == []  # type: ignore[arg-type]
@@ -173,8 +173,8 @@ def test_which_layers_are_a_pair() -> None:
 def test_a_channel_with_another_reader_stays() -> None:
     a, b = Conv(4, (1, 1), bias=True), Conv(4, (1, 1), bias=True)
 
-    def joined(*nodes: Node) -> list[Pair]:
-        return list(pairs(Macroarchitecture("n", (4, 8, 8), (*nodes, Node("f", Flatten(), (nodes[-1].name,))))))
+    def joined(*nodes: Node) -> list[LayerPair]:
+        return list(layer_pairs(Macroarchitecture("n", (4, 8, 8), (*nodes, Node("f", Flatten(), (nodes[-1].name,))))))
 
     first = Node("a", a, (INPUT,))
     assert joined(first, Node("b", b, ("a",)), Node("s", Add(), ("a", "b"))) == []
@@ -188,12 +188,12 @@ def test_a_channel_with_another_reader_stays() -> None:
 
 
 def test_a_mixed_networks_pairs() -> None:
-    assert list(pairs(fold(randomized(MIXED)).network)) == [
-        Pair("average.norm", "deep"),
-        Pair("dense", "last.norm"),
-        Pair("last.norm", "out"),
+    assert list(layer_pairs(fold(randomized(MIXED)).network)) == [
+        LayerPair("average.norm", "deep"),
+        LayerPair("dense", "last.norm"),
+        LayerPair("last.norm", "out"),
     ]
-    assert list(pairs(REUSED)) == []
+    assert list(layer_pairs(REUSED)) == []
 
 
 def test_channels_that_are_not_written_or_not_read_are_left_alone() -> None:

@@ -43,7 +43,7 @@ from fnet_search.quant.quantize import quantize
 from fnet_search.quant.quantized_layer import QuantizedLayer, quantize_layer
 from fnet_search.quant.ranges import calibrate, carriers
 from fnet_search.quant.scheme import MINMAX, RangeMethod
-from fnet_search.quant.simulator import QuantizedNetwork, accumulate, requantize, table
+from fnet_search.quant.simulator import QuantizedNetwork, accumulate, lookup_table, requantize
 from fnet_search.training.weights import read_tensors, write_tensors
 from tests.support.networks import BENT, GATED, MIXED, REUSED, SCALED, batches_of, normal, randomized, sequence
 
@@ -511,10 +511,10 @@ def test_an_add_fuses_in_the_order_of_its_inputs(order: tuple[str, str]) -> None
 
 def test_tables() -> None:
     source, target = QuantParams(0.0625, 128), QuantParams(0.03125, 10)
-    assert table(None, source, source).tolist() == list(range(256))
-    assert table(None, QuantParams(1.0, 0), QuantParams(2.0, 7)).tolist()[:6] == [7, 7, 8, 9, 9, 9]
+    assert lookup_table(None, source, source).tolist() == list(range(256))
+    assert lookup_table(None, QuantParams(1.0, 0), QuantParams(2.0, 7)).tolist()[:6] == [7, 7, 8, 9, 9, 9]
     relu, relu6, sigmoid, slopes = (
-        table(layer, source, target).tolist()
+        lookup_table(layer, source, target).tolist()
         for layer in (*map(Activation, ("relu", "relu6", "hardsigmoid")), Activation("leaky_relu", (0.0, -0.5)))
     )
     assert relu == [[min(255, 10 + 2 * max(0, q - 128)) for q in range(256)]]

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.calibration import (
-    AT_ONCE,
+    CALIBRATION_BATCH,
     CALIBRATION_SAMPLES,
     Calibrated,
     Quantized,
-    calibrated_for,
-    calibration,
-    prepare,
+    calibrate_for,
+    calibration_batches,
+    quantize_trained,
 )
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import CHOICE, MINMAX, MSE, PAPER, Scheme
-from fnet_search.quant.scheme_choice import CHOICE_SAMPLES, FEWEST, FIRST, least_divergent
+from fnet_search.quant.scheme_choice import CHOICE_SAMPLES, FIRST_ROUND, MIN_IMAGES, least_divergent
 from fnet_search.training.datasets import DataSet
 from tests.support.networks import MIXED, noise, randomized
 
@@ -29,14 +29,14 @@ Counts = list[tuple[int, int]]
 
 def training_images(data: DataSet) -> Tensor:
     """All, in the random order in which they are taken."""
-    return torch.cat(list(calibration(data, 3, len(data.train))()))
+    return torch.cat(list(calibration_batches(data, 3, len(data.train))()))
 
 
 @pytest.mark.parametrize(("images", "calibrated"), [(100, 50), (101, 50), (1, 1)])
 def test_several_schemes_leave_half_of_few_images_to_choose_on(images: int, calibrated: int) -> None:
     trained, data = randomized(MIXED), noise(MIXED, images)
     told: Counts = []
-    found = calibrated_for(trained, CHOICE, data, 3, lambda done, total: told.append((done, total)))
+    found = calibrate_for(trained, CHOICE, data, 3, lambda done, total: told.append((done, total)))
     assert told[-1] == (2 * calibrated, 2 * calibrated), "two passes for all schemes together"
     first = training_images(data)[:calibrated]
     assert list(found.stats) == [MSE, MINMAX]
@@ -53,7 +53,7 @@ def test_several_schemes_leave_half_of_few_images_to_choose_on(images: int, cali
 def test_many_images_are_not_all_taken() -> None:
     data, two = noise(MIXED, CALIBRATION_SAMPLES + CHOICE_SAMPLES + 100), (Scheme(MINMAX), Scheme(MINMAX, True))
     told: Counts = []
-    found = calibrated_for(randomized(MIXED), two, data, 3, lambda done, total: told.append((done, total)))
+    found = calibrate_for(randomized(MIXED), two, data, 3, lambda done, total: told.append((done, total)))
     assert told[-1] == (CALIBRATION_SAMPLES, CALIBRATION_SAMPLES)
     least_divergent(found, two, data, 3, lambda done, total: told.append((done, total)))
     assert told[-1] == (CHOICE_SAMPLES, CHOICE_SAMPLES)
@@ -62,7 +62,7 @@ def test_many_images_are_not_all_taken() -> None:
 def test_the_least_divergent_on_other_images_than_it_was_calibrated_on() -> None:
     """Of few images all are there in both rounds: the best of the four without bias correction, and that with it."""
     trained, data = randomized(MIXED), noise(MIXED, 120)
-    calibrated = calibrated_for(trained, CHOICE, data, 3)
+    calibrated = calibrate_for(trained, CHOICE, data, 3)
     others = training_images(data)[60:]
     log_p = F.log_softmax(calibrated.folded(others).double(), 1)
 
@@ -75,9 +75,9 @@ def test_the_least_divergent_on_other_images_than_it_was_calibrated_on() -> None
     assert len({divergence(scheme) for scheme in CHOICE}) == len(CHOICE)
     found = least_divergent(calibrated, CHOICE, data, 3)
     assert found.scheme == expected
-    again = prepare(trained, expected, noise(MIXED, 60), 3)  # other images
+    again = quantize_trained(trained, expected, noise(MIXED, 60), 3)  # other images
     assert found.network.params.keys() == again.network.params.keys()
-    only = calibrated_for(trained, (PAPER,), data, 3)
+    only = calibrate_for(trained, (PAPER,), data, 3)
     assert least_divergent(only, (PAPER,), data, 3).network is only.quantized(PAPER).network
 
 
@@ -110,8 +110,8 @@ def test_images_are_spent_on_those_that_are_close(close: bool) -> None:
     found = least_divergent(Calibrated(folded, {}, lambda: iter(()), known), CHOICE, data, 3).scheme
     best = replace(found, bias_correct=False)
     assert best in plain[1:3] if close else found == replace(plain[1], bias_correct=True)
-    assert FIRST % AT_ONCE == FEWEST % AT_ONCE == 0
-    first, second = (FIRST, CHOICE_SAMPLES - FIRST) if close else (FEWEST, FEWEST)
+    assert FIRST_ROUND % CALIBRATION_BATCH == MIN_IMAGES % CALIBRATION_BATCH == 0
+    first, second = (FIRST_ROUND, CHOICE_SAMPLES - FIRST_ROUND) if close else (MIN_IMAGES, MIN_IMAGES)
     seen = {scheme: network.images for scheme, network in networks.items()}
     assert [seen[scheme] for scheme in plain] == [first + second * (scheme == best) for scheme in plain]
     assert [seen[replace(one, bias_correct=True)] for one in plain] == [second * (one == best) for one in plain]
@@ -123,4 +123,4 @@ def test_a_network_that_no_scheme_can_quantize() -> None:
         next(tensor for name, tensor in trained.state_dict().items() if name.endswith("weight")).fill_(torch.inf)
     for schemes in (CHOICE, CHOICE[:1]):
         with pytest.raises(FnetError, match="not finite"):
-            calibrated_for(trained, schemes, data, 3)
+            calibrate_for(trained, schemes, data, 3)

@@ -17,7 +17,14 @@ from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate, carriers
 from fnet_search.quant.scheme import MINMAX, RangeMethod
-from fnet_search.quant.sensitivity import BATCH, PartlyQuantized, PartSensitivity, Sensitivity, sample, sensitivity
+from fnet_search.quant.sensitivity import (
+    BATCH,
+    PartlyQuantized,
+    PartSensitivity,
+    Sensitivity,
+    sensitivity,
+    stratified_sample,
+)
 from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.training.datasets import DataSet, Split
 from fnet_search.training.network import Network
@@ -269,11 +276,11 @@ def test_a_sample_has_the_proportions_of_the_classes() -> None:
         torch.randperm(100, generator=torch.Generator().manual_seed(0))
     ]
     split = Split(torch.arange(100).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), labels)
-    chosen = sample(split, 10)
+    chosen = stratified_sample(split, 10)
     assert torch.bincount(chosen.labels).tolist() == [5, 3, 2]
     numbers = chosen.images[:, 0, 0, 0]
     assert len(set(numbers.tolist())) == 10
     assert torch.equal(chosen.labels, labels[numbers])
-    assert sample(split, 10).images.equal(chosen.images)
-    assert sample(split, 100) is split
-    assert sample(split, 1000) is split
+    assert stratified_sample(split, 10).images.equal(chosen.images)
+    assert stratified_sample(split, 100) is split
+    assert stratified_sample(split, 1000) is split

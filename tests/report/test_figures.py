@@ -18,19 +18,17 @@ from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, LayerStats
 from fnet_search.policy.metric import ClassResult
-from fnet_search.report.figures import (
-    METRICS,
+from fnet_search.report.figures import run_figures, save_figures
+from fnet_search.report.layer_figures import (
     SHOWN,
     candidate_figure,
-    figures,
     layer_axis,
-    macs_figure,
     precisions_figure,
-    probes_figure,
     ranges_figure,
-    save_figures,
     selection,
 )
+from fnet_search.report.macs_figures import METRICS, macs_figure
+from fnet_search.report.probe_figures import probes_figure
 from fnet_search.report.style import legend_columns, plan_name
 from tests.support.evaluations import failed, outcome, paper_evaluations, refused, residual_space, trained
 from tests.support.pictures import outside, overlapping, png_size, texts
@@ -156,7 +154,7 @@ def test_nothing_trained_gives_a_figure_that_says_so(metric: str) -> None:
         assert "no trained candidate" in str(
             [text.get_text() for text in texts(macs_figure(SPACE, BUDGET, evaluations, metric))]
         )
-        assert figures(outcome(SPACE, BUDGET, evaluations)) == {}
+        assert run_figures(outcome(SPACE, BUDGET, evaluations)) == {}
 
 
 def test_long_plans_are_named_by_number() -> None:
@@ -358,7 +356,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_no_text_covers_another_or_sticks_out(case: str) -> None:
     space = CASES[case][0]
-    for figure in figures(outcome(*CASES[case], probes=probes(space))).values():
+    for figure in run_figures(outcome(*CASES[case], probes=probes(space))).values():
         readable(figure)
 
 
@@ -394,7 +392,7 @@ def test_a_heat_map_leaves_out_what_cannot_start_from_the_network() -> None:
 
 
 def test_writes_pngs_of_stable_names_and_bytes(tmp_path: Path) -> None:
-    paths = save_figures(figures(outcome(SPACE, BUDGET, PAPER)), tmp_path / "figures")
+    paths = save_figures(run_figures(outcome(SPACE, BUDGET, PAPER)), tmp_path / "figures")
     assert [path.name for path in paths] == NAMES
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(NAMES)
     for path in paths:
@@ -402,16 +400,16 @@ def test_writes_pngs_of_stable_names_and_bytes(tmp_path: Path) -> None:
         assert width == 1080
         assert 500 < height < 1600
     before = [path.read_bytes() for path in paths]
-    save_figures(figures(outcome(SPACE, BUDGET, PAPER[::-1])), tmp_path / "figures")  # whatever the order
+    save_figures(run_figures(outcome(SPACE, BUDGET, PAPER[::-1])), tmp_path / "figures")  # whatever the order
     assert [path.read_bytes() for path in paths] == before
 
 
 def test_only_figures_that_show_something_are_drawn() -> None:
     bare = [replace(one, layers=(), qmse=None) for one in PAPER]
-    assert [f"{name}.png" for name in figures(outcome(SPACE, BUDGET, bare))] == [NAMES[0], *NAMES[2:4]]
+    assert [f"{name}.png" for name in run_figures(outcome(SPACE, BUDGET, bare))] == [NAMES[0], *NAMES[2:4]]
 
 
 def test_no_global_state_of_matplotlib_is_touched() -> None:
     before = dict(matplotlib.rcParams)
-    figures(outcome(SPACE, BUDGET, PAPER))
+    run_figures(outcome(SPACE, BUDGET, PAPER))
     assert dict(matplotlib.rcParams) == before

@@ -18,7 +18,7 @@ from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.csv_tables import COLUMNS as TYPES
 from fnet_search.report.csv_tables import candidate_line, candidates_csv, layers_csv
-from fnet_search.report.figures import figures, save_figures
+from fnet_search.report.figures import run_figures, save_figures
 from fnet_search.report.html_report import DETAILED, GLOSSARY, write_report
 from tests.support.evaluations import failed, outcome, paper_evaluations, pruned, refused, residual_space, trained
 from tests.support.html import Page
@@ -51,7 +51,7 @@ def report(
 ) -> tuple[str, Page]:
     """The page, with all figures where they are `drawn`, which takes seconds."""
     found = outcome(space, constraints, evaluations, folder, test=test)
-    pictures = save_figures(figures(found), folder.with_name(f"{folder.name}-figures")) if drawn else []
+    pictures = save_figures(run_figures(found), folder.with_name(f"{folder.name}-figures")) if drawn else []
     write_report(found, title, settings or {}, pictures)
     assert [file.name for file in folder.iterdir()] == ["report.html"]
     html = found.report.read_text(encoding="utf-8")

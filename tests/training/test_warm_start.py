@@ -11,7 +11,7 @@ from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
-from fnet_search.quant.calibration import calibration
+from fnet_search.quant.calibration import calibration_batches
 from fnet_search.quant.fold import fold
 from fnet_search.training import warm_start as warmstart
 from fnet_search.training.datasets import Batches, DataSet
@@ -457,7 +457,7 @@ def test_digits_are_read_without_training(
     parents: dict[str, Network], data: DataSet, parent: str, plan: str, drop: float
 ) -> None:
     before = accuracy(parents[parent], data)
-    samples: Batches = calibration(data, 0, 256)
+    samples: Batches = calibration_batches(data, 0, 256)
     child = fresh(TINY, plan)
     untrained = accuracy(child, data)
     warm_start(parents[parent], child, samples)

@@ -32,7 +32,7 @@ from fnet_search.engine.search_loop import search
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage import open_journal
-from fnet_search.optuna_bridge.trials import distributions
+from fnet_search.optuna_bridge.trials import index_distributions
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, LayerStats
 from fnet_search.policy.protocol import History
@@ -146,7 +146,7 @@ def asked(policy: str, space: Macroarchitecture, folder: Path) -> Iterator[tuple
     )
     while True:
         start = perf_counter()
-        trial = study.ask(distributions(space))
+        trial = study.ask(index_distributions(space))
         between = perf_counter()
         study.tell(trial, 1 - float(np.mean(list(trial.params.values()))) / 10)
         yield between - start, perf_counter() - between

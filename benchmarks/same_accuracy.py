@@ -26,7 +26,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from fnet_search.arch.factorize import factorize
 from fnet_search.arch.plan import parse_plan
-from fnet_search.candidates.measure import measure
+from fnet_search.candidates.measure import measure_split
 from fnet_search.candidates.processes import environment
 from fnet_search.candidates.worker_count import cores
 from fnet_search.importing.spaces import load_space
@@ -70,7 +70,7 @@ class Training:
         network.eval().to(memory_format=torch.contiguous_format)
         quantized = quantize_trained(network, Scheme(), data, self.seed)
         part = data.test.take(torch.arange(0, len(data.test), max(1, len(data.test) // 2000)))
-        found = measure(quantized.folded, quantized.network, data, part)
+        found = measure_split(quantized.folded, quantized.network, data, part)
         return 100 * found.fp32_accuracy, 100 * found.quint8_accuracy
 
 

@@ -14,7 +14,7 @@ from fnet_search import AskTell, Evaluation, FnetError, PolicySampler, evaluate,
 from fnet_search.arch.plan import make_plan, parse_plan, regular
 from fnet_search.engine.request import Machine
 from fnet_search.importing.spaces import load_space
-from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
+from fnet_search.optuna_bridge.trials import EVALUATION, index_distributions, index_parameters, suggestion_attributes
 from tests.support.command_line import files_in
 
 pytestmark = pytest.mark.usefixtures("one_picture")
@@ -110,9 +110,9 @@ def described(one: Evaluation) -> dict[str, Any]:
     """An evaluation as a finished trial: the way into a study that it was not measured in."""
     space = load_space("tiny")
     return {
-        "params": parameters(space, one.plan),
-        "distributions": distributions(space),
-        "user_attrs": suggested(space, one.number, one.plan),
+        "params": index_parameters(space, one.plan),
+        "distributions": index_distributions(space),
+        "user_attrs": suggestion_attributes(space, one.number, one.plan),
         "system_attrs": {EVALUATION: one.to_json()},
     }
 

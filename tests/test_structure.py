@@ -103,6 +103,6 @@ def test_what_needs_no_torch_loads_none() -> None:
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "api"])
 def test_each_room_says_what_lives_there_and_what_to_read_first(room: str) -> None:
     text = ast.get_docstring(ast.parse(SOURCES[f"fnet_search.{room}"])) or ""
-    said = re.search(r"^Comes in: .*^Read first: `(\w+\.py)`", text, re.MULTILINE | re.DOTALL)
+    said = re.search(r"^Belongs here: .*^Read first: `(\w+\.py)`", text, re.MULTILINE | re.DOTALL)
     assert said is not None
     assert (PACKAGE / room / said[1]).is_file()

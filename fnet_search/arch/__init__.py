@@ -1,5 +1,5 @@
 """Networks as data: layers with shapes and costs, macroarchitectures as graphs, factorization plans, TOML files.
 
-Comes in: arithmetic on layers and plans. No torch, no training, no quantization.
+Belongs here: arithmetic on layers and plans. No torch, no training, no quantization.
 Read first: `macroarchitecture.py`.
 """

@@ -1,5 +1,5 @@
 """Shared foundations: errors, files, units, TOML tables, plug-ins, shipped data, terminal tables.
 
-Comes in: what every room may need. Uses the standard library and rich, and nothing else of this package.
+Belongs here: what every room may need. Uses the standard library and rich, and nothing else of this package.
 Read first: `errors.py`.
 """

@@ -12,7 +12,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError, first_line
 from fnet_search.base.units import percent
 from fnet_search.candidates.job import Job, Setup, Start, unfinished
-from fnet_search.candidates.measure import measured, record
+from fnet_search.candidates.measure import evaluate_quantized, with_measures
 from fnet_search.candidates.network_files import CHECKPOINT, WEIGHTS, load_trained
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
@@ -107,12 +107,12 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
     runtime = Runtime(quantized_model(quantized.network), setup.numerics.threads) if setup.audited else None
     seen = partial(stages.after, "measuring")
-    own = record(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
+    own = evaluate_quantized(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
     if job.common in (None, quantized.scheme):
         return own
     with suppress(FnetError):  # where only that scheme fails, the policy sees the candidate's own
         common = calibrated.quantized(job.common)
-        return replace(own, common=measured(evaluation, trained, common, data, setup.seed))
+        return replace(own, common=with_measures(evaluation, trained, common, data, setup.seed))
     return own
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (its usual name)
 from torch import Tensor
 
 from fnet_search.candidates.network_files import write_codes
-from fnet_search.deploy.audit import compare
+from fnet_search.deploy.audit import compare_codes
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Audit, Evaluation
 from fnet_search.policy.metric import ClassResult
@@ -59,7 +59,7 @@ class Measures:
 
 
 @torch.no_grad()
-def measure(
+def measure_split(
     folded: FoldedNetwork,
     quantized: QuantizedNetwork,
     data: DataSet,
@@ -77,7 +77,7 @@ def measure(
         x = data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
         y, y8 = folded(x), quantized(x)
         if runtime is not None:
-            audit += compare(y8, runtime(x))
+            audit += compare_codes(y8, runtime(x))
         log_p, log_q = F.log_softmax(y.double(), 1), F.log_softmax(y8.double(), 1)
         losses = (F.nll_loss(each, labels, reduction="sum") for each in (log_p, log_q))
         qce = -(log_p.exp() * log_q).sum()
@@ -115,7 +115,7 @@ def class_results(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> 
     return tuple(starmap(ClassResult, zip(*counts, classes, strict=True)))
 
 
-def record(
+def evaluate_quantized(
     evaluation: Evaluation,
     trained: Network,
     quantized: Quantized,
@@ -125,13 +125,13 @@ def record(
     runtime: Runtime | None = None,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """As `measured`; the codes are left in `folder`."""
-    found = measured(evaluation, trained, quantized, data, seed, runtime, seen)
+    """As `with_measures`; the codes are left in `folder`."""
+    found = with_measures(evaluation, trained, quantized, data, seed, runtime, seen)
     write_codes(folder, found.plan, trained, quantized)
     return found
 
 
-def measured(
+def with_measures(
     evaluation: Evaluation,
     trained: Network,
     quantized: Quantized,
@@ -141,8 +141,8 @@ def measured(
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Completes an evaluation of a trained network: what it measures with this quantization. `runtime` and `seen` as in
-    `measure`."""
-    measures = measure(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
+    `measure_split`."""
+    measures = measure_split(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = ((x, x) for x in calibration_batches(data, seed, SQNR_SAMPLES, CALIBRATION_BATCH)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)
     return replace(measures.complete(evaluation), scheme=str(quantized.scheme), layers=layers)

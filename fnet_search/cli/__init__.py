@@ -1,5 +1,5 @@
 """The command line: one file a group of commands, and options that several have.
 
-Comes in: Click commands, which import heavy modules when they run.
+Belongs here: Click commands, which import heavy modules when they run.
 Read first: `main.py`.
 """

@@ -26,9 +26,9 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import label
 from fnet_search.base.errors import FnetError
 from fnet_search.base.units import millions, mmac, percent
-from fnet_search.engine.shared_study import elsewhere
+from fnet_search.engine.shared_study import shared_storage
 from fnet_search.optuna_bridge.storage import has_study
-from fnet_search.optuna_bridge.trials import recorded
+from fnet_search.optuna_bridge.trials import read_evaluation
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, LayerStats
 from fnet_search.policy.ranking import ranking
@@ -63,7 +63,7 @@ class Dashboard:
         study, space, constraints = self.study, self.opened.space, self.opened.constraints
         evaluations = []
         for trial in study.get_trials(deepcopy=False):
-            if (evaluation := recorded(trial)) is not None:
+            if (evaluation := read_evaluation(trial)) is not None:
                 evaluations.append(evaluation)
                 _note(_Trial(study, study._storage, trial._trial_id), trial_note(space, constraints, evaluation))
         competing = (*evaluations, *self.opened.run.promoted)
@@ -99,7 +99,7 @@ class Dashboard:
 def open_dashboard(opened: RecordedRun, storage: str | None) -> Dashboard:
     """The dashboard of a recorded run. `storage` as for `run.open_study`, whose lock is not needed here: a search may
     go on meanwhile. Raises FnetError for a storage without the study."""
-    found = elsewhere(opened, storage)
+    found = shared_storage(opened, storage)
     place, shared = found or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
     if not has_study(place, opened.run.name):
         raise FnetError(f"no study {opened.run.name!r} is there; give the URL that the run had as --storage")

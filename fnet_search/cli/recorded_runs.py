@@ -239,9 +239,16 @@ def quantize(
     cannot be written it is only shown.
     """
 
-    from fnet_search.engine.reporting import open_study
+    from fnet_search.engine.reporting import open_record
     from fnet_search.engine.winner import measure_winner
-    from fnet_search.inspection.requantize import HEADINGS, MEASURED, promote, remarks, requantize, row
+    from fnet_search.inspection.requantize import (
+        HEADINGS,
+        MEASURED,
+        promote,
+        requantize,
+        requantize_remarks,
+        scheme_row,
+    )
     from fnet_search.quant.scheme import parse_schemes
 
     schemes = parse_schemes(parse_scheme_options(options))
@@ -257,7 +264,7 @@ def quantize(
         if promoting and not writable:
             raise FnetError(f"{folder} cannot be written: leave --promote out")
         data = _data(opened, data_dir, dataset, validation, display)
-        study = open_study(opened, storage) if writable else None  # or fail before the work
+        study = open_record(opened, storage) if writable else None  # or fail before the work
         known = opened.quantized(network, schemes) if promoting else None
         found = known or requantize(
             opened, network, schemes, data, display.advance, None if writable else Path(scratch)
@@ -266,7 +273,9 @@ def quantize(
             measure_winner(study, found, data, display)
         outcome = _reported(study, display)
     shown = {**own, found.id: found.evaluation}
-    rows = [[text for part in row(opened, evaluation, name) for text in part] for name, evaluation in shown.items()]
+    rows = [
+        [text for part in scheme_row(opened, evaluation, name) for text in part] for name, evaluation in shown.items()
+    ]
     texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
     title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
     console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
@@ -278,7 +287,7 @@ def quantize(
     if promoting:
         click.echo(f"{found.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
         click.echo(outcome.headline())
-    for remark in remarks(opened):
+    for remark in requantize_remarks(opened):
         click.echo(remark)
     click.echo(f"report: {outcome.report}")
     click.echo(f"files in {found.folder}; its ID is {found.id}")
@@ -339,18 +348,25 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
     One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else. Of a run that
     cannot be written the times are only shown.
     """
-    from fnet_search.engine.reporting import open_study
-    from fnet_search.inspection.latency import conditions, latency_table, layers_table, pairs, time_networks, write
+    from fnet_search.engine.reporting import open_record
+    from fnet_search.inspection.latency import (
+        conditions,
+        latency_pairs,
+        latency_table,
+        layers_table,
+        time_networks,
+        write_latencies,
+    )
 
     opened = _opened(folder)
     networks = opened.find(candidates)
     with _display() as display, opened.run.locked_if_writable() as writable:
-        study = open_study(opened, storage) if writable else None
+        study = open_record(opened, storage) if writable else None
         display.status("loading the networks into ONNX Runtime")
         found = time_networks(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
-        paths = write(opened, found) if writable else []
+        paths = write_latencies(opened, found) if writable else []
         outcome = _reported(study, display)
-    for pair in pairs(found):
+    for pair in latency_pairs(found):
         if candidates or len(networks) == 1:  # else the report has them
             console().print(layers_table(opened, pair))
     console().print(latency_table(found))
@@ -365,14 +381,14 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
 def report(folder: Path, storage: str | None) -> None:
     """Make the figures and the report of a run again, and print its table."""
     from fnet_search.engine.progress import TerminalDisplay
-    from fnet_search.engine.reporting import open_study, report_again
+    from fnet_search.engine.reporting import open_record, report_again
     from fnet_search.rundir.recorded_run import open_run
 
     quiet()
     opened = open_run(folder)
     with TerminalDisplay(console()) as display, opened.run.locked():
         display.status("drawing figures and the report")
-        outcome = report_again(open_study(opened, storage))
+        outcome = report_again(open_record(opened, storage))
     print_outcome(outcome)
 
 

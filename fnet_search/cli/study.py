@@ -17,7 +17,7 @@ from fnet_search.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fnet_search.comparison.definition import Study
+    from fnet_search.comparison.definition import Comparison
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.training.deadline import Deadline
 
@@ -34,38 +34,38 @@ def study(context: click.Context) -> None:
 def list_() -> None:
     """The studies that ship with the tool."""
     from fnet_search.base import shipped
-    from fnet_search.comparison.definition import load_study
+    from fnet_search.comparison.definition import load_comparison
 
     names = shipped.names("studies")
     for name in names:
-        click.echo(f"{name:{max(map(len, names))}}  {load_study(name).description}")
+        click.echo(f"{name:{max(map(len, names))}}  {load_comparison(name).description}")
 
 
 @study.command()
 @click.argument("name", metavar="STUDY")
 def show(name: str) -> None:
     """What a study trains, quantizes and compares. STUDY: a shipped one, or the path of a TOML file."""
-    from fnet_search.comparison.definition import load_study
+    from fnet_search.comparison.definition import load_comparison
 
-    for line in described(load_study(name)):
+    for line in described(load_comparison(name)):
         click.echo(line)
 
 
-def described(study: "Study") -> list[str]:
+def described(comparison: "Comparison") -> list[str]:
     """A study in lines, for people."""
     from fnet_search.base.units import counted
     from fnet_search.comparison.running import epochs
 
-    what = f"plans {', '.join(study.plans)}"
-    if study.search is not None:
-        options = study.search
+    what = f"plans {', '.join(comparison.plans)}"
+    if comparison.search is not None:
+        options = comparison.search
         what = f"search of {counted(options.trials, 'candidate')} by {options.policy} under {options.budget}"
-    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
-    about = f": {study.description}" if study.description else ""
-    lines = [f"{study.name}{about}", f"data set {study.dataset}; {seeds}; {what}"]
-    lines += map(str, study.variants)
-    total = sum(epochs(study, part) for part in study.parts)
-    lines.append(f"quantized with {', '.join(study.schemes)}; about {total:,.0f} epochs in all")
+    seeds = f"seed{'s' * (len(comparison.seeds) > 1)} {', '.join(map(str, comparison.seeds))}"
+    about = f": {comparison.description}" if comparison.description else ""
+    lines = [f"{comparison.name}{about}", f"data set {comparison.dataset}; {seeds}; {what}"]
+    lines += map(str, comparison.variants)
+    total = sum(epochs(comparison, part) for part in comparison.parts)
+    lines.append(f"quantized with {', '.join(comparison.schemes)}; about {total:,.0f} epochs in all")
     return lines
 
 
@@ -112,21 +112,28 @@ def run(**options: Any) -> None:
     measured. With other seeds in the same folder they are added to those that it has. Exit code 3: no candidate of a
     search met its constraints, the nearest is named.
     """
-    from fnet_search.comparison.definition import load_study
+    from fnet_search.comparison.definition import load_comparison
     from fnet_search.engine.arguments import absolute, absolute_path, dataset_name, folder_of
     from fnet_search.training.dataset_names import check_dataset
 
-    chosen = load_study(options["name"], options["dataset"], options["validation"]).with_options(
+    chosen = load_comparison(options["name"], options["dataset"], options["validation"]).with_options(
         options["epochs"], options["seeds"], options["ranges"], options["schemes"]
     )
     chosen = replace(chosen, dataset=absolute(chosen.dataset), validation=absolute_path(chosen.validation))
     check_dataset(chosen.dataset, chosen.validation)
-    from fnet_search.comparison.results import RESULTS, markdown, networks, remarks, rows, table
-    from fnet_search.comparison.running import StudyFolder, run_parts
+    from fnet_search.comparison.results import (
+        RESULTS,
+        compared_networks,
+        markdown,
+        result_remarks,
+        result_rows,
+        result_table,
+    )
+    from fnet_search.comparison.running import ComparisonFolder, run_parts
     from fnet_search.training.deadline import TimeUp
 
     default = "-".join(["study", chosen.name, dataset_name(chosen.dataset)])
-    folder = StudyFolder(folder_of(options["out"], default))
+    folder = ComparisonFolder(folder_of(options["out"], default))
 
     def work(display: "TerminalDisplay", deadline: "Deadline | None") -> None:
         try:
@@ -138,10 +145,10 @@ def run(**options: Any) -> None:
     until_time_is_up(options, work)
     whole = folder.whole(chosen)
     runs = folder.recorded(whole)
-    found = networks(whole, runs)
-    if listed := rows(whole, found):
-        click.echo(markdown(table(whole, listed)))
-    for remark in remarks(whole, runs):
+    found = compared_networks(whole, runs)
+    if listed := result_rows(whole, found):
+        click.echo(markdown(result_table(whole, listed)))
+    for remark in result_remarks(whole, runs):
         click.echo(remark)
     click.echo(f"results: {folder.path / RESULTS}")
     if any(network.missed for network in found):

@@ -1,5 +1,5 @@
 """Runs compared with each other and with the paper: the command ``study`` and the files in ``studies/``.
 
-Comes in: Definition, running and results of such a comparison.
+Belongs here: the definition, running and results of a comparison.
 Read first: `definition.py`.
 """

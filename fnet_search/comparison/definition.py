@@ -20,7 +20,7 @@ from fnet_search.training.recipe import Recipe, load_recipe
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedResult:
     """What somebody else reported of a network; fractions of 1."""
 
     fp32_accuracy: float | None = None
@@ -86,7 +86,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Study:
+class Comparison:
     """Given `plans` on every variant, or a search on every variant, each with every seed.
 
     Networks of given plans are trained on all training images, quantized as the first of `schemes` says, and measured
@@ -104,7 +104,7 @@ class Study:
     """As `scheme.parse_schemes` reads them: ``auto`` may be the first."""
     compare: tuple[str, ...] = ()
     """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
-    published: Mapping[str, Published] = field(default_factory=dict)
+    published: Mapping[str, PublishedResult] = field(default_factory=dict)
     """By plan, as it is written in `plans`."""
     validation: str | None = None
     """Of a search: the folder of its validation images, as of `run`."""
@@ -121,7 +121,7 @@ class Study:
         seeds: tuple[int, ...],
         ranges: tuple[str, ...] = (),
         schemes: tuple[str, ...] = (),
-    ) -> "Study":
+    ) -> "Comparison":
         """The same study with other epochs (learning-rate steps move in proportion), other seeds, with further ranges
         or with other schemes.
 
@@ -151,7 +151,7 @@ def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str,
     return found
 
 
-def load_study(name: str, dataset: str | None = None, validation: str | None = None) -> Study:
+def load_comparison(name: str, dataset: str | None = None, validation: str | None = None) -> Comparison:
     """A shipped study by name, or a TOML file by path; of another data set, or other validation images, where they are
     named.
 
@@ -162,8 +162,10 @@ def load_study(name: str, dataset: str | None = None, validation: str | None = N
     own = table.get("dataset")
     others = {key: text for key, text in (("dataset", dataset), ("validation", validation)) if text}
     try:
-        study = _study(path.stem, {**table, **others})
-        return replace(study, published_on=own) if isinstance(own, str) and own != study.dataset else study
+        comparison = _comparison(path.stem, {**table, **others})
+        return (
+            replace(comparison, published_on=own) if isinstance(own, str) and own != comparison.dataset else comparison
+        )
     except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
 
@@ -185,7 +187,7 @@ _KEYS = {
 _NAMES = {str: "a string", list: "a list", dict: "a table"}
 
 
-def _study(name: str, table: Mapping[str, Any]) -> Study:
+def _comparison(name: str, table: Mapping[str, Any]) -> Comparison:
     for key, value in table.items():
         if key not in _KEYS:
             raise unknown("key", key, _KEYS)
@@ -212,7 +214,8 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
     if "plans" in table and not texts["plans"]:
         raise FnetError('plans must name one at least, as in ["regular"]')
     published = {
-        plan: build(Published, entry, f"what is published of {plan!r}") for plan, entry in _tables(table, "published")
+        plan: build(PublishedResult, entry, f"what is published of {plan!r}")
+        for plan, entry in _tables(table, "published")
     }
     for key, plans in (("compare", texts["compare"]), ("published", tuple(published))):
         for plan in plans:
@@ -224,7 +227,7 @@ def _study(name: str, table: Mapping[str, Any]) -> Study:
         check_policy_name(search.policy)
         for variant in variants:
             search.constraints(variant.space)
-    return Study(
+    return Comparison(
         name=name,
         description=table.get("description", ""),
         dataset=table["dataset"],

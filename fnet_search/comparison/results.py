@@ -19,7 +19,7 @@ from fnet_search.arch.plan import label, parse_plan
 from fnet_search.base.files import write_text
 from fnet_search.base.units import millions
 from fnet_search.candidates.network_files import WEIGHTS
-from fnet_search.comparison.definition import Part, Published, Study, Variant
+from fnet_search.comparison.definition import Comparison, Part, PublishedResult, Variant
 from fnet_search.policy.evaluation import Evaluation, LayerStats
 from fnet_search.report.layer_figures import PRECISIONS, RANGES, layers_figure
 from fnet_search.report.plot_labels import PointLabel, place_labels
@@ -47,7 +47,7 @@ WINNER = "winner"
 
 
 @dataclass(frozen=True)
-class Network:
+class ComparedNetwork:
     """A trained network of a study, as one scheme quantizes it."""
 
     part: Part
@@ -65,15 +65,15 @@ class Network:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """The networks that differ in nothing but their seeds (winners also in what was found), and what was published of
     one like them."""
 
     variant: Variant
     plan: str
     scheme: str
-    networks: tuple[Network, ...]
-    published: Published
+    networks: tuple[ComparedNetwork, ...]
+    published: PublishedResult
 
     @property
     def network(self) -> str:
@@ -96,45 +96,49 @@ class Row:
         return [scale * one for one in found if one is not None]
 
 
-def networks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[Network]:
+def compared_networks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[ComparedNetwork]:
     """Those of given plans; of a search the winners, as measured on the test split."""
     found = []
     for part, run in runs.items():
-        if study.search is not None:
+        if comparison.search is not None:
             if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
-                found.append(Network(part, WINNER, study.schemes[0], test, run.constraints.missed(winner.evaluation)))
+                found.append(
+                    ComparedNetwork(
+                        part, WINNER, comparison.schemes[0], test, run.constraints.missed(winner.evaluation)
+                    )
+                )
             continue
-        plans = {plan: parse_plan(part.variant.space, plan) for plan in study.plans}  # some may be the same
+        plans = {plan: parse_plan(part.variant.space, plan) for plan in comparison.plans}  # some may be the same
         found += [
-            Network(part, name, scheme, network.evaluation)
+            ComparedNetwork(part, name, scheme, network.evaluation)
             for network in run.networks
             for name, plan in plans.items()
-            for scheme in study.schemes
+            for scheme in comparison.schemes
             if network.evaluation.plan == plan
             if scheme == network.evaluation.scheme
-            or (scheme == study.schemes[0] and network.folder == network.candidate)
+            or (scheme == comparison.schemes[0] and network.folder == network.candidate)
         ]
     return found
 
 
-def remarks(study: Study, runs: Mapping[Part, RecordedRun]) -> list[str]:
+def result_remarks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[str]:
     """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
-    found = networks(study, runs)
+    found = compared_networks(comparison, runs)
     known = {(network.part, network.plan, network.scheme) for network in found}
     lines = [
         f"{network.part.name}: no candidate met the constraints; the nearest, {network.label}, misses {', '.join(network.missed)}"
         for network in found
         if network.missed
     ]
-    for part in study.parts:
-        if study.search is not None:
-            if (part, WINNER, study.schemes[0]) not in known:
+    for part in comparison.parts:
+        if comparison.search is not None:
+            if (part, WINNER, comparison.schemes[0]) not in known:
                 untested = part in runs and runs[part].winner and not runs[part].config["data"]["has_test"]
                 why = "not here, since the data set has no test images" if untested else "not finished yet"
                 lines.append(f"{part.name}: {why}")
             continue
         states = _states(runs[part]) if part in runs else {}
-        for plan, scheme in product(study.plans, study.schemes):
+        for plan, scheme in product(comparison.plans, comparison.schemes):
             if (part, plan, scheme) not in known:
                 why = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
                 lines.append(f"{part.name}: {plan}, {scheme}: {why}")
@@ -154,24 +158,26 @@ def _states(run: RecordedRun) -> dict[str, str]:
     return found
 
 
-def rows(study: Study, found: Sequence[Network]) -> list[Row]:
+def result_rows(comparison: Comparison, found: Sequence[ComparedNetwork]) -> list[ResultRow]:
     """In the order of variants, plans and schemes that the study has."""
     listed = []
-    for variant in study.variants:
-        for plan in study.plans or (WINNER,):
-            for scheme in study.schemes:
+    for variant in comparison.variants:
+        for plan in comparison.plans or (WINNER,):
+            for scheme in comparison.schemes:
                 same = tuple(
                     network
                     for network in found
                     if (network.part.variant, network.plan, network.scheme) == (variant, plan, scheme)
                 )
                 if same:
-                    listed.append(Row(variant, plan, scheme, same, study.published.get(plan, Published())))
+                    listed.append(
+                        ResultRow(variant, plan, scheme, same, comparison.published.get(plan, PublishedResult()))
+                    )
     return listed
 
 
 @dataclass(frozen=True)
-class Measure:
+class Quantity:
     """A column of the table, and a panel of Figure 4."""
 
     title: str
@@ -179,34 +185,34 @@ class Measure:
     value: Callable[[Evaluation], float | None]
     scale: float = 1.0
     digits: int = 2
-    published: Callable[[Published], float | None] = lambda published: None
+    published: Callable[[PublishedResult], float | None] = lambda published: None
 
 
-MEASURES = (
-    Measure(
+QUANTITIES = (
+    Quantity(
         "fp32 accuracy",
         "%",
         lambda evaluation: evaluation.fp32_accuracy,
         100,
         published=lambda published: published.fp32_accuracy,
     ),
-    Measure(
+    Quantity(
         "quint8 accuracy",
         "%",
         lambda evaluation: evaluation.quint8_accuracy,
         100,
         published=lambda published: published.quint8_accuracy,
     ),
-    Measure(
+    Quantity(
         "relative drop",
         "%",
         lambda evaluation: evaluation.relative_drop,
         100,
         published=lambda published: published.relative_drop,
     ),
-    Measure("QMSE", "", lambda evaluation: evaluation.qmse, digits=3),
-    Measure("QCE", "nats", lambda evaluation: evaluation.qce, digits=3),
-    Measure("KL", "nats", lambda evaluation: evaluation.kl, digits=3),
+    Quantity("QMSE", "", lambda evaluation: evaluation.qmse, digits=3),
+    Quantity("QCE", "nats", lambda evaluation: evaluation.qce, digits=3),
+    Quantity("KL", "nats", lambda evaluation: evaluation.kl, digits=3),
 )
 
 
@@ -218,17 +224,17 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
-def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
+def result_table(comparison: Comparison, listed: Sequence[ResultRow]) -> list[list[str]]:
     """Heads, then a row each: numbers as mean ± standard deviation over seeds; a column of published numbers beside
     each of ours that has any."""
-    several = len(study.variants) > 1
+    several = len(comparison.variants) > 1
     published = [
-        any(measure.published(known) is not None for known in study.published.values()) for measure in MEASURES
+        any(measure.published(known) is not None for known in comparison.published.values()) for measure in QUANTITIES
     ]
     head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
-    for measure, known in zip(MEASURES, published, strict=True):
+    for measure, known in zip(QUANTITIES, published, strict=True):
         head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
-        head += [_published_name(study)] if known else []
+        head += [_published_name(comparison)] if known else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
         found = ", ".join(dict.fromkeys(network.label for network in row.networks))
@@ -237,7 +243,7 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
         same = len(set(macs)) == 1
         line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
         line += [row.scheme, str(len(row.networks))]
-        for measure, known in zip(MEASURES, published, strict=True):
+        for measure, known in zip(QUANTITIES, published, strict=True):
             line.append(mean_and_spread(row.values(measure.value, measure.scale), measure.digits))
             if known:
                 other = measure.published(row.published)
@@ -248,8 +254,8 @@ def table(study: Study, listed: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _published_name(study: Study) -> str:
-    return f"published, {study.published_on}" if study.published_on else "published"
+def _published_name(comparison: Comparison) -> str:
+    return f"published, {comparison.published_on}" if comparison.published_on else "published"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -258,7 +264,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *body))
 
 
-def networks_frame(found: Sequence[Network]) -> pd.DataFrame:
+def networks_frame(found: Sequence[ComparedNetwork]) -> pd.DataFrame:
     """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
     that a search's winner does not meet."""
     rows = []
@@ -291,13 +297,13 @@ _MEASURED = (
 _AUDITED = ("audited_codes", "differing_codes")
 
 
-def layers_frame(found: Sequence[Network]) -> pd.DataFrame:
+def layers_frame(found: Sequence[ComparedNetwork]) -> pd.DataFrame:
     """One row a layer of each network and scheme, every field of LayerStats a column."""
     rows = [{**_key(network), **asdict(layer)} for network in found for layer in network.evaluation.layers]
     return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
 
-def _key(network: Network) -> dict[str, object]:
+def _key(network: ComparedNetwork) -> dict[str, object]:
     values = network.part.variant.name, network.plan, network.part.seed, network.evaluation.scheme
     return dict(zip(_KEY, values, strict=True))
 
@@ -311,18 +317,18 @@ Side = tuple[Variant, str]
 """A variant, and the text of a scheme: what colours stand for."""
 
 
-def _sides(listed: Sequence[Row]) -> list[Side]:
+def _sides(listed: Sequence[ResultRow]) -> list[Side]:
     return list(dict.fromkeys((row.variant, row.scheme) for row in listed))
 
 
-def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
+def tradeoff_figure(comparison: Comparison, listed: Sequence[ResultRow]) -> Figure:
     """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
     standard deviation over seeds. A colour a variant and scheme, at most as many as there are COLOURS; published
     numbers are hollow, and grey is what all schemes have in common."""
     figure = new_figure(7.4, 8.4)
-    heading(figure, f"Accuracy and quantization error against MACs: {study.name}, test split")
+    heading(figure, f"Accuracy and quantization error against MACs: {comparison.name}, test split")
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
-    fp32, quint8, drop, qmse, qce, _ = MEASURES
+    fp32, quint8, drop, qmse, qce, _ = QUANTITIES
     sides = _sides(listed)
     shared = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
     shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
@@ -344,13 +350,13 @@ def tradeoff_figure(study: Study, listed: Sequence[Row]) -> Figure:
         axes.margins(x=0.1, y=0.12)
     for axes in panels[2:]:
         axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
-    _legend(figure, study, sides)
+    _legend(figure, comparison, sides)
     for axes, measures in shown:  # last: it fixes where everything is
         place_labels(axes, _labels(listed, measures))
     return figure
 
 
-def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
+def _legend(figure: Figure, comparison: Comparison, sides: Sequence[Side]) -> None:
     """Below all panels: shapes, then a colour a variant and scheme where there are several."""
 
     def shape(marker: str, name: str, colour: str, face: str) -> Artist:
@@ -362,8 +368,8 @@ def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
     for (marker, own), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
         colour = GREY if len(sides) > 1 else own
         found.append(shape(marker, name, colour, colour))
-    if study.published:
-        found.append(shape("o", f"hollow: {_published_name(study)}", GREY, "none"))
+    if comparison.published:
+        found.append(shape("o", f"hollow: {_published_name(comparison)}", GREY, "none"))
     several = len({scheme for _, scheme in sides}) > 1
     for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
         name = " ".join(part for part in (variant.name, scheme if several else "") if part)
@@ -372,7 +378,7 @@ def _legend(figure: Figure, study: Study, sides: Sequence[Side]) -> None:
     figure.legend(handles=found, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
 
 
-def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marker: str) -> list[float]:
+def _points(axes: Axes, own: Sequence[ResultRow], measure: Quantity, colour: str, marker: str) -> list[float]:
     """Mean and standard deviation of each row; gives the means."""
     found = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
     means = [fmean(values) for _, values in found]
@@ -390,14 +396,14 @@ def _points(axes: Axes, own: Sequence[Row], measure: Measure, colour: str, marke
     return means
 
 
-def _published(axes: Axes, listed: Sequence[Row], measure: Measure, marker: str) -> list[float]:
+def _published(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, marker: str) -> list[float]:
     known = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
     values = [measure.scale * value for value in known.values()]
     axes.plot(list(known), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
     return values
 
 
-def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[PointLabel]:
+def _labels(listed: Sequence[ResultRow], measures: Sequence[Quantity]) -> list[PointLabel]:
     """One for all points of a network above each other, next to the last: sides are told by their colours."""
     found: dict[tuple[str, float], list[float]] = {}
     for row in listed:
@@ -409,17 +415,17 @@ def _labels(listed: Sequence[Row], measures: Sequence[Measure]) -> list[PointLab
     return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
 
 
-def figures(study: Study, listed: Sequence[Row]) -> dict[str, Figure]:
+def result_figures(comparison: Comparison, listed: Sequence[ResultRow]) -> dict[str, Figure]:
     """By file name; where there are more networks or variants than COLOURS, they are drawn in several figures, as
     ``tradeoff.png``, ``tradeoff-2.png``. Layers are drawn of the first seed, as the first scheme quantizes them."""
     sides = _sides(listed)
     drawn: dict[str, Figure] = {}
     for name, chosen in _in_colours("tradeoff", sides):
-        drawn[name] = tradeoff_figure(study, [row for row in listed if (row.variant, row.scheme) in chosen])
-    for variant in study.variants if study.search is None else ():
-        own = [row for row in listed if row.variant == variant and row.scheme == study.schemes[0]]
+        drawn[name] = tradeoff_figure(comparison, [row for row in listed if (row.variant, row.scheme) in chosen])
+    for variant in comparison.variants if comparison.search is None else ():
+        own = [row for row in listed if row.variant == variant and row.scheme == comparison.schemes[0]]
         precision = "folded precision (%)"
-        compared = [row for row in own if row.plan in study.compare]
+        compared = [row for row in own if row.plan in comparison.compare]
         for kind, shown, title, values in (
             ("ranges", own, "Ranges", RANGES),
             ("compared", compared, "Ranges and precisions", {**RANGES, precision: PRECISIONS[precision]}),
@@ -446,35 +452,37 @@ CAPTIONS = {
 }
 
 
-def write_results(study: Study, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
+def write_results(comparison: Comparison, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
     """results.md with its figures, networks.csv and layers.csv, in the study's folder, of all that is trained so far;
     gives results.md."""
-    found = networks(study, runs)
-    listed = rows(study, found)
+    found = compared_networks(comparison, runs)
+    listed = result_rows(comparison, found)
     write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
     write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
     (folder / "figures").mkdir(exist_ok=True)
-    drawn = figures(study, listed)
+    drawn = result_figures(comparison, listed)
     for name, figure in drawn.items():
         save_png(figure, folder / "figures" / name)
-    write_text(folder / RESULTS, _page(study, runs, listed, list(drawn)))
+    write_text(folder / RESULTS, _page(comparison, runs, listed, list(drawn)))
     return folder / RESULTS
 
 
-def _page(study: Study, runs: Mapping[Part, RecordedRun], listed: Sequence[Row], drawn: Sequence[str]) -> str:
+def _page(
+    comparison: Comparison, runs: Mapping[Part, RecordedRun], listed: Sequence[ResultRow], drawn: Sequence[str]
+) -> str:
     config = next(iter(runs.values())).config
     facts = {
         "data set": f"{config['dataset'].partition(':')[0]}, fingerprint {config['data']['fingerprint']}",
-        "trained": "; ".join(map(str, study.variants)),
-        "seeds": ", ".join(map(str, study.seeds)),
+        "trained": "; ".join(map(str, comparison.variants)),
+        "seeds": ", ".join(map(str, comparison.seeds)),
         "numerics": str(Numerics.from_json(config["numerics"])),
         "versions": ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items()),
     }
-    lines = [f"# {study.name}", "", study.description, ""]
+    lines = [f"# {comparison.name}", "", comparison.description, ""]
     lines += [f"- {name}: {text}" for name, text in facts.items()]
     split = "On the test split; mean ± standard deviation over seeds, where there are several."
-    lines += ["", split, "", markdown(table(study, listed)) if listed else "Nothing is trained yet.", ""]
-    lines += [f"- {remark}" for remark in remarks(study, runs)] + [""]
+    lines += ["", split, "", markdown(result_table(comparison, listed)) if listed else "Nothing is trained yet.", ""]
+    lines += [f"- {remark}" for remark in result_remarks(comparison, runs)] + [""]
     for name in drawn:
         caption = CAPTIONS[name.partition(".")[0].partition("-")[0]]
         lines += [f"![{caption}](figures/{name})", "", caption, ""]

@@ -8,11 +8,11 @@ from typing import Protocol
 
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base.errors import FnetError
-from fnet_search.comparison.definition import Part, Study
-from fnet_search.comparison.results import networks, write_results
+from fnet_search.comparison.definition import Comparison, Part
+from fnet_search.comparison.results import compared_networks, write_results
 from fnet_search.engine.display import Display
-from fnet_search.engine.preparation import compare, recorded_numerics
-from fnet_search.engine.reporting import open_study, report_again
+from fnet_search.engine.preparation import check_same_config, recorded_numerics
+from fnet_search.engine.reporting import open_record, report_again
 from fnet_search.engine.request import Machine, Request
 from fnet_search.engine.run import run_study
 from fnet_search.inspection.requantize import requantize
@@ -25,7 +25,7 @@ from fnet_search.training.deadline import Deadline
 from fnet_search.training.recipe import Fidelity
 
 
-class StudyDisplay(Display, Protocol):
+class ComparisonDisplay(Display, Protocol):
     """Shows a user what goes on in a study of several runs."""
 
     def part(self, name: str, later: float) -> None:
@@ -38,7 +38,7 @@ PART = re.compile(r"(?:^|-)seed(\d+)$")
 
 
 @dataclass(frozen=True)
-class StudyFolder:
+class ComparisonFolder:
     """Where a study is kept: a run folder for each part, and the results of all."""
 
     path: Path
@@ -52,25 +52,27 @@ class StudyFolder:
         if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
             raise FnetError(f"{self.path} exists and is not the folder of a study; choose another `out`")
 
-    def whole(self, study: Study) -> Study:
+    def whole(self, comparison: Comparison) -> Comparison:
         """With the seeds too that were recorded here before."""
         found = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
-        seeds = (*study.seeds, *sorted(found - set(study.seeds)))
-        return replace(study, seeds=tuple(seed for seed in seeds if seed in study.seeds or self._has(study, seed)))
+        seeds = (*comparison.seeds, *sorted(found - set(comparison.seeds)))
+        return replace(
+            comparison, seeds=tuple(seed for seed in seeds if seed in comparison.seeds or self._has(comparison, seed))
+        )
 
-    def _has(self, study: Study, seed: int) -> bool:
-        return any(self.run(Part(variant, seed)).exists for variant in study.variants)
+    def _has(self, comparison: Comparison, seed: int) -> bool:
+        return any(self.run(Part(variant, seed)).exists for variant in comparison.variants)
 
-    def recorded(self, study: Study) -> dict[Part, RecordedRun]:
+    def recorded(self, comparison: Comparison) -> dict[Part, RecordedRun]:
         """The runs of its parts, as far as they were begun."""
-        return {part: open_run(self.run(part).path) for part in study.parts if self.run(part).exists}
+        return {part: open_run(self.run(part).path) for part in comparison.parts if self.run(part).exists}
 
 
 def run_parts(
-    study: Study,
-    folder: StudyFolder,
+    comparison: Comparison,
+    folder: ComparisonFolder,
     machine: Machine,
-    display: StudyDisplay,
+    display: ComparisonDisplay,
     deadline: Deadline | None = None,
 ) -> None:
     """Runs each part, going on where an earlier process stopped, and writes the results after each, whatever ends it.
@@ -80,37 +82,39 @@ def run_parts(
     """
     folder.check()
     deadline = deadline or Deadline()
-    whole = folder.whole(study)
+    whole = folder.whole(comparison)
     for part in whole.parts:
         if folder.run(part).exists:
-            compare(folder.run(part), _asked(study, part).config())
-    for place, part in enumerate(study.parts):
-        later = sum(epochs(study, part) - _done(study, folder, part) for part in study.parts[place + 1 :])
+            check_same_config(folder.run(part), _asked(comparison, part).config())
+    for place, part in enumerate(comparison.parts):
+        later = sum(
+            epochs(comparison, part) - _done(comparison, folder, part) for part in comparison.parts[place + 1 :]
+        )
         display.part(part.name, later)
         try:
-            _run_part(study, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
+            _run_part(comparison, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
         finally:
             if runs := folder.recorded(whole):
                 write_results(whole, runs, folder.path)
 
 
-def epochs(study: Study, part: Part) -> float:
+def epochs(comparison: Comparison, part: Part) -> float:
     """Of a part, about; searches train a reference, their candidates, and the best one on."""
     recipe = part.variant.recipe
-    if study.search is None:
-        return len(study.plans) * recipe.epochs
-    return 2 * recipe.epochs + study.search.trials * recipe.warm().epochs
+    if comparison.search is None:
+        return len(comparison.plans) * recipe.epochs
+    return 2 * recipe.epochs + comparison.search.trials * recipe.warm().epochs
 
 
-def _done(study: Study, folder: StudyFolder, part: Part) -> float:
+def _done(comparison: Comparison, folder: ComparisonFolder, part: Part) -> float:
     """Of its epochs, those of finished networks; of a search all or none."""
     if not folder.run(part).exists:
         return 0.0
-    found = {network.plan for network in networks(study, {part: open_run(folder.run(part).path)})}
-    return epochs(study, part) * (len(found) / len(study.plans) if study.search is None else len(found))
+    found = {network.plan for network in compared_networks(comparison, {part: open_run(folder.run(part).path)})}
+    return epochs(comparison, part) * (len(found) / len(comparison.plans) if comparison.search is None else len(found))
 
 
-def _like(folder: StudyFolder, whole: Study, part: Part, machine: Machine) -> Machine:
+def _like(folder: ComparisonFolder, whole: Comparison, part: Part, machine: Machine) -> Machine:
     """The machine, computing as another part did where this one is new and nothing else is asked for."""
     others = [folder.run(one) for one in whole.parts if one != part]
     known = next((run for run in others if run.exists), None)
@@ -120,23 +124,23 @@ def _like(folder: StudyFolder, whole: Study, part: Part, machine: Machine) -> Ma
 
 
 def _run_part(
-    study: Study, part: Part, run: RunFolder, machine: Machine, display: StudyDisplay, deadline: Deadline
+    comparison: Comparison, part: Part, run: RunFolder, machine: Machine, display: ComparisonDisplay, deadline: Deadline
 ) -> None:
-    run_study(replace(_asked(study, part), machine=machine), run, display, deadline)
-    if study.search is None:
-        _quantize(study, run, machine, display, deadline)
+    run_study(replace(_asked(comparison, part), machine=machine), run, display, deadline)
+    if comparison.search is None:
+        _quantize(comparison, run, machine, display, deadline)
 
 
-def _asked(study: Study, part: Part) -> Request:
+def _asked(comparison: Comparison, part: Part) -> Request:
     """What a part asks of a run."""
-    space, recipe, search = part.variant.space, part.variant.recipe, study.search
-    request = Request(space, study.dataset, recipe, parse_schemes(study.schemes[0]), part.seed)
+    space, recipe, search = part.variant.space, part.variant.recipe, comparison.search
+    request = Request(space, comparison.dataset, recipe, parse_schemes(comparison.schemes[0]), part.seed)
     if search is None:
-        plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in study.plans))
+        plans = tuple(dict.fromkeys(parse_plan(space, plan) for plan in comparison.plans))
         return replace(request, split="test", audit_all=True, policy=FixedPlans(plans))
     return replace(
         request,
-        validation=study.validation,
+        validation=comparison.validation,
         policy=load_policy(search.policy),
         policy_name=search.policy,
         trials=search.trials,
@@ -145,12 +149,12 @@ def _asked(study: Study, part: Part) -> Request:
     )
 
 
-def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
+def _quantize(comparison: Comparison, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
     """The trained networks of a part, quantized as each further scheme says too, where they are not yet."""
     opened = open_run(run.path)
     known = {(network.candidate, network.scheme) for network in opened.networks}
     own = [network for network in opened.networks if network.folder == network.candidate and network.has_weights]
-    further = list(map(parse_scheme, study.schemes[1:]))
+    further = list(map(parse_scheme, comparison.schemes[1:]))
     missing = [(network, scheme) for network in own for scheme in further if (network.candidate, scheme) not in known]
     if not missing:
         return
@@ -160,4 +164,4 @@ def _quantize(study: Study, run: RunFolder, machine: Machine, display: Display, 
             deadline.check()
             requantize(opened, network, (scheme,), data, display.advance)
             deadline.worked = True
-        report_again(open_study(opened, None))
+        report_again(open_record(opened, None))

@@ -1,5 +1,5 @@
 """The exported network: ONNX files, ONNX Runtime, the audit of its codes, timing.
 
-Comes in: What runs a network elsewhere than in torch.
+Belongs here: what runs a network outside torch.
 Read first: `export.py`.
 """

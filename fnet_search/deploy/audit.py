@@ -12,7 +12,7 @@ from fnet_search.policy.evaluation import Audit
 from fnet_search.quant.simulator import QuantizedNetwork
 
 
-def compare(simulated: Tensor, runtime: Tensor) -> Audit:
+def compare_codes(simulated: Tensor, runtime: Tensor) -> Audit:
     """Of logits [N, classes]: a code differs where they are not the same float, since both are s (q - z)."""
     simulated = simulated.cpu()
     differing = int((simulated != runtime).sum())
@@ -23,7 +23,7 @@ def compare(simulated: Tensor, runtime: Tensor) -> Audit:
 def audit(quantized: QuantizedNetwork, runtime: Runtime, batches: Iterable[Tensor]) -> Iterator[Audit]:
     """The audit of each batch of normalised images [N, C, H, W]; their sum is that of all."""
     for x in batches:
-        yield compare(quantized(x), runtime(x))
+        yield compare_codes(quantized(x), runtime(x))
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,4 @@ def audit_layers(
                 differing = int((difference > 0).sum())
                 layers.append(LayerAudit(node.name, codes.numel(), differing, int(difference.max())))
         last = quantized.params[quantized.carrier[quantized.network.output]].dequantize(codes)
-        yield compare(last, torch.from_numpy(logits)), tuple(layers)
+        yield compare_codes(last, torch.from_numpy(logits)), tuple(layers)

@@ -108,7 +108,7 @@ READ = "x"
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Operation:
     """An operator on what the step before it gives, and on operands: `READ` or numbers."""
 
     operator: str
@@ -116,38 +116,43 @@ class _Step:
     attributes: Mapping[str, float] = field(default_factory=dict)
 
 
-def _steps(layer: Activation, axes: int) -> list[_Step]:
+def _operations(layer: Activation, axes: int) -> list[_Operation]:
     """A function on values of so many axes (without the batch) in operators of OPSET. Some of a function's own name
     are younger."""
-    hard_sigmoid = _Step("HardSigmoid", (), {"alpha": 1 / 6, "beta": 0.5})
+    hard_sigmoid = _Operation("HardSigmoid", (), {"alpha": 1 / 6, "beta": 0.5})
     match layer:
         case Activation("leaky_relu") if len(layer.slopes) > 1:
-            return [_Step("PRelu", [np.reshape(layer.slopes, (-1, *[1] * (axes - 1)))])]
+            return [_Operation("PRelu", [np.reshape(layer.slopes, (-1, *[1] * (axes - 1)))])]
         case Activation("leaky_relu" | "elu" | "celu"):
             names = {"leaky_relu": "LeakyRelu", "elu": "Elu", "celu": "Celu"}
-            return [_Step(names[layer.function], (), {"alpha": layer.slopes[0]})]
+            return [_Operation(names[layer.function], (), {"alpha": layer.slopes[0]})]
         case Activation("relu6"):
-            return [_Step("Clip", (0, 6))]
+            return [_Operation("Clip", (0, 6))]
         case Activation("clip"):
-            return [_Step("Clip", (layer.low, layer.high))]
+            return [_Operation("Clip", (layer.low, layer.high))]
         case Activation("hardsigmoid"):
             return [hard_sigmoid]
         case Activation("hardswish"):
-            return [hard_sigmoid, _Step("Mul", [READ])]
+            return [hard_sigmoid, _Operation("Mul", [READ])]
         case Activation("silu"):
-            return [_Step("Sigmoid"), _Step("Mul", [READ])]
+            return [_Operation("Sigmoid"), _Operation("Mul", [READ])]
         case Activation("mish"):
-            return [_Step("Softplus"), _Step("Tanh"), _Step("Mul", [READ])]
+            return [_Operation("Softplus"), _Operation("Tanh"), _Operation("Mul", [READ])]
         case Activation("log_sigmoid"):
-            return [_Step("Neg"), _Step("Softplus"), _Step("Neg")]
+            return [_Operation("Neg"), _Operation("Softplus"), _Operation("Neg")]
         case Activation("gelu"):
-            share = [_Step("Div", [sqrt(2)]), _Step("Erf"), _Step("Add", [1])]
-            return [*share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
+            share = [_Operation("Div", [sqrt(2)]), _Operation("Erf"), _Operation("Add", [1])]
+            return [*share, _Operation("Mul", [READ]), _Operation("Mul", [0.5])]
         case Activation("gelu_tanh"):
-            cube = [_Step("Mul", [READ]), _Step("Mul", [READ]), _Step("Mul", [0.044715])]
-            share = [_Step("Add", [READ]), _Step("Mul", [sqrt(2 / pi)]), _Step("Tanh"), _Step("Add", [1])]
-            return [*cube, *share, _Step("Mul", [READ]), _Step("Mul", [0.5])]
-    return [_Step(layer.function.capitalize())]  # Relu, Sigmoid, Selu, Tanh, Softplus, Abs
+            cube = [_Operation("Mul", [READ]), _Operation("Mul", [READ]), _Operation("Mul", [0.044715])]
+            share = [
+                _Operation("Add", [READ]),
+                _Operation("Mul", [sqrt(2 / pi)]),
+                _Operation("Tanh"),
+                _Operation("Add", [1]),
+            ]
+            return [*cube, *share, _Operation("Mul", [READ]), _Operation("Mul", [0.5])]
+    return [_Operation(layer.function.capitalize())]  # Relu, Sigmoid, Selu, Tanh, Softplus, Abs
 
 
 class _Graph:
@@ -185,13 +190,13 @@ class _Graph:
 
     def function(self, node: Node, layer: Activation, tensor: str, output: str) -> str:
         """A function in float, by one operator or several, one after the other."""
-        *before, last = _steps(layer, len(self.network.shapes[node.name]))
+        *before, last = _operations(layer, len(self.network.shapes[node.name]))
         read = tensor
         for number, step in enumerate(before, 1):
             read = self.step(step, f"{node.name}.step{number}", tensor, read, f"{node.name}.after{number}")
         return self.step(last, node.name, tensor, read, output)
 
-    def step(self, step: "_Step", name: str, x: str, read: str, output: str) -> str:
+    def step(self, step: "_Operation", name: str, x: str, read: str, output: str) -> str:
         numbers = (np.asarray(one, np.float32) for one in step.operands if one is not READ)
         constants = (self.constant(f"{name}.number{index}", one) for index, one in enumerate(numbers))
         operands = [x if one is READ else next(constants) for one in step.operands]

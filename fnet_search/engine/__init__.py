@@ -1,5 +1,5 @@
 """The search loop and a whole run: request, preparation, record, sharing between processes, winner, reporting.
 
-Comes in: What brings policy, workers and record together.
+Belongs here: what connects policy, workers and record.
 Read first: `search_loop.py`.
 """

@@ -128,14 +128,14 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
     )
     prepared = Prepared(request, data, workers, setup)
     display.say(balance.counts_line(data.classes, prepared.counts))
-    for text in balance.warnings(data.classes, prepared.counts):
+    for text in balance.balance_warnings(data.classes, prepared.counts):
         display.say(f"warning: {text}")
     return prepared
 
 
 def configure(run: RunFolder, config: dict[str, Any]) -> None:
     if run.exists:
-        compare(run, config)
+        check_same_config(run, config)
     else:
         run.write_config(config)
 
@@ -153,7 +153,7 @@ def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:
     return storage
 
 
-def compare(run: RunFolder, config: dict[str, Any]) -> None:
+def check_same_config(run: RunFolder, config: dict[str, Any]) -> None:
     """Raises FnetError where a run was recorded with another configuration than this one."""
     recorded = run.config()
     if "fidelity" not in recorded:

@@ -11,12 +11,12 @@ from fnet_search.base.errors import FnetError
 from fnet_search.base.plugins import fault
 from fnet_search.base.units import counted
 from fnet_search.engine.shared_study import (
-    elsewhere,
+    shared_storage,
 )
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.inspection import latency, requantize
 from fnet_search.optuna_bridge.storage import has_study, open_journal, read_journal
-from fnet_search.optuna_bridge.trials import recorded
+from fnet_search.optuna_bridge.trials import read_evaluation
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.explanation import Explanation
 from fnet_search.policy.protocol import Policy
@@ -53,7 +53,7 @@ def make_outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | 
     record.attach([*pictures, *tables])
     opened = open_run(run.path)
     measured = test if outcome.has_test else record.winner
-    more = [*_classes(run, measured), *requantize.section(opened), *latency.section(opened)]
+    more = [*_classes(run, measured), *requantize.schemes_section(opened), *latency.latency_section(opened)]
     write_report(outcome, run.name, dict(_settings(run.config(), outcome)), pictures, more)
     return outcome
 
@@ -62,7 +62,7 @@ def _classes(run: RunFolder, winner: Evaluation | None) -> list[tuple[str, str]]
     """The report's section on the classes of the data, and of the winner as it was measured last."""
     data = run.config()["data"]
     confusion = [] if winner is None else balance.read_confusion(run.confusion, data["classes"])
-    return balance.section(data["classes"], data.get("images", {}), winner, confusion)
+    return balance.classes_section(data["classes"], data.get("images", {}), winner, confusion)
 
 
 def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | None:
@@ -130,13 +130,13 @@ def _quantization(scheme: str, outcome: Outcome) -> str:
     return f"each network with the scheme whose outputs diverge least from its float ones{policy}"
 
 
-def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
+def open_record(opened: RecordedRun, storage: str | None) -> StudyRecord:
     """The study of a recorded run whose folder is locked.
 
     `storage` is the URL of another place to find it than the recorded one. Raises FnetError, before anything is
     written, for a storage without it, or one that has lost candidates of candidates.csv.
     """
-    found = elsewhere(opened, storage)
+    found = shared_storage(opened, storage)
     _check_whole(opened.run, read_journal(opened.run.journal) if found is None else found[0])
     place, shared = found or (open_journal(opened.run.journal), None)
     return StudyRecord(
@@ -154,7 +154,7 @@ def open_study(opened: RecordedRun, storage: str | None) -> StudyRecord:
 def _check_whole(run: RunFolder, storage: BaseStorage) -> None:
     known = has_study(storage, run.name)
     trials = optuna.load_study(study_name=run.name, storage=storage).get_trials(deepcopy=False) if known else []
-    lost = run.listed() - {evaluation.number for evaluation in map(recorded, trials) if evaluation is not None}
+    lost = run.listed() - {evaluation.number for evaluation in map(read_evaluation, trials) if evaluation is not None}
     if lost or not known:
         what = "candidates " + ", ".join(map(str, sorted(lost))) if lost else f"the study {run.name!r}"
         raise FnetError(

@@ -11,17 +11,17 @@ from fnet_search.candidates.in_process import InProcessPool
 from fnet_search.candidates.pool import Finished, Pool
 from fnet_search.candidates.workers import WorkerPool
 from fnet_search.engine.display import Display
-from fnet_search.engine.preparation import Prepared, compare, configure, own_storage, prepare_run
+from fnet_search.engine.preparation import Prepared, check_same_config, configure, own_storage, prepare_run
 from fnet_search.engine.reporting import make_outcome
 from fnet_search.engine.request import JoinRequest, Request
 from fnet_search.engine.search_loop import search, trained
 from fnet_search.engine.shared_study import (
     artifacts_of,
     check_data,
-    publish,
-    published,
+    read_shared_run,
+    share_run,
     share_weights,
-    sharing,
+    sharing_of,
     with_weights,
 )
 from fnet_search.engine.study_record import StudyRecord
@@ -45,7 +45,7 @@ def run_study(request: Request, run: RunFolder, display: Display, deadline: Dead
     deadline.
     """
     if run.exists:
-        compare(run, request.config())
+        check_same_config(run, request.config())
     prepared = prepare_run(request, run, display)
     policy, trials = request.policy, request.trials
     if request.artifacts is not None:
@@ -56,7 +56,7 @@ def run_study(request: Request, run: RunFolder, display: Display, deadline: Dead
         with closing(_record(prepared, run, storage)) as record:
             if record.sharing is not None:
                 telling(record.storage, display.status)
-                publish(record.study, request, prepared.data, artifacts_of(request, run))
+                share_run(record.study, request, prepared.data, artifacts_of(request, run))
                 share_weights(record.study, record.artifacts, request.space)
             if isinstance(policy, FixedPlans):
                 past = {evaluation.plan for evaluation in record.evaluations}
@@ -76,12 +76,12 @@ def join_study(join: JoinRequest, run: RunFolder, display: Display, deadline: De
     """
     storage, name = open_url(join.storage, new=False), join.study
     telling(storage, display.status)
-    known = published(storage, name)
+    known = read_shared_run(storage, name)
     request = known.request(join)
     study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
     request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
     if run.exists:
-        compare(run, {**request.config(), "study": name})
+        check_same_config(run, {**request.config(), "study": name})
     prepared = prepare_run(request, run, display)
     check_data(known, prepared.data)
     with run.locked():
@@ -105,7 +105,7 @@ def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> 
         request.split,
         prepared.setup,
         request.searching,
-        sharing(request, run) if storage is not None and request.searching else None,
+        sharing_of(request, run) if storage is not None and request.searching else None,
     )
 
 

@@ -49,7 +49,7 @@ class ProbesProgressed:
 Event = Refused | Started | Progressed | Finished | Dropped | ProbesProgressed
 
 
-class Record(asktell.SuggestionRecord, Protocol):
+class SearchRecord(asktell.SuggestionRecord, Protocol):
     """Where a search is recorded; other processes may work on it too."""
 
     def lost(self) -> Claim | None:
@@ -90,7 +90,7 @@ class Record(asktell.SuggestionRecord, Protocol):
 
 
 def search(
-    policy: Policy, record: Record, pool: Pool, trials: int, deadline: Deadline | None = None
+    policy: Policy, record: SearchRecord, pool: Pool, trials: int, deadline: Deadline | None = None
 ) -> Iterator[Event]:
     """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
     happens.
@@ -109,7 +109,7 @@ def search(
     yield from host.until_done(host.final)
 
 
-Step = Generator[Event, None, bool]
+Phase = Generator[Event, None, bool]
 """Begins what there is to be begun; whether all of it is done, by other processes too."""
 
 
@@ -117,11 +117,11 @@ Step = Generator[Event, None, bool]
 class _Host:
     """Gives work to the workers, and records what comes of it."""
 
-    record: Record
+    record: SearchRecord
     pool: Pool
     deadline: Deadline
 
-    def until_done(self, begin: Callable[[], Step]) -> Iterator[Event]:
+    def until_done(self, begin: Callable[[], Phase]) -> Iterator[Event]:
         """Takes over what others lost, begins what there is, and waits for news, until all is done."""
         while True:
             while self.pool.busy < self.pool.count and (lost := self.record.lost()) is not None:
@@ -135,7 +135,7 @@ class _Host:
                 self.deadline.check(idle=True)
                 self.record.wait()
 
-    def reference(self) -> Step:
+    def reference(self) -> Phase:
         """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
         history = self.record.history()
         plan = regular(history.space)
@@ -170,7 +170,7 @@ class _Host:
                     self.record.probed(event.task, event.probes)
                     self.deadline.worked = True
 
-    def fill(self, policy: Policy, trials: int) -> Step:
+    def fill(self, policy: Policy, trials: int) -> Phase:
         """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
 
         def enough(history: History) -> bool:
@@ -184,7 +184,7 @@ class _Host:
             yield from self.train(plan, "candidate")
         return False
 
-    def final(self) -> Step:
+    def final(self) -> Phase:
         """The best candidate is trained on, while nothing else is to be done."""
         running = self.record.history().running
         best = None if running else self.record.to_finish()

@@ -28,16 +28,16 @@ from fnet_search.training.weights import digest, read_tensors, write_tensors
 if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
-PUBLISHED = "fnet_search:run"
+SHARED_RUN = "fnet_search:run"
 """System attribute of a study: what was published."""
-IMPORTED = "imported.safetensors"
+IMPORTED_WEIGHTS = "imported.safetensors"
 """Artifact of a study: the weights of an imported network."""
 VERSION = f"{__version__}, format {FORMAT}"
 """What all workers on a study must have in common. One text, so that versions which knew no formats refuse it too."""
 
 
 @dataclass(frozen=True)
-class Published:
+class SharedRun:
     """What a worker must know that joins a study."""
 
     version: str
@@ -80,32 +80,32 @@ def _config(request: Request) -> dict[str, Any]:
     return config
 
 
-def published(storage: BaseStorage, name: str) -> Published:
+def read_shared_run(storage: BaseStorage, name: str) -> SharedRun:
     """Raises FnetError where there is no such study, it is not one of a shared run, or of another version or format."""
-    facts = _facts(storage, name)
+    facts = _read_facts(storage, name)
     if facts.get("version") != VERSION:
         raise FnetError(
             f"study {name!r} is one of fnet-search {facts.get('version')}, this is {VERSION}; install the same"
         )
-    return Published(**facts)
+    return SharedRun(**facts)
 
 
-def _facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
-    """The fields of `Published`, as some version wrote them."""
+def _read_facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
+    """The fields of `SharedRun`, as some version wrote them."""
     if not has_study(storage, name):
         raise FnetError(f"the storage has no study {name!r}; start one with fnet-search run --storage ... --out {name}")
-    facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(PUBLISHED)
+    facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(SHARED_RUN)
     if facts is None:
         raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
     found: Mapping[str, Any] = facts
     return found
 
 
-def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
+def share_run(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
     """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
     run goes on, with more trials. Raises FnetError where another run has left another one."""
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
-    new = Published(
+    new = SharedRun(
         VERSION,
         _config(request),
         facts,
@@ -115,13 +115,13 @@ def publish(study: Study, request: Request, data: DataSet, artifacts: Path | str
         str(artifacts),
         request.lease,
     )
-    known = study._storage.get_study_system_attrs(study._study_id).get(PUBLISHED)
+    known = study._storage.get_study_system_attrs(study._study_id).get(SHARED_RUN)
     if known is not None and (odd := differences(completed(known["config"]), new.config)):
         raise FnetError(f"the study in the storage was begun with another configuration ({'; '.join(odd)})")
-    study._storage.set_study_system_attr(study._study_id, PUBLISHED, as_json(asdict(new)))
+    study._storage.set_study_system_attr(study._study_id, SHARED_RUN, as_json(asdict(new)))
 
 
-def check_data(known: Published, data: DataSet) -> None:
+def check_data(known: SharedRun, data: DataSet) -> None:
     """Raises FnetError for other data than the run's."""
     if data.fingerprint() != known.data["fingerprint"]:
         raise FnetError(
@@ -130,13 +130,13 @@ def check_data(known: Published, data: DataSet) -> None:
         )
 
 
-def sharing(request: Request, run: RunFolder) -> Sharing:
+def sharing_of(request: Request, run: RunFolder) -> Sharing:
     """How a run, or a worker that joined it, shares its study. Raises FnetError for an artifact store that cannot be
     opened."""
     return Sharing(run.worker, open_artifacts(artifacts_of(request, run)), request.lease)
 
 
-def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sharing | None] | None:
+def shared_storage(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sharing | None] | None:
     """The storage that the study of a recorded run is in, and how it is shared; None: it is in the run folder.
 
     `storage` is the URL of another place to find it than the recorded one. Raises FnetError for one without the study.
@@ -149,7 +149,7 @@ def elsewhere(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sh
         raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
         return found, None
-    known = _facts(found, run.name)  # of any version whose folders can be read: nothing is trained
+    known = _read_facts(found, run.name)  # of any version whose folders can be read: nothing is trained
     return found, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
 
 
@@ -161,10 +161,10 @@ def artifacts_of(request: Request, run: RunFolder) -> str:
 
 def share_weights(study: Study, store: "ArtifactStore", space: Macroarchitecture) -> None:
     """Leaves the weights of an imported network in the artifact store, once."""
-    if space.weights is None or any(meta.filename == IMPORTED for meta in get_all_artifact_meta(study)):
+    if space.weights is None or any(meta.filename == IMPORTED_WEIGHTS for meta in get_all_artifact_meta(study)):
         return
     with TemporaryDirectory() as scratch:
-        path = Path(scratch) / IMPORTED
+        path = Path(scratch) / IMPORTED_WEIGHTS
         write_tensors(path, space.weights, {"space": space.name})
         upload_artifact(artifact_store=store, file_path=str(path), study_or_trial=study)
 
@@ -176,9 +176,9 @@ def with_weights(
     they are missing, or others."""
     if wanted is None:
         return space
-    ids = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == IMPORTED]
+    ids = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == IMPORTED_WEIGHTS]
     with TemporaryDirectory() as scratch:
-        path = Path(scratch) / IMPORTED
+        path = Path(scratch) / IMPORTED_WEIGHTS
         try:
             with store.open_reader(ids[0]) as opened:
                 path.write_bytes(opened.read())

@@ -30,7 +30,7 @@ from fnet_search.optuna_bridge.leases import TAKEOVERS, Claim, Ledger
 from fnet_search.optuna_bridge.pruner import EqualStart
 from fnet_search.optuna_bridge.storage import has_study, together
 from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
-from fnet_search.optuna_bridge.trials import EPOCHS, ROLE, START, describe
+from fnet_search.optuna_bridge.trials import EPOCHS, ROLE, START, write_evaluation
 from fnet_search.policy.asktell import lowest_free
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Audit, Evaluation, Probe, Probes, Role, SplitName
@@ -38,7 +38,7 @@ from fnet_search.policy.protocol import History
 from fnet_search.policy.ranking import choose_parent, ranking
 from fnet_search.quant.scheme import Scheme, parse_scheme
 from fnet_search.report.csv_tables import candidate_line
-from fnet_search.rundir.run_folder import RunFolder, kept
+from fnet_search.rundir.run_folder import RunFolder, kept_networks
 from fnet_search.training.train import TrainingProgress
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class StudyRecord:
         if trial is None:
             return None
         with together(self.storage):
-            describe(trial, self.constraints, evaluation)
+            write_evaluation(trial, self.constraints, evaluation)
         self._ledger.tell(trial, evaluation)
         self.run.write_candidates(self._lines)
         return evaluation
@@ -269,7 +269,9 @@ class StudyRecord:
             return None
         if job.start is not None and not self.fetch(job.start.number):  # dropped meanwhile, for better ones
             self._ledger.leave(trial._trial_id, "released")
-            if job.start.number in kept(self.evaluations, self.constraints, self.searching):  # they should be there
+            if job.start.number in kept_networks(
+                self.evaluations, self.constraints, self.searching
+            ):  # they should be there
                 raise self._gone(job.start.number)
             return None
         self._trials[number], self._jobs[number] = trial, job
@@ -311,7 +313,7 @@ class StudyRecord:
             return self._best()
         if role == "reference" or not self._setup.fidelity.warm_start:
             return None
-        having = kept(self.evaluations, self.constraints, self.searching)
+        having = kept_networks(self.evaluations, self.constraints, self.searching)
         past = (
             evaluation for evaluation in self.evaluations if evaluation.number in having and evaluation.role != "final"
         )
@@ -380,7 +382,7 @@ class StudyRecord:
                 if evaluation.state == "complete":
                     for path in [*self.run.write_candidate(evaluation), *self._to_share(evaluation)]:
                         upload_artifact(artifact_store=self.artifacts, file_path=str(path), study_or_trial=trial)
-                describe(trial, self.constraints, evaluation)
+                write_evaluation(trial, self.constraints, evaluation)
             counts = self._ledger.tell(trial, evaluation)
         if not counts:  # another process has taken it over: what it measures goes with its own weights
             self._ledger.leave(trial._trial_id, "withdrawn")
@@ -395,7 +397,7 @@ class StudyRecord:
     def _to_share(self, evaluation: Evaluation) -> list[Path]:
         """Files that another process needs to start from a network."""
         after = (*self.evaluations, evaluation)
-        if self.sharing is None or evaluation.number not in kept(after, self.constraints, self.searching):
+        if self.sharing is None or evaluation.number not in kept_networks(after, self.constraints, self.searching):
             return []
         return [self.run.candidate(evaluation.number) / name for name in (WEIGHTS, QUANTIZED)]
 

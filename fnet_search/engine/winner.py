@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from fnet_search.base.errors import FnetError
-from fnet_search.candidates.measure import measure
+from fnet_search.candidates.measure import measure_split
 from fnet_search.candidates.network_files import WEIGHTS, load_trained
 from fnet_search.candidates.pool import Pool
 from fnet_search.deploy.audit import audit
@@ -61,7 +61,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
         winner = record.audit(winner, found)
     split = data.test if data.has_test else data.evaluation  # for the confusions, where that is all there is
     measuring = partial(display.advance, f"measuring the winner on {'test' if data.has_test else 'validation'} images")
-    measures = measure(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)
+    measures = measure_split(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)
     test = None
     if data.has_test:
         test = measures.complete(replace(winner, split="test", validation="", layers=(), common=None))

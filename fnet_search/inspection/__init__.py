@@ -1,5 +1,5 @@
 """What is done to the networks of a recorded run: layer analysis, another quantization, latency.
 
-Comes in: Work on trained networks after the search. No training.
+Belongs here: work on trained networks after the search. No training.
 Read first: `analysis.py`.
 """

@@ -228,7 +228,7 @@ def points(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f} points"
 
 
-def measured(analysis: NetworkAnalysis) -> str:
+def accuracies_text(analysis: NetworkAnalysis) -> str:
     """The network's accuracies on the images of the analysis."""
     costs = analysis.sensitivity
     return (
@@ -292,7 +292,7 @@ def analysis_table(analysis: NetworkAnalysis, width: int = 120) -> Table:
     places = fitting(names, rows, width, {"layer": 24}, reversed(names[1:]), between=1, around=0)
     table = Table(
         title=Text(
-            f"{analysis.id}: {analysis.name}, quantized with {analysis.evaluation.scheme}; {measured(analysis)}"
+            f"{analysis.id}: {analysis.name}, quantized with {analysis.evaluation.scheme}; {accuracies_text(analysis)}"
         ),
         title_justify="left",
         caption=Text(f"< {verdict(analysis)}"),

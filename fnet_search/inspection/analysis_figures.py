@@ -19,7 +19,7 @@ SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55
 )
 
 
-def slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list[Slot]:
+def analysis_slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list[Slot]:
     """The rows or columns of a picture: the input, and every layer of the space that any network quantizes."""
     filled = {slot_of(analysis.evaluation.plan, layer.name) for analysis in analyses for layer in analysis.layers}
     order = [INPUT, *(node.name for node in space.order)]
@@ -32,7 +32,7 @@ def slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list
 def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> Figure:
     """Bars a layer, one colour a network: accuracy lost with only this layer quantized, and regained with only this
     one left in float, in percentage points, with standard errors. The longest bar of each network has its number."""
-    rows, count = slots(space, analyses), len(analyses)
+    rows, count = analysis_slots(space, analyses), len(analyses)
     inches = max(0.19, 0.075 * count + 0.07)  # a row
     figure = new_figure(1.5 + inches * len(rows), 9.6)
     images, split = analyses[0].sensitivity.images, analyses[0].evaluation.split
@@ -54,7 +54,7 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
             ys = [place + (index - (count - 1) / 2) * height for place in places]
             values = [100 * getattr(layer.sensitivity, name) for layer in analysis.layers]
             errors = [100 * getattr(layer.sensitivity, f"{name}_error") for layer in analysis.layers]
-            axes.barh(ys, values, height * 0.9, color=COLOURS[index], label=described(analysis))
+            axes.barh(ys, values, height * 0.9, color=COLOURS[index], label=network_caption(analysis))
             axes.errorbar(values, ys, xerr=errors, fmt="none", ecolor="#888888", elinewidth=0.7)
             most = analysis.sensitivity.parts.index(getattr(analysis.sensitivity, longest))
             axes.annotate(
@@ -78,7 +78,7 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
     return figure
 
 
-def described(analysis: NetworkAnalysis) -> str:
+def network_caption(analysis: NetworkAnalysis) -> str:
     """A network in a legend."""
     costs = analysis.sensitivity
     return f"{analysis.name}: fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} %"
@@ -94,7 +94,7 @@ def boxes_figure(
 
     The axes are those that all of `analyses` need, so that the pictures of several networks can be compared.
     """
-    analysis, found = analyses[index], slots(space, [analyses[index]])
+    analysis, found = analyses[index], analysis_slots(space, [analyses[index]])
     places = [found.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
     figure = new_figure(8.2, 9.6)
     heading(figure, f"Ranges of the channels of {analysis.name}: {space.name}")

@@ -8,8 +8,8 @@ import pandas as pd
 
 from fnet_search.base.files import write_text
 from fnet_search.base.units import millions
-from fnet_search.inspection.analysis import NetworkAnalysis, analysis_frame, measured, verdict
-from fnet_search.inspection.analysis_figures import boxes_figure, costs_figure, described, heat_figure
+from fnet_search.inspection.analysis import NetworkAnalysis, accuracies_text, analysis_frame, verdict
+from fnet_search.inspection.analysis_figures import boxes_figure, costs_figure, heat_figure, network_caption
 from fnet_search.report.html_page import NONE, figure_html, plain_table, write_page
 from fnet_search.report.layer_figures import PRECISIONS, RANGES, SHOWN, layers_figure
 from fnet_search.report.style import COLOURS, GREY
@@ -64,7 +64,7 @@ def write_analysis(opened: RecordedRun, analyses: Sequence[NetworkAnalysis]) -> 
             )
             + _table(analysis, rows)
         )
-        summary = f"<summary>{escape(described(analysis))}</summary>"
+        summary = f"<summary>{escape(network_caption(analysis))}</summary>"
         sections.append(
             (
                 "" if index else "Each network",
@@ -79,11 +79,11 @@ def write_analysis(opened: RecordedRun, analyses: Sequence[NetworkAnalysis]) -> 
 def _head(analyses: Sequence[NetworkAnalysis]) -> str:
     """What was found, a line a network."""
     if len(analyses) == 1:
-        found = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(measured(analyses[0]))}.</p>'
+        found = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(accuracies_text(analyses[0]))}.</p>'
     else:
         lines = [
             f'<li><a href="#network-{index}">{escape(analysis.name)}</a>: {escape(verdict(analysis))} '
-            f'<span class="soft">{escape(measured(analysis))}</span></li>'
+            f'<span class="soft">{escape(accuracies_text(analysis))}</span></li>'
             for index, analysis in enumerate(analyses)
         ]
         found = f"<ul>{''.join(lines)}</ul>"

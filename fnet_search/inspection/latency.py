@@ -45,11 +45,11 @@ KEYS = ["network", "precision"]
 BUSY = 0.9
 """Where a thread ran for less of its time than that, others disturbed the measurement."""
 
-Pair = tuple[Latency, Latency]
+LatencyPair = tuple[Latency, Latency]
 """A network in quint8 and in fp32."""
 
 
-def pairs(results: Sequence[Latency]) -> list[Pair]:
+def latency_pairs(results: Sequence[Latency]) -> list[LatencyPair]:
     """The networks in order, each in both precisions."""
     found = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
     return [(quint8, fp32) for quint8, fp32 in found]
@@ -139,7 +139,7 @@ def _sum(latency: Latency) -> float:
     return sum(layer.median_ms for layer in latency.layers)
 
 
-def write(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
+def write_latencies(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
     """Writes ``latency.csv`` and ``latency_layers.csv`` to the run folder, in the place of what was measured before:
     only times of the same rounds can be compared. Returns their paths."""
     frames = {NETWORKS: latency_frame(results), LAYERS: layer_latency_frame(results)}
@@ -148,8 +148,8 @@ def write(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
     return [opened.run.path / name for name in frames]
 
 
-def read(opened: RecordedRun) -> tuple[Latency, ...]:
-    """What `write` wrote, of the networks that the run still has; nothing where nothing was measured.
+def read_latencies(opened: RecordedRun) -> tuple[Latency, ...]:
+    """What `write_latencies` wrote, of the networks that the run still has; nothing where nothing was measured.
 
     Raises FnetError, naming the file, for one that is missing or broken.
     """
@@ -211,7 +211,7 @@ def _ms(value: float) -> str:
     return f"{value:,.1f}" if value >= 100 else f"{value:.2f}" if value >= 10 else f"{value:.3f}"
 
 
-def row(pair: Pair) -> tuple[list[str], list[str]]:
+def latency_row(pair: LatencyPair) -> tuple[list[str], list[str]]:
     """What people see of a network: under HEADINGS and under MEASURED."""
     quint8, fp32 = pair
     times = [
@@ -227,7 +227,7 @@ def row(pair: Pair) -> tuple[list[str], list[str]]:
     return [quint8.network, quint8.label], [*macs, *times, f"{fp32.median_ms / quint8.median_ms:.2f}"]
 
 
-def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
+def layer_rows(pair: LatencyPair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
     """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
     the sum, and beside it the network as it was timed whole."""
     known = [{layer.layer: layer for layer in latency.layers} for latency in pair]
@@ -255,11 +255,11 @@ def layer_rows(pair: Pair, order: Sequence[str]) -> list[tuple[list[str], list[s
 
 def latency_table(results: Sequence[Latency]) -> PlainTable:
     """The networks for the terminal."""
-    rows = [[*words, *values] for words, values in map(row, pairs(results))]
+    rows = [[*words, *values] for words, values in map(latency_row, latency_pairs(results))]
     return PlainTable("latency: ms a run, median", (*HEADINGS, *MEASURED), rows, {"network": 12, "plan": 12}, LEAST)
 
 
-def layers_table(opened: RecordedRun, pair: Pair) -> PlainTable:
+def layers_table(opened: RecordedRun, pair: LatencyPair) -> PlainTable:
     """The layers of one network for the terminal."""
     title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
     rows = [[*words, *values] for words, values in layer_rows(pair, _order(opened, pair[0].network))]
@@ -280,7 +280,7 @@ def _plans(opened: RecordedRun) -> dict[str, FactorizationPlan]:
 def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
     """Milliseconds a run against conv MACs, both precisions, with the quartiles; and where the times would be if they
     followed the MACs, from the network with the most of them."""
-    measured = pairs(results)
+    measured = latency_pairs(results)
     figure = new_figure(4.2)
     heading(figure, f"Latency against MACs: {space}, a batch of {results[0].batch}")
     axes = figure.add_subplot()
@@ -312,12 +312,12 @@ def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
     return figure
 
 
-def blocks(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[int, tuple[float, int]]]:
+def block_latencies(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[int, tuple[float, int]]]:
     """What each factorizable layer costs at every rate that was timed: milliseconds in quint8 (of several networks, the
     median) and MACs of the convolution, or of the grouped and the pointwise one together."""
     plans = _plans(opened)
     timed: dict[str, dict[int, list[tuple[float, int]]]] = {layer: {} for layer in legal_rates(opened.space)}
-    for quint8, _ in pairs(results):
+    for quint8, _ in latency_pairs(results):
         plan = plans[quint8.network]
         for layer, rate in plan.rates:
             parts = [part for part in quint8.layers if slot_of(plan, part.layer)[0] == layer]
@@ -330,7 +330,7 @@ def blocks(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[in
 
 
 def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
-    found = blocks(opened, results)
+    found = block_latencies(opened, results)
     rates = sorted({rate for by_rate in found.values() for rate in by_rate})
     if len(rates) < 2:
         return ""
@@ -354,18 +354,18 @@ def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
     return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{timed}'
 
 
-def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
+def latency_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     """For the report: the networks' latencies beside their MACs, and their layers'; nothing where none was measured."""
     try:
-        results = read(opened)
+        results = read_latencies(opened)
     except FnetError as error:  # the report of a run does not depend on this
         return [("Latency", f'<p class="soft">{escape(str(error))}</p>')]
     if not results:
         return ()
-    measured = pairs(results)
+    measured = latency_pairs(results)
     winner = opened.winner
     html = f'<p class="soft">{escape(conditions(results))}; ms a run, median and quartiles.</p>'
-    html += plain_table(HEADINGS, MEASURED, [row(pair) for pair in measured], winner.id if winner else None)
+    html += plain_table(HEADINGS, MEASURED, [latency_row(pair) for pair in measured], winner.id if winner else None)
     if len(measured) > 1:
         caption = (
             "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "

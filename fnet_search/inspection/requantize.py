@@ -12,7 +12,7 @@ import torch
 from fnet_search.arch.plan import label
 from fnet_search.base.errors import FnetError
 from fnet_search.base.files import write_text
-from fnet_search.candidates.measure import record
+from fnet_search.candidates.measure import evaluate_quantized
 from fnet_search.deploy.export import MODEL, quantized_model, write_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Evaluation
@@ -55,7 +55,7 @@ def requantize(
     folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
-    found = record(evaluation, trained, quantized, data, seed, folder, runtime, measured)
+    found = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, measured)
     facts = metadata(opened.config, opened.space, found, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(found, folder)
@@ -98,12 +98,12 @@ def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
             "audited_codes": network.evaluation.audit.codes if network.evaluation.audit else None,
             "differing_codes": network.evaluation.audit.differing if network.evaluation.audit else None,
         }
-        for network in several(opened)
+        for network in requantized_networks(opened)
     ]
     return pd.DataFrame(rows).astype({"audited_codes": "Int64", "differing_codes": "Int64"})
 
 
-def several(opened: RecordedRun) -> list[RecordedNetwork]:
+def requantized_networks(opened: RecordedRun) -> list[RecordedNetwork]:
     """The networks of the candidates that are quantized in several ways, a candidate's own way first."""
     networks = opened.networks
     chosen = {network.candidate for network in networks if network.folder != network.candidate}
@@ -114,7 +114,7 @@ HEADINGS = ("network", "plan", "quantized with")
 MEASURED = ("fp32 %", "quint8 %", "drop %", "QMSE", "KL", "audit")
 
 
-def row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[list[str], list[str]]:
+def scheme_row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[list[str], list[str]]:
     """What people see of an evaluation: under HEADINGS and under MEASURED."""
     shares = [
         f"{100 * (value or 0):.2f}"
@@ -125,21 +125,21 @@ def row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[list[st
     return [name, label(opened.space, evaluation.plan), evaluation.scheme], measured
 
 
-def section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
+def schemes_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     """For the report: the candidates that were quantized in several ways; nothing where there are none."""
-    networks = several(opened)
+    networks = requantized_networks(opened)
     if not networks:
         return ()
-    rows = [row(opened, network.evaluation, network.id) for network in networks]
+    rows = [scheme_row(opened, network.evaluation, network.id) for network in networks]
     about = "".join(
-        f'<p class="soft">{escape(text)}</p>' for text in (f"On the {opened.split} split.", *remarks(opened))
+        f'<p class="soft">{escape(text)}</p>' for text in (f"On the {opened.split} split.", *requantize_remarks(opened))
     )
     return [("Quantized otherwise", f"{about}{plain_table(HEADINGS, MEASURED, rows)}")]
 
 
-def remarks(opened: RecordedRun) -> list[str]:
+def requantize_remarks(opened: RecordedRun) -> list[str]:
     """Which networks that were quantized otherwise are better than the winner, and what makes them win."""
-    found = [network for network in several(opened) if not network.competes and opened.better(network)]
+    found = [network for network in requantized_networks(opened) if not network.competes and opened.better(network)]
     return [
         f"{network.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "
         f"{network.evaluation.number} --scheme {network.scheme} --promote makes it best/."

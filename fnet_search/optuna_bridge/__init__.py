@@ -1,5 +1,5 @@
 """Optuna: trials, samplers, storages, leases, the pruner.
 
-Comes in: What reads or writes a study. No torch.
+Belongs here: what reads or writes a study. No torch.
 Read first: `trials.py`.
 """

@@ -26,13 +26,13 @@ from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS
 from fnet_search.optuna_bridge.trials import (
     NUMBER,
     ROLE,
-    distributions,
-    parameters,
+    index_distributions,
+    index_parameters,
     plan_of_trial,
     rate_distributions,
-    recorded,
+    read_evaluation,
     state_of,
-    suggested,
+    suggestion_attributes,
     value_and_state,
 )
 from fnet_search.policy.evaluation import Evaluation, Role
@@ -110,7 +110,7 @@ class Ledger:
 
     def refresh(self) -> None:
         """Looks at the study again. Trials whose worker is gone are ended; an evaluation that it left in one counts."""
-        self.claims, indices = {}, distributions(self.space)
+        self.claims, indices = {}, index_distributions(self.space)
         for trial in self.study.get_trials(deepcopy=False):
             if trial._trial_id in self._closed:
                 continue
@@ -144,7 +144,7 @@ class Ledger:
         return now - since <= self.seconds
 
     def _end(self, trial: FrozenTrial) -> FrozenTrial:
-        evaluation, lease = recorded(trial), trial.system_attrs.get(LEASE, {})
+        evaluation, lease = read_evaluation(trial), trial.system_attrs.get(LEASE, {})
         if evaluation is not None:  # cut off between the two last writes
             return self._tell(trial.number, evaluation)
         _leave(self.study._storage, trial._trial_id, "released" if lease.get("worker") == self.worker else "expired")
@@ -153,7 +153,7 @@ class Ledger:
     def _close(self, trial: FrozenTrial) -> None:
         self._closed.add(trial._trial_id)
         self._leases.pop(trial._trial_id, None)
-        evaluation, why, claim = recorded(trial), trial.system_attrs.get(LEFT), self._claim_of(trial)
+        evaluation, why, claim = read_evaluation(trial), trial.system_attrs.get(LEFT), self._claim_of(trial)
         if evaluation is not None and _counts(trial, evaluation):
             self._take(evaluation, trial)
         elif claim is not None and why in ("expired", "released"):
@@ -173,9 +173,9 @@ class Ledger:
         lease = {} if self.worker is None else _lease(self.worker, 0)
         template = create_trial(
             state=TrialState.RUNNING,
-            params=parameters(self.space, plan) if self.indexed else dict(plan.rates),
-            distributions=distributions(self.space) if self.indexed else rate_distributions(self.space),
-            user_attrs={**suggested(self.space, number, plan), **(facts or {})},
+            params=index_parameters(self.space, plan) if self.indexed else dict(plan.rates),
+            distributions=index_distributions(self.space) if self.indexed else rate_distributions(self.space),
+            user_attrs={**suggestion_attributes(self.space, number, plan), **(facts or {})},
             system_attrs=lease,
         )
         trial_id = self.study._storage.create_new_trial(self.study._study_id, template)

@@ -31,15 +31,15 @@ from fnet_search.optuna_bridge.trials import (
     NUMBER,
     PLAN,
     REASON,
-    describe,
-    distributions,
     fixed_indices,
-    limit,
-    limits_of,
-    parameters,
-    plan_of,
-    suggested,
+    index_distributions,
+    index_parameters,
+    plan_from_indices,
+    read_constraints,
+    suggestion_attributes,
     value_and_state,
+    write_constraints,
+    write_evaluation,
 )
 from fnet_search.policy.asktell import check_refusal, suggestion
 from fnet_search.policy.constraints import Constraints
@@ -116,7 +116,7 @@ class PolicySampler(BaseSampler):
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         """Numbers a trial all of whose rates are fixed, as by ``enqueue_trial``: it is never sampled."""
         self._independent.before_trial(study, trial)
-        plan = plan_of(self.space, fixed_indices(self.space, trial))
+        plan = plan_from_indices(self.space, fixed_indices(self.space, trial))
         while plan is not None:
             with self._lock:
                 if self._claim(study, trial, plan, self._others(study, trial)):
@@ -126,7 +126,9 @@ class PolicySampler(BaseSampler):
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The rates of all layers that have a choice."""
         return {
-            name: distribution for name, distribution in distributions(self.space).items() if not distribution.single()
+            name: distribution
+            for name, distribution in index_distributions(self.space).items()
+            if not distribution.single()
         }
 
     def sample_relative(
@@ -136,7 +138,7 @@ class PolicySampler(BaseSampler):
 
         Raises PolicyDone, and FnetError for a policy that fails.
         """
-        ours = search_space.keys() & distributions(self.space).keys()
+        ours = search_space.keys() & index_distributions(self.space).keys()
         sampled = {
             name: self._independent.sample_independent(study, trial, name, distribution)
             for name, distribution in search_space.items()
@@ -145,7 +147,7 @@ class PolicySampler(BaseSampler):
         if not ours:
             return sampled
         plan = self._suggest(study, trial)
-        return sampled | {layer: index for layer, index in parameters(self.space, plan).items() if layer in ours}
+        return sampled | {layer: index for layer, index in index_parameters(self.space, plan).items() if layer in ours}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -185,8 +187,8 @@ class PolicySampler(BaseSampler):
                 history = self._past.of(study, others)
                 plan = self._next(history)
                 if plan is not None:
-                    indices = parameters(self.space, plan) | fixed_indices(self.space, trial)
-                    plan = plan_of(self.space, indices)
+                    indices = index_parameters(self.space, plan) | fixed_indices(self.space, trial)
+                    plan = plan_from_indices(self.space, indices)
                     assert plan is not None
                     if self._claim(study, trial, plan, others):
                         return plan
@@ -224,8 +226,8 @@ class PolicySampler(BaseSampler):
         Of two that write and then look, one at least sees the other and gives way: no plan is out twice.
         """
         history = self._past.of(study, (trial for trial in others if trial.state is not TrialState.WAITING))
-        limit(study._storage, trial, self.constraints)
-        for name, value in suggested(self.space, history.number, plan).items():
+        write_constraints(study._storage, trial, self.constraints)
+        for name, value in suggestion_attributes(self.space, history.number, plan).items():
             _set(study, trial, name, value)
         before = {trial.number: _claimed(trial) for trial in others}
         for one in self._others(study, trial):
@@ -251,10 +253,10 @@ def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraint
     a ``TrialPruned`` too, where the policy has none. Raises FnetError for another space than the sampler's.
     """
     sampler = trial.study.sampler
-    if isinstance(sampler, PolicySampler) and distributions(sampler.space) != distributions(space):
+    if isinstance(sampler, PolicySampler) and index_distributions(sampler.space) != index_distributions(space):
         raise FnetError(f"the sampler chooses plans of space {sampler.space.name!r}, not of {space.name!r}")
     params = {layer: trial.suggest_int(layer, 0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
-    plan, now = plan_of(space, params), _now(trial)
+    plan, now = plan_from_indices(space, params), _now(trial)
     if plan is None:  # Optuna takes enqueued values as they are
         reason = f"the parameters {params} stand for no plan of space {space.name!r}"
         trial.set_user_attr(REASON, reason)
@@ -262,11 +264,11 @@ def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraint
     limits, number = _limits(now, constraints), now.user_attrs.get(NUMBER, trial.number)
     reason = now.user_attrs.get(REASON, "")
     if now.user_attrs.get(PLAN) != str(plan):  # of another sampler, or one that was put before ours and fixes rates
-        for name, value in suggested(space, number, plan).items():
+        for name, value in suggestion_attributes(space, number, plan).items():
             trial.set_user_attr(name, value)
-        reason = limits.refusal(plan_cost(space, plan)) or (_repeats(trial, plan) if limits_of(now) else "")
+        reason = limits.refusal(plan_cost(space, plan)) or (_repeats(trial, plan) if read_constraints(now) else "")
     if reason:
-        describe(trial, limits, Evaluation.of(space, plan, number=number, state="refused", reason=reason))
+        write_evaluation(trial, limits, Evaluation.of(space, plan, number=number, state="refused", reason=reason))
         raise optuna.TrialPruned(reason)
     return plan
 
@@ -284,7 +286,7 @@ def report_evaluation(trial: Trial, evaluation: Evaluation, constraints: Constra
         raise FnetError(f"trial {trial.number} has plan {text}, the evaluation {evaluation.plan}")
     numbered = replace(evaluation, number=now.user_attrs[NUMBER])
     limits = _limits(now, constraints)
-    describe(trial, limits, numbered)
+    write_evaluation(trial, limits, numbered)
     value, state = value_and_state(numbered, limits.metric)
     if state is TrialState.PRUNED:
         raise optuna.TrialPruned(evaluation.reason)
@@ -295,7 +297,7 @@ def report_evaluation(trial: Trial, evaluation: Evaluation, constraints: Constra
 
 
 def _limits(now: FrozenTrial, constraints: Constraints | None) -> Constraints:
-    return constraints or limits_of(now) or Constraints()
+    return constraints or read_constraints(now) or Constraints()
 
 
 def _repeats(trial: Trial, plan: FactorizationPlan) -> str:

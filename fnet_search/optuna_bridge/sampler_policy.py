@@ -14,7 +14,7 @@ from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan
 from fnet_search.base.errors import FnetError
-from fnet_search.optuna_bridge.trials import distributions, parameters, plan_of, value_and_state
+from fnet_search.optuna_bridge.trials import index_distributions, index_parameters, plan_from_indices, value_and_state
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.exact_choice import sample_plan
@@ -61,7 +61,7 @@ class SamplerPolicy:
         """What the sampler proposes with this seed, whatever it may be."""
         with self.study(history, seed) as study:
             for _ in range(self.proposals):
-                plan = plan_of(history.space, study.ask(distributions(history.space)).params)
+                plan = plan_from_indices(history.space, study.ask(index_distributions(history.space)).params)
                 assert plan is not None
                 yield plan
 
@@ -119,8 +119,8 @@ class _Past:
             trial = create_trial(
                 value=(evaluation.accuracies or (None,))[-1] if state is TrialState.PRUNED else value,
                 state=state,
-                params=parameters(self.space, evaluation.plan),
-                distributions=distributions(self.space),
+                params=index_parameters(self.space, evaluation.plan),
+                distributions=index_distributions(self.space),
                 intermediate_values=dict(enumerate(evaluation.accuracies, 1)),
                 constraints=violations,
             )
@@ -138,8 +138,8 @@ class _Past:
 
 def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPlan) -> optuna.Trial:
     """A running trial with the rates of a plan."""
-    study.enqueue_trial(parameters(space, plan))
-    return study.ask(distributions(space))
+    study.enqueue_trial(index_parameters(space, plan))
+    return study.ask(index_distributions(space))
 
 
 def _candidates(history: History) -> tuple[Evaluation, ...]:

@@ -18,9 +18,9 @@ from fnet_search.optuna_bridge.trials import (
     PLAN,
     REASON,
     fixed_indices,
-    plan_of,
+    plan_from_indices,
     plan_of_trial,
-    recorded,
+    read_evaluation,
     written_plan,
 )
 from fnet_search.policy.asktell import lowest_free
@@ -98,7 +98,7 @@ class TrialHistory:
 
     def _plan(self, trial: FrozenTrial) -> FactorizationPlan | None:
         """Of an unfinished trial: of its parameters, or before they are sampled of what it has fixed or claimed."""
-        plan = plan_of_trial(self.space, trial) or plan_of(self.space, fixed_indices(self.space, trial))
+        plan = plan_of_trial(self.space, trial) or plan_from_indices(self.space, fixed_indices(self.space, trial))
         return plan or written_plan(self.space, str(trial.user_attrs.get(PLAN, "")))
 
     def _warn(self, trials: list[FrozenTrial]) -> None:
@@ -116,7 +116,7 @@ class TrialHistory:
         """None for one that never had a plan, and for failed ones, until their plan failed too often."""
         if trial._trial_id in self._ended:
             return self._ended[trial._trial_id]
-        plan, reported = plan_of_trial(self.space, trial), recorded(trial)
+        plan, reported = plan_of_trial(self.space, trial), read_evaluation(trial)
         if reported is not None and written_plan(self.space, str(reported.plan)) is None:
             plan = None  # of another space, whose parameters have the same names
         if plan is not None and reported is None and trial.state is TrialState.FAIL:

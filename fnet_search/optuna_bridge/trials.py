@@ -35,18 +35,18 @@ REASON = "reason"
 # Parameters: indices where an optimizer chooses them, since it needs their order; rates where people read them.
 
 
-def distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
+def index_distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
     """An optimizer's view of a space: per layer the index of its rate among the legal ones."""
     return {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
 
 
-def parameters(space: Macroarchitecture, plan: FactorizationPlan) -> dict[str, int]:
+def index_parameters(space: Macroarchitecture, plan: FactorizationPlan) -> dict[str, int]:
     """A plan as the parameters of a trial."""
     return dict(zip(legal_rates(space), indices(space, plan), strict=True))
 
 
-def plan_of(space: Macroarchitecture, params: Mapping[str, Any]) -> FactorizationPlan | None:
-    """Inverse of `parameters`; None where a layer is missing, or has a value that stands for no rate."""
+def plan_from_indices(space: Macroarchitecture, params: Mapping[str, Any]) -> FactorizationPlan | None:
+    """Inverse of `index_parameters`; None where a layer is missing, or has a value that stands for no rate."""
     chosen = tuple(_index(params.get(layer), len(rates)) for layer, rates in legal_rates(space).items())
     return None if None in chosen else from_indices(space, tuple(index for index in chosen if index is not None))
 
@@ -113,23 +113,23 @@ def _index(value: Any, rates: int) -> int | None:
     return None
 
 
-def limits_of(trial: FrozenTrial) -> Constraints | None:
-    """The constraints that a suggestion was made under, where `limit` wrote them."""
+def read_constraints(trial: FrozenTrial) -> Constraints | None:
+    """The constraints that a suggestion was made under, where `write_constraints` wrote them."""
     limits = trial.system_attrs.get(LIMITS)
     return None if limits is None else Constraints(**limits)
 
 
-def limit(storage: BaseStorage, trial: FrozenTrial, constraints: Constraints) -> None:
+def write_constraints(storage: BaseStorage, trial: FrozenTrial, constraints: Constraints) -> None:
     """Writes the constraints of a suggestion into its trial, where an objective finds them behind any sampler."""
     storage.set_trial_system_attr(trial._trial_id, LIMITS, asdict(constraints))
 
 
-def suggested(space: Macroarchitecture, number: int, plan: FactorizationPlan) -> dict[str, Any]:
+def suggestion_attributes(space: Macroarchitecture, number: int, plan: FactorizationPlan) -> dict[str, Any]:
     """What is known of a suggestion, as user attributes."""
     return {NUMBER: number, PLAN: str(plan), "label": label(space, plan)}
 
 
-def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> None:
+def write_evaluation(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> None:
     """Writes an evaluation into its running trial: scalars for people, violations for samplers, last the whole."""
     cost = evaluation.cost
     scalars = {
@@ -158,8 +158,8 @@ def describe(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> 
     trial.storage.set_trial_system_attr(trial._trial_id, EVALUATION, text)
 
 
-def recorded(trial: FrozenTrial) -> Evaluation | None:
-    """The evaluation that `describe` wrote; None if there is none."""
+def read_evaluation(trial: FrozenTrial) -> Evaluation | None:
+    """The evaluation that `write_evaluation` wrote; None if there is none."""
     data = trial.system_attrs.get(EVALUATION) or trial.user_attrs.get("evaluation")  # where it was once
     return Evaluation.from_json(json.loads(data) if isinstance(data, str) else data) if data else None
 

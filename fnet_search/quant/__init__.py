@@ -1,5 +1,5 @@
 """quint8: schemes, ranges, folding, equalization, bias correction, the integer simulator, layer statistics.
 
-Holds the rules of docs/quint8.md and what measures their effect. No search, no run folders.
+Belongs here: the rules of docs/quint8.md and what measures their effect. No search, no run folders.
 Read first: `quantize.py`.
 """

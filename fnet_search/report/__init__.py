@@ -1,5 +1,5 @@
 """The results of a run for people: the outcome, figures, drawings, CSV tables, HTML pages.
 
-Holds what draws and writes from data. No torch, no Optuna.
+Belongs here: what draws and writes from data. No torch, no Optuna.
 Read first: `outcome.py`.
 """

@@ -33,7 +33,7 @@ def counts_line(classes: Sequence[str], counts: Counts) -> str:
     return f"training images: {len(classes)} classes, from {least:,} ({rarest}) to {most:,} ({largest})"
 
 
-def warnings(classes: Sequence[str], counts: Counts) -> list[str]:
+def balance_warnings(classes: Sequence[str], counts: Counts) -> list[str]:
     """Warnings about the balance of a data set, a line each."""
     training = sorted(zip(counts["training"], classes, strict=True))
     most, largest = training[-1]
@@ -80,7 +80,7 @@ def read_confusion(path: Path, classes: Sequence[str]) -> Confusion:
 # The report
 
 
-def section(
+def classes_section(
     classes: Sequence[str], counts: Counts, measured: Evaluation | None, confusion: Confusion
 ) -> list[tuple[str, str]]:
     """Heading and HTML of the section on classes: the images of each class by split and, where `measured` has them, the
@@ -88,7 +88,7 @@ def section(
     results = measured.classes if measured is not None else ()
     if not counts and not results:
         return []
-    lines = warnings(classes, counts) if counts else []
+    lines = balance_warnings(classes, counts) if counts else []
     warned = "".join(f'<p class="warning">{escape(f"{line[0].upper()}{line[1:]}.")}</p>' for line in lines)
     parts = [warned, _by_class(classes, counts, results, "" if measured is None else measured.split)]
     if confusion and measured is not None:

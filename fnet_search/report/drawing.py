@@ -70,7 +70,7 @@ def _window(kernel: IntPair) -> str:
     return f"{kernel[0]}x{kernel[1]}"
 
 
-def describe(layer: Layer) -> str:
+def layer_text(layer: Layer) -> str:
     """The kind of a layer and the parameters that are not the usual ones: ``conv 3x3, 64, groups 8``."""
     match layer:
         case Conv():
@@ -148,7 +148,7 @@ def _boxes(network: Macroarchitecture, plan: FactorizationPlan | None) -> dict[s
         if plan is None and isinstance(node.layer, Conv) and node.layer.factorize:
             tag = "factorizable"
         output = shape(network.shapes[node.name])
-        boxes[node.name] = _Box(node.name, output, describe(node.layer), tag, _family(node.layer))
+        boxes[node.name] = _Box(node.name, output, layer_text(node.layer), tag, _family(node.layer))
     return boxes
 
 

@@ -1,5 +1,5 @@
 """The run folder: its files, and a recorded run opened again.
 
-Comes in: Paths, formats and what reads them.
+Belongs here: paths, formats, and what reads and writes them.
 Read first: `run_folder.py`.
 """

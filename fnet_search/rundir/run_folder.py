@@ -257,12 +257,12 @@ class RunFolder:
         among: Collection[int] | None = None,
         searching: bool = True,
     ) -> set[int]:
-        """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept`.
+        """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept_networks`.
 
         Kept too are the weights of `parents`, and of candidates that were quantized otherwise. `among`: numbers of
         those that may have any; None: it is not known. Returns what to give next time, but for new ones.
         """
-        needed = kept(evaluations, constraints, searching).union(parents)
+        needed = kept_networks(evaluations, constraints, searching).union(parents)
         for number in [evaluation.number for evaluation in evaluations] if among is None else among:
             folder = self.candidate(number)
             (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -322,7 +322,7 @@ def scheme_folder(candidate: Path, scheme: str) -> Path:
     return candidate / scheme.replace(":", "-")
 
 
-def kept(evaluations: tuple[Evaluation, ...], constraints: Constraints, searching: bool = True) -> set[int]:
+def kept_networks(evaluations: tuple[Evaluation, ...], constraints: Constraints, searching: bool = True) -> set[int]:
     """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
     parents, and all of given plans (not `searching`)."""
     if not searching:

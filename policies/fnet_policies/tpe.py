@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates
 from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
-from fnet_search.optuna_bridge.trials import distributions
+from fnet_search.optuna_bridge.trials import index_distributions
 from fnet_search.policy.exact_choice import best_plan
 from fnet_search.policy.protocol import History
 
@@ -70,7 +70,7 @@ def _log_densities(history: History, rows: list[list[int]]) -> dict[str, Values]
     """Per layer, the log density of each rate index in the Parzen estimator of the plans `rows` (rate indices)."""
     observed = np.array(rows, dtype=np.float64).reshape(len(rows), len(legal_rates(history.space)))
     densities = {}
-    for (layer, indexed), values in zip(distributions(history.space).items(), observed.T, strict=True):
+    for (layer, indexed), values in zip(index_distributions(history.space).items(), observed.T, strict=True):
         assert isinstance(indexed, IntDistribution)
         estimator = _ParzenEstimator({layer: values}, {layer: indexed}, _PARAMETERS)
         densities[layer] = estimator.log_pdf({layer: np.arange(indexed.high + 1, dtype=np.float64)})

@@ -12,7 +12,7 @@ from fnet_search.arch.plan import FactorizationPlan, parse_plan
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.evaluate import evaluate
 from fnet_search.candidates.job import Job, Start, unfinished
-from fnet_search.candidates.measure import measure
+from fnet_search.candidates.measure import measure_split
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS, load_quantized, load_trained
 from fnet_search.policy.evaluation import Audit, Evaluation, Role
 from fnet_search.quant.calibration import CALIBRATION_SAMPLES, calibration_batches
@@ -282,7 +282,7 @@ def test_a_candidate_of_another_scheme_is_read_back(data: DataSet, tmp_path: Pat
     assert found.audit is not None
     assert found.audit.differing == 0
     folded, quantized = load_quantized(load_trained(TINY, PLAN, tmp_path), scheme, tmp_path)
-    again = measure(folded, quantized, data, data.evaluation)
+    again = measure_split(folded, quantized, data, data.evaluation)
     assert (again.fp32_accuracy, again.quint8_accuracy, again.qmse) == (
         found.fp32_accuracy,
         found.quint8_accuracy,
@@ -351,7 +351,7 @@ def test_fast_numerics_measure_and_save_what_plain_ones_do(data: DataSet, tmp_pa
     """A network that was trained fast is an ordinary one."""
     found = Outcome(data, tmp_path, replace(SETUP, numerics=FAST)).evaluation
     folded, quantized = load_candidate(PLAN, tmp_path)
-    again = measure(folded, quantized, data, data.evaluation)
+    again = measure_split(folded, quantized, data, data.evaluation)
     assert (again.fp32_accuracy, again.quint8_accuracy) == (found.fp32_accuracy, found.quint8_accuracy)
     assert found.fp32_accuracy is not None
     assert found.fp32_accuracy > 0.3

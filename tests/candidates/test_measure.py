@@ -8,7 +8,7 @@ import torch
 
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.layers import Activation, Conv, Dense, Flatten
-from fnet_search.candidates.measure import MEASURED, measure
+from fnet_search.candidates.measure import MEASURED, measure_split
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Audit, Evaluation
@@ -54,7 +54,7 @@ def test_metrics_by_hand() -> None:
     x = data.normalise(split.images)
     quantized = quantize(folded, calibrate(folded, batches_of(x), RangeMethod()))
     counts: list[int] = []
-    found = measure(folded, quantized, data, split, counts.append)
+    found = measure_split(folded, quantized, data, split, counts.append)
     y, y8 = folded(x).double(), quantized(x).double()
     assert not torch.equal(y, y8)
     p, q = y.exp() / y.exp().sum(1, True), y8.exp() / y8.exp().sum(1, True)
@@ -82,7 +82,7 @@ def test_ties_go_to_the_lowest_class() -> None:
     data = DataSet("d", tuple("0123456789"), split, split, split, (0.5,), (1.0,), True)
     quantized = quantize(folded, calibrate(folded, batches_of(data.normalise(split.images)), RangeMethod()))
     counts: list[int] = []
-    found = measure(folded, quantized, data, split, counts.append)
+    found = measure_split(folded, quantized, data, split, counts.append)
     assert (found.fp32_accuracy, found.quint8_accuracy) == (0.1, 0.1)
     assert found.qmse == 0
     assert found.kl == pytest.approx(0, abs=1e-12)
@@ -110,7 +110,7 @@ def test_measuring_takes_an_uneven_number_of_images() -> None:
     data = DataSet("d", tuple("abcde"), split, split, split, (0.5,) * 3, (0.3,) * 3, True)
     quantized = quantize(folded, calibrate(folded, batches_of(normal(50, 3, 8, 8)), RangeMethod()))
     x = data.normalise(images)
-    found = measure(folded, quantized, data, split)
+    found = measure_split(folded, quantized, data, split)
     assert found.qmse == pytest.approx(float((folded(x).double() - quantized(x).double()).square().mean()), rel=1e-5)
     assert found.fp32_accuracy == pytest.approx(float((folded(x).argmax(1) == split.labels).double().mean()))
 
@@ -152,11 +152,11 @@ def test_measuring_counts_what_the_runtime_gives_otherwise() -> None:
     )
     x = data.normalise(data.evaluation.images)
     same, wrong = (
-        measure(one.folded, one.network, data, data.evaluation, runtime=Runtime(quantized_model(it.network)))
+        measure_split(one.folded, one.network, data, data.evaluation, runtime=Runtime(quantized_model(it.network)))
         for it in (one, other)
     )
     y, y8 = one.network(x), other.network(x)
     assert same.audit == Audit(263, 263 * 5, 0, 0)
     assert wrong.audit == Audit(263, 263 * 5, int((y != y8).sum()), int((y.argmax(1) != y8.argmax(1)).sum()))
     assert wrong.audit.predictions > 0
-    assert replace(wrong, audit=None) == measure(one.folded, one.network, data, data.evaluation)
+    assert replace(wrong, audit=None) == measure_split(one.folded, one.network, data, data.evaluation)

@@ -8,7 +8,7 @@ from fnet_search.arch.layers import BatchNorm, Conv
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base import shipped
 from fnet_search.base.errors import FnetError
-from fnet_search.comparison.definition import Published, SearchOptions, Study, load_study
+from fnet_search.comparison.definition import Comparison, PublishedResult, SearchOptions, load_comparison
 from fnet_search.importing.spaces import load_space
 from fnet_search.training.recipe import Augmentation, load_recipe
 
@@ -27,35 +27,35 @@ def test_the_studies_that_ship() -> None:
         "paper",
         "schedules",
     ]
-    assert all(load_study(name).description for name in shipped.names("studies"))
+    assert all(load_comparison(name).description for name in shipped.names("studies"))
 
 
 def test_the_paper() -> None:
     """Eight networks; what it says of them is in its section 4."""
-    study = load_study("paper")
+    study = load_comparison("paper")
     macs = [plan_cost(SPACE, parse_plan(SPACE, plan)).conv_macs / 1e6 for plan in study.plans]
     assert [round(one, 1) for one in macs] == [266.0, 153.8, 92.5, 61.8, 46.5, 104.3, 67.7, 33.4]
     (variant,) = study.variants
     assert (variant.space, variant.recipe) == (SPACE, PAPER)
     assert (study.dataset, study.seeds, study.schemes) == ("cifar10", (0,), ("percentile:1",))
     regular = study.published["regular"]
-    assert regular == Published(0.8837, 0.8560, 0.0313)
+    assert regular == PublishedResult(0.8837, 0.8560, 0.0313)
     drop = (0.8837 - 0.8560) / 0.8837
     assert regular.relative_drop == pytest.approx(drop, abs=5e-5)
     assert study.published.keys() == {"regular", "f2", "f16", "init2", "dws"}
 
 
 def test_what_the_others_vary() -> None:
-    schemes = load_study("clipping").schemes
+    schemes = load_comparison("clipping").schemes
     assert schemes == ("percentile:1", "percentile:0.1", "minmax", "mse")
-    recipes = {one.name: one.recipe for one in load_study("initializers").variants}
+    recipes = {one.name: one.recipe for one in load_comparison("initializers").variants}
     assert recipes == {
         "glorot": PAPER,
         "he": replace(PAPER, initializer="he_normal"),
         "orthogonal": replace(PAPER, initializer="orthogonal"),
     }
-    assert [one.recipe.schedule for one in load_study("schedules").variants] == ["steps", "cosine", "one-cycle"]
-    with_norm, without = (one.space for one in load_study("first-layer-no-batchnorm").variants)
+    assert [one.recipe.schedule for one in load_comparison("schedules").variants] == ["steps", "cosine", "one-cycle"]
+    with_norm, without = (one.space for one in load_comparison("first-layer-no-batchnorm").variants)
     assert with_norm == SPACE
     layers = [{node.name: node.layer for node in one.nodes} for one in (with_norm, without)]
     assert {name for name in layers[0] if name not in layers[1]} == {"conv_in.bn"}
@@ -64,15 +64,15 @@ def test_what_the_others_vary() -> None:
     assert changed == ["conv_in"]
     assert isinstance(first := layers[1]["conv_in"], Conv)
     assert first.bias
-    found = load_study("budget-120mmac")
+    found = load_comparison("budget-120mmac")
     assert found.search == SearchOptions("layer-guided", "120MMAC")
     assert [part.name for part in found.parts] == ["seed0", "seed1", "seed2"]
 
 
-def written(folder: Path, text: str) -> Study:
+def written(folder: Path, text: str) -> Comparison:
     path = folder / "mine.toml"
     path.write_text(text)
-    return load_study(str(path))
+    return load_comparison(str(path))
 
 
 def test_one_of_your_own(tmp_path: Path) -> None:
@@ -112,21 +112,21 @@ def test_an_imported_network_is_as_large_as_the_images(tmp_path: Path) -> None:
 def test_validation_images_of_a_search(tmp_path: Path) -> None:
     study = written(tmp_path, f'{SEARCH}validation = "mine"\n{OPTIONS}')
     assert study.validation == "mine"
-    assert load_study("budget-120mmac").validation is None
-    assert load_study("budget-120mmac", validation="other").validation == "other"
+    assert load_comparison("budget-120mmac").validation is None
+    assert load_comparison("budget-120mmac", validation="other").validation == "other"
     with pytest.raises(FnetError, match=r"paper\.toml: validation images require a \[search\]"):
-        load_study("paper", validation="other")
+        load_comparison("paper", validation="other")
 
 
 def test_options_of_the_command_line() -> None:
-    study = load_study("paper")
+    study = load_comparison("paper")
     assert study.with_options(None, (), ("percentile:1.0",)) == study
     assert [str(one) for one in study.with_options(None, (), ("mse", "minmax")).schemes] == [
         *("percentile:1", "mse", "minmax")
     ]
     with pytest.raises(FnetError, match="is for one scheme"):
-        load_study("budget-120mmac").with_options(None, (), ("mse",))
-    changed = load_study("paper", "digits").with_options(10, (3, 1))
+        load_comparison("budget-120mmac").with_options(None, (), ("mse",))
+    changed = load_comparison("paper", "digits").with_options(10, (3, 1))
     assert (changed.dataset, changed.seeds) == ("digits", (3, 1))
     assert changed.variants[0].recipe == replace(
         PAPER, epochs=10, milestones=tuple(epoch * 10 / 200 for epoch in (75, 120, 170))

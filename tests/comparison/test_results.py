@@ -7,16 +7,16 @@ from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from fnet_search.comparison.definition import Part, SearchOptions, Study, load_study
+from fnet_search.comparison.definition import Comparison, Part, SearchOptions, load_comparison
 from fnet_search.comparison.results import (
     WINNER,
-    Network,
-    figures,
+    ComparedNetwork,
     layers_frame,
     mean_and_spread,
     networks_frame,
-    rows,
-    table,
+    result_figures,
+    result_rows,
+    result_table,
     tradeoff_figure,
 )
 from fnet_search.policy.evaluation import Evaluation
@@ -24,16 +24,16 @@ from fnet_search.report.style import COLOURS, GREY, MARKERS
 from tests.support.evaluations import paper_evaluations
 from tests.support.pictures import outside, overlapping, texts
 
-STUDY = load_study("paper")
+STUDY = load_comparison("paper")
 SPACE = STUDY.variants[0].space
 MILD = "percentile:0.1"
 
 
-def measured(study: Study) -> list[Network]:
+def measured(study: Comparison) -> list[ComparedNetwork]:
     """The paper's networks with each seed and scheme of a study: quint8 is better by 0.01 with each further scheme, and
     by 0.002 with each further seed."""
     return [
-        Network(part, plan, scheme, better(one, scheme, 0.01 * gentler + 0.002 * study.seeds.index(part.seed)))
+        ComparedNetwork(part, plan, scheme, better(one, scheme, 0.01 * gentler + 0.002 * study.seeds.index(part.seed)))
         for part in study.parts
         for plan, one in zip(STUDY.plans, paper_evaluations(SPACE), strict=True)
         for gentler, scheme in enumerate(study.schemes)
@@ -66,7 +66,7 @@ def test_mean_and_spread(values: Sequence[float], digits: int, text: str) -> Non
 
 def test_the_table_has_published_numbers_beside_ours() -> None:
     study = replace(STUDY, seeds=(0, 1, 2))
-    head, *lines = table(study, rows(study, measured(study)))
+    head, *lines = result_table(study, result_rows(study, measured(study)))
     assert "variant" not in head
     assert [line[0] for line in lines] == list(STUDY.plans)
     regular = dict(zip([f"{place}: {name}" for place, name in enumerate(head)], lines[0], strict=True))
@@ -78,8 +78,8 @@ def test_the_table_has_published_numbers_beside_ours() -> None:
     f8 = lines[3]
     assert f8[place + 1] == "", "of f8 nothing is published"
     assert head.count("published") == 3, "none of QMSE, QCE and KL"
-    elsewhere = load_study("paper", "digits")
-    assert table(elsewhere, rows(elsewhere, measured(elsewhere)))[0].count("published, cifar10") == 3
+    elsewhere = load_comparison("paper", "digits")
+    assert result_table(elsewhere, result_rows(elsewhere, measured(elsewhere)))[0].count("published, cifar10") == 3
 
 
 def test_rows_keep_the_order_of_the_study_and_leave_out_what_is_missing() -> None:
@@ -87,7 +87,7 @@ def test_rows_keep_the_order_of_the_study_and_leave_out_what_is_missing() -> Non
     study = replace(STUDY, variants=(he, STUDY.variants[0]), schemes=(MILD, *STUDY.schemes))
     found = [one for one in measured(study) if one.plan in ("dws", "f2")][::-1]
     found.remove(next(one for one in found if (one.plan, one.part.variant) == ("f2", he)))
-    listed = [(row.name, row.scheme) for row in rows(study, found)]
+    listed = [(row.name, row.scheme) for row in result_rows(study, found)]
     whole = [
         (f"{variant}{plan}", str(scheme))
         for variant in ("he ", "")
@@ -102,12 +102,12 @@ def test_rows_keep_the_order_of_the_study_and_leave_out_what_is_missing() -> Non
 def test_a_study_in_which_nothing_is_trained_has_tables_and_no_figures() -> None:
     assert (len(networks_frame([])), len(layers_frame([]))) == (0, 0)
     assert list(layers_frame([]).columns) == list(layers_frame(measured(STUDY)[:1]).columns)
-    assert figures(STUDY, rows(STUDY, [])) == {}
+    assert result_figures(STUDY, result_rows(STUDY, [])) == {}
 
 
 def test_figure_4_has_means_spreads_and_what_was_published() -> None:
     study = replace(STUDY, seeds=(0, 1))
-    figure = tradeoff_figure(study, rows(study, measured(study)))
+    figure = tradeoff_figure(study, result_rows(study, measured(study)))
     accuracy, _, _, drop = figure.axes
     fp32, quint8 = (one for one in accuracy.containers if isinstance(one, ErrorbarContainer))
     ones = paper_evaluations(SPACE)
@@ -127,7 +127,7 @@ def test_figure_4_has_means_spreads_and_what_was_published() -> None:
 
 def test_networks_are_named_once_where_several_schemes_share_their_floats() -> None:
     study = replace(STUDY, schemes=(*STUDY.schemes, MILD))
-    accuracy, *others = tradeoff_figure(study, rows(study, measured(study))).axes
+    accuracy, *others = tradeoff_figure(study, result_rows(study, measured(study))).axes
     for axes in (accuracy, *others):
         named = [text.get_text() for text in axes.texts]
         assert len(set(named)) == len(named)
@@ -136,7 +136,7 @@ def test_networks_are_named_once_where_several_schemes_share_their_floats() -> N
     drawn = [one for one in accuracy.containers if isinstance(one, ErrorbarContainer)]
     assert [to_hex(one.lines[0].get_color()) for one in drawn] == [GREY, COLOURS[0], GREY, COLOURS[1]]
     both = replace(study, variants=tuple(replace(STUDY.variants[0], name=name) for name in ("one", "two")))
-    accuracy, *_ = tradeoff_figure(both, rows(both, measured(both))).axes
+    accuracy, *_ = tradeoff_figure(both, result_rows(both, measured(both))).axes
     drawn = [one for one in accuracy.containers if isinstance(one, ErrorbarContainer)]
     assert {to_hex(one.lines[0].get_color()) for one in drawn} == set(COLOURS[:4]), "floats of variants differ"
 
@@ -153,7 +153,7 @@ def test_no_text_covers_another_or_sticks_out(schemes: tuple, variants: tuple[st
     study = replace(
         STUDY, schemes=schemes, variants=tuple(replace(STUDY.variants[0], name=name) for name in variants), seeds=(0, 1)
     )
-    drawn = figures(study, rows(study, measured(study)))
+    drawn = result_figures(study, result_rows(study, measured(study)))
     suffixes = [f"-{name}" if name else "" for name in variants]
     assert list(drawn) == ["tradeoff.png", *(f"{kind}{s}.png" for s in suffixes for kind in ("ranges", "compared"))]
     for figure in drawn.values():
@@ -170,7 +170,7 @@ def test_what_has_no_colour_left_is_drawn_in_another_figure() -> None:
         for network in measured(study)
         for one in (network, *([replace(network, plan=plans[-1])] if network.plan == "init2" else []))
     ]
-    drawn = figures(study, rows(study, found))
+    drawn = result_figures(study, result_rows(study, found))
     assert [name for name in drawn if "-b" not in name and "-c" not in name and "-d" not in name] == [
         "tradeoff.png",
         "tradeoff-2.png",
@@ -197,10 +197,10 @@ def test_a_network_that_gets_nothing_right_leaves_the_others_drawn() -> None:
     ]
     assert collapsed[0].evaluation.relative_drop is None
     for networks, drops in ((collapsed[:1] + found[1:], 8 - 1), (collapsed, 0)):
-        *_, drop = tradeoff_figure(STUDY, rows(STUDY, networks)).axes
+        *_, drop = tradeoff_figure(STUDY, result_rows(STUDY, networks)).axes
         assert len(drop.containers[0].lines[0].get_ydata()) == drops
         assert len(drop.texts) == drops
-    _, regular, *_ = table(STUDY, rows(STUDY, collapsed))
+    _, regular, *_ = result_table(STUDY, result_rows(STUDY, collapsed))
     assert "-" in regular
 
 
@@ -208,22 +208,22 @@ def test_the_winners_of_a_search_are_one_row() -> None:
     """Of each seed another plan: what they reach on average, of how many MACs."""
     study = replace(STUDY, plans=(), compare=(), published={}, seeds=(0, 1), search=SearchOptions("random", "50%"))
     found = [
-        Network(part, WINNER, study.schemes[0], one, ("min_quint8",) if one.number else ())
+        ComparedNetwork(part, WINNER, study.schemes[0], one, ("min_quint8",) if one.number else ())
         for part, one in zip(study.parts, paper_evaluations(SPACE)[5:7], strict=True)
     ]
-    (row,) = rows(study, found)
-    head, line = table(study, [row])
+    (row,) = result_rows(study, found)
+    head, line = result_table(study, [row])
     cells = dict(zip(head, line, strict=True))
     macs = [104_267_776 / 1e6, 67_698_688 / 1e6]
     assert cells["conv MMAC"] == f"{fmean(macs):.1f} ± {stdev(macs):.1f}"
     assert (cells["network"], cells["seeds"]) == ("winner: init2, init4", "2")
     assert row.conv_mmac == pytest.approx(fmean(macs))
     assert list(networks_frame(found)["label"]) == ["init2", "init4"]
-    readable(figures(study, [row])["tradeoff.png"])
+    readable(result_figures(study, [row])["tradeoff.png"])
 
 
 def test_all_eight_networks_of_figure_5_can_be_told_apart() -> None:
-    figure = figures(STUDY, rows(STUDY, measured(STUDY)))["ranges.png"]
+    figure = result_figures(STUDY, result_rows(STUDY, measured(STUDY)))["ranges.png"]
     assert len(COLOURS) == len(MARKERS) == len(STUDY.plans)
     handles, names = figure.axes[0].get_legend_handles_labels()
     assert names == [*STUDY.plans, "hollow: pointwise"]

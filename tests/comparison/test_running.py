@@ -11,9 +11,9 @@ from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import label, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Setup
-from fnet_search.comparison.definition import Part, Published, SearchOptions, Study, Variant
-from fnet_search.comparison.results import figures, networks, remarks, rows, write_results
-from fnet_search.comparison.running import StudyFolder, epochs, run_parts
+from fnet_search.comparison.definition import Comparison, Part, PublishedResult, SearchOptions, Variant
+from fnet_search.comparison.results import compared_networks, result_figures, result_remarks, result_rows, write_results
+from fnet_search.comparison.running import ComparisonFolder, epochs, run_parts
 from fnet_search.engine.request import Machine
 from fnet_search.engine.search_loop import Event, Started
 from fnet_search.importing.spaces import load_space
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_picture")
 
 TINY, QUICK = load_space("tiny"), load_recipe("quick").with_epochs(1)
 HALF, MINMAX = "percentile:0.5", "minmax"
-STUDY = Study(
+STUDY = Comparison(
     "mine",
     "What is tried",
     "digits",
@@ -35,7 +35,7 @@ STUDY = Study(
     seeds=(3, 1),
     schemes=(HALF, MINMAX),
     compare=("dws",),
-    published={"f2": Published(0.9, None, 0.25)},
+    published={"f2": PublishedResult(0.9, None, 0.25)},
 )
 PLAIN = Machine("cpu", "float32", 1, False, workers=0)
 
@@ -67,13 +67,13 @@ class Notes:
 
 
 def go(
-    study: Study, folder: Path, deadline: Deadline | None = None, like: Path | None = None
+    study: Comparison, folder: Path, deadline: Deadline | None = None, like: Path | None = None
 ) -> tuple[dict[Part, RecordedRun], Notes]:
     """Computing like an earlier run, where one is given: what is fast is measured, and depends on what else runs."""
     notes = Notes()
     machine = PLAIN if like is None else PLAIN.computing_as(like)
-    run_parts(study, StudyFolder(folder), machine, notes, deadline)
-    return StudyFolder(folder).recorded(study), notes
+    run_parts(study, ComparisonFolder(folder), machine, notes, deadline)
+    return ComparisonFolder(folder).recorded(study), notes
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_each_variant_and_seed_is_a_run(done: tuple[Path, dict[Part, RecordedRun
 
 
 def test_schemes_share_a_training_and_seeds_do_not(done: tuple[Path, dict[Part, RecordedRun], Notes]) -> None:
-    found = networks(STUDY, done[1])
+    found = compared_networks(STUDY, done[1])
     fp32 = {(one.part.name, one.plan, one.evaluation.scheme): one.evaluation.fp32_accuracy for one in found}
     assert len(fp32) == 4 * 2 * 2
     for part in STUDY.parts:
@@ -162,7 +162,7 @@ def test_a_new_variant_in_front_computes_as_the_others_did(
         f"wild-seed3: dws, {scheme}: failed: the loss was not finite in epoch 1 of 1 (tried 2 times)"
         for scheme in study.schemes
     ]
-    assert remarks(study, runs) == said
+    assert result_remarks(study, runs) == said
     page = (folder / "results.md").read_text()
     assert all(f"- {line}" in page for line in said)
     assert "| he | dws |" in page
@@ -171,19 +171,19 @@ def test_a_new_variant_in_front_computes_as_the_others_did(
 def test_what_is_missing_is_said(done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path) -> None:
     """Two names of one plan are two rows."""
     folder = Path(shutil.copytree(done[0], tmp_path / "copy"))
-    runs = StudyFolder(folder).recorded(STUDY)
-    assert remarks(STUDY, runs) == []
+    runs = ComparisonFolder(folder).recorded(STUDY)
+    assert result_remarks(STUDY, runs) == []
     (folder / "he-seed1" / "candidates" / "000" / "minmax" / "evaluation.json").unlink()
     (folder / "he-seed3" / "candidates" / "001" / "minmax" / "evaluation.json").unlink()
     (folder / "he-seed3" / "candidates" / "001" / "weights.safetensors").unlink()
     study = replace(STUDY, plans=("f2", "dws", "f4"), seeds=(3, 1, 5))
-    said = remarks(study, runs)
+    said = result_remarks(study, runs)
     assert "he-seed1: f2, minmax: not quantized yet" in said
     assert "he-seed3: dws, minmax: not quantized: its weights are gone" in said
     assert "he-seed3: f4, percentile:0.5: not trained yet" in said
     assert "he-seed5: f2, minmax: not trained yet" in said
     named = replace(STUDY, plans=("f2", "conv_8=2,conv_16_1=2,conv_16_2=2"))
-    assert [row.plan for row in rows(named, networks(named, runs))][:4:2] == list(named.plans)
+    assert [row.plan for row in result_rows(named, compared_networks(named, runs))][:4:2] == list(named.plans)
 
 
 def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
@@ -206,7 +206,7 @@ def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
 def test_results(
     done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fnet_search.comparison.results.figures", figures)
+    monkeypatch.setattr("fnet_search.comparison.results.figures", result_figures)
     page = write_results(STUDY, done[1], tmp_path).read_text()
     found = table(tmp_path / "networks.csv")
     keys = [(one["variant"], one["seed"], one["plan"], one["scheme"]) for one in found]
@@ -245,11 +245,11 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     )
     study = replace(study, published={})
     notes = Notes()
-    run_parts(study, StudyFolder(tmp_path), PLAIN, notes)
-    runs = StudyFolder(tmp_path).recorded(study)
+    run_parts(study, ComparisonFolder(tmp_path), PLAIN, notes)
+    runs = ComparisonFolder(tmp_path).recorded(study)
     assert notes.parts == [("seed0", epochs(study, study.parts[0])), ("seed1", 0)]
     assert epochs(study, study.parts[0]) == 1 + 1 + 1, "reference, candidate, final training"
-    found = networks(study, runs)
+    found = compared_networks(study, runs)
     winners = [run.winner for run in runs.values()]
     for one, winner, run in zip(found, winners, runs.values(), strict=True):
         assert winner is not None
@@ -257,19 +257,19 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
         assert (one.evaluation.split, one.label) == ("test", label(TINY, winner.evaluation.plan))
         assert one.evaluation.cost.conv_macs <= 0.75 * 811_008
         assert one.missed == ("min_quint8",)
-    (row,) = rows(study, found)
+    (row,) = result_rows(study, found)
     assert [network.part.seed for network in row.networks] == [0, 1]
-    assert remarks(study, runs) == [
+    assert result_remarks(study, runs) == [
         f"seed{seed}: no candidate met the constraints; the nearest, {found[seed].label}, misses min_quint8"
         for seed in (0, 1)
     ]
     page = (tmp_path / "results.md").read_text()
     assert "(figures/tradeoff.png)" in page
-    assert remarks(replace(study, seeds=(0, 1, 2)), runs)[2:] == ["seed2: not finished yet"]
+    assert result_remarks(replace(study, seeds=(0, 1, 2)), runs)[2:] == ["seed2: not finished yet"]
     part, run = next(iter(runs.items()))
     (run.run.best / "test.json").unlink()
     untested = replace(run, config={**run.config, "data": {**run.config["data"], "has_test": False}})
-    assert remarks(replace(study, seeds=(part.seed,)), {part: untested}) == [
+    assert result_remarks(replace(study, seeds=(part.seed,)), {part: untested}) == [
         f"seed{part.seed}: not here, since the data set has no test images"
     ]
 
@@ -280,7 +280,7 @@ def test_a_part_that_was_killed_as_soon_as_it_was_begun(
     """Before its configuration was written, and before its table was."""
     (tmp_path / "mine" / "glorot-seed3").mkdir(parents=True)
     (tmp_path / "mine" / "glorot-seed3" / ".lock").touch()
-    StudyFolder(tmp_path / "mine").check()
+    ComparisonFolder(tmp_path / "mine").check()
     folder = Path(shutil.copytree(done[0], tmp_path / "copy"))
     for path in (folder / "glorot-seed3").iterdir():
         if path.name != "config.json":

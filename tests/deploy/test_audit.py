@@ -14,7 +14,7 @@ from fnet_search.arch.factorize import factorize
 from fnet_search.arch.layers import Activation, Conv, Dense, Flatten, Function, Layer
 from fnet_search.arch.macroarchitecture import INPUT, Node
 from fnet_search.arch.plan import parse_plan
-from fnet_search.deploy.audit import LayerAudit, audit, audit_layers, compare
+from fnet_search.deploy.audit import LayerAudit, audit, audit_layers, compare_codes
 from fnet_search.deploy.export import coded, codes_name, quantized_model
 from fnet_search.deploy.runtime import Runtime, with_outputs
 from fnet_search.importing.spaces import load_space
@@ -300,10 +300,10 @@ def test_changed_weights_are_found_in_their_layer(name: str) -> None:
 def test_differences_by_hand() -> None:
     simulated = torch.tensor([[0.5, 1.0, -1.0], [2.0, 2.0, 0.0], [0.0, 0.0, 0.0], [3.0, 2.0, 1.0]])
     runtime = torch.tensor([[0.5, 1.0, -1.0], [2.0, 2.5, 0.0], [0.0, 0.0, 0.0], [3.0, 1.0, 1.5]])
-    found = compare(simulated, runtime)
+    found = compare_codes(simulated, runtime)
     assert found == Audit(images=4, codes=12, differing=3, predictions=1)
     assert str(found) == "3 of 12 output codes and 1 of 4 predictions differ"
-    assert compare(simulated, simulated.clone()) == Audit(4, 12)
+    assert compare_codes(simulated, simulated.clone()) == Audit(4, 12)
 
 
 def test_audits_of_batches_add_up() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fnet_search.base.errors import FnetError
-from fnet_search.engine.preparation import compare
+from fnet_search.engine.preparation import check_same_config
 from fnet_search.engine.request import Machine
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
@@ -62,7 +62,7 @@ pytestmark = pytest.mark.usefixtures("one_picture")
 )
 def test_another_configuration_is_refused(whole: tuple[Path, Outcome], change: dict[str, object], named: str) -> None:
     with pytest.raises(FnetError) as caught:
-        compare(RunFolder(whole[0]), replace(SEARCH, **change).config())
+        check_same_config(RunFolder(whole[0]), replace(SEARCH, **change).config())
     same = ", or say `scheme` percentile:1" if "schemes" in change else ""
     assert str(caught.value) == f"{whole[0]} was made with another configuration ({named}); choose another `out`{same}"
 

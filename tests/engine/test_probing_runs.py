@@ -12,7 +12,7 @@ from optuna.artifacts import get_all_artifact_meta
 
 from fnet_policies import LayerGuided
 from fnet_search.arch.plan import legal_rates
-from fnet_search.engine.reporting import open_study
+from fnet_search.engine.reporting import open_record
 from fnet_search.engine.run import run_study
 from fnet_search.engine.search_loop import Event, ProbesProgressed, Started
 from fnet_search.report.outcome import Outcome
@@ -58,7 +58,7 @@ def test_probes_are_measured_recorded_and_drawn(guided: tuple[Path, Outcome, lis
     assert front["expected_quint8_accuracy"].is_monotonic_increasing
     assert 'alt="front"' in page
     assert "noise of the fp32 logits" in page
-    study = open_study(open_run(folder), None).study
+    study = open_record(open_run(folder), None).study
     attached = {meta.filename for meta in get_all_artifact_meta(study)}
     assert {"probes.csv", "choices.csv", "front.csv", "probes.png", "front.png"} <= attached
 

@@ -13,8 +13,8 @@ import torch
 
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base.errors import FnetError
-from fnet_search.candidates.measure import measure
-from fnet_search.deploy.audit import compare
+from fnet_search.candidates.measure import measure_split
+from fnet_search.deploy.audit import compare_codes
 from fnet_search.deploy.export import read_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.engine.request import Machine
@@ -45,16 +45,16 @@ def test_the_winner_is_measured_on_the_test_split_as_the_network_that_was_evalua
     assert (winner.split, test.split, test.number, test.layers) == ("validation", "test", winner.number, ())
     data = hold_out(load_dataset("digits", TINY.input_shape))
     networks = RecordedNetwork(winner, folder / "best", folder / "best").load(outcome.space)
-    assert measure(*networks, data, data.evaluation).complete(winner) == winner
-    tested = measure(*networks, data, data.test)
+    assert measure_split(*networks, data, data.evaluation).complete(winner) == winner
+    tested = measure_split(*networks, data, data.test)
     assert (tested.quint8_accuracy, tested.classes) == (test.quint8_accuracy, test.classes)
     assert read_confusion(folder / "best" / "confusion.csv", data.classes) == list(tested.confusion)
     assert Evaluation.from_json(json.loads((folder / "best" / "test.json").read_text())) == test
     model, facts = read_model(folder / "best" / "model.onnx")
     assert test.audit == Audit(len(data.test), 10 * len(data.test), 0, 0)
-    assert sum((compare(networks[1](x), Runtime(model)(x)) for x in [data.normalise(data.test.images)]), Audit()) == (
-        test.audit
-    )
+    assert sum(
+        (compare_codes(networks[1](x), Runtime(model)(x)) for x in [data.normalise(data.test.images)]), Audit()
+    ) == (test.audit)
     assert json.loads(facts["test_quint8_accuracy"]) == test.quint8_accuracy
     assert json.loads(facts["validation_fp32_accuracy"]) == winner.fp32_accuracy
     assert json.loads(facts["classes"]) == list("0123456789")

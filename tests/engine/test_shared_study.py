@@ -25,7 +25,7 @@ from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
 from fnet_search.engine.request import JoinRequest, Machine, Request
 from fnet_search.engine.run import run_study
-from fnet_search.engine.shared_study import PUBLISHED, published, share_weights, with_weights
+from fnet_search.engine.shared_study import SHARED_RUN, read_shared_run, share_weights, with_weights
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage import open_url
 from fnet_search.policy.constraints import Constraints
@@ -264,7 +264,7 @@ def request(**changes: object) -> Request:
 
 
 def test_a_request_travels_in_the_study(begun: tuple[str, Path]) -> None:
-    known = published(open_url(begun[0]), "study")
+    known = read_shared_run(open_url(begun[0]), "study")
     asked = request()
     config = asked.config()
     del config["storage"]
@@ -280,7 +280,7 @@ def test_a_request_travels_in_the_study(begun: tuple[str, Path]) -> None:
 
 @pytest.mark.parametrize("missing", ["recipe", "space", "constraints", "seed"])
 def test_a_configuration_of_another_time_is_refused(begun: tuple[str, Path], missing: str) -> None:
-    known = published(open_url(begun[0]), "study")
+    known = read_shared_run(open_url(begun[0]), "study")
     config = {name: value for name, value in known.config.items() if name != missing}
     with pytest.raises(FnetError, match="configuration"):
         replace(known, config=config).request(JoinRequest("x", "study"))
@@ -297,7 +297,7 @@ def test_one_configuration_a_study(tmp_path: Path) -> None:
         search("tiny", **asked, storage=url, out=tmp_path / "b" / "study", machine=machine)  # type: ignore[arg-type]
     with pytest.raises(FnetError, match=r"another configuration \(seed: 0 recorded, 1 wanted\)"):
         search("tiny", **asked, seed=1, storage=url, out=tmp_path / "a" / "study", machine=machine)  # type: ignore[arg-type]
-    facts = open_url(url).get_study_system_attrs(0)[PUBLISHED]
+    facts = open_url(url).get_study_system_attrs(0)[SHARED_RUN]
     assert facts["trials"] == 1
     assert "storage" not in facts["config"]
 

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 from fnet_search.arch.plan import indices, make_plan
 from fnet_search.engine.study_record import StudyRecord
 from fnet_search.optuna_bridge.storage import open_journal
-from fnet_search.optuna_bridge.trials import EVALUATION, distributions, parameters, suggested
+from fnet_search.optuna_bridge.trials import EVALUATION, index_distributions, index_parameters, suggestion_attributes
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Audit
 from fnet_search.policy.metric import ClassResult
@@ -227,21 +227,21 @@ def test_a_study_of_an_earlier_version_goes_on_with_indices(opened: Opened) -> N
     record.study.add_trial(
         create_trial(
             value=0.75,
-            params=parameters(TINY, F4),
-            distributions=distributions(TINY),
-            user_attrs=suggested(TINY, 0, F4),
+            params=index_parameters(TINY, F4),
+            distributions=index_distributions(TINY),
+            user_attrs=suggestion_attributes(TINY, 0, F4),
             system_attrs={EVALUATION: evaluation.to_json()},
         )
     )
     again = opened()
     assert [one.plan for one in again.evaluations] == [F4]
     finish(again, F2, 0.9, 0.8)
-    assert [trial.params for trial in trials(again)] == [parameters(TINY, F4), parameters(TINY, F2)]
+    assert [trial.params for trial in trials(again)] == [index_parameters(TINY, F4), index_parameters(TINY, F2)]
     assert [one.plan for one in opened().evaluations] == [F4, F2]
 
 
 def test_a_space_is_a_rate_index_a_layer() -> None:
-    assert {layer: (one.low, one.high) for layer, one in distributions(TINY).items()} == {  # type: ignore[attr-defined]
+    assert {layer: (one.low, one.high) for layer, one in index_distributions(TINY).items()} == {  # type: ignore[attr-defined]
         "conv_8": (0, 3),
         "conv_16_1": (0, 4),
         "conv_16_2": (0, 4),

@@ -17,7 +17,7 @@ from fnet_search.arch.layers import Activation, Conv, Dense, Flatten, Pool
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.arch.plan import FactorizationPlan, named_plans, regular
 from fnet_search.arch.space_file import to_toml
-from fnet_search.candidates.measure import record
+from fnet_search.candidates.measure import evaluate_quantized
 from fnet_search.candidates.network_files import WEIGHTS
 from fnet_search.importing.spaces import load_space
 from fnet_search.inspection.analysis import (
@@ -25,20 +25,20 @@ from fnet_search.inspection.analysis import (
     TENSORS,
     LayerAnalysis,
     NetworkAnalysis,
+    accuracies_text,
     analysis_frame,
     analysis_table,
     analyze,
-    measured,
     verdict,
 )
 from fnet_search.inspection.analysis_figures import (
     STATISTICS,
     Statistic,
+    analysis_slots,
     badness,
     boxes_figure,
     costs_figure,
     heat_figure,
-    slots,
 )
 from fnet_search.inspection.analysis_page import write_analysis
 from fnet_search.policy.conformance import made_up_layers as layer_stats
@@ -79,7 +79,7 @@ def recorded(
         write_tensors(candidate / WEIGHTS, trained.state_dict(), {})
         begun = Evaluation(number, plan, plan_cost(space, plan), split="test")
         quantized = quantize_trained(trained, scheme, data, 3)
-        run.write_candidate(record(begun, trained, quantized, data, 3, target), target)
+        run.write_candidate(evaluate_quantized(begun, trained, quantized, data, 3, target), target)
     return RecordedRun(run, config, space, Constraints()), data
 
 
@@ -249,9 +249,9 @@ def test_verdict_says_what_is_noise() -> None:
 
 def test_accuracies_are_named_with_images_and_split() -> None:
     one = made(part("a"))
-    assert measured(one) == ("fp32 90.0 %, quint8 80.0 % (integer network 79.9 %) on 1,000 validation images")
+    assert accuracies_text(one) == ("fp32 90.0 %, quint8 80.0 % (integer network 79.9 %) on 1,000 validation images")
     given = replace(one, evaluation=replace(one.evaluation, split="test"))
-    assert measured(given).endswith("on 1,000 test images")
+    assert accuracies_text(given).endswith("on 1,000 test images")
 
 
 def shown(one: NetworkAnalysis, width: int) -> str:
@@ -348,7 +348,7 @@ def test_bars_are_the_points_of_each_layer() -> None:
     space = SPACES["factorizenet"]
     networks = six(space)[3:5]
     figure = costs_figure(space, networks)
-    rows = slots(space, networks)
+    rows = analysis_slots(space, networks)
     assert rows[:4] == [("input", False), ("conv_in", False), ("conv_64_1", False), ("conv_64_1", True)]
     labels = figure.axes[0].get_yticklabels()
     for axes, name in zip(figure.axes, ("cost", "gain"), strict=True):
@@ -432,7 +432,7 @@ def test_page_and_table_are_written(tiny: tuple[RecordedRun, DataSet], analyses:
     assert "<study>" not in html
     for one in analyses:
         assert verdict(one) in html
-        assert measured(one) in html
+        assert accuracies_text(one) in html
 
 
 def drawn(figure: Figure, caption: str, alt: str) -> str:

@@ -15,25 +15,25 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import named_plans
 from fnet_search.arch.space_file import parse_space, to_toml
 from fnet_search.base.errors import FnetError
-from fnet_search.candidates.measure import record
+from fnet_search.candidates.measure import evaluate_quantized
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
 from fnet_search.deploy.timing import OTHER, Latency, LayerLatency
 from fnet_search.importing.spaces import load_space
 from fnet_search.inspection.latency import (
-    blocks,
+    block_latencies,
     conditions,
     latency_figure,
     latency_frame,
+    latency_pairs,
+    latency_row,
+    latency_section,
     latency_table,
     layer_latency_frame,
     layer_rows,
     layers_table,
-    pairs,
-    read,
-    row,
-    section,
+    read_latencies,
     time_networks,
-    write,
+    write_latencies,
 )
 from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.scheme import Scheme, parse_scheme
@@ -67,7 +67,7 @@ def record_run(folder: Path, space: Macroarchitecture, plans: Sequence[str]) -> 
         for scheme in schemes:
             target = candidate if scheme == schemes[0] else scheme_folder(candidate, str(scheme))
             evaluation = replace(trained(space, plan, number, 0.9, 0.8, layers=False), split="test")
-            found = record(evaluation, network, quantize_trained(network, scheme, data, 0), data, 0, target)
+            found = evaluate_quantized(evaluation, network, quantize_trained(network, scheme, data, 0), data, 0, target)
             run.write_candidate(found, target)
     return open_run(folder)
 
@@ -139,9 +139,9 @@ def test_networks_are_timed_in_both_precisions_and_kept(opened: RecordedRun) -> 
         weighted = [node.name for node in structure.order if isinstance(node.layer, Conv | Dense)]
         assert [layer.layer for layer in one.layers if layer.macs] == weighted
         assert all(layer.median_ms > 0 for layer in one.layers if layer.macs)
-    write(opened, results)
-    assert read(opened) == results
-    assert len(section(opened)) == 1
+    write_latencies(opened, results)
+    assert read_latencies(opened) == results
+    assert len(latency_section(opened)) == 1
 
 
 def test_a_network_without_weights_is_an_error(tmp_path: Path) -> None:
@@ -157,10 +157,10 @@ def test_a_network_without_weights_is_an_error(tmp_path: Path) -> None:
 
 def test_files_give_back_what_was_written(opened: RecordedRun) -> None:
     results = made_up(opened)
-    paths = write(opened, results)
+    paths = write_latencies(opened, results)
     assert [path.name for path in paths] == ["latency.csv", "latency_layers.csv"]
     assert [path.parent for path in paths] == [opened.run.path] * 2
-    assert read(opened) == results
+    assert read_latencies(opened) == results
     heads = [path.read_text(encoding="utf-8").splitlines()[0] for path in paths]
     assert heads == [
         "network,label,precision,conv_macs,total_macs,batch,threads,rounds,lower_ms,median_ms,upper_ms,cpu_share,"
@@ -168,8 +168,8 @@ def test_files_give_back_what_was_written(opened: RecordedRun) -> None:
         "network,precision,layer,kind,macs,median_ms,share",
     ]
     words = tuple(replace(one, label="NA", machine="null", median_ms=0.1 + 0.2) for one in results[:2])
-    write(opened, words)
-    assert read(opened) == words
+    write_latencies(opened, words)
+    assert read_latencies(opened) == words
 
 
 def test_frames_have_a_row_for_each_and_shares_that_add_up(opened: RecordedRun) -> None:
@@ -187,14 +187,14 @@ def test_frames_have_a_row_for_each_and_shares_that_add_up(opened: RecordedRun) 
 
 def test_networks_that_are_gone_are_left_out(opened: RecordedRun) -> None:
     results = made_up(opened)
-    write(opened, [*results, *(replace(one, network="9") for one in results[2:])])
-    assert read(opened) == results
+    write_latencies(opened, [*results, *(replace(one, network="9") for one in results[2:])])
+    assert read_latencies(opened) == results
 
 
 @pytest.mark.parametrize("name", ["latency.csv", "latency_layers.csv"])
 @pytest.mark.parametrize("text", ["", "nonsense\n1\n", "\xff\x00", None])
 def test_broken_files_are_named(opened: RecordedRun, name: str, text: str | None) -> None:
-    write(opened, made_up(opened))
+    write_latencies(opened, made_up(opened))
     path = opened.run.path / name
     if text is not None:
         path.write_text(text, encoding="latin-1")
@@ -205,14 +205,14 @@ def test_broken_files_are_named(opened: RecordedRun, name: str, text: str | None
     else:
         path.unlink()
     with pytest.raises(FnetError, match=rf"^cannot read .*{name}: .+; measure again with fnet-search latency$"):
-        read(opened)
+        read_latencies(opened)
 
 
 # Shown
 
 
 def test_numbers_of_a_network(opened: RecordedRun) -> None:
-    texts, numbers = row(pairs(made_up(opened))[1])
+    texts, numbers = latency_row(latency_pairs(made_up(opened))[1])
     assert texts == ["1", "f4"]
     speeds = ["25.0", "12.5"]  # 25 MMAC x 2 images in 2 and in 4 ms
     assert numbers == [
@@ -225,12 +225,12 @@ def test_numbers_of_a_network(opened: RecordedRun) -> None:
 
 def test_pairs_do_not_depend_on_which_precision_is_first(opened: RecordedRun) -> None:
     results = made_up(opened)
-    assert pairs(results) == pairs([results[1], results[0], *results[2:]])
-    assert [(a.precision, b.precision) for a, b in pairs(results)] == [("quint8", "fp32")] * 2
+    assert latency_pairs(results) == latency_pairs([results[1], results[0], *results[2:]])
+    assert [(a.precision, b.precision) for a, b in latency_pairs(results)] == [("quint8", "fp32")] * 2
 
 
 def test_layers_line_up_and_add_up(opened: RecordedRun) -> None:
-    regular = pairs(made_up(opened))[0]
+    regular = latency_pairs(made_up(opened))[0]
     order = [node.name for node in opened.space.order]
     rows = layer_rows(regular, order)
     assert [words[0] for words, _ in rows] == [
@@ -258,7 +258,7 @@ def test_layers_line_up_and_add_up(opened: RecordedRun) -> None:
 
 def test_blocks_by_rate_count_both_parts(opened: RecordedRun) -> None:
     results = made_up(opened)
-    found = blocks(opened, results)
+    found = block_latencies(opened, results)
     assert list(found) == ["conv_8", "conv_16_1", "conv_16_2"]
     assert found["conv_8"] == {1: (2 / 64, 2000), 4: ((2 + 3) / 64, 5000)}
     assert found["conv_16_2"] == {1: (4 / 64, 4000), 4: ((6 + 7) / 64, 13_000)}
@@ -266,7 +266,7 @@ def test_blocks_by_rate_count_both_parts(opened: RecordedRun) -> None:
         replace(one, network="0/mse+equalize", layers=tuple(replace(x, median_ms=9 * x.median_ms) for x in one.layers))
         for one in results[:2]
     )
-    assert blocks(opened, [*results, *slower])["conv_8"][1] == (pytest.approx(5 * 2 / 64), 2000)
+    assert block_latencies(opened, [*results, *slower])["conv_8"][1] == (pytest.approx(5 * 2 / 64), 2000)
 
 
 def shown(table: Table) -> str:
@@ -282,7 +282,7 @@ def test_tables_for_the_terminal(opened: RecordedRun) -> None:
     )
     odd = tuple(replace(one, label="[red]1-2[/red]") for one in results)
     assert "[red]1-2[/red]" in shown(latency_table(odd))
-    layers = shown(layers_table(opened, pairs(odd)[1]))
+    layers = shown(layers_table(opened, latency_pairs(odd)[1]))
     assert layers.splitlines()[0].strip() == "layers of network 1 ([red]1-2[/red]): ms a run, median"
     assert [layers.index(name) for name in ("conv_8.grouped", "conv_8.pointwise", OTHER, "whole network")] == sorted(
         layers.index(name) for name in ("conv_8.grouped", "conv_8.pointwise", OTHER, "whole network")
@@ -316,8 +316,8 @@ def test_the_figure_has_every_network_in_both_precisions(opened: RecordedRun) ->
 
 def test_the_section_shows_networks_blocks_and_layers(opened: RecordedRun) -> None:
     results = made_up(opened)
-    write(opened, results)
-    ((head, html),) = section(opened)
+    write_latencies(opened, results)
+    ((head, html),) = latency_section(opened)
     page = Page(html)
     assert head == "Latency"
     assert html.count("<img ") == 1
@@ -331,13 +331,13 @@ def test_the_section_shows_networks_blocks_and_layers(opened: RecordedRun) -> No
     assert "<strong>0.078</strong>" in html  # conv_8: 5/64 ms instead of 2/64, though this is f4
     assert "250 % | 250 %" in page.text
     assert "<strong>0.031" not in html
-    write(opened, results[:2])
-    ((_, alone),) = section(opened)
+    write_latencies(opened, results[:2])
+    ((_, alone),) = latency_section(opened)
     assert "<img " not in alone
     assert "<h3>" not in alone
 
 
 def test_there_is_no_section_where_nothing_was_measured(tmp_path: Path) -> None:
     opened = record_run(tmp_path / "run", ODD, PLANS[:1])
-    assert section(opened) == ()
-    assert read(opened) == ()
+    assert latency_section(opened) == ()
+    assert read_latencies(opened) == ()

@@ -31,7 +31,7 @@ from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
 from fnet_search.optuna_bridge.trial_history import FAILURES
-from fnet_search.optuna_bridge.trials import EVALUATION, parameters, plan_of
+from fnet_search.optuna_bridge.trials import EVALUATION, index_parameters, plan_from_indices
 from fnet_search.policy.asktell import AskTell
 from fnet_search.policy.conformance import made_up_layers as layer_stats
 from fnet_search.policy.conformance import made_up_probes as probes
@@ -111,7 +111,7 @@ def test_any_study_walks_the_pyramids_in_order_and_stops(storage: Callable[[], B
     assert [trial.user_attrs["number"] for trial in again.trials] == list(range(7))
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 7
     assert [trial.params for trial in again.trials] == [
-        parameters(SPACE, reverse_pyramid(SPACE, initial)) for initial in (1, 2, 4, 8, 16, 32, 64)
+        index_parameters(SPACE, reverse_pyramid(SPACE, initial)) for initial in (1, 2, 4, 8, 16, 32, 64)
     ]
 
 
@@ -234,10 +234,10 @@ def test_a_pruner_decides_as_ever() -> None:
 def test_enqueued_plans_come_first_and_count() -> None:
     sampler = PolicySampler(ReversePyramid(), SPACE, constraints=CEILING)
     study = optuna.create_study(direction="maximize", sampler=sampler)
-    study.enqueue_trial(parameters(SPACE, uniform(SPACE, 4)))
-    study.enqueue_trial(parameters(SPACE, reverse_pyramid(SPACE, 4)))
-    study.enqueue_trial(parameters(SPACE, uniform(SPACE, 2)))  # over the budget
-    study.enqueue_trial(parameters(SPACE, uniform(SPACE, 4)))  # again
+    study.enqueue_trial(index_parameters(SPACE, uniform(SPACE, 4)))
+    study.enqueue_trial(index_parameters(SPACE, reverse_pyramid(SPACE, 4)))
+    study.enqueue_trial(index_parameters(SPACE, uniform(SPACE, 2)))  # over the budget
+    study.enqueue_trial(index_parameters(SPACE, uniform(SPACE, 4)))  # again
     study.optimize(objective)
     assert labels(study) == ["f4", "init4", "f2", "f4", "init1", "init2", "init8", "init16", "init32", "dws"]
     assert [trial.user_attrs["number"] for trial in study.trials] == list(range(10))
@@ -361,7 +361,7 @@ def test_a_worker_that_waits_for_a_dead_one_can_be_stopped() -> None:
 
 @pytest.mark.parametrize("where", ["objective", "callback"])
 def test_a_plan_that_is_enqueued_while_a_worker_waits_does_not_hold_it_up(where: str) -> None:
-    enqueued = parameters(TINY, make_plan(TINY, {"conv_8": 8}))
+    enqueued = index_parameters(TINY, make_plan(TINY, {"conv_8": 8}))
 
     def slow(trial: Trial) -> float:
         plan = suggest_plan(trial, TINY)
@@ -606,7 +606,7 @@ def test_behind_another_sampler_budget_and_repeats_count_too() -> None:
     for trial in costly.trials:
         if trial.state is TrialState.COMPLETE:
             assert trial.user_attrs["plan"].startswith("conv_8=1,")
-            plan = plan_of(TINY, trial.params)
+            plan = plan_from_indices(TINY, trial.params)
             assert plan is not None
             assert not limits.refusal(plan_cost(TINY, plan))
         else:

@@ -13,13 +13,20 @@ import pytest
 from PIL import Image
 
 from fnet_search.arch.plan import regular
-from fnet_search.engine.reporting import open_study
+from fnet_search.engine.reporting import open_record
 from fnet_search.engine.request import completed
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.metric import ClassResult
 from fnet_search.policy.significance import score_interval
-from fnet_search.report.class_balance import SHOWN, confusion_csv, counts_line, read_confusion, section, warnings
+from fnet_search.report.class_balance import (
+    SHOWN,
+    balance_warnings,
+    classes_section,
+    confusion_csv,
+    counts_line,
+    read_confusion,
+)
 from fnet_search.rundir.recorded_run import open_run
 from fnet_search.rundir.run_folder import read_evaluation
 from tests.support.command_line import SMALL, TINY, Result
@@ -41,17 +48,17 @@ def test_few_classes_are_counted_each_and_many_by_their_extremes() -> None:
 
 @pytest.mark.parametrize(("fewest", "warned"), [(48, False), (47, True), (1, True)])
 def test_a_class_below_a_tenth_of_the_largest_is_warned_of(fewest: int, warned: bool) -> None:
-    found = warnings(PETS, {"training": [480, 160, fewest]})
+    found = balance_warnings(PETS, {"training": [480, 160, fewest]})
     said = f"less than a tenth of the 480 training images of cat: ship ({fewest});"
     assert [one.startswith(said) for one in found] == [True] * warned
 
 
 def test_a_class_that_is_missing_from_a_split_is_warned_of() -> None:
-    assert warnings(PETS, {"training": [9, 9, 9], "test": [4, 0, 3]}) == [
+    assert balance_warnings(PETS, {"training": [9, 9, 9], "test": [4, 0, 3]}) == [
         "no image in the test split: dog; nothing is known of them there"
     ]
     many = [f"c{number}" for number in range(9)]
-    assert warnings(many, {"training": [9] * 9, "validation": [1, 0, 0, 0, 0, 0, 0, 0, 0]}) == [
+    assert balance_warnings(many, {"training": [9] * 9, "validation": [1, 0, 0, 0, 0, 0, 0, 0, 0]}) == [
         "no image in the validation split: c1, c2, c3, c4, c5 and 3 more; nothing is known of them there"
     ]
 
@@ -83,7 +90,9 @@ def text_of(html: str) -> list[list[str]]:
 
 def test_the_report_has_each_class_and_what_it_is_taken_for() -> None:
     one = measured(PETS, [0.9, 0.25, 0.0])
-    ((heading, html),) = section(PETS, COUNTS, one, [(0, 0, 90), (0, 1, 10), (1, 1, 25), (1, 2, 75), (2, 0, 100)])
+    ((heading, html),) = classes_section(
+        PETS, COUNTS, one, [(0, 0, 90), (0, 1, 10), (1, 1, 25), (1, 2, 75), (2, 0, 100)]
+    )
     assert heading == "Classes"
     assert html.count('class="warning"') == 1
     assert text_of(html) == [
@@ -103,7 +112,7 @@ def test_of_many_classes_the_report_has_the_worst_and_the_most_frequent_confusio
     names = tuple(f"c{number}" for number in range(200))
     one = measured(names, [number / 200 for number in range(200)])
     confusion = [(number, (number + 1) % 200, 100 - round(number / 2)) for number in range(200)]
-    ((_, html),) = section(names, {"training": [50] * 200}, one, confusion)
+    ((_, html),) = classes_section(names, {"training": [50] * 200}, one, confusion)
     rows = text_of(html)
     assert len(rows) == 2 * (1 + SHOWN)
     assert [row[0] for row in rows[1 : 1 + SHOWN]] == list(names[:SHOWN])
@@ -113,8 +122,8 @@ def test_of_many_classes_the_report_has_the_worst_and_the_most_frequent_confusio
 
 
 def test_an_earlier_run_has_no_such_section() -> None:
-    assert section(PETS, {}, replace(measured(PETS, [1, 1, 1]), classes=()), []) == []
-    ((_, html),) = section(PETS, COUNTS, None, [])
+    assert classes_section(PETS, {}, replace(measured(PETS, [1, 1, 1]), classes=()), []) == []
+    ((_, html),) = classes_section(PETS, COUNTS, None, [])
     assert text_of(html)[1] == ["cat", "480", "120", "300"]
 
 
@@ -149,7 +158,7 @@ def test_a_search_for_balanced_accuracy(
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["images"] == {"training": [64, 32, 4], "validation": [16, 8, 1], "test": [30, 10, 0]}
     assert (config["constraints"]["metric"], config["recipe"]["class_weights"]) == ("balanced-accuracy", "balanced")
-    record = open_study(open_run(run), None)
+    record = open_record(open_run(run), None)
     for trial, one in zip(record.study.get_trials(), record.evaluations, strict=True):
         assert [each.images for each in one.classes] == [16, 8, 1]
         recalls = [each.quint8_right / each.images for each in one.classes]

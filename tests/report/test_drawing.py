@@ -8,7 +8,7 @@ from fnet_search.arch.layers import KINDS, Activation, Conv, Dense, Flatten, Pad
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.arch.plan import FactorizationPlan, make_plan, regular, reverse_pyramid, uniform
 from fnet_search.importing.spaces import load_space
-from fnet_search.report.drawing import COLOURS, describe, draw, drawing
+from fnet_search.report.drawing import COLOURS, draw, drawing, layer_text
 from tests.support.evaluations import residual_space
 from tests.support.pictures import outside, overlapping, png_size, texts
 
@@ -18,20 +18,20 @@ def written(figure: Figure) -> list[str]:
 
 
 def test_describes_what_tells_layers_apart() -> None:
-    assert describe(Conv(64, groups=8)) == "conv 3x3, 64, groups 8"
-    assert describe(Conv(16, (1, 7), stride=(2, 2), dilation=(1, 2), bias=True)) == (
+    assert layer_text(Conv(64, groups=8)) == "conv 3x3, 64, groups 8"
+    assert layer_text(Conv(16, (1, 7), stride=(2, 2), dilation=(1, 2), bias=True)) == (
         "conv 1x7, 16, stride 2, dilation 1x2, bias"
     )
-    assert describe(Pool()) == "max pool 2x2"
-    assert describe(Pool("average", (3, 3), (1, 1))) == "average pool 3x3, stride 1"
-    assert describe(Pool("global_average")) == "global average pool"
-    assert describe(Activation("relu6")) == "relu6"
-    assert describe(Activation("leaky_relu", 0.1)) == "leaky_relu 0.1"
-    assert describe(Activation("clip", low=-1, high=0.5)) == "clip -1 to 0.5"
-    assert describe(Activation("prelu", per_channel=True)) == "prelu, a slope a channel"
-    assert describe(Activation("leaky_relu", (0.1, 0.2))) == "leaky_relu, a slope a channel"
-    assert describe(Pad((0, 1, 0), (0, 1, 2))) == "zeros 0, 1, 0 and 2"
-    assert describe(Dense(10)) == "dense, 10"
+    assert layer_text(Pool()) == "max pool 2x2"
+    assert layer_text(Pool("average", (3, 3), (1, 1))) == "average pool 3x3, stride 1"
+    assert layer_text(Pool("global_average")) == "global average pool"
+    assert layer_text(Activation("relu6")) == "relu6"
+    assert layer_text(Activation("leaky_relu", 0.1)) == "leaky_relu 0.1"
+    assert layer_text(Activation("clip", low=-1, high=0.5)) == "clip -1 to 0.5"
+    assert layer_text(Activation("prelu", per_channel=True)) == "prelu, a slope a channel"
+    assert layer_text(Activation("leaky_relu", (0.1, 0.2))) == "leaky_relu, a slope a channel"
+    assert layer_text(Pad((0, 1, 0), (0, 1, 2))) == "zeros 0, 1, 0 and 2"
+    assert layer_text(Dense(10)) == "dense, 10"
 
 
 @pytest.mark.parametrize("name", ["tiny", "factorizenet", "factorizenet-gap"])

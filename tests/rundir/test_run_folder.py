@@ -14,7 +14,7 @@ from fnet_search.importing.spaces import load_space
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, Evaluation
 from fnet_search.report.csv_tables import candidate_line
-from fnet_search.rundir.run_folder import FORMAT, KEPT, RunFolder, differences, kept, versions
+from fnet_search.rundir.run_folder import FORMAT, KEPT, RunFolder, differences, kept_networks, versions
 from tests.support.evaluations import failed, pruned, refused, trained
 
 TINY = load_space("tiny")
@@ -241,10 +241,10 @@ def test_the_best_candidates_the_best_final_one_and_the_reference_are_kept() -> 
     reference = replace(one(5, 0.99), role="reference")
     finals = [replace(one(number, accuracy), role="final", parent=1) for number, accuracy in ((6, 0.95), (7, 0.94))]
     evaluations = (*candidates, reference, *finals, pruned(TINY, regular(TINY), 8))
-    assert kept(evaluations, FREE) == {1, 3, 4, 5, 6}
-    assert kept(evaluations, Constraints(min_quint8=0.99)) == {1, 3, 4, 5, 6}
-    assert kept(evaluations, FREE, searching=False) == set(range(9)), "of given plans all"
-    assert kept((), FREE) == set()
+    assert kept_networks(evaluations, FREE) == {1, 3, 4, 5, 6}
+    assert kept_networks(evaluations, Constraints(min_quint8=0.99)) == {1, 3, 4, 5, 6}
+    assert kept_networks(evaluations, FREE, searching=False) == set(range(9)), "of given plans all"
+    assert kept_networks((), FREE) == set()
 
 
 def test_weights_of_parents_in_use_are_kept(run: RunFolder) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fnet_policies import Random
 from fnet_search.candidates.job import Setup
-from fnet_search.engine.reporting import open_study, report_again
+from fnet_search.engine.reporting import open_record, report_again
 from fnet_search.engine.request import Machine, Request
 from fnet_search.engine.run import run_study
 from fnet_search.engine.search_loop import Event, Started
@@ -37,7 +37,7 @@ GIVEN = replace(SEARCH, policy_name="fixed plans", constraints=Constraints(), sp
 def reported(folder: Path, storage: str | None = None) -> Outcome:
     opened = open_run(folder)
     with opened.run.locked():
-        return report_again(open_study(opened, storage))
+        return report_again(open_record(opened, storage))
 
 
 class Notes:

@@ -90,13 +90,13 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
         evaluation = replace(evaluation, zero_shot_accuracy=zero_shot)
         key += f" parent={job.start.number if job.start else 'imported'}"
     checkpoint = Checkpoint(folder / CHECKPOINT, key)
-    found = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, watch)
+    result = train(trained, data, recipe, setup.numerics, seed, stages.training, checkpoint, watch)
     evaluation = replace(
-        evaluation, epochs=len(found.accuracies), trained_images=found.images, accuracies=found.accuracies
+        evaluation, epochs=len(result.accuracies), trained_images=result.images, accuracies=result.accuracies
     )
-    if found.stopped:
+    if result.stopped:
         behind = f"behind the others after epoch {evaluation.epochs} of {recipe.epochs}"
-        return replace(evaluation, state="pruned", reason=f"{behind} ({percent(found.accuracies[-1], 1)})")
+        return replace(evaluation, state="pruned", reason=f"{behind} ({percent(result.accuracies[-1], 1)})")
     trained.eval().to(memory_format=torch.contiguous_format)
     stages.after("quantizing", 0)
     try:

@@ -54,8 +54,8 @@ class Measures:
 
     def complete(self, evaluation: Evaluation) -> Evaluation:
         """The evaluation with what was measured, but for the confusion, which is kept of winners only."""
-        found = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
-        return replace(evaluation, **found)
+        measures = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
+        return replace(evaluation, **measures)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def measure_split(
         qmse,
         qce,
         kl,
-        tuple((*divmod(pair, classes), found) for pair, found in zip(pairs.tolist(), images.tolist(), strict=True)),
+        tuple((*divmod(pair, classes), count) for pair, count in zip(pairs.tolist(), images.tolist(), strict=True)),
         None if runtime is None else audit,
     )
 
@@ -126,9 +126,9 @@ def evaluate_quantized(
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """As `with_measures`; the codes are left in `folder`."""
-    found = with_measures(evaluation, trained, quantized, data, seed, runtime, seen)
-    write_codes(folder, found.plan, trained, quantized)
-    return found
+    measured = with_measures(evaluation, trained, quantized, data, seed, runtime, seen)
+    write_codes(folder, measured.plan, trained, quantized)
+    return measured
 
 
 def with_measures(

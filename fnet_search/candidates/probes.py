@@ -175,23 +175,23 @@ def _weighted(
 def _images(data: Images, space: Macroarchitecture) -> DataSet:
     """The data with a validation split, normalised as the space says. Raises FnetError for those of another network."""
     if isinstance(data, str):
-        found = load_dataset(data, space.input_shape, split="validation")
+        loaded = load_dataset(data, space.input_shape, split="validation")
     elif isinstance(data, DataSet):
-        found = data
+        loaded = data
     else:
         images, labels = data
         if not images.is_floating_point() or images.ndim != 4 or labels.shape != images.shape[:1]:
             raise FnetError("images must be float32 [N, C, H, W], as the network reads them, and classes int64 [N]")
         whole, ones = Split(255 * images.detach().float(), labels.long()), (1.0,) * images.shape[1]
         names = tuple(map(str, range(space.classes)))
-        found = DataSet("images", names, whole, whole, whole, tuple(0.0 for _ in ones), ones, flips=False)
-    if found.evaluation is found.test:
-        found = hold_out(found)
-    ours, theirs = (space.input_shape, space.classes), (tuple(found.train.images.shape[1:]), len(found.classes))
+        loaded = DataSet("images", names, whole, whole, whole, tuple(0.0 for _ in ones), ones, flips=False)
+    if loaded.evaluation is loaded.test:
+        loaded = hold_out(loaded)
+    ours, theirs = (space.input_shape, space.classes), (tuple(loaded.train.images.shape[1:]), len(loaded.classes))
     if ours != theirs:
         wanted, given = (f"{size_text(size)}, {classes} classes" for size, classes in (ours, theirs))
         raise FnetError(f"the network is for images of {wanted}; the data are {given}")
-    return replace(found, mean=space.mean, std=space.std) if space.mean and not isinstance(data, tuple) else found
+    return replace(loaded, mean=space.mean, std=space.std) if space.mean and not isinstance(data, tuple) else loaded
 
 
 @torch.no_grad()
@@ -213,13 +213,13 @@ def probe_layer(
     weights = trained.state_dict()
     parent.load_state_dict({name: weights[name] for name in parent.state_dict()})
     targets: dict[str, Target] = {}
-    found = []
+    probes = []
     for rate in task.rates:
         plan = make_plan(setup.space, {**task.start.plan.by_layer, task.layer: rate})
         child = _network(space, plan).to(setup.numerics.device)
         warm_start(parent, child, fed.training, targets)
         unchanged = plan == task.start.plan
-        found.append(
+        probes.append(
             replace(
                 _measure(setup, task.start.scheme, child, fed, () if unchanged else convolutions(task.layer, rate)),
                 layer="" if unchanged else task.layer,
@@ -228,8 +228,8 @@ def probe_layer(
                 fisher=fisher_score(setup, data, plan) if task.fisher else None,
             )
         )
-        seen(len(found))
-    return tuple(found)
+        seen(len(probes))
+    return tuple(probes)
 
 
 def cut(space: Macroarchitecture, layer: str) -> str:

@@ -99,8 +99,8 @@ class Dashboard:
 def open_dashboard(opened: RecordedRun, storage: str | None) -> Dashboard:
     """The dashboard of a recorded run. `storage` as for `run.open_study`, whose lock is not needed here: a search may
     go on meanwhile. Raises FnetError for a storage without the study."""
-    found = shared_storage(opened, storage)
-    place, shared = found or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
+    location = shared_storage(opened, storage)
+    place, shared = location or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
     if not has_study(place, opened.run.name):
         raise FnetError(f"no study {opened.run.name!r} is there; give the URL that the run had as --storage")
     own = FileSystemArtifactStore(opened.run.artifacts)

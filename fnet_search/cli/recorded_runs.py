@@ -189,13 +189,13 @@ def _audit(
     batches = (data.normalise(images) for images, _ in split.batches(250))
     name = f"candidate {network.id} ({label(opened.space, network.evaluation.plan)})"
     total, inner = Audit(), dict[str, LayerAudit]()
-    found = (
+    audits = (
         audit_layers(quantized, runtime, batches)
         if layers
         else ((one, ()) for one in audit(quantized, runtime, batches))
     )
     with torch.inference_mode():
-        for one, parts in found:
+        for one, parts in audits:
             total += one
             inner |= {part.layer: inner[part.layer] + part if part.layer in inner else part for part in parts}
             display.advance(f"auditing {name}", total.images, len(split))
@@ -266,31 +266,31 @@ def quantize(
         data = _data(opened, data_dir, dataset, validation, display)
         study = open_record(opened, storage) if writable else None  # or fail before the work
         known = opened.quantized(network, schemes) if promoting else None
-        found = known or requantize(
+        requantized = known or requantize(
             opened, network, schemes, data, display.advance, None if writable else Path(scratch)
         )
-        if promoting and study is not None and (better := promote(opened, found)):
-            measure_winner(study, found, data, display)
+        if promoting and study is not None and (better := promote(opened, requantized)):
+            measure_winner(study, requantized, data, display)
         outcome = _reported(study, display)
-    shown = {**own, found.id: found.evaluation}
+    shown = {**own, requantized.id: requantized.evaluation}
     rows = [
         [text for part in scheme_row(opened, evaluation, name) for text in part] for name, evaluation in shown.items()
     ]
     texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
-    title = f"candidate {found.evaluation.number}, {found.evaluation.split} split"
+    title = f"candidate {requantized.evaluation.number}, {requantized.evaluation.split} split"
     console().print(PlainTable(title, (*HEADINGS, *MEASURED), rows, texts, least))
     if outcome is None:
         click.echo(_only_shown(folder))
         return
-    if found.id in own:
-        click.echo(f"candidate {network.id} is quantized with {found.scheme} already, as {found.id}")
+    if requantized.id in own:
+        click.echo(f"candidate {network.id} is quantized with {requantized.scheme} already, as {requantized.id}")
     if promoting:
-        click.echo(f"{found.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
+        click.echo(f"{requantized.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
         click.echo(outcome.headline())
     for remark in requantize_remarks(opened):
         click.echo(remark)
     click.echo(f"report: {outcome.report}")
-    click.echo(f"files in {found.folder}; its ID is {found.id}")
+    click.echo(f"files in {requantized.folder}; its ID is {requantized.id}")
 
 
 @click.command()
@@ -326,12 +326,12 @@ def analyze(
         for network in networks:  # or fail before the work
             network.load(opened.space)
         display.status("calibrating")
-        found = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
+        analyses = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
         page = None
         if opened.run.writable:
             display.status("drawing the pictures")
-            page = write_analysis(opened, found)
-    for analysis in found:
+            page = write_analysis(opened, analyses)
+    for analysis in analyses:
         console().print(analysis_table(analysis, console().width))
     click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
 
@@ -363,14 +363,14 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
     with _display() as display, opened.run.locked_if_writable() as writable:
         study = open_record(opened, storage) if writable else None
         display.status("loading the networks into ONNX Runtime")
-        found = time_networks(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
-        paths = write_latencies(opened, found) if writable else []
+        latencies = time_networks(opened, networks, batch, rounds, partial(display.advance, "timing, samples"))
+        paths = write_latencies(opened, latencies) if writable else []
         outcome = _reported(study, display)
-    for pair in latency_pairs(found):
+    for pair in latency_pairs(latencies):
         if candidates or len(networks) == 1:  # else the report has them
             console().print(layers_table(opened, pair))
-    console().print(latency_table(found))
-    click.echo(conditions(found))
+    console().print(latency_table(latencies))
+    click.echo(conditions(latencies))
     kept = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
     click.echo(kept or _only_shown(folder))
 

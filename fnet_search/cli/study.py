@@ -145,11 +145,11 @@ def run(**options: Any) -> None:
     until_time_is_up(options, work)
     whole = folder.whole(chosen)
     runs = folder.recorded(whole)
-    found = compared_networks(whole, runs)
-    if listed := result_rows(whole, found):
+    networks = compared_networks(whole, runs)
+    if listed := result_rows(whole, networks):
         click.echo(markdown(result_table(whole, listed)))
     for remark in result_remarks(whole, runs):
         click.echo(remark)
     click.echo(f"results: {folder.path / RESULTS}")
-    if any(network.missed for network in found):
+    if any(network.missed for network in networks):
         sys.exit(NOTHING_FEASIBLE)

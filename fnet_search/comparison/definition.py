@@ -141,14 +141,14 @@ def _normal(text: str) -> str:
 
 def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str, ...]:
     """How the networks of a study are quantized, each text as results have it. Raises FnetError for what cannot be."""
-    found = tuple(map(_normal, texts))
-    if len(set(found)) < len(found):
+    normal = tuple(map(_normal, texts))
+    if len(set(normal)) < len(normal):
         raise FnetError(f"schemes must differ, got {list(texts)!r}")
-    if AUTO in found[1:]:
-        raise FnetError(f"{AUTO} is how networks are quantized first; name it before {found[0]}")
-    if search is not None and len(found) > 1:
+    if AUTO in normal[1:]:
+        raise FnetError(f"{AUTO} is how networks are quantized first; name it before {normal[0]}")
+    if search is not None and len(normal) > 1:
         raise FnetError("a [search] is for one scheme: what it finds depends on it; write a study for each")
-    return found
+    return normal
 
 
 def load_comparison(name: str, dataset: str | None = None, validation: str | None = None) -> Comparison:
@@ -278,5 +278,5 @@ def _variants(table: Mapping[str, Any]) -> Iterator[Variant]:
         place, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
         if not isinstance(place, str) or not isinstance(recipe, str | dict):
             raise FnetError(f"variants.{name}: space is a name or a path, recipe one too or a table of changes")
-        found = load_recipe(recipe) if isinstance(recipe, str) else load_recipe(table["recipe"]).changed(recipe)
-        yield Variant(name, space(place), found)
+        loaded = load_recipe(recipe) if isinstance(recipe, str) else load_recipe(table["recipe"]).changed(recipe)
+        yield Variant(name, space(place), loaded)

@@ -92,24 +92,24 @@ class ResultRow:
 
     def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
         """Of each seed, where it was measured."""
-        found = (value(network.evaluation) for network in self.networks)
-        return [scale * one for one in found if one is not None]
+        measured = (value(network.evaluation) for network in self.networks)
+        return [scale * one for one in measured if one is not None]
 
 
 def compared_networks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[ComparedNetwork]:
     """Those of given plans; of a search the winners, as measured on the test split."""
-    found = []
+    networks = []
     for part, run in runs.items():
         if comparison.search is not None:
             if (winner := run.winner) is not None and (test := run.test(winner)) is not None:
-                found.append(
+                networks.append(
                     ComparedNetwork(
                         part, WINNER, comparison.schemes[0], test, run.constraints.missed(winner.evaluation)
                     )
                 )
             continue
         plans = {plan: parse_plan(part.variant.space, plan) for plan in comparison.plans}  # some may be the same
-        found += [
+        networks += [
             ComparedNetwork(part, name, scheme, network.evaluation)
             for network in run.networks
             for name, plan in plans.items()
@@ -118,16 +118,16 @@ def compared_networks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) 
             if scheme == network.evaluation.scheme
             or (scheme == comparison.schemes[0] and network.folder == network.candidate)
         ]
-    return found
+    return networks
 
 
 def result_remarks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[str]:
     """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
-    found = compared_networks(comparison, runs)
-    known = {(network.part, network.plan, network.scheme) for network in found}
+    networks = compared_networks(comparison, runs)
+    known = {(network.part, network.plan, network.scheme) for network in networks}
     lines = [
         f"{network.part.name}: no candidate met the constraints; the nearest, {network.label}, misses {', '.join(network.missed)}"
-        for network in found
+        for network in networks
         if network.missed
     ]
     for part in comparison.parts:
@@ -151,14 +151,14 @@ def _states(run: RecordedRun) -> dict[str, str]:
     if not path.is_file():  # killed as soon as it was begun
         return {}
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    found = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
+    states = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
     for network in run.networks:
         gone = "not quantized: its weights are gone"
-        found[str(network.evaluation.plan)] = "not quantized yet" if (network.candidate / WEIGHTS).is_file() else gone
-    return found
+        states[str(network.evaluation.plan)] = "not quantized yet" if (network.candidate / WEIGHTS).is_file() else gone
+    return states
 
 
-def result_rows(comparison: Comparison, found: Sequence[ComparedNetwork]) -> list[ResultRow]:
+def result_rows(comparison: Comparison, networks: Sequence[ComparedNetwork]) -> list[ResultRow]:
     """In the order of variants, plans and schemes that the study has."""
     listed = []
     for variant in comparison.variants:
@@ -166,7 +166,7 @@ def result_rows(comparison: Comparison, found: Sequence[ComparedNetwork]) -> lis
             for scheme in comparison.schemes:
                 same = tuple(
                     network
-                    for network in found
+                    for network in networks
                     if (network.part.variant, network.plan, network.scheme) == (variant, plan, scheme)
                 )
                 if same:
@@ -237,8 +237,8 @@ def result_table(comparison: Comparison, listed: Sequence[ResultRow]) -> list[li
         head += [_published_name(comparison)] if known else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
-        found = ", ".join(dict.fromkeys(network.label for network in row.networks))
-        line = [*([row.variant.name] if several else []), f"{WINNER}: {found}" if row.plan == WINNER else row.plan]
+        winners = ", ".join(dict.fromkeys(network.label for network in row.networks))
+        line = [*([row.variant.name] if several else []), f"{WINNER}: {winners}" if row.plan == WINNER else row.plan]
         macs = row.values(lambda evaluation: evaluation.cost.conv_macs)
         same = len(set(macs)) == 1
         line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
@@ -264,11 +264,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *body))
 
 
-def networks_frame(found: Sequence[ComparedNetwork]) -> pd.DataFrame:
+def networks_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
     """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
     that a search's winner does not meet."""
     rows = []
-    for network in found:
+    for network in networks:
         it, audit = network.evaluation, network.evaluation.audit
         named = {name: getattr(it, name) for name in _MEASURED}
         audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
@@ -297,9 +297,9 @@ _MEASURED = (
 _AUDITED = ("audited_codes", "differing_codes")
 
 
-def layers_frame(found: Sequence[ComparedNetwork]) -> pd.DataFrame:
+def layers_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
     """One row a layer of each network and scheme, every field of LayerStats a column."""
-    rows = [{**_key(network), **asdict(layer)} for network in found for layer in network.evaluation.layers]
+    rows = [{**_key(network), **asdict(layer)} for network in networks for layer in network.evaluation.layers]
     return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
 
@@ -364,27 +364,27 @@ def _legend(figure: Figure, comparison: Comparison, sides: Sequence[Side]) -> No
             [], [], marker=marker, label=name, color=colour, markerfacecolor=face, linestyle="none", markersize=5
         )
 
-    found = []
+    handles = []
     for (marker, own), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
         colour = GREY if len(sides) > 1 else own
-        found.append(shape(marker, name, colour, colour))
+        handles.append(shape(marker, name, colour, colour))
     if comparison.published:
-        found.append(shape("o", f"hollow: {_published_name(comparison)}", GREY, "none"))
+        handles.append(shape("o", f"hollow: {_published_name(comparison)}", GREY, "none"))
     several = len({scheme for _, scheme in sides}) > 1
     for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
         name = " ".join(part for part in (variant.name, scheme if several else "") if part)
-        found.append(Patch(color=COLOURS[place], label=shorten(name)))
-    columns = legend_columns([str(one.get_label()) for one in found], 4)
-    figure.legend(handles=found, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
+        handles.append(Patch(color=COLOURS[place], label=shorten(name)))
+    columns = legend_columns([str(one.get_label()) for one in handles], 4)
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
 
 
 def _points(axes: Axes, own: Sequence[ResultRow], measure: Quantity, colour: str, marker: str) -> list[float]:
     """Mean and standard deviation of each row; gives the means."""
-    found = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
-    means = [fmean(values) for _, values in found]
-    spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in found]
+    points = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
+    means = [fmean(values) for _, values in points]
+    spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
     axes.errorbar(
-        [macs for macs, _ in found],
+        [macs for macs, _ in points],
         means,
         spreads,
         color=colour,
@@ -405,14 +405,14 @@ def _published(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, marke
 
 def _labels(listed: Sequence[ResultRow], measures: Sequence[Quantity]) -> list[PointLabel]:
     """One for all points of a network above each other, next to the last: sides are told by their colours."""
-    found: dict[tuple[str, float], list[float]] = {}
+    anchors: dict[tuple[str, float], list[float]] = {}
     for row in listed:
         for measure in measures:
             if values := row.values(measure.value, measure.scale):
                 known = measure.published(row.published)
                 points = [] if known is None else [measure.scale * known]
-                found.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
-    return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in found.items()]
+                anchors.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
+    return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in anchors.items()]
 
 
 def result_figures(comparison: Comparison, listed: Sequence[ResultRow]) -> dict[str, Figure]:
@@ -455,10 +455,10 @@ CAPTIONS = {
 def write_results(comparison: Comparison, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
     """results.md with its figures, networks.csv and layers.csv, in the study's folder, of all that is trained so far;
     gives results.md."""
-    found = compared_networks(comparison, runs)
-    listed = result_rows(comparison, found)
-    write_text(folder / "networks.csv", networks_frame(found).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "layers.csv", layers_frame(found).to_csv(index=False, lineterminator="\n"))
+    networks = compared_networks(comparison, runs)
+    listed = result_rows(comparison, networks)
+    write_text(folder / "networks.csv", networks_frame(networks).to_csv(index=False, lineterminator="\n"))
+    write_text(folder / "layers.csv", layers_frame(networks).to_csv(index=False, lineterminator="\n"))
     (folder / "figures").mkdir(exist_ok=True)
     drawn = result_figures(comparison, listed)
     for name, figure in drawn.items():

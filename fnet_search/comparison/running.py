@@ -54,8 +54,8 @@ class ComparisonFolder:
 
     def whole(self, comparison: Comparison) -> Comparison:
         """With the seeds too that were recorded here before."""
-        found = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
-        seeds = (*comparison.seeds, *sorted(found - set(comparison.seeds)))
+        recorded_seeds = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
+        seeds = (*comparison.seeds, *sorted(recorded_seeds - set(comparison.seeds)))
         return replace(
             comparison, seeds=tuple(seed for seed in seeds if seed in comparison.seeds or self._has(comparison, seed))
         )
@@ -110,8 +110,8 @@ def _done(comparison: Comparison, folder: ComparisonFolder, part: Part) -> float
     """Of its epochs, those of finished networks; of a search all or none."""
     if not folder.run(part).exists:
         return 0.0
-    found = {network.plan for network in compared_networks(comparison, {part: open_run(folder.run(part).path)})}
-    return epochs(comparison, part) * (len(found) / len(comparison.plans) if comparison.search is None else len(found))
+    plans = {network.plan for network in compared_networks(comparison, {part: open_run(folder.run(part).path)})}
+    return epochs(comparison, part) * (len(plans) / len(comparison.plans) if comparison.search is None else len(plans))
 
 
 def _like(folder: ComparisonFolder, whole: Comparison, part: Part, machine: Machine) -> Machine:

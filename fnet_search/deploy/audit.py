@@ -50,11 +50,11 @@ def audit_layers(
     where a difference starts. `runtime` runs the graph `with_outputs` of these tensors."""
     names = [codes_name(name) for name in coded(quantized)]
     for x in batches:
-        logits, *found = runtime.run(x, [LOGITS, *names])
+        logits, *runtime_codes = runtime.run(x, [LOGITS, *names])
         layers: list[LayerAudit] = []
         for node, codes in quantized.codes(x):
             if codes_name(node.name) in names:
-                difference = (codes.cpu().int() - torch.from_numpy(found[len(layers)]).int()).abs()
+                difference = (codes.cpu().int() - torch.from_numpy(runtime_codes[len(layers)]).int()).abs()
                 differing = int((difference > 0).sum())
                 layers.append(LayerAudit(node.name, codes.numel(), differing, int(difference.max())))
         last = quantized.params[quantized.carrier[quantized.network.output]].dequantize(codes)

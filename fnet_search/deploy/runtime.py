@@ -41,10 +41,10 @@ class Runtime:
     def run(self, x: Tensor, outputs: Sequence[str]) -> list["np.ndarray[Any, Any]"]:
         """The named tensors for a batch of images. Raises FnetError for a graph that was changed."""
         try:
-            found: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
+            arrays: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
         except Exception as error:
             raise FnetError(f"ONNX Runtime cannot run the exported network: {first_line(error)}") from None
-        return found
+        return arrays
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.from_numpy(self.run(x, [LOGITS])[0])

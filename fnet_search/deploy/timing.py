@@ -83,12 +83,12 @@ def interleaved(
 ) -> list[list[float]]:
     """What every task gives in each round. The order is another one in every round, so that none of them always comes
     after the same one; it is the same whenever this is called."""
-    found: list[list[float]] = [[] for _ in tasks]
+    samples: list[list[float]] = [[] for _ in tasks]
     for number in range(rounds):
         for done, index in enumerate(random.Random(number).sample(range(len(tasks)), len(tasks)), 1):
-            found[index].append(tasks[index]())
+            samples[index].append(tasks[index]())
             seen(number * len(tasks) + done, rounds * len(tasks))
-    return found
+    return samples
 
 
 class TimedGraph:
@@ -113,12 +113,12 @@ class TimedGraph:
         self.wall = self.cpu = 0.0
 
     def _seconds(self, session: Any, runs: int) -> list[float]:
-        found = []
+        seconds = []
         for _ in range(runs):
             start = time.perf_counter()
             session.run(None, self.feed)
-            found.append(time.perf_counter() - start)
-        return found
+            seconds.append(time.perf_counter() - start)
+        return seconds
 
     def sample(self) -> float:
         """Milliseconds a run, the median of some. Then profiles one more run, settled in the same way."""
@@ -175,7 +175,7 @@ def layer_latencies(
         times[layer] = times.get(layer, np.zeros(())) + np.array(durations[counted])
         if layer == OTHER:
             between[operator] = None
-    found = [
+    latencies = [
         LayerLatency(
             node.name,
             node.layer.kind,
@@ -186,8 +186,8 @@ def layer_latencies(
         if node.name in times
     ]
     if between:
-        found.append(LayerLatency(OTHER, ", ".join(between), 0, float(np.median(times[OTHER]))))
-    return tuple(found)
+        latencies.append(LayerLatency(OTHER, ", ".join(between), 0, float(np.median(times[OTHER]))))
+    return tuple(latencies)
 
 
 _INTEGER = ("avx2", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")

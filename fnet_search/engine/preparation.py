@@ -165,11 +165,11 @@ def check_same_config(run: RunFolder, config: dict[str, Any]) -> None:
         kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
         raise FnetError(f"{run.path} is a run of {kind}; choose another `out`")
     parted = (text.partition(":") for text in differences(recorded, config))
-    found = [f"{PARAMETERS.get(name, name)}{colon}{text}" for name, colon, text in parted]
-    if found:
+    changed = [f"{PARAMETERS.get(name, name)}{colon}{text}" for name, colon, text in parted]
+    if changed:
         same = f", or say `scheme` {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
         raise FnetError(
-            f"{run.path} was made with another configuration ({'; '.join(found)}); choose another `out`{same}"
+            f"{run.path} was made with another configuration ({'; '.join(changed)}); choose another `out`{same}"
         )
 
 
@@ -186,8 +186,8 @@ def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
     known = RunFolder(machine.numerics_of) if machine.numerics_of is not None else run
     if known is run and not run.exists:
         return None
-    found = recorded_numerics(known)
-    if not machine.agrees(found):
+    numerics = recorded_numerics(known)
+    if not machine.agrees(numerics):
         return None
-    check_device(found.device)
-    return found
+    check_device(numerics.device)
+    return numerics

@@ -126,8 +126,8 @@ class TerminalDisplay:
             case Dropped(number):
                 self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
             case Finished(evaluation, seconds):
-                found = _result(evaluation, self._setup.metric if self._setup else "accuracy")
-                self.say(f"{self._ended(evaluation.number)} {found}; took {clock(seconds)}")
+                result = _result(evaluation, self._setup.metric if self._setup else "accuracy")
+                self.say(f"{self._ended(evaluation.number)} {result}; took {clock(seconds)}")
         if self._live:
             self._live.update(self._table())
 

@@ -71,7 +71,7 @@ def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | No
     if record.winner is None or record.probes is None or explain is None:
         return None
     try:
-        found = explain(record.history(), record.winner.plan)
+        explanation = explain(record.history(), record.winner.plan)
     except FnetError:  # the winner may have been found by other means
         return None
     except Exception as error:
@@ -79,7 +79,7 @@ def _explanation(record: StudyRecord, policy: Policy | None) -> Explanation | No
         raise FnetError(
             f"policy {name} failed to explain the winner: {fault(error, type(policy).__module__)}"
         ) from error
-    return found if isinstance(found, Explanation) else None
+    return explanation if isinstance(explanation, Explanation) else None
 
 
 def _settings(config: dict[str, Any], outcome: Outcome) -> Iterator[tuple[str, str]]:
@@ -136,9 +136,9 @@ def open_record(opened: RecordedRun, storage: str | None) -> StudyRecord:
     `storage` is the URL of another place to find it than the recorded one. Raises FnetError, before anything is
     written, for a storage without it, or one that has lost candidates of candidates.csv.
     """
-    found = shared_storage(opened, storage)
-    _check_whole(opened.run, read_journal(opened.run.journal) if found is None else found[0])
-    place, shared = found or (open_journal(opened.run.journal), None)
+    location = shared_storage(opened, storage)
+    _check_whole(opened.run, read_journal(opened.run.journal) if location is None else location[0])
+    place, shared = location or (open_journal(opened.run.journal), None)
     return StudyRecord(
         place,
         opened.run,

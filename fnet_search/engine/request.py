@@ -162,7 +162,7 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
     try:
         recipe, changes = config["recipe"], config["recipe"]["augmentation"]
         whole = {**recipe, "augmentation": Augmentation(**changes), "milestones": tuple(recipe["milestones"])}
-        found = Request(
+        request = Request(
             space=parse_space(config["space"], "the space of the study"),
             dataset=config["dataset"],
             recipe=Recipe(**whole),
@@ -176,7 +176,7 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
         )
     except (KeyError, TypeError) as error:
         raise FnetError(f"the study's configuration is not one that this version writes ({error})") from None
-    return found
+    return request
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:

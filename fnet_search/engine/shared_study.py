@@ -56,7 +56,7 @@ class SharedRun:
 
     def request(self, join: JoinRequest) -> Request:
         """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
-        found = request_from(
+        request = request_from(
             self.config,
             self.fidelity,
             trials=self.trials,
@@ -67,11 +67,11 @@ class SharedRun:
             validation=join.validation or self.data.get("validation", HELD_OUT),
             artifacts=join.artifacts or self.artifacts,
         )
-        again = {**_config(found), "weights": self.config["weights"]}
+        again = {**_config(request), "weights": self.config["weights"]}
         if odd := differences(completed(self.config), again):
             raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
-        policy, dataset = load_policy(found.policy_name), join.dataset or found.dataset
-        return replace(found, policy=policy, dataset=dataset)
+        policy, dataset = load_policy(request.policy_name), join.dataset or request.dataset
+        return replace(request, policy=policy, dataset=dataset)
 
 
 def _config(request: Request) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def _read_facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
     facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(SHARED_RUN)
     if facts is None:
         raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
-    found: Mapping[str, Any] = facts
-    return found
+    known: Mapping[str, Any] = facts
+    return known
 
 
 def share_run(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
@@ -144,13 +144,13 @@ def shared_storage(opened: RecordedRun, storage: str | None) -> tuple[BaseStorag
     run, url = opened.run, storage or opened.config.get("storage")
     if url is None:
         return None
-    found = open_url(url, new=False)
-    if not has_study(found, run.name):
+    opened_storage = open_url(url, new=False)
+    if not has_study(opened_storage, run.name):
         raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
-        return found, None
-    known = _read_facts(found, run.name)  # of any version whose folders can be read: nothing is trained
-    return found, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
+        return opened_storage, None
+    known = _read_facts(opened_storage, run.name)  # of any version whose folders can be read: nothing is trained
+    return opened_storage, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
 
 
 def artifacts_of(request: Request, run: RunFolder) -> str:

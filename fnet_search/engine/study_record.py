@@ -149,8 +149,8 @@ class StudyRecord:
     @property
     def evaluations(self) -> tuple[Evaluation, ...]:
         """Finished ones, in order of their numbers."""
-        found = self._ledger.evaluations
-        return tuple(found[number] for number in sorted(found))
+        evaluations = self._ledger.evaluations
+        return tuple(evaluations[number] for number in sorted(evaluations))
 
     @property
     def audited(self) -> tuple[Evaluation, ...]:
@@ -304,8 +304,8 @@ class StudyRecord:
             for evaluation in self.evaluations
             if evaluation.plan == first and evaluation.state == "complete"
         )
-        found = next(known, None) if setup.referenced else None
-        return setup.schemes[0] if found is None else parse_scheme(found)
+        scheme = next(known, None) if setup.referenced else None
+        return setup.schemes[0] if scheme is None else parse_scheme(scheme)
 
     def _parent(self, plan: FactorizationPlan, role: Role) -> Evaluation | None:
         """A function of what is recorded: of the networks whose weights are kept, the one to start from."""
@@ -408,10 +408,10 @@ class StudyRecord:
             return True
         if self.sharing is None:
             return True  # nowhere else: whoever reads them says what is missing
-        found = self._shared_files(number)
+        files = self._shared_files(number)
         for name in (WEIGHTS, QUANTIZED):
             try:
-                with self.artifacts.open_reader(found[name]) as opened, replacing(folder / name) as temporary:
+                with self.artifacts.open_reader(files[name]) as opened, replacing(folder / name) as temporary:
                     temporary.write_bytes(opened.read())
             except (KeyError, OSError, ArtifactNotFound):
                 return False

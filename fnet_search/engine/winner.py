@@ -54,11 +54,11 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
     folded, quantized = network.load(record.space)
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
     if winner.audit is None:
-        found = Audit()
+        total = Audit()
         for part in audit(quantized, runtime, (data.normalise(images) for images, _ in data.evaluation.batches(250))):
-            found += part
-            display.advance("auditing the winner in ONNX Runtime", found.images, len(data.evaluation))
-        winner = record.audit(winner, found)
+            total += part
+            display.advance("auditing the winner in ONNX Runtime", total.images, len(data.evaluation))
+        winner = record.audit(winner, total)
     split = data.test if data.has_test else data.evaluation  # for the confusions, where that is all there is
     measuring = partial(display.advance, f"measuring the winner on {'test' if data.has_test else 'validation'} images")
     measures = measure_split(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)

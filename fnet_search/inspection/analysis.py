@@ -95,7 +95,7 @@ def analyze(
     networks. Raises FnetError for weights that are missing or broken.
     """
     networks, split = list(dict.fromkeys(networks)), stratified_sample(data.evaluation, images)
-    found = []
+    analyses = []
     for number, (network, name) in enumerate(zip(networks, _names(opened, networks), strict=True)):
         before, total = number * len(split), len(networks) * len(split)
         trained = network.load_trained(opened.space)
@@ -108,8 +108,8 @@ def analyze(
 
         costs = sensitivity(folded, quantized, data, split, told)
         layers = tuple(_layer(part, network.evaluation, trained, folded, quantized, stats) for part in costs.parts)
-        found.append(NetworkAnalysis(network.id, name, network.evaluation, costs, layers))
-    return tuple(found)
+        analyses.append(NetworkAnalysis(network.id, name, network.evaluation, costs, layers))
+    return tuple(analyses)
 
 
 def _names(opened: RecordedRun, networks: Sequence[RecordedNetwork]) -> list[str]:

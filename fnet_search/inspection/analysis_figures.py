@@ -94,11 +94,11 @@ def boxes_figure(
 
     The axes are those that all of `analyses` need, so that the pictures of several networks can be compared.
     """
-    analysis, found = analyses[index], analysis_slots(space, [analyses[index]])
-    places = [found.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
+    analysis, slots = analyses[index], analysis_slots(space, [analyses[index]])
+    places = [slots.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
     figure = new_figure(8.2, 9.6)
     heading(figure, f"Ranges of the channels of {analysis.name}: {space.name}")
-    panels = layer_panels(figure, found, len(TENSORS))
+    panels = layer_panels(figure, slots, len(TENSORS))
     titles = ("raw weights, range", "folded weights, range", "clipped activations, range")
     for axes, title, tensor in zip(panels, titles, TENSORS, strict=True):
         axes.set_ylabel(title, fontsize=8.5)

@@ -79,16 +79,16 @@ def write_analysis(opened: RecordedRun, analyses: Sequence[NetworkAnalysis]) -> 
 def _head(analyses: Sequence[NetworkAnalysis]) -> str:
     """What was found, a line a network."""
     if len(analyses) == 1:
-        found = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(accuracies_text(analyses[0]))}.</p>'
+        text = f'<p class="verdict">{escape(verdict(analyses[0]))}</p><p>{escape(accuracies_text(analyses[0]))}.</p>'
     else:
         lines = [
             f'<li><a href="#network-{index}">{escape(analysis.name)}</a>: {escape(verdict(analysis))} '
             f'<span class="soft">{escape(accuracies_text(analysis))}</span></li>'
             for index, analysis in enumerate(analyses)
         ]
-        found = f"<ul>{''.join(lines)}</ul>"
+        text = f"<ul>{''.join(lines)}</ul>"
     few = f'<p class="soft">The pictures of several networks show the first {SHOWN} of {len(analyses)}.</p>'
-    return found + EXPLAINED + (few if len(analyses) > SHOWN else "")
+    return text + EXPLAINED + (few if len(analyses) > SHOWN else "")
 
 
 def _table(analysis: NetworkAnalysis, frame: pd.DataFrame) -> str:

@@ -51,8 +51,8 @@ LatencyPair = tuple[Latency, Latency]
 
 def latency_pairs(results: Sequence[Latency]) -> list[LatencyPair]:
     """The networks in order, each in both precisions."""
-    found = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
-    return [(quint8, fp32) for quint8, fp32 in found]
+    ordered = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
+    return [(quint8, fp32) for quint8, fp32 in ordered]
 
 
 def _network(latency: Latency) -> str:
@@ -200,11 +200,11 @@ def conditions(results: Sequence[Latency]) -> str:
     """How and on what it was measured; and a warning, where the machine had more to do."""
     latency = results[0]
     threads, images = counted(latency.threads, "thread"), f"a batch of {counted(latency.batch, 'image')}"
-    found = f"ONNX Runtime {latency.onnxruntime} on {latency.machine}; {threads}, {images}, {latency.rounds} interleaved rounds"
+    text = f"ONNX Runtime {latency.onnxruntime} on {latency.machine}; {threads}, {images}, {latency.rounds} interleaved rounds"
     share = min(latency.cpu_share for latency in results)
     if share < BUSY:
-        found += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
-    return found
+        text += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
+    return text
 
 
 def _ms(value: float) -> str:
@@ -231,7 +231,7 @@ def layer_rows(pair: LatencyPair, order: Sequence[str]) -> list[tuple[list[str],
     """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
     the sum, and beside it the network as it was timed whole."""
     known = [{layer.layer: layer for layer in latency.layers} for latency in pair]
-    found = []
+    rows = []
     for name in [one for one in [*order, OTHER] if any(one in layers for layers in known)]:
         timed = [layers.get(name) for layers in known]
         kinds = dict.fromkeys(layer.kind for layer in timed if layer)
@@ -243,14 +243,14 @@ def layer_rows(pair: LatencyPair, order: Sequence[str]) -> list[tuple[list[str],
                 continue
             speed = f"{macs * latency.batch / 1e6 / layer.median_ms:,.1f}" if macs and layer.median_ms else NONE
             times += [_ms(layer.median_ms), f"{100 * layer.median_ms / _sum(latency):.1f}", speed]
-        found.append(([name, "; ".join(kinds)], [millions(macs) if macs else NONE, *times]))
+        rows.append(([name, "; ".join(kinds)], [millions(macs) if macs else NONE, *times]))
     totals = [text for latency in pair for text in (_ms(_sum(latency)), "100.0", NONE)]
     whole = [
         text for latency in pair for text in (_ms(latency.median_ms), NONE, f"{latency.macs_per_second / 1e9:,.1f}")
     ]
-    found.append((["sum of the layers", ""], [NONE, *totals]))
-    found.append((["whole network", "timed on its own"], [millions(pair[0].total_macs), *whole]))
-    return found
+    rows.append((["sum of the layers", ""], [NONE, *totals]))
+    rows.append((["whole network", "timed on its own"], [millions(pair[0].total_macs), *whole]))
+    return rows
 
 
 def latency_table(results: Sequence[Latency]) -> PlainTable:
@@ -324,18 +324,18 @@ def block_latencies(opened: RecordedRun, results: Sequence[Latency]) -> dict[str
             cost = sum(part.median_ms for part in parts), sum(part.macs for part in parts)
             timed[layer].setdefault(rate, []).append(cost)
     return {
-        layer: {rate: (median(ms for ms, _ in found[rate]), found[rate][0][1]) for rate in sorted(found)}
-        for layer, found in timed.items()
+        layer: {rate: (median(ms for ms, _ in costs[rate]), costs[rate][0][1]) for rate in sorted(costs)}
+        for layer, costs in timed.items()
     }
 
 
 def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
-    found = block_latencies(opened, results)
-    rates = sorted({rate for by_rate in found.values() for rate in by_rate})
+    by_network = block_latencies(opened, results)
+    rates = sorted({rate for by_rate in by_network.values() for rate in by_rate})
     if len(rates) < 2:
         return ""
     rows = []
-    for layer, by_rate in found.items():
+    for layer, by_rate in by_network.items():
         columns = []
         for rate in rates:
             if rate not in by_rate:

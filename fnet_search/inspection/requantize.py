@@ -55,14 +55,14 @@ def requantize(
     folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
-    found = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, measured)
-    facts = metadata(opened.config, opened.space, found, None, "quint8")
+    requantized = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, measured)
+    facts = metadata(opened.config, opened.space, requantized, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
-    opened.run.write_candidate(found, folder)
+    opened.run.write_candidate(requantized, folder)
     if scratch is None:
         frame = requantized_frame(opened)
         write_text(opened.run.path / "requantized.csv", frame.to_csv(index=False, lineterminator="\n"))
-    return RecordedNetwork(found, network.candidate, folder)
+    return RecordedNetwork(requantized, network.candidate, folder)
 
 
 def _check_new(opened: RecordedRun, network: RecordedNetwork, schemes: Sequence[Scheme]) -> None:
@@ -139,9 +139,9 @@ def schemes_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
 
 def requantize_remarks(opened: RecordedRun) -> list[str]:
     """Which networks that were quantized otherwise are better than the winner, and what makes them win."""
-    found = [network for network in requantized_networks(opened) if not network.competes and opened.better(network)]
+    better = [network for network in requantized_networks(opened) if not network.competes and opened.better(network)]
     return [
         f"{network.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "
         f"{network.evaluation.number} --scheme {network.scheme} --promote makes it best/."
-        for network in found
+        for network in better
     ]

@@ -134,12 +134,12 @@ class Ledger:
     def _has_worker(self, trial: FrozenTrial) -> bool:
         if trial._trial_id in self._own or NUMBER not in trial.user_attrs:  # or it is no suggestion of ours
             return True
-        found, now = trial.system_attrs.get(LEASE), time.monotonic()
-        if self.worker is None or (found and found["worker"] == self.worker):
+        lease, now = trial.system_attrs.get(LEASE), time.monotonic()
+        if self.worker is None or (lease and lease["worker"] == self.worker):
             return False  # of an earlier process; or the storage created it, and the answer was lost
-        before, since = self._leases.setdefault(trial._trial_id, (found, now))
-        if found != before:
-            self._leases[trial._trial_id] = found, now
+        before, since = self._leases.setdefault(trial._trial_id, (lease, now))
+        if lease != before:
+            self._leases[trial._trial_id] = lease, now
             return True
         return now - since <= self.seconds
 

@@ -128,8 +128,8 @@ _PatientStorage = type("_PatientStorage", (_Patient, BaseStorage), _methods)
 
 
 def _patient(storage: BaseStorage) -> BaseStorage:
-    found: BaseStorage = _PatientStorage(storage)
-    return found
+    patient: BaseStorage = _PatientStorage(storage)
+    return patient
 
 
 def telling(storage: BaseStorage, tell: Callable[[str], None]) -> None:

@@ -102,8 +102,8 @@ def _rate(value: Any, distribution: BaseDistribution, legal: tuple[int, ...]) ->
 def fixed_indices(space: Macroarchitecture, trial: FrozenTrial) -> dict[str, int]:
     """The rates that an enqueued trial has fixed, by layer; without values that stand for none."""
     fixed = trial.system_attrs.get("fixed_params", {})
-    found = {layer: _index(fixed.get(layer), len(rates)) for layer, rates in legal_rates(space).items()}
-    return {layer: index for layer, index in found.items() if index is not None}
+    indices = {layer: _index(fixed.get(layer), len(rates)) for layer, rates in legal_rates(space).items()}
+    return {layer: index for layer, index in indices.items() if index is not None}
 
 
 def _index(value: Any, rates: int) -> int | None:

@@ -87,14 +87,14 @@ class RecordedRun:
     @property
     def networks(self) -> list[RecordedNetwork]:
         """The trained networks, by number; those that were quantized otherwise after their own."""
-        found = []
+        networks = []
         for path in sorted(self.run.path.glob("candidates/[0-9]*/evaluation.json")):
-            found.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
+            networks.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
             for folder in self.run.requantized(int(path.parent.name)):
                 network = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
                 if folder == scheme_folder(path.parent, network.evaluation.scheme):  # and not a copy that somebody made
-                    found.append(network)
-        return found
+                    networks.append(network)
+        return networks
 
     @property
     def winner(self) -> RecordedNetwork | None:
@@ -200,7 +200,7 @@ def metadata(
 
     `precision` is ``quint8`` or ``float32``; `test` is the evaluation of the same network on the test split.
     """
-    found = {
+    entries = {
         "precision": precision,
         "space": space.name,
         "plan": str(evaluation.plan),
@@ -225,13 +225,13 @@ def metadata(
         "fnet_search": __version__,
     }
     if evaluation.validation:
-        found["validation"] = evaluation.validation
+        entries["validation"] = evaluation.validation
     for candidate in (evaluation, test):
         if candidate is not None:
-            found |= {
+            entries |= {
                 f"{candidate.split}_fp32_accuracy": candidate.fp32_accuracy,
                 f"{candidate.split}_quint8_accuracy": candidate.quint8_accuracy,
                 f"{candidate.split}_fp32_balanced_accuracy": candidate.fp32_balanced_accuracy,
                 f"{candidate.split}_quint8_balanced_accuracy": candidate.quint8_balanced_accuracy,
             }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}

@@ -238,8 +238,8 @@ class RunFolder:
         Raises FnetError, naming the file, for one that is broken.
         """
         paths = [*self.path.glob("candidates/[0-9]*/evaluation.json"), *self.path.glob("best/evaluation.json")]
-        found = [read_evaluation(path) for path in paths]
-        return {evaluation.number: evaluation.audit for evaluation in found if evaluation.audit is not None}
+        promoted = [read_evaluation(path) for path in paths]
+        return {evaluation.number: evaluation.audit for evaluation in promoted if evaluation.audit is not None}
 
     def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
         """Everything about a candidate but its weights; returns the files worth looking at."""
@@ -305,10 +305,10 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            found = read_evaluation(path)
+            evaluation = read_evaluation(path)
         except FnetError:  # broken: it can be measured again
             return None
-        return found if _same(found, winner) else None
+        return evaluation if _same(evaluation, winner) else None
 
 
 def _same(evaluation: Evaluation, other: Evaluation) -> bool:
@@ -366,24 +366,24 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    found = {"fnet-search": __version__}
+    installed = {"fnet-search": __version__}
     for package in ("torch", "torchvision", "optuna", "numpy", "onnx", "onnxruntime"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:  # torch under another distribution name
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
     """What differs between two configurations, key by key, as ``seed: 0 recorded, 1 wanted``."""
-    found = []
+    lines = []
     for key in wanted:
         name = f"{path}{key}"
         old, new = recorded.get(key), wanted[key]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{name}.")
+            lines += differences(old, new, f"{name}.")
         elif old != new:
             short = [f"{value!r}"[:60] for value in (old, new)]
-            found.append(name if "\n" in f"{old}{new}" else f"{name}: {short[0]} recorded, {short[1]} wanted")
-    return found
+            lines.append(name if "\n" in f"{old}{new}" else f"{name}: {short[0]} recorded, {short[1]} wanted")
+    return lines

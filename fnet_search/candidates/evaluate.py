@@ -1,4 +1,4 @@
-"""From a plan to its Evaluation: build, train, quantize, measure, audit, profile."""
+"""From a plan to its evaluation: build, train, quantize, measure, audit, profile."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -26,35 +26,36 @@ from fnet_search.training.warm_start import warm_start
 from fnet_search.training.weights import write_tensors
 
 TRANSFORM_SAMPLES = 256
-"""Random training samples that a network is fitted to its parent on; fewer where its feature maps are large."""
-FITTED = 1 << 26
-"""Values that a layer gives for all of them, at most: a quarter of a gigabyte."""
+"""Random training samples on which a child is fitted to its parent, unless its feature maps are large."""
+MAX_LAYER_VALUES = 1 << 26
+"""The most values of one layer over these samples: 256 MiB in float32."""
 ATTEMPTS = 2
+"""At a training: a second one has another seed, or continues after it was out of memory."""
 
 
 def transform_samples(space: Macroarchitecture) -> int:
-    """How many training samples a network of a space is fitted to its parent on."""
-    return max(32, min(TRANSFORM_SAMPLES, FITTED // max(map(prod, space.shapes.values()))))
+    """The number of training samples on which a child is fitted to its parent: at least 32."""
+    return max(32, min(TRANSFORM_SAMPLES, MAX_LAYER_VALUES // max(map(prod, space.shapes.values()))))
 
 
 def evaluate(setup: Setup, data: DataSet, job: Job, report: Report) -> Evaluation:
-    """Trains and measures one candidate; leaves its weights, float and quantized, in its folder.
+    """Trains and measures one candidate, and writes its float weights and its codes into its folder.
 
-    A training that fails (loss not finite, not quantizable) is tried once more with another seed, one that was out of
-    memory from its checkpoint on; then the evaluation is ``failed`` with the reason. Errors of files are raised, also
-    where those of the parent cannot be read.
+    A training that fails (its loss is not finite, or the network cannot be quantized) is repeated once with another
+    seed; one that runs out of memory continues once from its checkpoint. After that the evaluation is ``failed`` with
+    the reason. Raises FnetError or OSError for files that cannot be read or written, those of the parent included.
     """
     reason, seed, judged = "", setup.seed, report
 
     def unjudged(progress: TrainingProgress) -> None:
-        """What the first seed reached has been compared with others: a second one is not stopped for it."""
+        """Ignores the host's verdict: it has compared the epochs of the first seed, not those of the second."""
         report(progress)
 
     for _ in range(ATTEMPTS):
         try:
             return _attempt(setup, data, job, seed, judged)
         except TrainingFailed as failure:
-            reason, seed, judged = str(failure), seed + 1_000_000, unjudged  # not from its checkpoint: the key differs
+            reason, seed, judged = str(failure), seed + 1_000_000, unjudged  # another seed, so another checkpoint key
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
@@ -110,17 +111,17 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     own = evaluate_quantized(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
     if job.common in (None, quantized.scheme):
         return own
-    with suppress(FnetError):  # where only that scheme fails, the policy sees the candidate's own
+    with suppress(FnetError):  # if only the common scheme fails, the policy sees the candidate under its own
         common = calibrated.quantized(job.common)
         return replace(own, common=with_measures(evaluation, trained, common, data, setup.seed))
     return own
 
 
 def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> Network:
-    """A freshly built network, made to compute nearly what the one that it starts from does, a trained one or, without
-    `start`, the imported one; in evaluation mode.
+    """Warm-starts a freshly built network from its parent: the trained network of `start` or, without it, the imported
+    one. Returns `fresh`, in evaluation mode.
 
-    Raises FnetError, naming the file, where weights of the parent are missing or broken.
+    Raises FnetError, naming the file, if weights of the parent are missing or broken.
     """
     device = setup.numerics.device
     if start is None:
@@ -133,9 +134,9 @@ def child(setup: Setup, data: DataSet, start: Start | None, fresh: Network) -> N
 
 
 class _Stages:
-    """Passes on the progress of a training, and of what comes after it, as shares of the whole.
+    """Reports the progress of a training, and of calibrating and measuring after it, as fractions of the whole.
 
-    The unit is an image trained on; one calibrated with or measured costs about as much (each passes twice).
+    The unit is a training image. Images for calibration and measuring count the same: each of them passes twice.
     """
 
     def __init__(self, report: Report, trained: int, calibrated: int, measured: int) -> None:

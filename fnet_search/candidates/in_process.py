@@ -1,7 +1,7 @@
-"""A pool whose one worker is a thread of this process: for debuggers and tests.
+"""A pool with one worker, a thread of this process: for debuggers and tests.
 
-Nothing is started and nothing imported again. What a process buys is lost: a crash takes the host with it, and memory
-is not kept between steps (`workers.environment`), so that training is slower.
+No process is started and nothing is imported again. On the other hand a crash ends the host too, and training is
+slower, since freed memory is returned to the system (see `processes.environment`).
 """
 
 from multiprocessing import Pipe
@@ -15,7 +15,7 @@ from fnet_search.training.datasets import DataSet
 
 
 class InProcessPool(WorkerPool):
-    """`pool.Pool` with one worker, which trains bit for bit as a process would."""
+    """A `pool.Pool` with one worker, which computes bit for bit what a worker process does."""
 
     def __init__(self, setup: Setup, data: DataSet, scratch: Path) -> None:
         super().__init__(1, setup, data, scratch)
@@ -28,7 +28,7 @@ class InProcessPool(WorkerPool):
 
 
 class _WorkerThread(Thread):
-    """Ends where its pipe does: at its next word to the host."""
+    """Ends when its pipe is closed, at the next message to the host."""
 
     exitcode = None
 
@@ -41,4 +41,4 @@ class _WorkerThread(Thread):
             work(self._pipe, self._setup, self._data_file)
 
     def kill(self) -> None:
-        """Nothing to do: the host closes the pipe."""
+        """Does nothing: the host closes the pipe."""

@@ -1,4 +1,4 @@
-"""What workers are told: the setup that all candidates of a study share, and one candidate to train."""
+"""What workers receive: the setup that all candidates of a run share, and one candidate to train."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,11 @@ from fnet_search.training.recipe import Fidelity, Recipe
 
 @dataclass(frozen=True)
 class Setup:
-    """What all candidates of a study have in common. Each is quantized with the one of `schemes` that diverges least;
-    `split` is what they are measured on; with `audited`, each is also run in ONNX Runtime on it. `metric`: what is
-    watched after each epoch."""
+    """What all candidates of a run have in common.
+
+    Candidates are quantized with the least divergent of `schemes` and measured on `split`, with `audited` also in ONNX
+    Runtime. `metric` is measured after each epoch.
+    """
 
     space: Macroarchitecture
     recipe: Recipe
@@ -29,12 +31,12 @@ class Setup:
     fidelity: Fidelity = field(default_factory=Fidelity)
     metric: MetricName = "accuracy"
     referenced: bool = False
-    """Whether the regular network is trained first: then its scheme is that of the run's probes and of its history."""
+    """Whether the regular network is trained first. Its scheme is then that of the probes and of the history."""
     validation: str = ""
     """What the validation split is (`Evaluation.validation`)."""
 
     def recipe_of(self, job: "Job") -> Recipe:
-        """How a candidate is trained."""
+        """The recipe of a candidate: that of the run, with fewer or more epochs by role and start."""
         if job.role == "final":
             return self.recipe.with_epochs(self.fidelity.final_epochs)
         if self.imported(job) and job.plan == regular(self.space) and not self.fidelity.finetune:
@@ -43,19 +45,19 @@ class Setup:
         return self.recipe.warm(self.fidelity.warm_epochs) if warm else self.recipe
 
     def imported(self, job: "Job") -> bool:
-        """Whether a candidate starts from the weights that the space was imported with."""
+        """Whether a candidate starts from the imported weights of the space."""
         return job.start is None and self.space.weights is not None
 
     def threads_of(self, job: "Job") -> int:
-        """Of the worker that trains it. The network that all others start from, and the final one, are alone."""
+        """Threads of the worker that trains it: more for the reference and the final training, which run alone."""
         first = self.fidelity.warm_start and job.plan == regular(self.space)
         return self.numerics.alone_threads if first or job.role == "final" else self.numerics.threads
 
 
 @dataclass(frozen=True)
 class Start:
-    """The trained network that a candidate starts from, its files in `folder`; `epochs` in all led to it, `scheme` is
-    what its codes were made with."""
+    """The trained network that a candidate starts from. Its files are in `folder`; `epochs` counts all epochs that led
+    to it; `scheme` is that of its codes."""
 
     number: int
     plan: FactorizationPlan
@@ -66,8 +68,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Job:
-    """One candidate to train, its files to go to `folder`; from scratch, or from `start`. Policies see it as quantized
-    with `common`, the scheme of the whole run."""
+    """One candidate to train, from scratch or from `start`, with its files in `folder`. Policies see it quantized with
+    `common`, the scheme that the whole run is compared under."""
 
     number: int
     plan: FactorizationPlan
@@ -78,7 +80,7 @@ class Job:
 
 
 def unfinished(setup: Setup, job: Job, state: State, reason: str) -> Evaluation:
-    """The evaluation of a candidate that has nothing measured."""
+    """The evaluation of a candidate before anything is measured."""
     return Evaluation(
         job.number,
         job.plan,

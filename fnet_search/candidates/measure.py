@@ -1,4 +1,4 @@
-"""Accuracies, losses and layer statistics of a trained network and its integer one, on a split."""
+"""Accuracies, losses and layer statistics of a trained network and its quantized one on a split."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,17 +27,18 @@ from fnet_search.training.datasets import DataSet, Split
 from fnet_search.training.network import Network
 
 SQNR_SAMPLES = 128
-MEASURED = 50
-"""Images at a time that are measured: few, so that what a layer gives stays in a cache."""
-
+"""Training images for the SQNR of each layer."""
+MEASURED_BATCH = 50
+"""Images in a batch: few, so that a layer's output stays in the processor's cache."""
 
 Confusion = tuple[tuple[int, int, int], ...]
-"""Class, the class that the quint8 network predicts, and how many images: those pairs that have any, in order."""
+"""Class, the class that the quint8 network predicts, and the number of images, in order; pairs without images are left
+out."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What `Evaluation` has of a float network and its quantized one on a split."""
+    """The fields of `Evaluation` that are measured on a split."""
 
     fp32_accuracy: float
     quint8_accuracy: float
@@ -53,7 +54,7 @@ class Measures:
     audit: Audit | None = None
 
     def complete(self, evaluation: Evaluation) -> Evaluation:
-        """The evaluation with what was measured, but for the confusion, which is kept of winners only."""
+        """The evaluation with these measures, except for the confusion, which only winners keep."""
         measures = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "confusion"}
         return replace(evaluation, **measures)
 
@@ -67,13 +68,15 @@ def measure_split(
     seen: Callable[[int], None] = lambda images: None,
     runtime: Runtime | None = None,
 ) -> Measures:
-    """Runs both networks over a split (docs/quint8.md, metrics). Ties in the logits go to the lowest class.
+    """Measures the float and the quantized network on a split (docs/quint8.md, metrics). Ties in the logits go to the
+    lowest class.
 
-    `runtime` has the quantized network in ONNX Runtime, if it is to be audited; `seen` is told after each batch how
-    many images were measured.
+    Args:
+        seen: called after each batch with the number of images that are measured.
+        runtime: the quantized network in ONNX Runtime, if it is to be audited.
     """
     sums, audit, count, predictions = torch.zeros(5, dtype=torch.float64), Audit(), 0, []
-    for images, labels in split.batches(MEASURED):
+    for images, labels in split.batches(MEASURED_BATCH):
         x = data.normalise(images).to(memory_format=torch.channels_last)  # faster than torch's default
         y, y8 = folded(x), quantized(x)
         if runtime is not None:
@@ -109,8 +112,8 @@ def measure_split(
 
 
 def class_results(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> tuple[ClassResult, ...]:
-    """Of what the float and the quantized network predict, [2, N], for images of these labels [N]."""
-    parts = (labels, *(labels[one == labels] for one in predicted), *predicted)
+    """The results of each class, from the predictions of the float and the quantized network [2, N] and labels [N]."""
+    parts = (labels, *(labels[classes_of == labels] for classes_of in predicted), *predicted)
     counts = [torch.bincount(part, minlength=len(classes)).tolist() for part in parts]
     return tuple(starmap(ClassResult, zip(*counts, classes, strict=True)))
 
@@ -125,7 +128,7 @@ def evaluate_quantized(
     runtime: Runtime | None = None,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """As `with_measures`; the codes are left in `folder`."""
+    """As `with_measures`. Also writes the codes into `folder`."""
     measured = with_measures(evaluation, trained, quantized, data, seed, runtime, seen)
     write_codes(folder, measured.plan, trained, quantized)
     return measured
@@ -140,8 +143,8 @@ def with_measures(
     runtime: Runtime | None = None,
     seen: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Completes an evaluation of a trained network: what it measures with this quantization. `runtime` and `seen` as in
-    `measure_split`."""
+    """The evaluation of a trained network, completed with its measures and layer statistics under this quantization.
+    `runtime` and `seen` as in `measure_split`."""
     measures = measure_split(quantized.folded, quantized.network, data, data.evaluation, seen, runtime)
     samples = ((x, x) for x in calibration_batches(data, seed, SQNR_SAMPLES, CALIBRATION_BATCH)())
     layers = profile(trained, quantized.folded, quantized.network, quantized.stats, samples)

@@ -19,9 +19,9 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 def load_trained(space: Macroarchitecture, plan: FactorizationPlan, folder: Path) -> Network:
-    """The trained network that `evaluate` left in `folder`, on the CPU, in evaluation mode.
+    """Reads the trained network that `evaluate` wrote into `folder`: on the CPU, in evaluation mode.
 
-    Raises FnetError, naming the file, where weights are missing, broken, or of another plan.
+    Raises FnetError, naming the file, if weights are missing, broken, or of another plan.
     """
     network = Network(factorize(space, plan))
     tensors, _ = read_tensors(folder / WEIGHTS)
@@ -33,15 +33,15 @@ def load_trained(space: Macroarchitecture, plan: FactorizationPlan, folder: Path
 
 
 def write_codes(folder: Path, plan: FactorizationPlan, trained: Network, quantized: Quantized) -> None:
-    """Leaves in `folder` what `load_quantized` reads."""
+    """Writes the codes of a quantized network into `folder`, for `load_quantized`."""
     facts = {"plan": str(plan), "scheme": str(quantized.scheme), "weights": _digest(trained)}
     write_tensors(folder / QUANTIZED, quantized.network.to_tensors(), facts)
 
 
 def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[FoldedNetwork, QuantizedNetwork]:
-    """The folded (and equalized) network of a trained one, and the quantized one whose codes are in `folder`.
+    """The folded (and equalized) network of a trained one, and the quantized network with the codes in `folder`.
 
-    Raises FnetError, naming the file, where codes are missing, broken, or of another network.
+    Raises FnetError, naming the file, if codes are missing, broken, or of other weights.
     """
     folded = folded_for(scheme, trained)
     path = folder / QUANTIZED
@@ -55,5 +55,5 @@ def load_quantized(trained: Network, scheme: Scheme, folder: Path) -> tuple[Fold
 
 
 def _digest(trained: Network) -> str:
-    """Of the weights: that codes are theirs can be checked."""
+    """A digest of the weights, which ties codes to them."""
     return digest(trained.state_dict())

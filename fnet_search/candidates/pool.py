@@ -1,4 +1,4 @@
-"""What the search loop asks of workers, and what it hears from them."""
+"""The interface between the search loop and its workers: tasks and events."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ from fnet_search.policy.evaluation import Evaluation, Probe
 from fnet_search.training.train import TrainingProgress
 
 Task = Job | ProbeTask
-"""What a worker does: train a candidate, or probe a layer."""
+"""A task of a worker: train a candidate, or probe a layer."""
 
 Judge = Callable[[int, TrainingProgress], bool | None]
-"""Told of each step of a candidate; whether its training is to stop, where an epoch ended; None lets it wait there."""
+"""Called with the progress of each training. At the end of an epoch, returns True to stop the training, False to
+continue it, None to let it wait."""
 
 
 @dataclass(frozen=True)
 class Progressed:
-    """A step further in the training of a candidate."""
+    """The training of a candidate has progressed."""
 
     number: int
     progress: TrainingProgress
@@ -26,7 +27,7 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Finished:
-    """A candidate's evaluation, complete or failed, and how long it took."""
+    """The evaluation of a candidate, and the seconds that it took."""
 
     evaluation: Evaluation
     seconds: float
@@ -34,7 +35,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Probing:
-    """So many of a task's rates are measured."""
+    """`done` rates of a task are measured."""
 
     task: ProbeTask
     done: int
@@ -49,7 +50,7 @@ class Probed:
 
 
 class Pool(Protocol):
-    """Workers that train candidates and probe layers, each one task at a time."""
+    """Workers that train candidates and probe layers, each with one task at a time."""
 
     @property
     def setup(self) -> Setup:
@@ -58,7 +59,7 @@ class Pool(Protocol):
 
     @property
     def count(self) -> int:
-        """Workers, at most."""
+        """The most workers."""
         ...
 
     @property
@@ -68,16 +69,17 @@ class Pool(Protocol):
 
     @property
     def held(self) -> int:
-        """Workers whose training waits at the end of an epoch, for good."""
+        """Workers whose training waits at the end of an epoch, to be continued by a later run."""
         ...
 
     def submit(self, task: Task) -> None:
-        """Gives a task to an idle worker. Raises RuntimeError where there is none."""
+        """Gives a task to an idle worker. Raises RuntimeError if there is none."""
         ...
 
     def events(self, judge: Judge = ...) -> Iterator[Progressed | Finished | Probing | Probed]:
-        """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk).
+        """Waits for the next events and yields them.
 
-        A worker whose epoch ended waits for what `judge` says of it. Not to be called when all that are busy are held.
+        `judge` decides on each training whose epoch has ended. Must not be called when every busy worker is held.
+        Raises FnetError if a worker cannot read or write a file (a full disk).
         """
         ...

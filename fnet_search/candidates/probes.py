@@ -1,8 +1,9 @@
-"""Probes: what each rate of each layer does to a trained network, all else unchanged and nothing trained.
+"""Probes: what each rate of each layer does to a trained network, all else unchanged and nothing trained
+(docs/probes.md).
 
-Only what follows a change is computed again: the network is cut where a single tensor leads to the layer, and what
-comes after that cut, its *tail*, is a network of its own; it is fed what the trained network gives at the cut, in
-float and in codes. All rates of a layer share that, and what the warm start fits them to.
+Only what follows a change is computed again. The network is cut where a single tensor leads to the layer; the part
+after the cut, the *tail*, is a network of its own, whose input is the trained network's output at the cut, in float and
+in codes. All rates of a layer share this input, and the targets of the warm start.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,23 +50,23 @@ from fnet_search.training.recipe import load_recipe
 from fnet_search.training.warm_start import Target, warm_start
 from fnet_search.training.weights import write_tensors
 
-FEWEST, MOST = 128, 512
-"""Images of the validation split that are measured on: a tenth of it, within these bounds."""
+MIN_IMAGES, MAX_IMAGES = 128, 512
+"""Probes are measured on a tenth of the validation split, within these bounds."""
 CALIBRATED, CORRECTED = 128, 64
-"""Training images for the activation ranges after a change, and those of them for bias correction."""
+"""Training images for the activation ranges after a change, and the first of them, for bias correction."""
 PROFILED = 32
 """Training images for the SQNR of the changed layer."""
-MINIBATCH = 64
+FISHER_BATCH = 64
 """Training images for a Fisher score."""
 BATCH = 64
-"""Images at a time that are measured."""
+"""Images in a batch."""
 
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One layer of the trained network `start`, to be probed at these rates; its own rate stands for no change.
+    """One layer of the trained network `start`, to be probed at `rates`; its own rate means no change.
 
-    With `fisher`, their Fisher scores too.
+    `fisher` adds Fisher scores.
     """
 
     layer: str
@@ -75,8 +76,8 @@ class ProbeTask:
 
 
 def probe_tasks(space: Macroarchitecture, start: Start, fisher: bool = False) -> list[ProbeTask]:
-    """A task a layer, in network order: those with the longest tails first. The last one also measures the network as
-    it is."""
+    """A task for each layer, in network order, so that the longest tails come first. The last task also measures the
+    unchanged network."""
     tasks = []
     for layer, rates in legal_rates(space).items():
         own = start.plan[layer]
@@ -86,22 +87,22 @@ def probe_tasks(space: Macroarchitecture, start: Start, fisher: bool = False) ->
 
 
 def probes_from(number: int, plan: FactorizationPlan, measured: Iterable[Probe]) -> Probes:
-    """What the tasks of a network measured, put together."""
-    unchanged, *changes = sorted(measured, key=lambda one: bool(one.layer))
+    """The probes of a network, from those of its tasks."""
+    unchanged, *changes = sorted(measured, key=lambda probe: bool(probe.layer))
     return Probes(number, plan, unchanged, tuple(changes))
 
 
 def probe_network(setup: Setup, data: DataSet, start: Start, fisher: bool = False) -> Probes:
-    """All probes of the trained network whose files `evaluate` left in ``start.folder``, one after the other.
+    """All probes of the trained network with files in ``start.folder``, one after the other.
 
-    For hosts of their own; a search shares the layers between its workers. Raises FnetError as `probe_layer`.
+    For other hosts of policies: a search distributes the layers among its workers. Raises FnetError as `probe_layer`.
     """
     tasks = probe_tasks(setup.space, start, fisher)
     return probes_from(start.number, start.plan, (probe for task in tasks for probe in probe_layer(setup, data, task)))
 
 
 Images = DataSet | tuple[Tensor, Tensor] | str
-"""A data set, or its name; or images float32 [N, C, H, W], as the network reads them, and classes int64 [N]."""
+"""A data set, the name of one, or a pair: images float32 [N, C, H, W] as the network reads them, classes int64 [N]."""
 
 
 def probes_for(
@@ -113,15 +114,20 @@ def probes_for(
     fisher: bool = False,
     device: str = "cpu",
 ) -> Probes:
-    """The probes of a trained network in a loop of one's own: ``AskTell(LayerGuided(), space, probes=...)``.
+    """The probes of a trained network, for a search loop of your own: ``AskTell(LayerGuided(), space, probes=...)``.
 
-    `network`: a torch module, a space, or the name of one, as `load_space` takes it. `weights`: a file, or a state dict
-    (of the module; of a space as `Network` has it); None: those that the network comes with. `data`: of a name or of
-    tensors a part is held out and measured on (`hold_out`), as it is of a `DataSet` that has nothing but a test split
-    to be measured on. `scheme` says how networks are quantized, `fisher` adds what the policy of that name needs.
+    Neither network nor data are changed, and nothing stays on disk.
 
-    Neither network nor data are changed, and nothing is left on disk. Raises FnetError for a network without weights or
-    without a layer to factorize, weights that do not fit it, and data of another shape or number of classes.
+    Args:
+        network: a torch module, a space, or the name of a space as `load_space` takes it.
+        weights: a file, or a state dict (of the module, or of the space's `Network`); None: those of the network.
+        data: if it is a name or a pair of tensors, or a `DataSet` that is evaluated on its test split, a part of its
+            training images is held out and measured on (`hold_out`).
+        scheme: how the networks are quantized.
+        fisher: adds Fisher scores, which the policy ``fisher`` needs.
+
+    Raises FnetError for a network without weights or without a layer to factorize, for weights that do not fit it, and
+    for data of another shape or number of classes.
     """
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -143,7 +149,7 @@ def _weighted(
     data: Images,
     scratch: Path,
 ) -> Macroarchitecture:
-    """The space, with its weights, for images as large as the data's."""
+    """The space of the network with its weights, for images of the data's size."""
 
     def shape(channels: int) -> tuple[int, int, int]:
         if isinstance(data, str):
@@ -173,7 +179,8 @@ def _weighted(
 
 
 def _images(data: Images, space: Macroarchitecture) -> DataSet:
-    """The data with a validation split, normalised as the space says. Raises FnetError for those of another network."""
+    """The data set with a validation split and the space's normalisation. Raises FnetError if it does not fit the
+    space."""
     if isinstance(data, str):
         loaded = load_dataset(data, space.input_shape, split="validation")
     elif isinstance(data, DataSet):
@@ -198,9 +205,9 @@ def _images(data: Images, space: Macroarchitecture) -> DataSet:
 def probe_layer(
     setup: Setup, data: DataSet, task: ProbeTask, seen: Callable[[int], None] = lambda done: None
 ) -> tuple[Probe, ...]:
-    """Measures the rates of one layer; `seen` is told how many of them are done.
+    """Measures the rates of one layer. `seen` is called with the number of rates that are done.
 
-    Raises FnetError, naming the file, where weights or codes of the network are missing or broken.
+    Raises FnetError, naming the file, if weights or codes of the network are missing or broken.
     """
     trained = load_trained(setup.space, task.start.plan, task.start.folder).to(setup.numerics.device)
     folded, quantized = load_quantized(trained, task.start.scheme, task.start.folder)
@@ -208,7 +215,7 @@ def probe_layer(
     space = tail(setup.space, at)
     fed = _feed(setup, data, folded, quantized, _source(trained.network, folded.network, at))
     for layer in quantized.layers.values():
-        _ = layer.slices  # found once, and shared with all that is quantized with the same codes
+        _ = layer.slices  # cached now, and shared with every layer that is quantized with the same codes
     parent = _network(space, task.start.plan).to(setup.numerics.device)
     weights = trained.state_dict()
     parent.load_state_dict({name: weights[name] for name in parent.state_dict()})
@@ -233,10 +240,11 @@ def probe_layer(
 
 
 def cut(space: Macroarchitecture, layer: str) -> str:
-    """The node, or the input, that gives the last tensor [C, H, W] before a layer that all that follows depends on.
+    """The node (or the input) whose output [C, H, W] is the last single tensor before a layer: everything after it
+    depends on that tensor alone.
 
-    None that a BatchNorm, an affine layer or an activation reads: these stay with the layer that they belong to, so
-    that a tail is folded and quantized as it is within the whole network.
+    A tensor that a BatchNorm, an affine layer or an activation reads is not taken: these stay with the layer before
+    them, so that a tail is folded and quantized exactly as within the whole network.
     """
     position = {name: index for index, name in enumerate((INPUT, *(node.name for node in space.order)))}
 
@@ -249,7 +257,7 @@ def cut(space: Macroarchitecture, layer: str) -> str:
 
 
 def tail(space: Macroarchitecture, at: str) -> Macroarchitecture:
-    """What comes after a `cut`, as a network that reads that tensor."""
+    """The part of a space after a `cut`, as a space whose input is the tensor there."""
     names = [INPUT, *(node.name for node in space.order)]
     nodes = (
         Node(node.name, node.layer, tuple(INPUT if name == at else name for name in node.inputs))
@@ -260,13 +268,13 @@ def tail(space: Macroarchitecture, at: str) -> Macroarchitecture:
 
 
 def _network(space: Macroarchitecture, plan: FactorizationPlan) -> Network:
-    """That of the part of a plan that is about a tail, in evaluation mode."""
+    """The network of a tail under its part of a plan, in evaluation mode."""
     return Network(factorize(space, make_plan(space, {layer: plan[layer] for layer in legal_rates(space)}))).eval()
 
 
 def _source(network: Macroarchitecture, folded: Macroarchitecture, at: str) -> str:
-    """What gives the tensor at a cut in the folded network of a plan: the pointwise part of a factorized layer, the
-    layer that a BatchNorm or affine layers were folded into."""
+    """The node that gives the tensor at a cut in the folded network of a plan: for a factorized layer its pointwise
+    part, for a BatchNorm or affine layer the layer that it was folded into."""
     name = at if at == INPUT or at in network.by_name else f"{at}.pointwise"
     while name != INPUT and name not in folded.by_name:
         name = network.by_name[name].inputs[0]
@@ -274,9 +282,9 @@ def _source(network: Macroarchitecture, folded: Macroarchitecture, at: str) -> s
 
 
 @dataclass(frozen=True)
-class _Fed:
-    """What a trained network gives at a cut [N, C, H, W]: for training images; for those that are measured on, float
-    and as codes with these parameters; and the float logits [N, classes] and labels [N] of these."""
+class _TailInput:
+    """The outputs of a trained network at a cut [N, C, H, W]: `samples` for training images; `floats` and `codes` (with
+    `params`) for the images that are measured, which have float `logits` [N, classes] and `labels` [N]."""
 
     samples: Tensor
     floats: Tensor
@@ -285,34 +293,39 @@ class _Fed:
     logits: Tensor
     labels: Tensor
     folded: FoldedNetwork
-    """The whole trained network, and its quantized layers."""
+    """The whole trained network, folded."""
     layers: Mapping[str, QuantizedLayer]
+    """The quantized layers of that network."""
 
     def known(self, tail: FoldedNetwork) -> dict[str, QuantizedLayer]:
-        """The quantized layers whose weights are the same in a tail."""
+        """The quantized layers of the trained network whose weights are unchanged in a tail."""
         same = (name for name in tail.weight.keys() & self.layers.keys())
         return {name: self.layers[name] for name in same if torch.equal(tail.weight[name], self.folded.weight[name])}
 
     def training(self) -> Iterator[Tensor]:
-        return iter(torch.split(self.samples, 128))  # as `prepare.calibration`: a warm start draws places by batch
+        return iter(
+            torch.split(self.samples, 128)
+        )  # the batches of `calibration_batches`: a warm start draws places by batch
 
     def few(self, samples: int = CALIBRATED) -> Iterator[Tensor]:
         return iter(torch.split(self.samples[:samples], BATCH))
 
     def measured(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Batches: floats, the values that the codes stand for, logits, labels."""
+        """Batches of floats, of the values that the codes stand for, of logits, and of labels."""
         parts = (torch.split(tensor, BATCH) for tensor in (self.floats, self.codes, self.logits, self.labels))
         return ((x, self.params.dequantize(codes), *rest) for x, codes, *rest in zip(*parts, strict=True))
 
 
 def probed_images(data: DataSet) -> Split:
-    """What probes are measured on: images of the validation split, in the proportions of the classes."""
-    return stratified_sample(data.evaluation, min(MOST, max(FEWEST, len(data.evaluation) // 10)))
+    """The images that probes are measured on: a part of the validation split, in the proportions of its classes."""
+    return stratified_sample(data.evaluation, min(MAX_IMAGES, max(MIN_IMAGES, len(data.evaluation) // 10)))
 
 
-def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: QuantizedNetwork, source: str) -> _Fed:
+def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: QuantizedNetwork, source: str) -> _TailInput:
+    """Runs the trained network once. `source` is the node of the folded network at the cut."""
+
     def floats(x: Tensor) -> tuple[Tensor, Tensor]:
-        """At the cut, and the logits."""
+        """The tensor at the cut, and the logits."""
         at = x
         for node, output in walk(folded.network, x, folded.apply_node):
             at = output if node.name == source else at
@@ -332,7 +345,7 @@ def _feed(setup: Setup, data: DataSet, folded: FoldedNetwork, quantized: Quantiz
     batches = [_faster(data.normalise(batch)) for batch, _ in images.batches(BATCH)]
     samples = [at_cut(_faster(x)) for x in calibration_batches(data, setup.seed, transform_samples(setup.space))()]
     given, logits = zip(*map(floats, batches), strict=True)
-    return _Fed(
+    return _TailInput(
         torch.cat(samples),
         torch.cat(given),
         torch.cat([*map(codes, batches)]),
@@ -348,11 +361,13 @@ def _faster(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _Fed, layers: tuple[str, ...]) -> Probe:
-    """A tail, folded and quantized: its losses and accuracies, and the statistics of these of its layers."""
+def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _TailInput, layers: tuple[str, ...]) -> Probe:
+    """Folds, quantizes and measures a tail. The probe has the statistics of `layers`."""
     folded = folded_for(scheme, trained)
     stats = dict(calibrate(folded, fed.few, scheme.ranges, held=CALIBRATED))
-    low, high = (fed.params.scale * (code - fed.params.zero) for code in (0, 255))  # those of the whole network
+    low, high = (
+        fed.params.scale * (code - fed.params.zero) for code in (0, 255)
+    )  # the range at the cut in the whole network
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
     quantized = quantize(folded, stats, scheme.per_channel, fed.known(folded))
     if scheme.bias_correct:
@@ -387,15 +402,16 @@ def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _Fed, layers: 
 
 
 def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
-    """How much the loss of a freshly initialised network of a plan hangs on the channels of its factorizable layers.
+    """The Fisher score of a plan: how much the loss of its freshly initialised network depends on the channels of its
+    factorizable layers (BlockSwap, arXiv:1906.04113, equation 3).
 
-    Sum over channels of the mean over a minibatch of (sum over places of a dL/da)^2 / 2, with the outputs a of each
-    layer after its norm and activation (BlockSwap, arXiv:1906.04113, equation 3).
+    The sum over channels of the mean over a minibatch of (sum over positions of a dL/da)^2 / 2, where a is the output
+    of each layer after its norm and activation.
     """
     network = build(factorize(setup.space, plan), setup.recipe.initializer, setup.seed)
     network.to(setup.numerics.device).train()
     ends = {_end(network.network, convolutions(layer, rate)[-1]) for layer, rate in plan.rates}
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(setup.seed))[:MINIBATCH]
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(setup.seed))[:FISHER_BATCH]
     batch = data.train.take(chosen.to(data.train.images.device))
     activations = []
     with torch.enable_grad():
@@ -409,7 +425,7 @@ def fisher_score(setup: Setup, data: DataSet, plan: FactorizationPlan) -> float:
 
 
 def _end(network: Macroarchitecture, name: str) -> str:
-    """The norm or activation that ends a layer."""
+    """The last node of a layer with its norm and activation."""
     readers = network.consumers(name)
     if len(readers) == 1 and isinstance(readers[0].layer, Foldable | Activation):
         return _end(network, readers[0].name)

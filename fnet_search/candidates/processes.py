@@ -1,4 +1,4 @@
-"""How worker processes are started. No torch: the server that they are forked from may start while it is imported."""
+"""Starts worker processes. Imports no torch, so that the fork server can start while this process imports it."""
 
 import os
 import signal
@@ -10,9 +10,10 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 
 
 def process_context() -> ForkServerContext | SpawnContext:
-    """How processes are started: forked from a server that has imported torch once, where the system has that.
+    """The start method of workers: forked from a server that has imported torch once, or spawned where the system has
+    no fork server.
 
-    The server never runs a thread or touches a device, so that forking it is safe.
+    The server starts no thread and uses no device, so forking it is safe.
     """
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
@@ -22,8 +23,8 @@ def process_context() -> ForkServerContext | SpawnContext:
 
 
 def start_server(threads: int) -> None:
-    """Starts the server that workers are forked from, if there is none, and returns at once: it imports torch while
-    this process does other things. `threads` are those of a worker."""
+    """Starts the fork server, if it does not run, and returns at once: it imports torch while this process goes on.
+    `threads` are those of a worker."""
     if isinstance(process_context(), ForkServerContext):
         with starting(threads):
             forkserver.ensure_running()
@@ -31,17 +32,18 @@ def start_server(threads: int) -> None:
 
 @contextmanager
 def starting(threads: int) -> Iterator[None]:
-    """A worker, or the server, may be started within."""
+    """A context in which a worker or the fork server may be started."""
     with environment(threads), _uninterrupted(), _without_main():
         yield
 
 
 @contextmanager
 def environment(threads: int) -> Iterator[None]:
-    """What a worker must find in its environment from the start.
+    """Sets the environment variables that a worker needs from its start.
 
-    OpenMP reads its threads when torch is imported. glibc gives every large tensor fresh pages and takes them back,
-    which costs a training a quarter of its time in page faults; a heap that is kept, in huge pages, avoids that.
+    OpenMP reads its number of threads when torch is imported. By default glibc maps fresh pages for every large tensor
+    and unmaps them again, which costs a training a quarter of its time in page faults; a heap that keeps its memory, in
+    huge pages, avoids that.
     """
     wanted = {
         "OMP_NUM_THREADS": str(threads),
@@ -63,7 +65,7 @@ def environment(threads: int) -> Iterator[None]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Workers need nothing of the script that called; multiprocessing would run it again in each of them."""
+    """Hides the caller's script, which multiprocessing would otherwise run again in each worker."""
     main = vars(sys.modules["__main__"])
     hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
@@ -75,8 +77,9 @@ def _without_main() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C goes to all processes of a terminal, but one that is started here never sees it: the host ends it."""
-    resource_tracker.ensure_running()  # its start, else part of that of the first process, would let Ctrl-C in again
+    """Lets the started process ignore Ctrl-C, which a terminal sends to all its processes: the host ends workers
+    itself."""
+    resource_tracker.ensure_running()  # if started along with the first process, it would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

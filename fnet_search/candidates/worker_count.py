@@ -1,4 +1,4 @@
-"""How many workers there is room for."""
+"""The number of workers that fit into cores and memory."""
 
 import math
 import os
@@ -15,17 +15,21 @@ from fnet_search.training.datasets import DataSet
 from fnet_search.training.recipe import Recipe
 
 ON_CUDA = 2
-"""Workers that share a CUDA device: small networks do not fill one."""
+"""Workers that share a CUDA device: one small network does not keep it busy."""
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
-    """Bytes that a worker needs on its device for the regular network, about: torch itself, the data set, three numbers
-    a parameter and the copies of one step, and each activation with its gradient for a batch."""
+    """An estimate of the bytes that a worker needs on its device to train the regular network.
+
+    The sum of 600 MiB for torch itself; the data set, a byte for each value; 24 bytes for each parameter, six float32
+    numbers (value, gradient, momentum, and as many copies during a step); 8 bytes for each activation of a batch, value
+    and gradient.
+    """
     plan = regular(space)
     network = factorize(space, plan)
     activations = sum(math.prod(network.shapes[node.name]) for node in network.order)
@@ -36,10 +40,10 @@ def memory_of(space: Macroarchitecture, recipe: Recipe, data: DataSet) -> int:
 def how_many(
     wanted: int | None, device: str, threads: int, space: Macroarchitecture, recipe: Recipe, data: DataSet
 ) -> int:
-    """Workers: those that are wanted, or as many as there is room for: one for `threads` cores, or `ON_CUDA`. 0 is one,
-    which works in this process.
+    """The number of workers: `wanted`, or by default as many as fit: one for each `threads` cores, ON_CUDA on a CUDA
+    device, fewer if memory is short. 0 means one worker in this process.
 
-    Raises FnetError for more than the memory holds that is free now, of the CUDA device where there is one.
+    Raises FnetError if `wanted` workers need more memory than is free now, on the CUDA device if there is one.
     """
     if wanted == 0:
         return 1

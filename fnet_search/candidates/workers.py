@@ -1,4 +1,4 @@
-"""Worker processes that train candidates: started once, kept warm, replaced when they die."""
+"""Worker processes that train candidates and probe layers: started once, reused, replaced when they die."""
 
 import os
 import sys
@@ -22,18 +22,19 @@ from fnet_search.candidates.processes import process_context, starting
 from fnet_search.training.datasets import DataSet, read_dataset
 from fnet_search.training.train import TrainingProgress
 
-DEATHS_ALLOWED = 5
+MAX_DEATHS = 5
+"""A task whose workers died this often has failed: it may be what kills them."""
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """What a worker is about to die of, in a line."""
+    """A worker's last message: the error that ends it, in one line."""
 
     reason: str
 
 
 class Running(Protocol):
-    """What a pool needs of a process that works for it (`multiprocessing.Process`)."""
+    """The part of `multiprocessing.Process` that a pool uses."""
 
     @property
     def exitcode(self) -> int | None: ...
@@ -45,7 +46,7 @@ class Running(Protocol):
 
 @dataclass
 class Worker:
-    """A process and what it does now."""
+    """A worker process and its current task."""
 
     process: "Running"
     pipe: "Connection[object, object]"
@@ -55,10 +56,9 @@ class Worker:
 
 
 class WorkerPool:
-    """`count` processes that train and probe, with `setup.threads_of` threads each. Use as a context manager: leaving
-    it ends them.
+    """Up to `count` worker processes, with `setup.threads_of` threads each. A context manager, which ends them on exit.
 
-    The data set travels in one file in `scratch`, so that no process decodes it again.
+    The data set is passed in a file in `scratch`, so that no process has to decode it again.
     """
 
     def __init__(self, count: int, setup: Setup, data: DataSet, scratch: Path) -> None:
@@ -82,16 +82,17 @@ class WorkerPool:
 
     @property
     def busy(self) -> int:
-        """Workers that have a task."""
+        """The number of workers with a task."""
         return sum(worker.task is not None for worker in self._workers)
 
     @property
     def held(self) -> int:
-        """Workers whose training waits at the end of an epoch, for good."""
+        """The number of workers whose training waits at the end of an epoch, to be continued by a later run."""
         return sum(worker.held for worker in self._workers)
 
     def submit(self, task: Task) -> None:
-        """Gives a task to an idle worker, starting one if there are fewer than `count`."""
+        """Gives a task to an idle worker; starts a worker if none is idle and there are fewer than `count`. Raises
+        RuntimeError if all are busy."""
         idle = [worker for worker in self._workers if worker.task is None]
         if not idle:
             if len(self._workers) == self.count:
@@ -99,16 +100,13 @@ class WorkerPool:
             idle = [self.start()]
             self._workers += idle
         idle[0].task = task
-        with suppress(OSError):  # it died while idle: `events` sees that and replaces it
+        with suppress(OSError):  # a worker that died while idle is replaced by `events`
             idle[0].pipe.send(task)
 
     def events(
         self, judge: Judge = lambda number, progress: False
     ) -> Iterator[Progressed | Finished | Probing | Probed]:
-        """Waits for the next news and yields it. Raises FnetError when a worker met an error of files (a full disk).
-
-        A worker whose epoch ended waits for what `judge` says of it. Not to be called when all that are busy are held.
-        """
+        """Waits for the next events and yields them (`pool.Pool.events`)."""
         pipes = {worker.pipe: worker for worker in self._workers}
         for pipe in wait(list(pipes)):
             worker = pipes[pipe]  # type: ignore[index]
@@ -144,15 +142,15 @@ class WorkerPool:
         return Worker(process, ours)
 
     def _replace(self, dead: Worker) -> Iterator[Finished]:
-        """A new worker takes over the task of a dead one, a training from its checkpoint; the fifth death is the last:
-        a candidate has failed, a probe raises FnetError."""
+        """Replaces a dead worker. A new one takes over its task, a training from its checkpoint. After MAX_DEATHS a
+        candidate has failed, and a probe raises FnetError."""
         dead.process.join()
         dead.pipe.close()
         self._workers.remove(dead)
         if dead.task is None:
             return
         deaths = self._deaths[dead.task] = self._deaths.get(dead.task, 0) + 1
-        if deaths < DEATHS_ALLOWED:
+        if deaths < MAX_DEATHS:
             self.submit(dead.task)
             return
         reason = f"its worker died {deaths} times, lastly with exit code {dead.process.exitcode}{dead.fault}"
@@ -168,15 +166,15 @@ def _named(task: Task | None) -> str:
 
 
 def _process(environment: dict[str, str], pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
-    """`work`, with the environment of the host as it is now, and not as it was when the fork server started."""
+    """Runs `work` with the host's current environment rather than that of the fork server's start."""
     os.environ.clear()
     os.environ.update(environment)
     work(pipe, setup, data_path)
 
 
 def work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> None:
-    """A worker's life: tasks in, news out, until the other end is closed."""
-    torch.backends.cudnn.allow_tf32 = False  # evaluations are in float32 proper, on CUDA too
+    """The loop of a worker: receives tasks and sends events until the host closes the pipe."""
+    torch.backends.cudnn.allow_tf32 = False  # full float32 precision, on CUDA too
     try:
         data = read_dataset(data_path).to(setup.numerics.device)
         while True:
@@ -189,7 +187,7 @@ def work(pipe: "Connection[object, object]", setup: Setup, data_path: Path) -> N
     except FnetError as error:
         with suppress(OSError):
             pipe.send(str(error))
-    except Exception as error:  # a process that met what it does not know is not used again
+    except Exception as error:  # after an unknown error the process is in an unknown state: end it
         line = next(iter(str(error).splitlines()), "")
         with suppress(OSError):
             pipe.send(_Fault(f"{type(error).__name__}: {line}".removesuffix(": ")))

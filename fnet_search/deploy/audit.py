@@ -1,4 +1,4 @@
-"""The audit: an exported network in ONNX Runtime beside the integer simulator, code for code."""
+"""The audit: compares an exported network in ONNX Runtime with the integer simulator, code by code."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fnet_search.quant.simulator import QuantizedNetwork
 
 
 def compare_codes(simulated: Tensor, runtime: Tensor) -> Audit:
-    """Of logits [N, classes]: a code differs where they are not the same float, since both are s (q - z)."""
+    """Compares logits [N, classes]: a code differs if the floats do, since both are s (q - z)."""
     simulated = simulated.cpu()
     differing = int((simulated != runtime).sum())
     predictions = int((simulated.argmax(1) != runtime.argmax(1)).sum())
@@ -21,14 +21,14 @@ def compare_codes(simulated: Tensor, runtime: Tensor) -> Audit:
 
 
 def audit(quantized: QuantizedNetwork, runtime: Runtime, batches: Iterable[Tensor]) -> Iterator[Audit]:
-    """The audit of each batch of normalised images [N, C, H, W]; their sum is that of all."""
+    """The audit of each batch of normalised images [N, C, H, W]. The sum of all is the audit of the split."""
     for x in batches:
         yield compare_codes(quantized(x), runtime(x))
 
 
 @dataclass(frozen=True)
 class LayerAudit:
-    """Output codes of one layer, compared: how many differ, and by how many steps at most."""
+    """The comparison of one layer's output codes: how many there are, how many differ, and the largest difference."""
 
     layer: str
     codes: int
@@ -46,8 +46,8 @@ class LayerAudit:
 def audit_layers(
     quantized: QuantizedNetwork, runtime: Runtime, batches: Iterable[Tensor]
 ) -> Iterator[tuple[Audit, tuple[LayerAudit, ...]]]:
-    """As `audit`, with every layer whose codes are a tensor of the graph, in network order: the first that differs is
-    where a difference starts. `runtime` runs the graph `with_outputs` of these tensors."""
+    """As `audit`, also for each layer whose codes are a tensor of the graph (`coded`), in network order: a difference
+    starts at the first layer that differs. `runtime` must run the graph `with_outputs` of these tensors."""
     names = [codes_name(name) for name in coded(quantized)]
     for x in batches:
         logits, *runtime_codes = runtime.run(x, [LOGITS, *names])

@@ -1,8 +1,8 @@
-"""ONNX files: the quantized network as a QDQ graph of our own codes and parameters, the folded one in float32.
+"""ONNX files: the quantized network as a QDQ graph with our codes and parameters, and the folded one in float32.
 
-Input ``input``, [N, C, H, W] float32, normalised; output ``logits``, [N, classes] float32. A QDQ graph says in float
-what a runtime computes in integers: each tensor is quantized and dequantized (one pair a tensor, rule 18 of
-docs/quint8.md), and a runtime puts one integer kernel in the place of dequantize, operator, quantize.
+Input ``input``: [N, C, H, W] float32, normalised. Output ``logits``: [N, classes] float32. A QDQ graph describes
+integer arithmetic by float operators: each tensor is quantized and dequantized once (rule 18 of docs/quint8.md), and a
+runtime replaces each sequence of dequantize, operator, quantize by one integer kernel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,26 +42,26 @@ from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.simulator import QuantizedNetwork, lookup_table, row_starts
 
 OPSET, IR_VERSION = 13, 7
-"""Opset 13, the first with per-channel quantization, and the IR version of that release."""
+"""Opset 13, the first with per-channel quantization, and the IR version of the same ONNX release."""
 MODEL = "model.onnx"
 LOGITS = "logits"
 PRODUCER = "fnet-search"
 
 
 def codes_name(node: str) -> str:
-    """The uint8 tensor of a node's codes in a quantized graph."""
+    """The name of the uint8 tensor with a node's codes in a quantized graph."""
     return f"{node}.codes"
 
 
 def coded(quantized: QuantizedNetwork) -> list[str]:
-    """The nodes whose codes are a tensor of the graph, in order: not a layer that a ReLU is fused to."""
+    """The nodes whose codes are a tensor of the graph, in network order: all but layers with a fused ReLU."""
     carrier = quantized.carrier
     nodes = quantized.network.order
     return [node.name for node in nodes if carrier[node.name] in (node.name, carrier[node.inputs[0]])]
 
 
 def quantized_model(quantized: QuantizedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
-    """The quantized network as a QDQ graph; `metadata` goes into the file."""
+    """The quantized network as a QDQ graph, with `metadata` as its properties."""
     graph = _QuantizedGraph(quantized)
     for node in quantized.network.order:
         graph.add(node)
@@ -69,7 +69,7 @@ def quantized_model(quantized: QuantizedNetwork, metadata: Mapping[str, str] | N
 
 
 def float_model(folded: FoldedNetwork, metadata: Mapping[str, str] | None = None) -> ModelProto:
-    """The folded network in float32; `metadata` goes into the file."""
+    """The folded network as a float32 graph, with `metadata` as its properties."""
     graph = _Graph(folded.network)
     for node in folded.network.order:
         inputs = [graph.floats[source] for source in node.inputs]
@@ -86,9 +86,9 @@ def write_model(path: Path, model: ModelProto) -> None:
 
 
 def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
-    """An ONNX file that `write_model` wrote, with its metadata.
+    """Reads an ONNX file that `write_model` wrote: the model and its metadata.
 
-    Raises FnetError, naming the file, where it is missing, is not ONNX, or was not written by fnet-search.
+    Raises FnetError, naming the file, if it is missing, is not ONNX, or was not written by fnet-search.
     """
     try:
         model = onnx.load(path)
@@ -104,12 +104,12 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
 
 
 READ = "x"
-"""What a function reads, as an operand of one of its steps."""
+"""Stands for the input of an activation function among the operands of its operations."""
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """An operator on what the step before it gives, and on operands: `READ` or numbers."""
+    """An ONNX operator on the result of the operation before it and on `operands`: numbers, or READ."""
 
     operator: str
     operands: Sequence[Any] = ()
@@ -117,8 +117,8 @@ class _Operation:
 
 
 def _operations(layer: Activation, axes: int) -> list[_Operation]:
-    """A function on values of so many axes (without the batch) in operators of OPSET. Some of a function's own name
-    are younger."""
+    """An activation function in operators of OPSET, for values with `axes` dimensions, without the batch. Functions
+    such as HardSwish, Mish and Gelu have operators of their own only in later opsets."""
     hard_sigmoid = _Operation("HardSigmoid", (), {"alpha": 1 / 6, "beta": 0.5})
     match layer:
         case Activation("leaky_relu") if len(layer.slopes) > 1:
@@ -156,7 +156,7 @@ def _operations(layer: Activation, axes: int) -> list[_Operation]:
 
 
 class _Graph:
-    """Nodes and constants of an ONNX graph in the making; `floats` names the float tensor of each node."""
+    """An ONNX graph under construction: its nodes and constants. `floats` has the name of each node's float tensor."""
 
     def __init__(self, network: Macroarchitecture) -> None:
         self.network = network
@@ -180,7 +180,7 @@ class _Graph:
         return LOGITS if node == self.network.output else f"{node}.output"
 
     def moved(self, node: Node, layer: Resample | Pad, tensor: str, output: str, zero: Any) -> str:
-        """What only moves values, of values or codes; `zero` is an array of their type."""
+        """A layer that only moves values or codes. `zero` is the padding, an array of their dtype."""
         if isinstance(layer, Pad):
             pads = self.integers(f"{node.name}.pads", [0, *layer.before, 0, *layer.after])
             return self.node("Pad", node.name, [tensor, pads, self.constant(f"{node.name}.zero", zero)], output)
@@ -189,21 +189,21 @@ class _Graph:
         return self.node("Gather", node.name, [taken, columns], output, axis=3)
 
     def function(self, node: Node, layer: Activation, tensor: str, output: str) -> str:
-        """A function in float, by one operator or several, one after the other."""
+        """An activation function in float, as a chain of operators. Returns the name of its output."""
         *before, last = _operations(layer, len(self.network.shapes[node.name]))
         read = tensor
-        for number, step in enumerate(before, 1):
-            read = self.step(step, f"{node.name}.step{number}", tensor, read, f"{node.name}.after{number}")
-        return self.step(last, node.name, tensor, read, output)
+        for number, operation in enumerate(before, 1):
+            read = self.operation(operation, f"{node.name}.step{number}", tensor, read, f"{node.name}.after{number}")
+        return self.operation(last, node.name, tensor, read, output)
 
-    def step(self, step: "_Operation", name: str, x: str, read: str, output: str) -> str:
-        numbers = (np.asarray(one, np.float32) for one in step.operands if one is not READ)
-        constants = (self.constant(f"{name}.number{index}", one) for index, one in enumerate(numbers))
-        operands = [x if one is READ else next(constants) for one in step.operands]
-        return self.node(step.operator, name, [read, *operands], output, **step.attributes)
+    def operation(self, operation: _Operation, name: str, x: str, read: str, output: str) -> str:
+        arrays = (np.asarray(operand, np.float32) for operand in operation.operands if operand is not READ)
+        constants = (self.constant(f"{name}.number{index}", array) for index, array in enumerate(arrays))
+        operands = [x if operand is READ else next(constants) for operand in operation.operands]
+        return self.node(operation.operator, name, [read, *operands], output, **operation.attributes)
 
     def operator(self, node: Node, inputs: Sequence[str]) -> str:
-        """A layer as ONNX operators on float tensors; returns the name of its output."""
+        """A layer as ONNX operators on float tensors. Returns the name of its output."""
         layer, name = node.layer, node.name
         output = self.floats[name] = self.output(name)
 
@@ -219,7 +219,9 @@ class _Graph:
             case Pool(reduction="global_average"):
                 return add("GlobalAveragePool")
             case Pool():
-                down, right = layer.overhang(self.network.input_shapes(node)[0])  # runtimes disagree on ceil_mode
+                down, right = layer.overhang(
+                    self.network.input_shapes(node)[0]
+                )  # explicit, since runtimes disagree on ceil_mode
                 pads = [*layer.padding, layer.padding[0] + down, layer.padding[1] + right]
                 window = {"kernel_shape": layer.kernel, "strides": layer.step, "pads": pads}
                 if layer.reduction == "max":
@@ -256,7 +258,8 @@ class _Graph:
 
 
 class _QuantizedGraph(_Graph):
-    """`codes` names the uint8 tensor, `floats` the float one that stands for it, of each node with codes of its own."""
+    """A QDQ graph under construction. `floats` has the name of each node's dequantized tensor, `codes_name` that of its
+    codes."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         super().__init__(quantized.network)
@@ -270,7 +273,7 @@ class _QuantizedGraph(_Graph):
         self.constant(f"{name}_zero", np.uint8(params.zero))
 
     def output(self, node: str) -> str:
-        return f"{node}.output"  # the logits are what is dequantized at the end
+        return f"{node}.output"  # LOGITS is the name of the last dequantized tensor
 
     def quantize(self, node: str, tensor: str) -> None:
         params = [f"{self.carrier[node]}.output_{part}" for part in ("scale", "zero")]
@@ -283,7 +286,8 @@ class _QuantizedGraph(_Graph):
         self.node("DequantizeLinear", f"{node}.dequantize", [codes_name(node), *params], output)
 
     def weights(self, node: Node) -> list[str]:
-        """Weight and bias of a layer, dequantized; per-channel scales lie on axis 0."""
+        """Adds the weight and the bias of a layer and dequantizes them; per-channel scales lie on axis 0. Returns the
+        names of the dequantized tensors."""
         layer = self.quantized.layers[node.name]
         scales = layer.bias_scale(self.quantized.params[self.carrier[node.inputs[0]]])
         parts = {
@@ -307,7 +311,7 @@ class _QuantizedGraph(_Graph):
         layer, name = node.layer, node.name
         inputs = [self.floats[source] for source in node.inputs]
         if isinstance(layer, Activation) and self.carrier[node.inputs[0]] != name:
-            source, target = (self.quantized.params[self.carrier[one]] for one in (node.inputs[0], name))
+            source, target = (self.quantized.params[self.carrier[end]] for end in (node.inputs[0], name))
             rows = lookup_table(layer, source, target)
             lookup = self.constant(f"{name}.table", rows.flatten().numpy())
             index = self.node(
@@ -328,7 +332,7 @@ class _QuantizedGraph(_Graph):
         if isinstance(layer, Weighted):
             inputs += self.weights(node)
         output = self.operator(node, inputs)
-        if name in self.coded:  # else a ReLU follows, whose output is quantized instead
+        if name in self.coded:  # otherwise the output of the fused ReLU is quantized
             self.quantize(name, output)
 
 
@@ -338,7 +342,9 @@ def _model(graph: _Graph, network: Macroarchitecture, metadata: Mapping[str, str
         for name, shape in ((INPUT, network.input_shape), (LOGITS, network.shapes[network.output]))
     ]
     read = {name for node in graph.nodes for name in node.input} | {LOGITS}
-    nodes = [node for node in graph.nodes if read & set(node.output)]  # what only a table reads needs no dequantizing
+    nodes = [
+        node for node in graph.nodes if read & set(node.output)
+    ]  # a tensor that only tables read is not dequantized
     model = helper.make_model(
         helper.make_graph(nodes, network.name, ends[:1], ends[1:], graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -1,4 +1,4 @@
-"""ONNX Runtime, the integer runtime that results are held against."""
+"""ONNX Runtime: the integer runtime that results are compared with."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +15,10 @@ from fnet_search.deploy.export import LOGITS
 
 
 class Runtime:
-    """An exported network in ONNX Runtime: CPU, default optimizations.
+    """An exported network in ONNX Runtime on the CPU, with the default optimizations.
 
-    Call it with normalised images [N, C, H, W]; it gives [N, classes] logits, float32, on the CPU.
+    Called with normalised images [N, C, H, W], it returns logits [N, classes], float32, on the CPU. `options` are
+    attributes of ``onnxruntime.SessionOptions``. Raises FnetError for a model that the runtime cannot load.
     """
 
     def __init__(self, model: ModelProto, threads: int = 1, options: dict[str, Any] | None = None) -> None:
@@ -39,7 +40,7 @@ class Runtime:
         return str(onnxruntime.__version__)
 
     def run(self, x: Tensor, outputs: Sequence[str]) -> list["np.ndarray[Any, Any]"]:
-        """The named tensors for a batch of images. Raises FnetError for a graph that was changed."""
+        """The named tensors for a batch of images. Raises FnetError if the runtime cannot run the graph."""
         try:
             arrays: list[np.ndarray[Any, Any]] = self.session.run(list(outputs), {INPUT: x.cpu().numpy()})
         except Exception as error:
@@ -51,9 +52,9 @@ class Runtime:
 
 
 def with_outputs(model: ModelProto, codes: Sequence[str]) -> ModelProto:
-    """A copy that also gives the named uint8 tensors.
+    """A copy of the model with the named uint8 tensors as further outputs.
 
-    Raises FnetError for one that the graph does not have.
+    Raises FnetError if the graph lacks one.
     """
     known = {name for node in model.graph.node for name in node.output}
     for name in codes:

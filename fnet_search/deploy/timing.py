@@ -1,8 +1,8 @@
-"""How long exported graphs take in ONNX Runtime, one thread, per network and per layer.
+"""Latency of exported graphs in ONNX Runtime on one thread, by network and by layer.
 
-Every network is timed twice, as its quint8 and as its fp32 graph, all of them in interleaved rounds: what disturbs the
-machine for a while disturbs them alike. Layers are timed by the runtime's own profiler, in the same rounds but in
-sessions of their own, since it slows what it watches. Times are milliseconds for one run of a batch.
+The quint8 and the fp32 graphs of all networks are timed in interleaved rounds, so that a disturbance of the machine
+affects all of them alike. Layers are timed by the runtime's profiler, in the same rounds but in separate sessions,
+since profiling slows a session down. Times are milliseconds for one run of a batch.
 """
 
 import json
@@ -29,17 +29,19 @@ from fnet_search.deploy.runtime import Runtime
 
 QUINT8, FP32 = "quint8", "fp32"
 OTHER = "(layout, quantization)"
-"""Stands for a layer where the runtime works between layers: it quantizes, dequantizes, and changes the layout."""
+"""Stands for the kernels between layers, which quantize, dequantize or change the layout."""
 THREADS, ROUNDS = 1, 30
-SAMPLE, SETTLE = 0.02, 4
-"""Seconds that a sample's runs last together, and the runs before them that do not count: when other networks ran, the
-first few are slower by up to a half, until weights and code are back in the caches."""
+SAMPLE = 0.02
+"""Seconds that the runs of one sample take together."""
+SETTLE = 4
+"""Runs before a sample that do not count: after other networks have run, the first few are up to 50 % slower, until
+weights and code are back in the caches."""
 
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """The kernels that compute a layer, with what the runtime fused into them; of OTHER, `kind` names the operators.
-    `macs` are those of one image."""
+    """The time of the kernels that compute a layer, including what the runtime fused into them. For OTHER, `kind` lists
+    the operators. `macs` are those of one image."""
 
     layer: str
     kind: str
@@ -49,10 +51,11 @@ class LayerLatency:
 
 @dataclass(frozen=True)
 class Latency:
-    """One network in one precision: median and quartiles over `rounds` samples. MACs are those of one image.
+    """The latency of one network in one precision: median and quartiles over `rounds` samples. MACs are those of one
+    image.
 
-    The layers' times add up to the network's only nearly: the profiler adds a microsecond or two to each kernel, and
-    what the runtime does from one kernel to the next is in none of them.
+    The times of the layers do not add up exactly to that of the network: the profiler adds one or two microseconds to
+    each kernel, and the runtime's work between kernels is in none of them.
     """
 
     network: str
@@ -68,7 +71,7 @@ class Latency:
     median_ms: float
     upper_ms: float
     cpu_share: float
-    """Of the time of all samples, the fraction in which the thread ran; less where others wanted the processor too."""
+    """The fraction of the samples' wall time in which the thread ran; below 1 where it shared the processor."""
     machine: str
     onnxruntime: str
     layers: tuple[LayerLatency, ...] = ()
@@ -81,8 +84,11 @@ class Latency:
 def interleaved(
     tasks: Sequence[Callable[[], float]], rounds: int, seen: Callable[[int, int], None]
 ) -> list[list[float]]:
-    """What every task gives in each round. The order is another one in every round, so that none of them always comes
-    after the same one; it is the same whenever this is called."""
+    """Runs every task once in each round. Returns the results of each task.
+
+    The order is shuffled anew in each round, so that no task always follows the same one, by a fixed seed. `seen` is
+    called with the number of results so far and their total.
+    """
     samples: list[list[float]] = [[] for _ in tasks]
     for number in range(rounds):
         for done, index in enumerate(random.Random(number).sample(range(len(tasks)), len(tasks)), 1):
@@ -92,10 +98,10 @@ def interleaved(
 
 
 class TimedGraph:
-    """An exported network in two sessions: one that is timed, one that is profiled."""
+    """An exported network in two sessions: one is timed, the other is profiled."""
 
     COUNTED = slice(2 * SETTLE, None, SETTLE + 1)
-    """Of the profiled runs, those that count."""
+    """The profiled runs that count: the one after each sample."""
 
     def __init__(self, model: ModelProto, batch: int, profile: Path) -> None:
         timed = Runtime(model, THREADS)
@@ -121,7 +127,8 @@ class TimedGraph:
         return seconds
 
     def sample(self) -> float:
-        """Milliseconds a run, the median of some. Then profiles one more run, settled in the same way."""
+        """Milliseconds for a run: the median over a sample. Then profiles one more run, after the same number of runs
+        that do not count."""
         self._seconds(self.timed, SETTLE)
         cpu = time.thread_time()
         seconds = self._seconds(self.timed, self.runs)
@@ -131,20 +138,20 @@ class TimedGraph:
         return 1e3 * median(seconds)
 
     def events(self) -> Any:
-        """What the profiler saw of all runs; ends it."""
+        """Ends profiling. Returns the profiler's events of all runs."""
         return json.loads(Path(self.profiled.end_profiling()).read_text(encoding="utf-8"))
 
 
 _INSERTED = {"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"}
 _MULTIPLYING = {"Conv", "FusedConv", "QLinearConv", "Gemm", "FusedGemm", "QGemm"}
 _ADDED = (r"_token_\d+$", r"\.output_nchwc$", r"/\w+/$", r"\.(step\d|cast|place|take)$", r"^fused ")
-"""What the runtime's optimizers and our export add to the name of a layer, outermost first."""
+"""Suffixes and prefixes that the runtime's optimizers and our export add to a layer's name, outermost first."""
 
 
 def layer_of(network: Macroarchitecture, kernel: str, operator: str) -> str:
-    """The layer that a node of the runtime's optimized graph computes, by its name; else OTHER.
+    """The layer that a node of the runtime's optimized graph computes, from the node's name, or OTHER.
 
-    A convolution in NCHWc is called after its output, which is that of the ReLU that was fused into it.
+    A convolution in NCHWc layout is named after its output, which is that of the ReLU fused into it.
     """
     for added in ("", *_ADDED):
         kernel = re.sub(added, "", kernel)
@@ -159,9 +166,9 @@ def layer_of(network: Macroarchitecture, kernel: str, operator: str) -> str:
 def layer_latencies(
     network: Macroarchitecture, events: Iterable[Mapping[str, Any]], counted: slice
 ) -> tuple[LayerLatency, ...]:
-    """The layers of a folded network, in its order and OTHER last, from the events of the runtime's profiler.
+    """The latency of each layer of a folded network, in its order and OTHER last, from the profiler's events.
 
-    `counted` says which of the runs. A layer that was fused into another has no kernel, and is left out.
+    `counted` selects the runs. A layer that was fused into another one has no kernel and is left out.
     """
     kernels: dict[tuple[str, str, str], list[float]] = {}
     for event in events:
@@ -194,10 +201,10 @@ _INTEGER = ("avx2", "avx512bw", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp"
 
 
 def machine(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor, with those of its instruction sets that integer kernels are chosen by, where they are known."""
+    """The name of the processor and, where known, its instruction sets that matter for integer kernels."""
     text = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    sets = [one for one in _INTEGER if flags and one in flags[1].split()]
+    sets = [instructions for instructions in _INTEGER if flags and instructions in flags[1].split()]
     processor = name[1].strip() if name else platform.processor() or platform.machine() or "unknown processor"
     return processor + (f" ({', '.join(sets)})" if sets else "")

@@ -1,10 +1,15 @@
-"""Who works on a suggestion: leases on candidates, attributes of their trials in the Optuna storage, whichever it is.
+"""Leases: which worker trains which suggestion, kept as trial attributes in any Optuna storage (docs/sharing.md).
 
-A worker claims a suggestion by creating a running trial with its number. Storages number trials in one order, so that
-of all trials of one suggestion the first counts: whoever came later withdraws. A lease beats: its worker rewrites it
-every few seconds. Whoever sees one rest for `LEASE_SECONDS` by the own clock takes the suggestion over, in a new trial;
-no two clocks are compared. The old trial has failed by then, and takes nothing more: a worker that comes back late is
-told so by the storage, and what it did is dropped.
+A suggestion goes through these states:
+
+* *claimed*: a worker has created a running trial with the suggestion's number. Storages number trials in one order, so
+  the first trial of a suggestion counts; a worker whose trial came later withdraws it.
+* *renewed*: the worker rewrites the trial's lease BEATS times in `Ledger.seconds`.
+* *abandoned*: the lease has not changed for `Ledger.seconds`, by the clock of the process that watches it; clocks of
+  different hosts are never compared. The watching process fails the trial, and any worker may claim the suggestion
+  again, in a new trial.
+* *ended*: the worker has told the trial its evaluation. A worker that comes back after its lease was abandoned cannot:
+  the storage refuses to change a finished trial, and the evaluation is dropped.
 """
 
 import random
@@ -39,20 +44,19 @@ from fnet_search.policy.evaluation import Evaluation, Role
 from fnet_search.policy.metric import MetricName
 
 LEASE = "fnet_search:lease"
-"""System attribute of a running trial: its worker, and how often the lease was renewed."""
+"""System attribute of a running trial: its worker, and the number of renewals."""
 LEFT = "fnet_search:left"
-"""System attribute of a failed trial that has no evaluation: why (`Left`)."""
+"""System attribute of a failed trial without an evaluation: the reason (`LeaveReason`)."""
 BEATS = 8
-"""So often a lease is renewed in that time."""
+"""Renewals of a lease in the time after which it counts as abandoned: up to seven in a row may be missed."""
 TAKEOVERS = 5
-"""A suggestion that was taken over so often, and lost again, has failed."""
-
+"""A suggestion whose workers were lost this many times counts as failed: it may be what kills them."""
 JITTER = 1.0
-"""Seconds that a process waits at most, by chance, that was not the first to claim a suggestion: all others were as
-fast, and would be again."""
+"""Seconds. A process that was not the first to claim a suggestion waits a random time up to this long, so that those
+who collided do not collide again."""
 
-Left = Literal["expired", "released", "withdrawn"]
-"""The worker is gone; it has ended; another one was first."""
+LeaveReason = Literal["expired", "released", "withdrawn"]
+"""The lease was abandoned; the worker has ended; another worker was first."""
 
 
 @dataclass(frozen=True)
@@ -62,54 +66,56 @@ class Claim:
     number: int
     plan: FactorizationPlan
     role: Role | None
-    """None where it is only being refused."""
+    """None while the suggestion is only being refused."""
     trial_id: int
     parent: int | None = None
-    """Number of the network that its training starts from."""
+    """Number of the candidate that its training starts from."""
 
 
 @dataclass
 class Ledger:
-    """The suggestions of a study, by number: evaluated, worked on by whichever process, or left by one that is gone.
+    """The suggestions of a study by number: evaluated, claimed by some process, or abandoned.
 
-    `worker` is what this process is called among those that share the study: always the same in one run folder, so that
-    what an earlier process left there is taken up at once. None: nobody else works on it.
+    `worker` is the name of this process among those that share the study. It is the same for every process in one run
+    folder, so that what an earlier process left there is taken over at once. None: the study is not shared.
     """
 
     study: Study
     space: Macroarchitecture
-    taken: Callable[[Evaluation, FrozenTrial], None]
-    """Told of each evaluation, of this process or another."""
+    on_evaluation: Callable[[Evaluation, FrozenTrial], None]
+    """Called once with each evaluation, of this process or another, and its trial."""
     metric: MetricName = "accuracy"
-    """Of the evaluations, what is the value of their trials."""
+    """The value of a trial is the evaluation's quint8 score under this metric."""
     worker: str | None = None
     seconds: float = LEASE_SECONDS
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     trials: dict[int, int] = field(default_factory=dict)
-    """Of the evaluations: the ids of their trials."""
+    """The trial ids of the evaluations."""
     claims: dict[int, Claim] = field(default_factory=dict)
-    """Worked on now."""
-    left: dict[int, Claim] = field(default_factory=dict)
-    """Candidates to be taken over."""
+    """Suggestions that a worker trains now."""
+    abandoned: dict[int, Claim] = field(default_factory=dict)
+    """Candidates to be claimed again."""
     takeovers: Counter[int] = field(default_factory=Counter)
-    """By number: how many workers were lost."""
+    """How many workers were lost over each suggestion."""
     indexed: bool = False
-    """Whether parameters are indices of rates, as in a study that an earlier version began; else they are rates."""
+    """Whether trial parameters are indices of rates, as in studies of earlier versions; otherwise they are rates."""
     _own: set[int] = field(default_factory=set)
     _closed: set[int] = field(default_factory=set)
     _leases: dict[int, tuple[Any, float]] = field(default_factory=dict)
-    """By trial: its lease, and since when this process has not seen it renewed."""
+    """For each trial of another worker: its lease, and the time (`time.monotonic`) at which this process saw it
+    change."""
 
     def __post_init__(self) -> None:
-        self._heart = None if self.worker is None else Heart(self.study._storage, self.worker, self.seconds)
+        self._heartbeat = None if self.worker is None else Heartbeat(self.study._storage, self.worker, self.seconds)
 
     @property
     def numbers(self) -> set[int]:
-        """Those that no new suggestion may have."""
-        return {*self.evaluations, *self.claims, *self.left}
+        """The numbers that are taken."""
+        return {*self.evaluations, *self.claims, *self.abandoned}
 
     def refresh(self) -> None:
-        """Looks at the study again. Trials whose worker is gone are ended; an evaluation that it left in one counts."""
+        """Reads the study again. Ends the trials of workers that are gone; an evaluation that such a trial holds
+        counts."""
         self.claims, indices = {}, index_distributions(self.space)
         for trial in self.study.get_trials(deepcopy=False):
             if trial._trial_id in self._closed:
@@ -122,21 +128,21 @@ class Ledger:
             elif (claim := self._claim_of(trial)) is not None:
                 self.claims.setdefault(claim.number, claim)
         for number in {*self.claims, *self.evaluations}:
-            self.left.pop(number, None)
+            self.abandoned.pop(number, None)
 
     def _claim_of(self, trial: FrozenTrial) -> Claim | None:
-        """None for a trial of somebody else's."""
+        """The claim that a trial stands for; None for a trial that is not a suggestion of a run."""
         plan, facts = plan_of_trial(self.space, trial), trial.user_attrs
         if plan is None or NUMBER not in facts:
             return None
         return Claim(facts[NUMBER], plan, facts.get(ROLE), trial._trial_id, facts.get("parent"))
 
     def _has_worker(self, trial: FrozenTrial) -> bool:
-        if trial._trial_id in self._own or NUMBER not in trial.user_attrs:  # or it is no suggestion of ours
+        if trial._trial_id in self._own or NUMBER not in trial.user_attrs:  # the latter is no suggestion of a run
             return True
         lease, now = trial.system_attrs.get(LEASE), time.monotonic()
         if self.worker is None or (lease and lease["worker"] == self.worker):
-            return False  # of an earlier process; or the storage created it, and the answer was lost
+            return False  # left by an earlier process, or created although the storage's answer was lost
         before, since = self._leases.setdefault(trial._trial_id, (lease, now))
         if lease != before:
             self._leases[trial._trial_id] = lease, now
@@ -145,7 +151,7 @@ class Ledger:
 
     def _end(self, trial: FrozenTrial) -> FrozenTrial:
         evaluation, lease = read_evaluation(trial), trial.system_attrs.get(LEASE, {})
-        if evaluation is not None:  # cut off between the two last writes
+        if evaluation is not None:  # the worker was killed between writing the evaluation and ending the trial
             return self._tell(trial.number, evaluation)
         _leave(self.study._storage, trial._trial_id, "released" if lease.get("worker") == self.worker else "expired")
         return self.study._storage.get_trial(trial._trial_id)
@@ -158,17 +164,17 @@ class Ledger:
             self._take(evaluation, trial)
         elif claim is not None and why in ("expired", "released"):
             self.takeovers[claim.number] += why == "expired"
-            if claim.role == "candidate":  # the other trainings follow from what is recorded
-                self.left[claim.number] = claim
+            if claim.role == "candidate":  # references and final trainings are begun anew by the search itself
+                self.abandoned[claim.number] = claim
 
     def _take(self, evaluation: Evaluation, trial: FrozenTrial) -> None:
         if evaluation.number not in self.evaluations:
             self.evaluations[evaluation.number] = evaluation
             self.trials[evaluation.number] = trial._trial_id
-            self.taken(evaluation, trial)
+            self.on_evaluation(evaluation, trial)
 
     def claim(self, number: int, plan: FactorizationPlan, facts: Mapping[str, Any] | None = None) -> Trial | None:
-        """A running trial of a suggestion, created with its attributes in one step; None where another process was
+        """Claims a suggestion: a running trial, created with its attributes in one step. None if another process was
         faster."""
         lease = {} if self.worker is None else _lease(self.worker, 0)
         template = create_trial(
@@ -180,13 +186,13 @@ class Ledger:
         )
         trial_id = self.study._storage.create_new_trial(self.study._study_id, template)
         self._own.add(trial_id)
-        if self._heart is None:
-            known = template.user_attrs
-            self.claims[number] = Claim(number, plan, known.get(ROLE), trial_id, known.get("parent"))
-            self.left.pop(number, None)
+        if self._heartbeat is None:
+            attributes = template.user_attrs
+            self.claims[number] = Claim(number, plan, attributes.get(ROLE), trial_id, attributes.get("parent"))
+            self.abandoned.pop(number, None)
             return Trial(self.study, trial_id)
-        self._heart.hold(trial_id)
-        self.refresh()
+        self._heartbeat.hold(trial_id)
+        self.refresh()  # only now is it known whether this trial is the suggestion's first
         if number in self.evaluations or number not in self.claims or self.claims[number].trial_id != trial_id:
             self.leave(trial_id, "withdrawn")
             time.sleep(random.uniform(0, JITTER))
@@ -194,7 +200,8 @@ class Ledger:
         return Trial(self.study, trial_id)
 
     def tell(self, trial: Trial, evaluation: Evaluation) -> bool:
-        """Ends a trial with the evaluation that was described in it; whether it counts: not if it was taken over."""
+        """Ends a trial with an evaluation that `write_evaluation` has written into it. Returns whether it counts; it
+        does not if the suggestion was taken over."""
         told = self._tell(trial.number, evaluation)
         self._dropped(trial._trial_id)
         if not _counts(told, evaluation):
@@ -205,26 +212,27 @@ class Ledger:
         return True
 
     def _tell(self, number: int, evaluation: Evaluation) -> FrozenTrial:
-        """As Optuna numbers trials. One that was ended before stays as it is."""
+        """Tells the trial with this number, Optuna's own, and returns it. A trial that was ended before stays as it
+        is."""
         try:
             return self.study.tell(number, *value_and_state(evaluation, self.metric), skip_if_finished=True)
-        except UpdateFinishedTrialError:  # between two steps, or the answer was lost
+        except UpdateFinishedTrialError:  # ended by another process meanwhile, or by us and the answer was lost
             return next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
 
-    def leave(self, trial_id: int, why: Left) -> None:
+    def leave(self, trial_id: int, why: LeaveReason) -> None:
         """Ends a trial of this process without an evaluation."""
         self._dropped(trial_id)
         _leave(self.study._storage, trial_id, why)
 
     def _dropped(self, trial_id: int) -> None:
         self._own.discard(trial_id)
-        if self._heart is not None:
-            self._heart.drop(trial_id)
+        if self._heartbeat is not None:
+            self._heartbeat.drop(trial_id)
 
     def close(self) -> None:
-        """Ends the work of this process: where the study is shared, others may take up its suggestions at once."""
-        if self._heart is not None:
-            self._heart.stop()
+        """Ends the work of this process. In a shared study, others may claim its suggestions at once."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
             for trial_id in list(self._own):
                 self.leave(trial_id, "released")
 
@@ -233,22 +241,23 @@ def _lease(worker: str, beat: int) -> dict[str, Any]:
     return {LEASE: {"worker": worker, "beat": beat}}
 
 
-def _leave(storage: BaseStorage, trial_id: int, why: Left) -> None:
+def _leave(storage: BaseStorage, trial_id: int, why: LeaveReason) -> None:
     try:
         storage.set_trial_system_attr(trial_id, LEFT, why)
         storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
     except UpdateFinishedTrialError:
-        pass  # another process saw it too, or its worker has ended it
+        pass  # another process has ended it for the same reason, or its worker has
 
 
 def _counts(trial: FrozenTrial, evaluation: Evaluation) -> bool:
-    """Whether its worker ended the trial: one that was ended by others, meanwhile, has failed."""
+    """Whether the trial was ended by its worker, with this evaluation. One that others ended has failed and has
+    LEFT."""
     state = state_of(evaluation)
     return trial.state is state and (state is not TrialState.FAIL or LEFT not in trial.system_attrs)
 
 
-class Heart:
-    """Renews leases, in a thread of its own, until it is stopped."""
+class Heartbeat:
+    """Renews leases in a thread until it is stopped."""
 
     def __init__(self, storage: BaseStorage, worker: str, seconds: float) -> None:
         self._storage, self._worker, self._pause = storage, worker, seconds / BEATS
@@ -273,9 +282,9 @@ class Heart:
         for trial_id, beat in beats:
             try:
                 self._storage.set_trial_system_attr(trial_id, LEASE, _lease(self._worker, beat + 1)[LEASE])
-            except UpdateFinishedTrialError:  # finished, or taken over: who trains will be told too
+            except UpdateFinishedTrialError:  # ended or taken over, which the training worker learns on its own
                 self.drop(trial_id)
-            except Exception:  # whatever a storage raises: the search meets it as well, and says so
+            except Exception:  # whatever a storage raises: the search will meet the same error and report it
                 continue
             else:
                 if trial_id in self._beats:

@@ -1,4 +1,4 @@
-"""Which candidates are hopeless: successive halving among those that are comparable."""
+"""The pruner: successive halving among comparable candidates."""
 
 import math
 from typing import Any, cast
@@ -10,22 +10,22 @@ from optuna.trial import FrozenTrial, TrialState
 from fnet_search.optuna_bridge.trials import EPOCHS, ROLE, START
 
 STARTUP = 4
-"""So many comparable trainings must have ended before one is stopped: a rank among fewer means nothing."""
+"""No training is stopped before this many comparable ones have ended: a rank among fewer says little."""
 
 
 class EqualStart(BasePruner):
-    """``optuna.pruners.SuccessiveHalvingPruner`` over validation accuracies after equal epochs, among candidates with
-    the same kind of start and as many epochs planned.
+    """``optuna.pruners.SuccessiveHalvingPruner`` on validation accuracies, among comparable candidates: those with the
+    same role, the same kind of start and the same number of planned epochs.
 
-    After a quarter of the epochs, and again after a half, a candidate goes on if it is in the better half of those that
-    came as far.
+    After a quarter of the epochs, and again after a half, a candidate continues if it is in the better half of those
+    that have reached that epoch.
     """
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         kind = _kind(trial)
         rung = max(1, math.ceil(trial.user_attrs[EPOCHS] / 4))
         peers = _Peers(study, kind)
-        # Asked always, since it notes what a candidate reached at a rung.
+        # Called before the check on STARTUP, since it also records the candidate's value at the rung.
         behind = SuccessiveHalvingPruner(min_resource=rung, reduction_factor=2).prune(cast(Study, peers), trial)
         return behind and len(peers.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))) >= STARTUP
 
@@ -35,13 +35,13 @@ def _kind(trial: FrozenTrial) -> tuple[Any, ...]:
 
 
 class _Peers:
-    """What a pruner sees of a study: its trials of one kind, as Optuna's HyperbandPruner shows parts of a study."""
+    """A view of a study that shows a pruner the trials of one kind only (as Optuna's HyperbandPruner does)."""
 
     def __init__(self, study: Study, kind: tuple[Any, ...]) -> None:
         self._study, self._kind = study, kind
         self._storage, self.direction = study._storage, study.direction
 
     def get_trials(self, deepcopy: bool = False, states: Any = None) -> list[FrozenTrial]:
-        # Failed ones are what runs that were cut off left: their candidates were issued again.
+        # Failed trials belong to interrupted runs; their candidates were trained again in other trials.
         wanted = states or (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         return [trial for trial in self._study.get_trials(deepcopy, wanted) if _kind(trial) == self._kind]

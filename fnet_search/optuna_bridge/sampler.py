@@ -1,9 +1,9 @@
-"""A policy as an Optuna sampler: in anybody's study, with any storage. No torch.
+"""`PolicySampler`: a policy as an Optuna sampler, for any study and storage. No torch.
 
     study = optuna.create_study(direction="maximize", sampler=PolicySampler(ReversePyramid(), space))
     study.optimize(lambda trial: train(suggest_plan(trial, space)))
 
-`trial_history` has what a policy sees of a study, `trials` what a candidate is as a trial.
+`trial_history` turns a study into the history that a policy sees; `trials` holds the format of a trial.
 """
 
 import copy
@@ -47,16 +47,18 @@ from fnet_search.policy.evaluation import Evaluation, Probes
 from fnet_search.policy.protocol import History, Policy, probes_of, requirements
 from fnet_search.policy.registry import check_policy
 
-_POLL, _TOLD = 0.2, 60.0
-"""Seconds between looks at the storage while a worker waits for others, and until it says so."""
+_POLL = 0.2
+"""Seconds between two reads of the storage while a worker waits for others."""
+_WARN_EVERY = 60.0
+"""Seconds between two warnings that a worker waits."""
 
 
 class PolicyDone(FnetError, optuna.TrialPruned):  # noqa: N818 (as TrialPruned)
-    """The policy has no plan for a trial: for now, while `running` plans are still out; for good, when none is.
+    """The policy has no plan for a trial: for now, if `running` plans are being trained; for good, if none is.
 
-    Under ``study.optimize`` nobody sees it: the trial counts as pruned, and the study stops when none is out. Under
-    ask-and-tell tell the trial (of ``study.ask(distributions)`` the last of ``study.trials``) as
-    ``TrialState.PRUNED``, and ask again when a running one is told, or stop.
+    ``study.optimize`` handles it: the trial counts as pruned, and the study stops when no plan is running. With
+    ask-and-tell, tell the trial (after ``study.ask(distributions)``, the last of ``study.trials``) as
+    ``TrialState.PRUNED``, and ask again once a running trial has been told, or stop.
     """
 
     def __init__(self, running: int) -> None:
@@ -71,16 +73,17 @@ class PolicyDone(FnetError, optuna.TrialPruned):  # noqa: N818 (as TrialPruned)
 class PolicySampler(BaseSampler):
     """Lets a policy choose the plans of an Optuna study (``optuna.samplers.BaseSampler``).
 
-    Each factorizable layer of `space` is an integer parameter of its name, the index of its rate; `suggest_plan` makes
-    a plan of them. The policy sees what was handed back with `report_evaluation`, layer statistics included; of other
-    trials the objective's value, as quint8 accuracy (a fraction of 1; one less it where the study minimises), and
-    pruned trials as such. A failed trial's plan is suggested again, twice at most.
+    Each factorizable layer of `space` is an integer parameter with the layer's name: the index of its rate.
+    `suggest_plan` turns them into a plan. The policy sees the evaluations that `report_evaluation` handed back, with
+    their layer statistics. For other trials it sees the objective's value as quint8 accuracy, a fraction of 1 (1 minus
+    the value in a study that minimises), and pruned trials as pruned. The plan of a failed trial is suggested again, at
+    most twice.
 
-    A plan above the ceilings of `constraints`, and a repeat, are refused: `suggest_plan` prunes their trial, with the
-    reason. The study stops when the policy is done. Workers of one storage never get the same plan. All other
-    parameters of an objective are sampled by `independent_sampler`, at random if none is given.
+    A plan above the ceilings of `constraints`, or a repeated one, is refused: `suggest_plan` prunes its trial and gives
+    the reason. The study stops when the policy is done. Workers on one storage never get the same plan. Other
+    parameters of an objective are sampled by `independent_sampler`, by default at random.
 
-    Raises FnetError where `policy` requires `probes`, and none are given.
+    Raises FnetError if `policy` requires `probes` and none are given.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class PolicySampler(BaseSampler):
             probes_of(History(space, probes=probes), policy)
         self._independent = independent_sampler or RandomSampler(seed=seed)
         self._past = TrialHistory(space, self.constraints, seed, probes)
-        self._asked: tuple[History, FactorizationPlan | None] | None = None  # a cache
+        self._asked: tuple[History, FactorizationPlan | None] | None = None  # caches the policy's last answer
         self._lock = threading.Lock()  # held while the policy is asked and a plan is claimed, never while waiting
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,11 +113,11 @@ class PolicySampler(BaseSampler):
         self.__dict__.update(state, _lock=threading.Lock())
 
     def reseed_rng(self) -> None:
-        """Of the parameters that are not ours: a policy's random numbers come from seed and number alone."""
+        """Reseeds the independent sampler. A policy's random numbers depend on seed and suggestion number alone."""
         self._independent.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Numbers a trial all of whose rates are fixed, as by ``enqueue_trial``: it is never sampled."""
+        """Claims the plan of a trial with all rates fixed (``enqueue_trial``), which Optuna does not sample."""
         self._independent.before_trial(study, trial)
         plan = plan_from_indices(self.space, fixed_indices(self.space, trial))
         while plan is not None:
@@ -124,7 +127,7 @@ class PolicySampler(BaseSampler):
             _pause()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The rates of all layers that have a choice."""
+        """The rate indices of all layers with more than one legal rate."""
         return {
             name: distribution
             for name, distribution in index_distributions(self.space).items()
@@ -134,9 +137,9 @@ class PolicySampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The policy's next plan, as the indices of its rates; parameters that are not ours are left to others.
+        """The rate indices of the policy's next plan. Other parameters go to the independent sampler.
 
-        Raises PolicyDone, and FnetError for a policy that fails.
+        Raises PolicyDone if the policy has no plan, and FnetError if it fails.
         """
         ours = search_space.keys() & index_distributions(self.space).keys()
         sampled = {
@@ -152,17 +155,17 @@ class PolicySampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A parameter that is none of ours."""
+        """Samples a parameter that is not a layer's rate."""
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        """Stops the study where the policy has nothing more."""
+        """Stops ``study.optimize`` once the policy is done."""
         self._independent.after_trial(study, trial, state, values)
         if _loop(study) and self._over(study, _as_stored(trial, state, values)):
             study.stop()
 
     def history(self, study: Study) -> History:
-        """The past of a study, as the policy sees it now.
+        """The history of a study as the policy sees it now.
 
         Raises ValueError for a trial with several values whose evaluation was not reported.
         """
@@ -173,14 +176,14 @@ class PolicySampler(BaseSampler):
         trials = [*self._others(study, ended), ended]
         if any(trial.state is TrialState.WAITING for trial in trials):
             return False
-        with self._lock, suppress(FnetError, ValueError):  # what is wrong is said when a plan is needed
+        with self._lock, suppress(FnetError, ValueError):  # raised again when a plan is asked for
             history = self._past.of(study, trials)
             self._past.forget(ended)
             return not history.running and self._next(history) is None
         return False
 
     def _suggest(self, study: Study, trial: FrozenTrial) -> FactorizationPlan:
-        begun = said = time.monotonic()
+        begun = warned = time.monotonic()
         while True:
             others = self._others(study, trial)
             with self._lock:
@@ -196,17 +199,17 @@ class PolicySampler(BaseSampler):
                 _pause()
                 continue
             states = {trial.state for trial in others}
-            loop = _loop(study)  # an enqueued plan is for whoever comes next: perhaps this worker
+            loop = _loop(study)  # an enqueued plan waits for the next trial, perhaps of this worker
             if not history.running or loop is None or loop._stop_flag or TrialState.WAITING in states:
                 done = PolicyDone(len(history.running))
                 _set(study, trial, REASON, str(done))
                 raise done
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-                optuna.storages.fail_stale_trials(study)  # of workers that died, where the storage has heartbeats
-            if time.monotonic() - said > _TOLD:
-                said = time.monotonic()
+                optuna.storages.fail_stale_trials(study)  # those of dead workers, in storages with heartbeats
+            if time.monotonic() - warned > _WARN_EVERY:
+                warned = time.monotonic()
                 optuna.logging.get_logger(__name__).warning(
-                    f"trial {trial.number} has waited {said - begun:.0f} s for one of {len(history.running)} running "
+                    f"trial {trial.number} has waited {warned - begun:.0f} s for one of {len(history.running)} running "
                     "trials to end; tell those of dead workers as failed: study.tell(number, state=TrialState.FAIL)"
                 )
             time.sleep(_POLL)
@@ -221,18 +224,21 @@ class PolicySampler(BaseSampler):
         return plan
 
     def _claim(self, study: Study, trial: FrozenTrial, plan: FactorizationPlan, others: list[FrozenTrial]) -> bool:
-        """Writes that this trial has this plan, and looks whether a worker wrote the same since `others` were read.
+        """Writes the plan into the trial, then checks whether another worker has written the same since `others` was
+        read. Returns whether the claim holds.
 
-        Of two that write and then look, one at least sees the other and gives way: no plan is out twice.
+        Every worker writes first and reads afterwards, so of two workers with the same plan at least one sees the other
+        and withdraws: no plan is trained twice.
         """
         history = self._past.of(study, (trial for trial in others if trial.state is not TrialState.WAITING))
         write_constraints(study._storage, trial, self.constraints)
         for name, value in suggestion_attributes(self.space, history.number, plan).items():
             _set(study, trial, name, value)
         before = {trial.number: _claimed(trial) for trial in others}
-        for one in self._others(study, trial):
-            number, text = _claimed(one)
-            new = one.state not in (TrialState.WAITING, TrialState.FAIL) and (number, text) != before.get(one.number)
+        for other in self._others(study, trial):
+            number, text = _claimed(other)
+            counts = other.state not in (TrialState.WAITING, TrialState.FAIL)
+            new = counts and (number, text) != before.get(other.number)
             if new and (number == history.number or text == str(plan)):
                 _set(study, trial, NUMBER, None)
                 _set(study, trial, PLAN, None)
@@ -242,28 +248,29 @@ class PolicySampler(BaseSampler):
         return True
 
     def _others(self, study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
-        return [one for one in _trials(study) if one.number != trial.number]
+        return [other for other in _trials(study) if other.number != trial.number]
 
 
 def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraints | None = None) -> FactorizationPlan:
-    """The plan that a trial is to train: for each factorizable layer the index of its rate, as an integer parameter.
+    """The plan that a trial should train, from one integer parameter for each factorizable layer: the index of its
+    rate.
 
-    For any sampler. `constraints` are those of the study's `PolicySampler`, where it has one. Raises
-    ``optuna.TrialPruned``, with the reason, for a plan that they refuse or that repeats another; PolicyDone, which is
-    a ``TrialPruned`` too, where the policy has none. Raises FnetError for another space than the sampler's.
+    Works with any sampler. `constraints` default to those of the study's `PolicySampler`, if it has one. Raises
+    ``optuna.TrialPruned``, with the reason, for a plan that they refuse or that repeats another one, and PolicyDone (a
+    ``TrialPruned``) if the policy has no plan. Raises FnetError if `space` is not that of the sampler.
     """
     sampler = trial.study.sampler
     if isinstance(sampler, PolicySampler) and index_distributions(sampler.space) != index_distributions(space):
         raise FnetError(f"the sampler chooses plans of space {sampler.space.name!r}, not of {space.name!r}")
     params = {layer: trial.suggest_int(layer, 0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
     plan, now = plan_from_indices(space, params), _now(trial)
-    if plan is None:  # Optuna takes enqueued values as they are
+    if plan is None:  # Optuna does not check enqueued values
         reason = f"the parameters {params} stand for no plan of space {space.name!r}"
         trial.set_user_attr(REASON, reason)
         raise optuna.TrialPruned(reason)
     limits, number = _limits(now, constraints), now.user_attrs.get(NUMBER, trial.number)
     reason = now.user_attrs.get(REASON, "")
-    if now.user_attrs.get(PLAN) != str(plan):  # of another sampler, or one that was put before ours and fixes rates
+    if now.user_attrs.get(PLAN) != str(plan):  # from another sampler, or one that wraps ours and fixes rates
         for name, value in suggestion_attributes(space, number, plan).items():
             trial.set_user_attr(name, value)
         reason = limits.refusal(plan_cost(space, plan)) or (_repeats(trial, plan) if read_constraints(now) else "")
@@ -274,12 +281,12 @@ def suggest_plan(trial: Trial, space: Macroarchitecture, constraints: Constraint
 
 
 def report_evaluation(trial: Trial, evaluation: Evaluation, constraints: Constraints | None = None) -> float:
-    """Hands a whole evaluation back to the study, and returns the objective's value: its quint8 accuracy (or what
-    the constraints' metric says), a fraction of 1, or one less it where the study minimises.
+    """Writes a whole evaluation into the trial and returns the objective's value: the quint8 score under the metric of
+    the constraints, a fraction of 1 (1 minus the score in a study that minimises).
 
-    Everything is written to the trial's attributes, layer statistics included, and constraint violations with
-    ``Trial.set_constraint``. `constraints` as for `suggest_plan`. Raises ``optuna.TrialPruned`` for an evaluation that
-    was pruned or refused, and FnetError for a failed one or one of another plan than the trial's.
+    All of it, layer statistics included, becomes trial attributes; constraint violations are set with
+    ``Trial.set_constraint``. `constraints` as for `suggest_plan`. Raises ``optuna.TrialPruned`` for a pruned or refused
+    evaluation, and FnetError for a failed one or one of another plan.
     """
     now = _now(trial)
     if (text := now.user_attrs.get(PLAN)) != str(evaluation.plan):
@@ -301,26 +308,28 @@ def _limits(now: FrozenTrial, constraints: Constraints | None) -> Constraints:
 
 
 def _repeats(trial: Trial, plan: FactorizationPlan) -> str:
-    """Which trial has this plan already, in words; empty if none has."""
-    for one in _trials(trial.study):
-        if one.number != trial.number and one.state is not TrialState.FAIL and one.user_attrs.get(PLAN) == str(plan):
-            return f"repeats trial {one.number}"
+    """A reason that names the trial which has this plan already; empty if none has."""
+    for other in _trials(trial.study):
+        same = other.user_attrs.get(PLAN) == str(plan)
+        if same and other.number != trial.number and other.state is not TrialState.FAIL:
+            return f"repeats trial {other.number}"
     return ""
 
 
 def _trials(study: Study) -> list[FrozenTrial]:
-    """All of them: a pruner may show a sampler only its own part."""
+    """All trials of a study, also if a pruner shows the sampler only a part of them."""
     return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
 
 def _loop(study: Study) -> Study | None:
-    """The study whose ``optimize`` this thread is in; a pruner may put one of its own before a sampler."""
+    """The study if this thread is in its ``optimize``, else None. Unwraps the view that a pruner may pass to
+    samplers."""
     own: Study = getattr(study, "_study", study)
     return own if own._thread_local.in_optimize_loop else None
 
 
 def _now(trial: Trial) -> FrozenTrial:
-    """A trial with the attributes that a sampler wrote, which the running one does not see."""
+    """The stored state of a trial, with attributes that the sampler wrote and the `Trial` object does not see."""
     return trial.study._storage.get_trial(trial._trial_id)
 
 
@@ -333,12 +342,12 @@ def _claimed(trial: FrozenTrial) -> tuple[int | None, str | None]:
 
 
 def _pause() -> None:
-    """Of two workers that give way to each other, one is first next time."""
+    """Waits a random time, so that two workers which withdrew for each other do not collide again."""
     time.sleep(random.uniform(0, _POLL))
 
 
 def _as_stored(trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> FrozenTrial:
-    """As it is about to be stored."""
+    """A copy of the trial as Optuna is about to store it."""
     ended = copy.copy(trial)
     ended.state = state
     ended.values = None if values is None else list(values)

@@ -1,4 +1,4 @@
-"""The other way round: an Optuna sampler as a policy. No torch."""
+"""`SamplerPolicy`: an Optuna sampler as a policy. No torch."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -25,15 +25,15 @@ from fnet_search.policy.protocol import History
 class SamplerPolicy:
     """Any Optuna sampler as a policy: ``SamplerPolicy(optuna.samplers.NSGAIISampler)``.
 
-    `sampler` is called with ``seed=...`` for each suggestion, as a class or ``functools.partial(TPESampler, ...)`` is.
-    It sees the candidates of the history as a study that maximises their quint8 score under constraints: the trained
-    ones, the pruned and the refused ones as pruned trials, the running plans as running ones.
+    The sampler sees the candidates of the history as a study that maximises their quint8 score under constraints: the
+    trained ones; pruned and refused ones as pruned trials; running plans as running trials. The first `startup` plans
+    are drawn uniformly under the ceilings. After that, the policy suggests the first of up to `proposals` proposals
+    that is unseen and under the ceilings, or else the result of `otherwise`; None if no plan is left.
 
-    The first `startup` plans are uniform under the ceilings. Then the first of so many `proposals` of the sampler that
-    is unseen and under the ceilings is suggested, or else what `otherwise` gives. None if there is none left.
-
-    `replay`: whether the sampler keeps more in a study than trials, as a genetic algorithm does its generations. Then
-    the past is walked through with it, in order of the numbers; without, only the trials are given.
+    Args:
+        sampler: called with ``seed=...`` for each suggestion: a class, or ``functools.partial(TPESampler, ...)``.
+        replay: True for samplers that store more in a study than trials, as a genetic algorithm stores generations. The
+            history is then replayed with the sampler in order of the numbers; otherwise its trials are only added.
     """
 
     sampler: Callable[..., BaseSampler]
@@ -41,12 +41,12 @@ class SamplerPolicy:
     proposals: int = 32
     replay: bool = True
     _past: list["_Past"] = field(default_factory=list, init=False, repr=False, compare=False)
-    """A cache: the study of the last suggestion, to go on with."""
+    """A cache: the study of the last suggestion, to be extended."""
 
     def __post_init__(self) -> None:
         if isinstance(self.sampler, BaseSampler):
             name = type(self.sampler).__name__
-            raise FnetError(f"a sampler is made for each suggestion; give the class, as in SamplerPolicy({name})")
+            raise FnetError(f"SamplerPolicy needs a sampler class, not an instance: SamplerPolicy({name})")
 
     def suggest(self, history: History) -> FactorizationPlan | None:
         space, constraints, seen, rng = history.space, history.constraints, history.seen, history.rng
@@ -58,7 +58,7 @@ class SamplerPolicy:
         return self.otherwise(history)
 
     def proposed(self, history: History, seed: int) -> Iterator[FactorizationPlan]:
-        """What the sampler proposes with this seed, whatever it may be."""
+        """Up to `proposals` plans from the sampler with this seed: they may be seen or above the ceilings."""
         with self.study(history, seed) as study:
             for _ in range(self.proposals):
                 plan = plan_from_indices(history.space, study.ask(index_distributions(history.space)).params)
@@ -66,16 +66,16 @@ class SamplerPolicy:
                 yield plan
 
     def otherwise(self, history: History) -> FactorizationPlan | None:
-        """A plan drawn uniformly from those that are unseen and under the ceilings, where no proposal is."""
+        """The suggestion if no proposal qualifies: drawn uniformly from the unseen plans under the ceilings."""
         rng = history.rng
         rng.integers(2**31)  # the sampler's seed
         return sample_plan(history.space, history.constraints, history.seen, rng)
 
     @contextmanager
     def study(self, history: History, seed: int) -> Iterator[optuna.Study]:
-        """The history as a study in memory, with a sampler of this seed.
+        """The history as an in-memory study, with a sampler of this seed.
 
-        The cache is taken out meanwhile: another thread makes a study of its own.
+        The study leaves the cache while it is in use, so another thread makes its own.
         """
         candidates, past = _candidates(history), None
         with suppress(IndexError):
@@ -99,7 +99,7 @@ class SamplerPolicy:
 
 @dataclass
 class _Past:
-    """The `evaluations` that are in a study."""
+    """A study, and the `evaluations` that it already holds."""
 
     space: Macroarchitecture
     constraints: Constraints
@@ -111,7 +111,7 @@ class _Past:
         return same and candidates[: len(self.evaluations)] == self.evaluations
 
     def take(self, evaluation: Evaluation, sampler: BaseSampler | None) -> None:
-        """One more; as if `sampler` had proposed it, where one is given."""
+        """Adds an evaluation to the study; with a `sampler`, as if that had proposed it."""
         self.evaluations += (evaluation,)
         value, state = value_and_state(evaluation, self.constraints.metric)
         violations = {name: max(0.0, value) for name, value in self.constraints.of(evaluation).items()}
@@ -137,14 +137,13 @@ class _Past:
 
 
 def _fixed(study: optuna.Study, space: Macroarchitecture, plan: FactorizationPlan) -> optuna.Trial:
-    """A running trial with the rates of a plan."""
+    """A running trial with the rates of `plan`."""
     study.enqueue_trial(index_parameters(space, plan))
     return study.ask(index_distributions(space))
 
 
 def _candidates(history: History) -> tuple[Evaluation, ...]:
-    """The trials that a sampler sees: without the reference, which exceeds the ceilings, and those without a
-    value."""
+    """The evaluations that a sampler sees: not the reference, which exceeds the ceilings, nor those without a value."""
 
     def told(evaluation: Evaluation) -> bool:
         value, state = value_and_state(evaluation, history.constraints.metric)
@@ -164,6 +163,6 @@ def _study(storage: BaseStorage) -> optuna.Study:
 
 
 def _end(study: optuna.Study) -> None:
-    """Samplers do not look at failed trials: the study holds the history alone again."""
+    """Fails the running trials, which samplers then ignore: the study holds the history alone again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -1,6 +1,6 @@
-"""Where studies and their files are kept: Optuna storages by URL, the journal file of a run folder, artifact stores.
+"""Optuna storages by URL, the journal file of a run folder, and artifact stores.
 
-A storage on another machine may be out of reach for a while: calls are made again until it answers.
+Calls to a storage that cannot be reached are repeated until it answers, for up to PATIENCE seconds.
 """
 
 import re
@@ -27,21 +27,23 @@ if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
 PATIENCE = 600.0
-"""Seconds that a storage may be out of reach before work on its study ends."""
+"""Seconds that a storage may be unreachable before the work on its study ends: enough to restart a server."""
 PAUSE = 2.0
-"""Seconds between two attempts to reach it."""
+"""Seconds between two attempts to reach a storage."""
 TIMEOUT = 30
-"""Seconds after which a silent connection to PostgreSQL or MySQL counts as lost."""
+"""Seconds after which a connection to PostgreSQL or MySQL without an answer counts as lost."""
 GRACE = 3
-"""Seconds after which a journal's lock counts as that of a process that was killed."""
-CREATING = 10
-"""Attempts to open a data base whose tables are just being created."""
+"""Seconds after which the lock of a journal file counts as left by a killed process."""
+ATTEMPTS = 10
+"""At most this many attempts, half a second apart, to open a database while another process creates its tables."""
 
 
 def open_url(url: str, new: bool = True) -> BaseStorage:
-    """The storage behind a URL: one of SQLAlchemy's (``optuna.storages.RDBStorage``), ``grpc://host:port``
-    (``GrpcStorageProxy``) or ``journal:PATH``, a journal file that several processes share; `new`: its file is made.
-    Raises FnetError, without the password, for one that cannot be opened."""
+    """The storage behind a URL: one of SQLAlchemy (``optuna.storages.RDBStorage``), ``grpc://host:port``
+    (``GrpcStorageProxy``), or ``journal:PATH``, a journal file that several processes share. `new` creates its file.
+
+    Raises FnetError, which hides the password, if it cannot be opened.
+    """
     check_there(url, new)
     try:
         if url.startswith("journal:"):
@@ -52,7 +54,7 @@ def open_url(url: str, new: bool = True) -> BaseStorage:
 
 
 def _without_password(text: str, url: str) -> str:
-    """What is said about a URL, by others who may quote it."""
+    """A message of a library that may quote the URL, with the password masked."""
     text = text.replace(url, masked(url))
     for secret in re.findall(r"(?<=://)[^:/@]*:(.+)@", url):
         text = text.replace(secret, "***").replace(unquote(secret), "***")
@@ -60,7 +62,7 @@ def _without_password(text: str, url: str) -> str:
 
 
 def _rdb(url: str) -> RDBStorage:
-    """Connections are looked at before they are used, and given up where nothing comes back."""
+    """A relational database. Connections are tested before use and dropped if no answer comes for TIMEOUT seconds."""
     from sqlalchemy.exc import SQLAlchemyError
 
     limits: dict[str, Any] = {}
@@ -73,8 +75,8 @@ def _rdb(url: str) -> RDBStorage:
     while True:
         try:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
-        except SQLAlchemyError as error:  # two processes create its tables at the same time
-            if attempt == CREATING or not re.search(r"(?i)already exists|duplicate", str(error)):
+        except SQLAlchemyError as error:  # another process is creating the tables
+            if attempt == ATTEMPTS or not re.search(r"(?i)already exists|duplicate", str(error)):
                 raise
         attempt += 1
         time.sleep(0.5)
@@ -90,7 +92,7 @@ def _grpc(url: str) -> BaseStorage:
     return proxy
 
 
-# A storage that is out of reach for a while
+# Storages that are unreachable for a while
 
 
 def _patiently(name: str) -> Callable[..., Any]:
@@ -111,16 +113,16 @@ def _patiently(name: str) -> Callable[..., Any]:
 
 
 class _Patient:
-    """Every method of a storage (`BaseStorage`), made again while it is out of reach.
+    """A storage whose methods (those of `BaseStorage`) are repeated while it cannot be reached.
 
-    A call whose answer was lost may take effect twice: attributes and states are then set to the same again, a second
-    trial is seen as that (`leases`).
+    A call whose answer was lost may take effect twice. That is harmless for attributes and states, which are set to the
+    same value again; a second trial is recognized as such (`leases`).
     """
 
     def __init__(self, storage: BaseStorage) -> None:
         self.storage = storage
         self.tell: Callable[[str], None] = lambda text: None
-        """Told of each attempt that failed."""
+        """Called with a message after each failed attempt."""
 
 
 _methods = {name: _patiently(name) for name in dir(BaseStorage) if not name.startswith("_")}
@@ -133,7 +135,7 @@ def _patient(storage: BaseStorage) -> BaseStorage:
 
 
 def telling(storage: BaseStorage, tell: Callable[[str], None]) -> None:
-    """Has `tell` told when a storage is out of reach."""
+    """Lets `tell` be called with a message whenever the storage cannot be reached."""
     if isinstance(storage, _Patient):
         storage.tell = tell
 
@@ -143,13 +145,14 @@ def _line(error: BaseException) -> str:
 
 
 def _unreachable(error: Exception) -> bool:
-    """Whether a storage could not be reached (or, of SQLite, is busy): no fault of what was asked of it."""
+    """Whether an error means that the storage cannot be reached (or that SQLite is busy): the call may succeed
+    later."""
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     cause = error.__cause__ or error
     if isinstance(cause, InterfaceError | OperationalError):
         return not isinstance(cause.orig, sqlite3.Error) or "locked" in str(cause)
-    code = getattr(error, "code", None)  # of a grpc.RpcError, whose package is an extra
+    code = getattr(error, "code", None)  # grpc.RpcError, recognized without importing grpc, an extra
     return callable(code) and getattr(code(), "name", "") in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
@@ -157,10 +160,10 @@ def _unreachable(error: Exception) -> bool:
 
 
 def open_journal(journal: Path) -> BaseStorage:
-    """The journal file of a run folder whose lock is held.
+    """Opens the journal file of a run folder; the caller holds the folder's lock.
 
-    A torn last line is cut off, and the lock of a process that was killed is dropped. Raises FnetError for a file of
-    something else.
+    Cuts off an incomplete last line and removes the lock of a killed process. Raises FnetError if the file is not a
+    journal.
     """
     journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
     _cut_torn(journal)
@@ -168,7 +171,7 @@ def open_journal(journal: Path) -> BaseStorage:
 
 
 def read_journal(journal: Path) -> BaseStorage:
-    """A journal file to look at: it stays as it is. Raises FnetError where it is missing, or something else."""
+    """Opens a journal file without changing it. Raises FnetError if it is missing or not a journal."""
     if not journal.is_file():
         raise FnetError(f"cannot read journal {journal}: there is no such file")
     return _journal(journal, JournalFileBackend(str(journal)))
@@ -186,8 +189,8 @@ def _journal(path: Path, backend: JournalFileBackend) -> BaseStorage:
 
 
 def _cut_torn(journal: Path) -> None:
-    """What a process that was killed had begun to write is no line. Raises FnetError for a file of something else, of
-    which nothing would be left."""
+    """Cuts off an incomplete last line, which a killed process has left. Raises FnetError if the file is not a journal:
+    nothing would remain of it."""
     with journal.open("a+b") as opened:
         end = opened.seek(0, 2)
         opened.seek(max(0, end - 1))
@@ -196,12 +199,12 @@ def _cut_torn(journal: Path) -> None:
             content = opened.read()
             whole = content.rfind(b"\n") + 1
             if not whole and not content.startswith(b"{"):
-                raise FnetError(f"cannot read journal {journal}: it is something else")
+                raise FnetError(f"cannot read journal {journal}: it is not a journal of Optuna")
             opened.truncate(whole)
 
 
 class _Journal(JournalFileBackend):
-    """A journal file in which what is recorded `together` is one write, or none where that fails."""
+    """A journal file that writes what is recorded `together` at once, or not at all if the write fails."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -224,10 +227,10 @@ class _Journal(JournalFileBackend):
 
 
 class _SharedJournal(JournalFileBackend):
-    """A journal file that several processes write to, any of which may be killed.
+    """A journal file that several processes write to, each of which may be killed.
 
-    The system drops the lock of a process that is gone at once; Optuna's own, which stays behind, is taken as well, for
-    others that write to the file (the Optuna dashboard).
+    Uses a file lock, which the system releases when its process ends. Optuna's own lock, which a killed process leaves
+    behind, is taken too, for other programs that write to the file (the Optuna dashboard).
     """
 
     def __init__(self, path: str) -> None:
@@ -237,14 +240,17 @@ class _SharedJournal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with self._alone:
             _cut_torn(Path(self._file_path))
-            with suppress(RuntimeError):  # it was taken for dead, held up while it wrote
+            with suppress(RuntimeError):  # Optuna's lock was removed as stale while this process was slow to write
                 super().append_logs(logs)
 
 
 @contextmanager
 def together(storage: BaseStorage) -> Iterator[None]:
-    """Attributes that are set meanwhile reach the journal of a run folder in one write: each is synced to the disk,
-    which takes milliseconds on some. They cannot be read before."""
+    """Attributes that are set inside reach the journal of a run folder in one write at the end, and cannot be read
+    before.
+
+    Each write is synced to disk, which takes milliseconds on some.
+    """
     journal = getattr(storage, "_backend", None)
     with journal.together() if isinstance(journal, _Journal) else nullcontext():
         yield
@@ -258,8 +264,8 @@ def has_study(storage: BaseStorage, name: str) -> bool:
 
 
 def open_artifacts(where: str) -> "ArtifactStore":
-    """A shared folder, ``s3://bucket`` (``optuna.artifacts.Boto3ArtifactStore``) or ``gs://bucket``
-    (``GCSArtifactStore``), with the credentials that their libraries find. Raises FnetError for one that is not there.
+    """The artifact store at a folder, ``s3://bucket`` (``optuna.artifacts.Boto3ArtifactStore``) or ``gs://bucket``
+    (``GCSArtifactStore``), with the credentials that these libraries find. Raises FnetError if it cannot be opened.
     """
     kind, remote, bucket = where.partition("://")
     try:

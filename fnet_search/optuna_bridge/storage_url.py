@@ -1,11 +1,11 @@
-"""What a request says of a storage: its URL, and how long a lease lasts. No Optuna, which takes a second to import."""
+"""Storage URLs and the length of a lease, without importing Optuna, which takes a second."""
 
 import re
 from pathlib import Path
 
 from fnet_search.base.errors import FnetError
 
-WANTED = "an Optuna URL is wanted, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
+WANTED = "give an Optuna storage URL, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
 LEASE_SECONDS = 120.0
 """A lease that is not renewed for this long counts as abandoned. Longer than a network outage of a minute."""
 
@@ -22,7 +22,7 @@ def cannot_open(url: str, reason: str) -> FnetError:
 
 
 def check_there(url: str, new: bool) -> None:
-    """Raises FnetError for a file that is not there; for the folder of a journal where a `new` file may be made."""
+    """Raises FnetError if the file of a URL does not exist; if it may be `new`, only if a journal's folder does not."""
     file = re.fullmatch(r"(journal:|sqlite(?:\+\w+)?:///)([^?]+)(?:\?.*)?", url)
     if file is None:
         return

@@ -1,4 +1,4 @@
-"""The trials of a study that anybody made, as a policy sees them. No torch."""
+"""The history that a policy sees of any Optuna study. No torch."""
 
 import warnings
 from collections import Counter
@@ -29,14 +29,16 @@ from fnet_search.policy.evaluation import Evaluation, Probes
 from fnet_search.policy.protocol import History
 
 FAILURES = 3
-"""A plan whose trial failed is suggested again, since its worker may have died; after so many it counts as failed."""
+"""A plan whose trial failed is suggested again, since its worker may have died; after this many failures it counts as
+failed."""
 
 
 @dataclass
 class TrialHistory:
-    """Makes a `History` of trials: of what was reported, else of an objective's values; keeps what has ended.
+    """Turns the trials of a study into a `History`: from reported evaluations, or else from the objective's values.
 
-    Trials whose parameters stand for no plan of the space are left out, with one warning.
+    Evaluations of trials that have ended are cached. Trials whose parameters are not a plan of the space are left out,
+    with one warning.
     """
 
     space: Macroarchitecture
@@ -45,29 +47,30 @@ class TrialHistory:
     probes: Probes | None
     _study: tuple[BaseStorage, int] | None = field(default=None, init=False, repr=False)
     _ended: dict[int, Evaluation | None] = field(default_factory=dict, init=False, repr=False)
-    """A cache of that study: by trial its evaluation. Trials that ended do not change any more."""
+    """A cache for that study: the evaluation of each trial that has ended, which never changes."""
     _warned: bool = field(default=False, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_study": None, "_ended": {}}
 
     def of(self, study: Study, trials: Iterable[FrozenTrial]) -> History:
-        """Running are the plans of running trials, and last those of enqueued ones, which have no number yet.
+        """The history of `trials`. Its running plans are those of running trials, then those of enqueued ones, which
+        have no number yet.
 
-        Raises ValueError for a trial whose evaluation was not reported, and that has several values, or whose value
-        cannot be taken for what the constraints' metric compares.
+        Raises ValueError for a trial without a reported evaluation that has several values, or a value that is not the
+        score under the constraints' metric.
         """
         if self._study != (study._storage, study._study_id):
             self._study, self._ended = (study._storage, study._study_id), {}
         evaluations, running = dict[int, Evaluation](), dict[int, FactorizationPlan]()
-        unnumbered, waiting, strange = list[Evaluation](), list[FactorizationPlan](), list[FrozenTrial]()
+        unnumbered, waiting, unreadable = list[Evaluation](), list[FactorizationPlan](), list[FrozenTrial]()
         failures = Counter[FactorizationPlan]()
         for trial in trials:
             number = trial.user_attrs.get(NUMBER)
             if trial.state.is_finished():
                 evaluation = self._evaluation(study, trial, failures)
                 if evaluation is None:
-                    strange += [trial] if _unread(trial) else []
+                    unreadable += [trial] if _unread(trial) else []
                     continue
                 if number is None or number in evaluations:
                     unnumbered.append(evaluation)
@@ -78,8 +81,8 @@ class TrialHistory:
                     waiting.append(plan)
                 else:
                     running[number] = plan
-        self._warn(strange)
-        for evaluation in unnumbered:  # added by other means than suggestions
+        self._warn(unreadable)
+        for evaluation in unnumbered:  # of trials that were added without a suggestion
             number = lowest_free(evaluations.keys() | running.keys())
             evaluations[number] = replace(evaluation, number=number)
         return History(
@@ -93,11 +96,12 @@ class TrialHistory:
         )
 
     def forget(self, trial: FrozenTrial) -> None:
-        """What was read of a trial that is not stored as ended yet, and may not be."""
+        """Drops the cached evaluation of a trial that was read as ended before Optuna has stored it as such."""
         self._ended.pop(trial._trial_id, None)
 
     def _plan(self, trial: FrozenTrial) -> FactorizationPlan | None:
-        """Of an unfinished trial: of its parameters, or before they are sampled of what it has fixed or claimed."""
+        """The plan of an unfinished trial: from its parameters or, before they are sampled, from what is fixed or
+        claimed."""
         plan = plan_of_trial(self.space, trial) or plan_from_indices(self.space, fixed_indices(self.space, trial))
         return plan or written_plan(self.space, str(trial.user_attrs.get(PLAN, "")))
 
@@ -113,12 +117,13 @@ class TrialHistory:
             )
 
     def _evaluation(self, study: Study, trial: FrozenTrial, failures: Counter[FactorizationPlan]) -> Evaluation | None:
-        """None for one that never had a plan, and for failed ones, until their plan failed too often."""
+        """The evaluation of a finished trial. None for a trial without a plan, and for a failed one whose plan has
+        failed fewer than FAILURES times."""
         if trial._trial_id in self._ended:
             return self._ended[trial._trial_id]
         plan, reported = plan_of_trial(self.space, trial), read_evaluation(trial)
         if reported is not None and written_plan(self.space, str(reported.plan)) is None:
-            plan = None  # of another space, whose parameters have the same names
+            plan = None  # of another space with the same layer names
         if plan is not None and reported is None and trial.state is TrialState.FAIL:
             failures[plan] += 1
             if failures[plan] != FAILURES:
@@ -130,7 +135,7 @@ class TrialHistory:
         return evaluation
 
     def _measured(self, study: Study, trial: FrozenTrial, plan: FactorizationPlan) -> Evaluation:
-        """What an objective that reports no evaluation tells."""
+        """The evaluation of a trial whose objective reported none, from its values."""
         reason = trial.user_attrs.get(REASON, "")
         known: dict[str, Any] = {"number": trial.user_attrs.get(NUMBER, 0)}
         if trial.state is TrialState.PRUNED:
@@ -153,10 +158,11 @@ class TrialHistory:
 
 
 def _unread(trial: FrozenTrial) -> bool:
-    """Whether a trial that ended, and gave no evaluation, might have given one: nobody said why not."""
+    """Whether a finished trial without an evaluation was expected to have one: it did not fail and gives no reason."""
     return bool(trial.params) and trial.state is not TrialState.FAIL and REASON not in trial.user_attrs
 
 
 def accuracy_of(study: Study, value: float) -> float:
-    """Of an objective's value, and the value of an accuracy: where a study minimises, errors are meant."""
+    """The accuracy that an objective's value stands for, and the inverse: a study that minimises has errors, 1 -
+    accuracy."""
     return 1 - value if study.directions[0] is StudyDirection.MINIMIZE else value

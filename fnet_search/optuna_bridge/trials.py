@@ -1,4 +1,4 @@
-"""A candidate as an Optuna trial: its parameters, attributes, constraints, value and state. No torch."""
+"""The format of a candidate as an Optuna trial: parameters, attributes, constraints, value and state. No torch."""
 
 import json
 from collections.abc import Mapping
@@ -18,49 +18,51 @@ from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.metric import MetricName
 
 EVALUATION = "fnet_search:evaluation"
-"""System attribute with the whole evaluation: what a history is rebuilt from. The text of a JSON object, which takes a
-quarter of the object's memory. The dashboard shows no such."""
+"""System attribute with the whole evaluation, from which histories are rebuilt. It is the text of a JSON object, which
+takes a quarter of the object's memory; the dashboard does not show system attributes."""
 LIMITS = "fnet_search:constraints"
-"""System attribute with the constraints that a suggestion was made under."""
+"""System attribute with the constraints under which a suggestion was made."""
 NUMBER = "number"
-"""User attribute with the number of the suggestion, which is ours and has no holes."""
+"""User attribute with the number of the suggestion: unlike the trial's number, it has no gaps."""
 PLAN = "plan"
-"""User attribute with the plan as text, from the moment of its suggestion."""
+"""User attribute with the plan as text, set when it is suggested."""
 ROLE, START, EPOCHS = "role", "start", "planned_epochs"
-"""User attributes: what a plan is trained for, from ``scratch`` or ``warm``, and for how many epochs at most."""
+"""User attributes: the role of the training, its start (``scratch`` or ``warm``), and the most epochs it may take."""
 REASON = "reason"
-"""User attribute that says why a plan was refused, stopped, or failed; or what is wrong with a trained network."""
+"""User attribute: why a plan was refused, stopped or failed, or what is wrong with its trained network."""
 
 
-# Parameters: indices where an optimizer chooses them, since it needs their order; rates where people read them.
+# Parameters are indices of rates where an optimizer chooses them, since it needs their order, and rates where people
+# read them.
 
 
 def index_distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
-    """An optimizer's view of a space: per layer the index of its rate among the legal ones."""
+    """A space for an optimizer: for each layer the index of its rate among the legal ones."""
     return {layer: IntDistribution(0, len(rates) - 1) for layer, rates in legal_rates(space).items()}
 
 
 def index_parameters(space: Macroarchitecture, plan: FactorizationPlan) -> dict[str, int]:
-    """A plan as the parameters of a trial."""
+    """A plan as parameters with `index_distributions`."""
     return dict(zip(legal_rates(space), indices(space, plan), strict=True))
 
 
 def plan_from_indices(space: Macroarchitecture, params: Mapping[str, Any]) -> FactorizationPlan | None:
-    """Inverse of `index_parameters`; None where a layer is missing, or has a value that stands for no rate."""
+    """Inverse of `index_parameters`. None if a layer is missing or its value is not an index of a rate."""
     chosen = tuple(_index(params.get(layer), len(rates)) for layer, rates in legal_rates(space).items())
     return None if None in chosen else from_indices(space, tuple(index for index in chosen if index is not None))
 
 
 def rate_distributions(space: Macroarchitecture) -> dict[str, BaseDistribution]:
-    """What people see of a space: per layer its rate. Logarithmic, as rates double; not all values are legal."""
+    """A space for people: the rate of each layer, on a logarithmic scale, since rates double. Not all values are
+    legal."""
     return {layer: IntDistribution(1, rates[-1], log=True) for layer, rates in legal_rates(space).items()}
 
 
 def plan_of_trial(space: Macroarchitecture, trial: FrozenTrial) -> FactorizationPlan | None:
-    """The plan of a trial that anybody made: its parameters are indices or rates, as their distributions say.
+    """The plan of any trial: its parameters are indices or rates, as their distributions tell.
 
-    None where a layer is missing, where a distribution says neither or a value is no legal rate, and where a plan of
-    another space was written.
+    None if a layer is missing, a distribution fits neither, a value is not a legal rate, or the trial's PLAN is one of
+    another space.
     """
     legal, text = legal_rates(space), trial.user_attrs.get(PLAN)
     if not legal.keys() <= trial.params.keys():
@@ -73,7 +75,7 @@ def plan_of_trial(space: Macroarchitecture, trial: FrozenTrial) -> Factorization
 
 
 def written_plan(space: Macroarchitecture, text: str) -> FactorizationPlan | None:
-    """Inverse of ``str(plan)``; None for a plan of another space."""
+    """Inverse of ``str(plan)``. None for a plan of another space."""
     parts = (part.rpartition("=") for part in text.split(","))
     try:
         plan = make_plan(space, {layer: int(rate) for layer, _, rate in parts})
@@ -83,8 +85,11 @@ def written_plan(space: Macroarchitecture, text: str) -> FactorizationPlan | Non
 
 
 def _rate(value: Any, distribution: BaseDistribution, legal: tuple[int, ...]) -> int | None:
-    """What a parameter stands for. Its values are indices if they are all of them; rates if they are legal ones to
-    choose from, or logarithmic, or too large for indices, and none is 0."""
+    """The rate that a parameter's value stands for, or None.
+
+    The values are indices if their distribution covers exactly all indices. They are rates if none is 0 and they are
+    choices among legal rates, or on a logarithmic scale, or too large to be indices.
+    """
     if distribution == IntDistribution(0, len(legal) - 1):
         index = _index(value, len(legal))
         return None if index is None else legal[index]
@@ -100,37 +105,38 @@ def _rate(value: Any, distribution: BaseDistribution, legal: tuple[int, ...]) ->
 
 
 def fixed_indices(space: Macroarchitecture, trial: FrozenTrial) -> dict[str, int]:
-    """The rates that an enqueued trial has fixed, by layer; without values that stand for none."""
+    """The rate indices that an enqueued trial has fixed, by layer; values that are not an index are left out."""
     fixed = trial.system_attrs.get("fixed_params", {})
     indices = {layer: _index(fixed.get(layer), len(rates)) for layer, rates in legal_rates(space).items()}
     return {layer: index for layer, index in indices.items() if index is not None}
 
 
 def _index(value: Any, rates: int) -> int | None:
-    """Of a rate, which a user may have written as a float, or read from a table."""
+    """A value as an index below `rates`, or None. Users may have written it as a float, or read it with numpy."""
     if isinstance(value, int | float | np.integer) and 0 <= value < rates and value == int(value):
         return int(value)
     return None
 
 
 def read_constraints(trial: FrozenTrial) -> Constraints | None:
-    """The constraints that a suggestion was made under, where `write_constraints` wrote them."""
+    """The constraints that `write_constraints` wrote; None if there are none."""
     limits = trial.system_attrs.get(LIMITS)
     return None if limits is None else Constraints(**limits)
 
 
 def write_constraints(storage: BaseStorage, trial: FrozenTrial, constraints: Constraints) -> None:
-    """Writes the constraints of a suggestion into its trial, where an objective finds them behind any sampler."""
+    """Writes the constraints of a suggestion into its trial, so that an objective finds them whatever the sampler."""
     storage.set_trial_system_attr(trial._trial_id, LIMITS, asdict(constraints))
 
 
 def suggestion_attributes(space: Macroarchitecture, number: int, plan: FactorizationPlan) -> dict[str, Any]:
-    """What is known of a suggestion, as user attributes."""
+    """The user attributes of a suggestion."""
     return {NUMBER: number, PLAN: str(plan), "label": label(space, plan)}
 
 
 def write_evaluation(trial: Trial, constraints: Constraints, evaluation: Evaluation) -> None:
-    """Writes an evaluation into its running trial: scalars for people, violations for samplers, last the whole."""
+    """Writes an evaluation into its running trial: scalars for people, violations for samplers, and all of it at the
+    end."""
     cost = evaluation.cost
     scalars = {
         "conv_macs": cost.conv_macs,
@@ -153,25 +159,25 @@ def write_evaluation(trial: Trial, constraints: Constraints, evaluation: Evaluat
     for name, violation in constraints.of(evaluation).items():
         trial.set_constraint(name, violation)
         trial.set_user_attr(f"violation_{name}", violation)
-    # Last, since a trial with this attribute that is told counts as done.
+    # Last: a trial that has this attribute counts as measured, even if its worker dies before it ends the trial.
     text = json.dumps(evaluation.to_json(), separators=(",", ":"))
     trial.storage.set_trial_system_attr(trial._trial_id, EVALUATION, text)
 
 
 def read_evaluation(trial: FrozenTrial) -> Evaluation | None:
     """The evaluation that `write_evaluation` wrote; None if there is none."""
-    data = trial.system_attrs.get(EVALUATION) or trial.user_attrs.get("evaluation")  # where it was once
+    data = trial.system_attrs.get(EVALUATION) or trial.user_attrs.get("evaluation")  # of earlier versions
     return Evaluation.from_json(json.loads(data) if isinstance(data, str) else data) if data else None
 
 
 def value_and_state(evaluation: Evaluation, metric: MetricName) -> tuple[float | None, TrialState]:
-    """Of an evaluation's trial, the value its quint8 score. Optuna gives a pruned trial the last score that was
-    reported."""
+    """The value (quint8 score under `metric`) and state of an evaluation's trial. Optuna itself gives a pruned trial
+    the last score that was reported."""
     return evaluation.scores(metric).quint8, state_of(evaluation)
 
 
 def state_of(evaluation: Evaluation) -> TrialState:
-    """Of an evaluation's trial; samplers ignore failed ones."""
+    """The state of an evaluation's trial. Samplers ignore failed trials."""
     pruned = dict.fromkeys(("refused", "pruned"), TrialState.PRUNED)
     states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, **pruned}
     return states[evaluation.state]

@@ -26,12 +26,12 @@ from fnet_search.report.style import (
 
 @dataclass(frozen=True)
 class RunFigure:
-    """A figure of a run's report. Its `name` is that of its file; the `caption` says what to look for in it."""
+    """A figure of a run's report: the name of its file, and a caption that says what to look for."""
 
     name: str
     caption: str
     draw: Callable[[Outcome], Figure | None]
-    """None where it would show nothing."""
+    """Returns None if there is nothing to show."""
 
 
 def _against_macs(panel: str) -> Callable[[Outcome], Figure | None]:
@@ -72,7 +72,7 @@ def _front(outcome: Outcome) -> Figure | None:
 
 
 def _trained(outcome: Outcome) -> list[Evaluation]:
-    """Best first."""
+    """The trained candidates, best first."""
     return ranking(outcome.evaluations, outcome.constraints)
 
 
@@ -127,7 +127,7 @@ FIGURES: tuple[RunFigure, ...] = (
     ),
     RunFigure(
         "front",
-        "What the policy expects of the best plan at every budget, after all it has seen: look where the line "
+        "What the policy expects of the best plan at every budget, from everything measured so far: look where the line "
         "bends before you fix a budget. front.csv has the plans.",
         _front,
     ),
@@ -136,18 +136,18 @@ FIGURES: tuple[RunFigure, ...] = (
 
 
 def run_figures(outcome: Outcome) -> dict[str, Figure]:
-    """The figures of a run by name: those of FIGURES that show something."""
+    """The figures of a run by name, without those that have nothing to show."""
     drawn = {figure.name: figure.draw(outcome) for figure in FIGURES}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def caption(name: str) -> str:
-    """Of the figure of that name."""
+    """The caption of the figure called `name`."""
     return next(figure.caption for figure in FIGURES if figure.name == name)
 
 
 def save_figures(drawn: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Writes each as a PNG called after its name; returns the files."""
+    """Writes each figure as a PNG file named after it. Returns the paths."""
     paths = {folder / f"{name}.png": figure for name, figure in drawn.items()}
     for path, figure in paths.items():
         save_png(figure, path)

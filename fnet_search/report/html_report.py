@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from operator import attrgetter
 from pathlib import Path
 
 from fnet_search.arch.costs import plan_cost
@@ -239,7 +240,8 @@ def _training(evaluation: Evaluation) -> str:
     zero_shot = (
         f", {percent(evaluation.zero_shot_accuracy)} before" if evaluation.zero_shot_accuracy is not None else ""
     )
-    return f'{epochs}<span class="reason">from {evaluation.parent} ({evaluation.inherited_epochs} epochs){zero_shot}</span>'
+    parent = f"from {evaluation.parent} ({evaluation.inherited_epochs} epochs)"
+    return f'{epochs}<span class="reason">{parent}{zero_shot}</span>'
 
 
 def _explained(explanation: Explanation | None, constraints: Constraints) -> list[tuple[str, str]]:
@@ -340,7 +342,7 @@ def write_report(
     space, best = outcome.space, outcome.winner
     ranked = ranking(outcome.evaluations, outcome.constraints)
     others = sorted(
-        (evaluation for evaluation in outcome.evaluations if evaluation not in ranked), key=lambda one: one.number
+        (evaluation for evaluation in outcome.evaluations if evaluation not in ranked), key=attrgetter("number")
     )
     if best is not None and all(
         (evaluation.number, evaluation.scheme) != (best.number, best.scheme) for evaluation in ranked
@@ -364,10 +366,9 @@ def write_report(
         graph = figure_html(drawing(space, best.plan), built, "graph of the network")
         layers.append(f'<div class="layers"><h3>{name}</h3>{_layers(best)}</div>{graph}')
     for evaluation in ranked[:DETAILED]:
-        summary = f"{evaluation.number}: {escape(label(space, evaluation.plan))}, {percent(evaluation.quint8_accuracy)} in quint8"
-        layers.append(
-            f'<details class="layers" id="layers-{evaluation.number}"><summary>{summary}</summary>{_layers(evaluation)}</details>'
-        )
+        number, accuracy = evaluation.number, percent(evaluation.quint8_accuracy)
+        summary = f"<summary>{number}: {escape(label(space, evaluation.plan))}, {accuracy} in quint8</summary>"
+        layers.append(f'<details class="layers" id="layers-{number}">{summary}{_layers(evaluation)}</details>')
     if len(ranked) > DETAILED:
         layers.append(f'<p class="soft">The best {DETAILED} of {len(ranked)}; layers.csv of each has the others.</p>')
     sections.append(("Layers", "".join(layers) or nothing))

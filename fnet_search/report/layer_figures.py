@@ -26,11 +26,12 @@ from fnet_search.report.style import (
     style,
 )
 
-SHOWN = 6  # networks of a search in a figure of layers
+SHOWN = 6
+"""The most networks of a search in a figure of layers."""
 Slot = tuple[str, bool]
-"""A place on the axis of layers: a layer of the space, and whether it is its pointwise part."""
+"""A position on the axis of layers: a layer of the space, and whether it is the layer's pointwise part."""
 NAMES, LONGEST = 64, 26
-"""Names of layers that fit side by side, and the characters of one."""
+"""The most names of layers side by side, and the most characters of a name."""
 Values = Mapping[str, Callable[[LayerStats], float | None]]
 RANGES: Values = {
     "weight range": lambda layer: layer.weight_max - layer.weight_min,
@@ -50,19 +51,19 @@ SQNRS: Values = {
 
 
 def selection(constraints: Constraints, evaluations: Sequence[Evaluation], limit: int = SHOWN) -> list[Evaluation]:
-    """The networks worth comparing layer by layer: the best one, the extremes (most MACs, fewest, largest drop), then
-    the next best. Those with the most MACs first."""
+    """At most `limit` networks to compare layer by layer: the best one, the extremes (most MACs, fewest, largest drop),
+    then the next best. Ordered by MACs, most first."""
     ranked = [evaluation for evaluation in ranking(tuple(evaluations), constraints) if evaluation.layers]
     if not ranked:
         return []
-    by_macs = sorted(ranked, key=lambda one: one.cost.conv_macs)
-    worst = max(ranked, key=lambda one: one.scores(constraints.metric).relative_drop or 0.0)
+    by_macs = sorted(ranked, key=lambda evaluation: evaluation.cost.conv_macs)
+    worst = max(ranked, key=lambda evaluation: evaluation.scores(constraints.metric).relative_drop or 0.0)
     chosen = list(dict.fromkeys([ranked[0], by_macs[-1], by_macs[0], worst, *ranked]))[:limit]
-    return sorted(chosen, key=lambda one: (-one.cost.conv_macs, one.number))
+    return sorted(chosen, key=lambda evaluation: (-evaluation.cost.conv_macs, evaluation.number))
 
 
 def slot_of(plan: FactorizationPlan, layer: str) -> Slot:
-    """Where a layer of a plan's network stands: a grouped convolution where the plain one would."""
+    """The slot of a layer of a plan's network. A grouped convolution has that of the layer it replaces."""
     for name, rate in plan.rates:
         if rate > 1 and layer in (f"{name}.grouped", f"{name}.pointwise"):
             return name, layer.endswith(".pointwise")
@@ -70,19 +71,19 @@ def slot_of(plan: FactorizationPlan, layer: str) -> Slot:
 
 
 def _slots(evaluation: Evaluation) -> list[tuple[Slot, LayerStats]]:
-    """Every measured layer with its slot."""
+    """Every layer of an evaluation with its slot."""
     return [(slot_of(evaluation.plan, stats.layer), stats) for stats in evaluation.layers]
 
 
 def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> list[Slot]:
-    """The slots in network order that any of the networks fills, so that networks of different plans line up."""
+    """The slots, in network order, that any of the networks fills, so that networks of different plans line up."""
     filled = {slot for evaluation in evaluations for slot, _ in _slots(evaluation)}
     return [slot for node in space.order for slot in ((node.name, False), (node.name, True)) if slot in filled]
 
 
 def _layer_ticks(slots: Sequence[Slot]) -> dict[int, str]:
-    """Names by place: all where they fit side by side, else those of evenly spread layers, long ones without their
-    beginning."""
+    """Names of ticks by position: all if they fit side by side, otherwise those of evenly spaced layers. Long names lose
+    their beginning."""
     ticks = {place: "pointwise" if pointwise else name for place, (name, pointwise) in enumerate(slots)}
     if len(ticks) > NAMES:
         ticks = {place: name for place, name in ticks.items() if not slots[place][1]}
@@ -91,7 +92,7 @@ def _layer_ticks(slots: Sequence[Slot]) -> dict[int, str]:
 
 
 def layer_panels(figure: Figure, slots: Sequence[Slot], rows: int) -> list[Axes]:
-    """Axes one above the other that share the axis of layers; pointwise slots are shaded."""
+    """`rows` axes one above the other that share the axis of layers. Pointwise slots are shaded."""
     panels: list[Axes] = list(figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
         style(axes)
@@ -132,9 +133,9 @@ def layers_figure(
     values: Values,
     best: Evaluation | None = None,
 ) -> Figure:
-    """A line a network through its KxK convolutions and dense layers; its pointwise convolutions are hollow markers.
+    """A line for each network through its KxK convolutions and dense layers; pointwise convolutions are hollow markers.
 
-    `networks`, at most as many as there are COLOURS, have their names in the legend; the line of `best` is thick.
+    `networks` (name, evaluation) are at most as many as there are COLOURS. The line of `best` is thick.
     """
     figure = new_figure(8.2)
     heading(figure, f"{title} of every layer: {space.name}")
@@ -173,17 +174,17 @@ def layers_figure(
 
 
 def ranges_figure(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> Figure:
-    """The paper's Figure 5: max - min of weights, folded weights and clipped activations, a line a network."""
+    """The paper's Figure 5: max - min of weights, folded weights and clipped activations, a line for each network."""
     return _layers_figure(space, constraints, evaluations, "Ranges", RANGES)
 
 
 def precisions_figure(space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation]) -> Figure:
-    """The right of the paper's Figure 6: average channel precisions (equation 3), a line a network."""
+    """The right of the paper's Figure 6: average channel precisions (equation 3), a line for each network."""
     return _layers_figure(space, constraints, evaluations, "Average channel precisions", PRECISIONS)
 
 
 def candidate_figure(space: Macroarchitecture, evaluation: Evaluation) -> Figure:
-    """One network, layer by layer: from where to where weights and activations reach, precisions, SQNR."""
+    """One network layer by layer: the ranges of weights and activations, precisions, SQNR."""
     figure = new_figure(9.6)
     heading(figure, f"Layers of {plan_name(space, evaluation)}: {space.name}")
     slots = layer_axis(space, [evaluation])

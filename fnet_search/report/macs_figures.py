@@ -34,8 +34,8 @@ STAR = "#e69f00"
 
 @dataclass(frozen=True)
 class Metric:
-    """A panel of Figure 4: what is drawn, in which series, and in which unit. Accuracies are those that the search
-    compares."""
+    """A panel of Figure 4: its series, their unit, and the factor to that unit. Accuracies are those under the run's
+    metric."""
 
     title: str
     unit: str
@@ -47,26 +47,29 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric(
         "Accuracy",
         "accuracy (%)",
-        {"fp32": lambda evaluation, of: evaluation.scores(of).fp32, "quint8": lambda one, of: one.scores(of).quint8},
+        {
+            "fp32": lambda evaluation, metric: evaluation.scores(metric).fp32,
+            "quint8": lambda evaluation, metric: evaluation.scores(metric).quint8,
+        },
         100,
     ),
     "qmse": Metric(
-        "QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda evaluation, of: evaluation.qmse}
+        "QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda evaluation, metric: evaluation.qmse}
     ),
     "qce": Metric(
-        "QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda evaluation, of: evaluation.qce}
+        "QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda evaluation, metric: evaluation.qce}
     ),
     "drop": Metric(
         "Relative drop",
         "accuracy lost to quint8, relative to fp32 (%)",
-        {"relative drop": lambda evaluation, of: evaluation.scores(of).relative_drop},
+        {"relative drop": lambda evaluation, metric: evaluation.scores(metric).relative_drop},
         100,
     ),
 }
 
 
 def _budget(axes: Axes, constraints: Constraints) -> None:
-    """Vertical lines at limits on what lies on the horizontal axis, MMAC."""
+    """Vertical lines at limits on conv MACs, in MMAC."""
     for constraint in constraints.each:
         if constraint.axis == "conv_macs":
             axes.axvline(constraint.limit / 1e6, color=GREY, linestyle="--", linewidth=1, label=constraint.line)
@@ -75,9 +78,9 @@ def _budget(axes: Axes, constraints: Constraints) -> None:
 def macs_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], panel: str
 ) -> Figure:
-    """A panel of the paper's Figure 4: `panel` (a key of METRICS) of every trained candidate against its conv MACs.
+    """A panel of the paper's Figure 4: `panel` (a key of METRICS) of each trained candidate against its conv MACs.
 
-    The best candidate has a star; dashed lines are the constraints. Labels that find no free place are left out.
+    A star marks the best candidate, dashed lines are the constraints. Labels without a free place are left out.
     """
     chosen = METRICS[panel]
     figure = new_figure(4.2)
@@ -130,7 +133,7 @@ def macs_figure(
 def front_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Sequence[Evaluation], explanation: Explanation
 ) -> Figure:
-    """The expected quint8 accuracy of the best plan at every budget, and what was measured of trained candidates."""
+    """The expected quint8 accuracy of the best plan at every budget, and the measured one of trained candidates."""
     figure = new_figure(4.0)
     heading(figure, f"The best plan at every budget, as expected: {space.name}")
     axes = figure.add_subplot()
@@ -138,7 +141,7 @@ def front_figure(
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
     axes.set_ylabel(f"quint8 {constraints.measured} (%)", fontsize=9)
     macs = [conv_macs / 1e6 for _, conv_macs, _ in explanation.front]
-    axes.plot(macs, [100 * one for *_, one in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected")
+    axes.plot(macs, [100 * accuracy for *_, accuracy in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected")
     measured = [
         (evaluation, evaluation.scores(constraints.metric).quint8)
         for evaluation in evaluations

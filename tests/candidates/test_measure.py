@@ -8,7 +8,7 @@ import torch
 
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.layers import Activation, Conv, Dense, Flatten
-from fnet_search.candidates.measure import MEASURED, measure_split
+from fnet_search.candidates.measure import MEASURED_BATCH, measure_split
 from fnet_search.deploy.export import quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.policy.evaluation import Audit, Evaluation
@@ -87,7 +87,7 @@ def test_ties_go_to_the_lowest_class() -> None:
     assert found.qmse == 0
     assert found.kl == pytest.approx(0, abs=1e-12)
     assert found.qce == pytest.approx(np.log(10))
-    assert counts == [*range(MEASURED, 600 + 1, MEASURED)]
+    assert counts == [*range(MEASURED_BATCH, 600 + 1, MEASURED_BATCH)]
     assert found.quint8_loss == pytest.approx(np.log(10))
     assert (found.images, found.right) == (600, f"{2**60 - 1:x}")  # bits in order of the classes: all of class 0
     assert found.classes == (

@@ -25,7 +25,7 @@ from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.candidates.pool import Finished, Probed, Probing, Progressed
 from fnet_search.candidates.probes import probe_layer, probe_tasks
 from fnet_search.candidates.worker_count import cores, how_many, memory_of
-from fnet_search.candidates.workers import DEATHS_ALLOWED, WorkerPool
+from fnet_search.candidates.workers import MAX_DEATHS, WorkerPool
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.quant.scheme import PAPER
@@ -245,11 +245,11 @@ def test_a_candidate_that_kills_its_workers_is_given_up(data: DataSet, tmp_path:
             for event in pool.events():
                 assert isinstance(event, Finished)
                 finished = event
-    assert deaths == DEATHS_ALLOWED
+    assert deaths == MAX_DEATHS
     assert finished is not None
     one = finished.evaluation
     assert (one.number, one.plan, one.cost, one.state) == (3, F2, plan_cost(TINY, F2), "failed")
-    assert one.reason == f"its worker died {DEATHS_ALLOWED} times, lastly with exit code -9"
+    assert one.reason == f"its worker died {MAX_DEATHS} times, lastly with exit code -9"
     assert (one.split, one.scheme, one.seed) == ("validation", "percentile:1", 7)
     assert (one.role, one.parent, one.inherited_epochs, one.epochs) == ("candidate", 1, 5, 0)
 
@@ -261,7 +261,7 @@ def test_what_a_worker_died_of_is_said(data: DataSet, tmp_path: Path, capfd: pyt
         pool.submit(Job(3, DWS, tmp_path / "3"))
         (finished,) = results(pool)
     cause = "of TypeError: '>' not supported between instances of 'int' and 'str'"
-    died = f"its worker died {DEATHS_ALLOWED} times, lastly with exit code 1"
+    died = f"its worker died {MAX_DEATHS} times, lastly with exit code 1"
     assert (finished.evaluation.state, finished.evaluation.reason) == ("failed", f"{died}, {cause}")
     assert capfd.readouterr() == ("", "")
 

@@ -206,7 +206,7 @@ def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
 def test_results(
     done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fnet_search.comparison.results.figures", result_figures)
+    monkeypatch.setattr("fnet_search.comparison.results.result_figures", result_figures)
     page = write_results(STUDY, done[1], tmp_path).read_text()
     found = table(tmp_path / "networks.csv")
     keys = [(one["variant"], one["seed"], one["plan"], one["scheme"]) for one in found]

@@ -232,17 +232,17 @@ def test_verdict_names_the_layer_that_costs_and_the_one_that_gives_back() -> Non
 def test_verdict_says_what_is_noise() -> None:
     assert verdict(made(replace(part("a", 0.001), only_kl=0.5), part("b", 0.009, 0.001))) == (
         "quint8 costs 10.0 ± 1.0 points. No layer stands out by itself: b, the costliest, loses 0.9 ± 0.4 points when "
-        "only it is quantized, which may be noise (by KL divergence, which is less noisy: a); left in float it gives "
-        "back 0.1 ± 0.4 points."
+        "only it is quantized, which may be noise (by KL divergence, which is less noisy, a costs most); left in float "
+        "it gives back 0.1 ± 0.4 points."
     )
     assert verdict(made(part("a", 0.001, 0.008), part("b", 0.019, 0.001))).endswith(
         "; no layer left in float gives back more than the noise."
     )
     assert verdict(made(part("a", 0.001), part("b", 0.009), drop=0.01)) == (
-        "quint8 costs nothing that 1,000 images can show: 1.0 ± 1.0 points."
+        "quint8 costs nothing measurable on 1,000 images: 1.0 ± 1.0 points."
     )
     assert verdict(made(part("a", 0.001), part("b", 0.03), drop=0.01)) == (
-        "quint8 costs nothing that 1,000 images can show: 1.0 ± 1.0 points. "
+        "quint8 costs nothing measurable on 1,000 images: 1.0 ± 1.0 points. "
         "b costs most by itself: 3.0 ± 0.4 points when only it is quantized."
     )
 
@@ -443,7 +443,7 @@ def drawn(figure: Figure, caption: str, alt: str) -> str:
 def test_page_of_one_network(
     tiny: tuple[RecordedRun, DataSet], analyses: tuple[NetworkAnalysis, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fnet_search.inspection.analysis_page.png", drawn)
+    monkeypatch.setattr("fnet_search.inspection.analysis_page.figure_html", drawn)
     html = write_analysis(tiny[0], analyses[:1]).read_text()
     assert f'<p class="verdict">{verdict(analyses[0])}</p>' in html
     assert html.count("<img ") == 1 + 2 + 2
@@ -473,7 +473,7 @@ def test_page_escapes_names_of_layers(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_more_networks_than_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fnet_search.inspection.analysis_page.png", drawn)
+    monkeypatch.setattr("fnet_search.inspection.analysis_page.figure_html", drawn)
     plans = named_plans(TINY)
     networks = [synthetic(TINY, plan, name, seed) for seed, (name, plan) in enumerate(plans.items())]
     assert len(networks) > 6

@@ -22,7 +22,7 @@ from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
 from fnet_search.engine.study_record import Sharing, StudyRecord
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge import storage as storages
-from fnet_search.optuna_bridge.leases import LEASE, LEFT, TAKEOVERS, Heart
+from fnet_search.optuna_bridge.leases import LEASE, LEFT, TAKEOVERS, Heartbeat
 from fnet_search.optuna_bridge.storage import open_artifacts, open_url
 from fnet_search.optuna_bridge.trials import EVALUATION
 from fnet_search.policy.conformance import made_up_probes
@@ -52,23 +52,23 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Heart]]]:
+def hearts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Heartbeat]]]:
     """What renews the leases of each worker."""
-    found = defaultdict[str, list[Heart]](list)
+    found = defaultdict[str, list[Heartbeat]](list)
 
-    class Known(Heart):
+    class Known(Heartbeat):
         def __init__(self, storage: BaseStorage, worker: str, seconds: float) -> None:
             super().__init__(storage, worker, seconds)
             found[worker].append(self)
 
-    monkeypatch.setattr("fnet_search.optuna_bridge.leases.Heart", Known)
+    monkeypatch.setattr("fnet_search.optuna_bridge.leases.Heartbeat", Known)
     yield found
     for heart in chain.from_iterable(found.values()):
         heart.stop()
 
 
 @pytest.fixture
-def vanish(hearts: dict[str, list[Heart]]) -> Vanish:
+def vanish(hearts: dict[str, list[Heartbeat]]) -> Vanish:
     """As a process that is killed: its leases are not renewed any more, and nothing is told."""
 
     def gone(record: StudyRecord) -> None:
@@ -79,7 +79,7 @@ def vanish(hearts: dict[str, list[Heart]]) -> Vanish:
 
 
 @pytest.fixture
-def joined(url: str, tmp_path: Path, hearts: dict[str, list[Heart]], monkeypatch: pytest.MonkeyPatch) -> Joined:
+def joined(url: str, tmp_path: Path, hearts: dict[str, list[Heartbeat]], monkeypatch: pytest.MonkeyPatch) -> Joined:
     """Opens the study as the process that works in a folder does."""
     monkeypatch.setattr("fnet_search.engine.study_record.POLL", 0.0)
     monkeypatch.setattr("fnet_search.optuna_bridge.leases.JITTER", 0.0)

@@ -56,7 +56,7 @@ def test_passwords_are_masked(url: str, shown: str) -> None:
     ],
 )
 def test_urls_that_cannot_be_opened(url: str) -> None:
-    with pytest.raises(FnetError, match=r"^cannot open storage .*\(.+\); an Optuna URL is wanted, as in ") as bad:
+    with pytest.raises(FnetError, match=r"^cannot open storage .*\(.+\); give an Optuna storage URL, as in ") as bad:
         open_url(url)
     assert "\n" not in str(bad.value)
     assert "secret" not in str(bad.value)

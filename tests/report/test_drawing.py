@@ -28,8 +28,8 @@ def test_describes_what_tells_layers_apart() -> None:
     assert layer_text(Activation("relu6")) == "relu6"
     assert layer_text(Activation("leaky_relu", 0.1)) == "leaky_relu 0.1"
     assert layer_text(Activation("clip", low=-1, high=0.5)) == "clip -1 to 0.5"
-    assert layer_text(Activation("prelu", per_channel=True)) == "prelu, a slope a channel"
-    assert layer_text(Activation("leaky_relu", (0.1, 0.2))) == "leaky_relu, a slope a channel"
+    assert layer_text(Activation("prelu", per_channel=True)) == "prelu, a slope for each channel"
+    assert layer_text(Activation("leaky_relu", (0.1, 0.2))) == "leaky_relu, a slope for each channel"
     assert layer_text(Pad((0, 1, 0), (0, 1, 2))) == "zeros 0, 1, 0 and 2"
     assert layer_text(Dense(10)) == "dense, 10"
 

@@ -18,8 +18,11 @@ from PIL import Image
 def reports_of_one_picture() -> Iterator[None]:
     """Runs, and studies of them, draw one small figure, instead of all, which take seconds."""
     with pytest.MonkeyPatch.context() as patched:
-        for module, name in (("engine.reporting", "accuracy_vs_macs"), ("comparison.results", "tradeoff.png")):
-            patched.setattr(f"fnet_search.{module}.figures", lambda *_, name=name: {name: Figure(figsize=(1, 1))})
+        for function, name in (
+            ("fnet_search.engine.reporting.run_figures", "accuracy_vs_macs"),
+            ("fnet_search.comparison.results.result_figures", "tradeoff.png"),
+        ):
+            patched.setattr(function, lambda *_, name=name: {name: Figure(figsize=(1, 1))})
         yield
 
 

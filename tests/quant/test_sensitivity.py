@@ -120,7 +120,7 @@ def test_all_parts_quantized_is_the_integer_network_but_for_rare_steps(
 ) -> None:
     folded, quantized, data = prepared(randomized(SPACES[name]), per_channel=per_channel, corrected=corrected)
     network, everything, x = PartlyQuantized(folded, quantized), frozenset(quantized.params), images(data)
-    exact = {INPUT: network.first(x, everything)}
+    exact = {INPUT: network.input(x, everything)}
     with torch.no_grad():
         whole = network.values(x, everything)
         for node, codes in quantized.codes(x):

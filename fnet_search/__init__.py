@@ -1,7 +1,8 @@
 """fnet-search: factorize a CNN layer by layer under a MAC budget and a quint8 accuracy floor.
 
-The names of `__all__` are its Python API; each is loaded when it is first used, so that importing the package loads
-nothing heavy. Start with `fnet_search.engine.search_loop`: the search itself. The policies are in `fnet_policies`.
+The names in `__all__` are the Python API. Each is loaded when it is first used, so that importing the package is fast.
+To read the code, start with the search itself, `fnet_search.engine.search_loop`. The policies are in the package
+`fnet_policies`.
 
 The rooms, each importing only from those before it:
 
@@ -16,9 +17,9 @@ The rooms, each importing only from those before it:
     deploy         ONNX export, the runtime, audit, timing
     candidates     from a plan to its evaluation; probes; worker processes
     rundir         the run folder
-    inspection     what is done to recorded networks: analysis, requantization, latency
+    inspection     analysis, requantization and latency of recorded networks
     engine         the search loop and a whole run
-    comparison     runs compared with each other and with the paper
+    comparison     comparisons of runs with each other and with the paper
     api            `search` and `evaluate`
     cli            the command line
 """

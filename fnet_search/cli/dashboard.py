@@ -1,7 +1,7 @@
-"""A run in the Optuna dashboard: notes on the study and its trials, its Pareto picture, its files.
+"""A run in the Optuna dashboard: notes on the study and its trials, its Pareto figure, its files.
 
-Trial attributes are written by the search itself (`trials`). What is here can be added at any time, also while the
-search goes on: notes and pictures are attributes of the study.
+The search itself writes the attributes of trials (`optuna_bridge.trials`). Notes and the figure are attributes of the
+study, so they can be added at any time, also during the search.
 """
 
 import threading
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
 REFRESHED = 10.0
-"""Seconds between looks for what a search that goes on has added."""
+"""Seconds between updates of the notes and the figure while the search goes on."""
 
 _UNSAFE = str.maketrans({"<": "&lt;", ">": "&gt;", "|": "&#124;", "`": "&#96;", "*": "\\*", "_": "\\_"})
-"""Of names that a user gave, as text and not as Markdown."""
+"""Escapes Markdown and HTML in texts from users."""
 
 
 @dataclass
 class Dashboard:
-    """A run and the storage that its study is in, to be looked at."""
+    """A run with the storage of its study and its artifacts, to be shown in the Optuna dashboard."""
 
     opened: RecordedRun
     storage: BaseStorage
@@ -56,10 +56,11 @@ class Dashboard:
 
     @property
     def study(self) -> optuna.Study:
+        """The study as it is in the storage now."""
         return optuna.load_study(study_name=self.opened.run.name, storage=self.storage)
 
     def annotate(self) -> None:
-        """Writes the notes and the picture that are missing or not true any more."""
+        """Writes the notes and the figure that are missing or out of date."""
         study, space, constraints = self.study, self.opened.space, self.opened.constraints
         evaluations = []
         for trial in study.get_trials(deepcopy=False):
@@ -68,17 +69,17 @@ class Dashboard:
                 _note(_Trial(study, study._storage, trial._trial_id), trial_note(space, constraints, evaluation))
         competing = (*evaluations, *self.opened.run.promoted)
         ranked = ranking(competing, constraints) if self.opened.searching else []
-        about = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
-        value = [f"quint8 {constraints.measured} ({self.opened.config['split']}, fraction of 1)"]
+        setting = f"{self.opened.config['dataset']}, policy {self.opened.config['policy']}"
+        metric_names = [f"quint8 {constraints.measured} ({self.opened.config['split']}, fraction of 1)"]
         with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            if study.metric_names != value:
-                study.set_metric_names(value)
-        if _note(study, study_note(space, constraints, evaluations, ranked[:1], about)):
+            if study.metric_names != metric_names:
+                study.set_metric_names(metric_names)
+        if _note(study, study_note(space, constraints, evaluations, ranked[:1], setting)):
             figure = pareto_figure(space, constraints, evaluations, ranked[:1])
             save_plotly_graph_object(study, figure, graph_object_id="pareto")
 
     def serve(self, host: str, port: int) -> WSGIServer:
-        """A server that listens on this address, not running yet. Raises FnetError for one that cannot be used."""
+        """A server that listens on this address, not running yet. Raises FnetError if the address cannot be used."""
         app = wsgi(self.storage, artifact_store=self.artifacts)
         try:
             return make_server(host, port, app, _Server, _Quiet)
@@ -86,25 +87,32 @@ class Dashboard:
             raise FnetError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from None
 
     def watch(self) -> None:
-        """Goes on annotating, in a thread that ends with the process."""
+        """Starts a thread that annotates every REFRESHED seconds until the process ends."""
 
-        def keep() -> None:
+        def annotate_repeatedly() -> None:
             while not threading.Event().wait(REFRESHED):
-                with suppress(Exception):  # the next look may find the storage well again
+                with suppress(Exception):  # a storage that fails now may work next time
                     self.annotate()
 
-        threading.Thread(target=keep, daemon=True).start()
+        threading.Thread(target=annotate_repeatedly, daemon=True).start()
 
 
 def open_dashboard(opened: RecordedRun, storage: str | None) -> Dashboard:
-    """The dashboard of a recorded run. `storage` as for `run.open_study`, whose lock is not needed here: a search may
-    go on meanwhile. Raises FnetError for a storage without the study."""
-    location = shared_storage(opened, storage)
-    place, shared = location or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
-    if not has_study(place, opened.run.name):
-        raise FnetError(f"no study {opened.run.name!r} is there; give the URL that the run had as --storage")
-    own = FileSystemArtifactStore(opened.run.artifacts)
-    return Dashboard(opened, place, own if shared is None else shared.artifacts)
+    """The dashboard of a recorded run. It takes no lock on the run, which may still be searching.
+
+    Raises FnetError if the storage cannot be opened or does not hold the run's study.
+
+    Args:
+        storage: URL of the study's storage; None: the recorded one, or the journal file in the run folder.
+    """
+    shared = shared_storage(opened, storage)
+    study_storage, sharing = shared or (JournalStorage(JournalFileBackend(str(opened.run.journal))), None)
+    if not has_study(study_storage, opened.run.name):
+        raise FnetError(
+            f"the storage has no study {opened.run.name!r}; give the URL that the run was started with as --storage"
+        )
+    run_artifacts = FileSystemArtifactStore(opened.run.artifacts)
+    return Dashboard(opened, study_storage, run_artifacts if sharing is None else sharing.artifacts)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -113,24 +121,24 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """A line a request tells nobody anything."""
+        """Prints nothing: a line for each request would not help the user."""
 
 
 @dataclass
 class _Trial:
-    """What `save_note` wants of a trial; one of Optuna's own would be begun again."""
+    """The attributes of a trial that `save_note` reads. Creating an Optuna trial instead would start it again."""
 
     study: optuna.Study
     storage: BaseStorage
     _trial_id: int
 
 
-def _note(where: "optuna.Study | _Trial", text: str) -> bool:
-    """Whether it was not there yet."""
-    new: bool = get_note(where) != text
-    if new:
-        save_note(where, text)
-    return new
+def _note(target: "optuna.Study | _Trial", text: str) -> bool:
+    """Saves a note, unless the study or trial has the same one already. Returns whether it was saved."""
+    changed: bool = get_note(target) != text
+    if changed:
+        save_note(target, text)
+    return changed
 
 
 def _safe(text: str) -> str:
@@ -144,13 +152,13 @@ def study_note(
     winner: Iterable[Evaluation],
     about: str,
 ) -> str:
-    """Markdown: what is searched, how far it is, the winner so far, and how to read the trials."""
-    everything = list(evaluations)
+    """The study's note in Markdown: constraints, progress, the winner so far, and how to read the trials."""
+    evaluations = list(evaluations)
     validation = next(
-        (f"validation images ({evaluation.validation})" for evaluation in everything if evaluation.validation), ""
+        (f"validation images ({evaluation.validation})" for evaluation in evaluations if evaluation.validation), ""
     )
     limits = [f"{name} {limit}" for name, limit in constraints.described(_safe(validation))]
-    states = [evaluation.state for evaluation in everything]
+    states = [evaluation.state for evaluation in evaluations]
     counts = [f"{states.count(state)} {word}" for state, word in STATES.items() if state in states]
     lines = [
         f"## {_safe(space.name)}, {_safe(about)}",
@@ -162,24 +170,25 @@ def study_note(
         fp32, quint8 = evaluation.scores(constraints.metric)
         met = "**Winner**" if constraints.feasible(evaluation) else "**None is feasible; nearest**"
         lines.append(
-            f"{met}: candidate {evaluation.number}, `{label(space, evaluation.plan)}`, {mmac(evaluation.cost.conv_macs)}, "
-            f"{evaluation.split} {constraints.measured} {percent(fp32)} fp32, {percent(quint8)} quint8 ({evaluation.scheme})."
+            f"{met}: candidate {evaluation.number}, `{label(space, evaluation.plan)}`, "
+            f"{mmac(evaluation.cost.conv_macs)}, {evaluation.split} {constraints.measured} {percent(fp32)} fp32, "
+            f"{percent(quint8)} quint8 ({evaluation.scheme})."
         )
         lines.append(f"Its rates: `{evaluation.plan}`")
     lines.append(
-        "A trial is a candidate: its parameters are its rates (in a study that an earlier version began: their "
-        f"indices), its value is the quint8 {constraints.measured} on the evaluation split (fraction of 1). All trials "
-        "are in the table under *Smart Selection*, to be sorted by plan, label, `conv_macs`, `fp32_accuracy`, "
-        "`quint8_accuracy`, `quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why one was refused, "
-        "stopped or failed) and `violation_...` (above 0: missed). Under *Trials*, each one's note has its layers, its "
-        "artifacts the files. The Pareto picture, and the figures and tables of the study, are under *History*. (The "
-        "dashboard knows no constraints: its *best trial* may be infeasible.)"
+        "Each trial is a candidate. Its parameters are its rates (in a study begun by an earlier version: the indices "
+        f"of the rates), its value is the quint8 {constraints.measured} on the evaluation split (fraction of 1). The "
+        "table under *Smart Selection* lists all trials and sorts them by plan, label, `conv_macs`, `fp32_accuracy`, "
+        "`quint8_accuracy`, `quint8_balanced_accuracy`, `relative_drop`, `feasible`, `reason` (why a candidate was "
+        "refused, stopped or failed) and `violation_...` (above 0: the constraint is missed). Under *Trials*, the note "
+        "of a trial lists its layers, and its artifacts are its files. The Pareto figure, and the figures and tables "
+        "of the study, are under *History*. (The dashboard ignores constraints: its *best trial* may be infeasible.)"
     )
     return "\n\n".join(lines)
 
 
 def trial_note(space: Macroarchitecture, constraints: Constraints, evaluation: Evaluation) -> str:
-    """Markdown: the candidate in one line, and one row per layer."""
+    """A trial's note in Markdown: the candidate's measures, and a table with a row for each layer."""
     parts = [
         f"`{label(space, evaluation.plan)}`, {mmac(evaluation.cost.conv_macs)}, {evaluation.cost.params:,} parameters"
     ]
@@ -236,19 +245,22 @@ def _row(layer: LayerStats) -> str:
 def pareto_figure(
     space: Macroarchitecture, constraints: Constraints, evaluations: Iterable[Evaluation], winner: Iterable[Evaluation]
 ) -> go.Figure:
-    """The quint8 score against conv MACs: feasible candidates with their front, the others, reference, and winner."""
+    """The quint8 score (%) against conv MACs (millions).
+
+    Shows feasible candidates with their Pareto front, infeasible candidates, the reference and the winner.
+    """
     trained = [
         evaluation
         for evaluation in evaluations
         if evaluation.state == "complete" and _quint8(constraints, evaluation) is not None
     ]
     candidates = [evaluation for evaluation in trained if evaluation.role != "reference"]
-    feasible = sorted(filter(constraints.feasible, candidates), key=lambda one: one.cost.conv_macs)
+    feasible = sorted(filter(constraints.feasible, candidates), key=lambda evaluation: evaluation.cost.conv_macs)
     front, best = list[Evaluation](), -1.0
     for evaluation in feasible:
-        if (reached := _quint8(constraints, evaluation) or 0.0) > best:
+        if (score := _quint8(constraints, evaluation) or 0.0) > best:
             front.append(evaluation)
-            best = reached
+            best = score
     groups = [
         ("feasible", feasible, COLOURS[0], "circle", 9),
         (
@@ -270,10 +282,10 @@ def pareto_figure(
     figure, points = go.Figure(), partial(_points, space, constraints)
     line = {"color": COLOURS[0], "width": 1, "shape": "hv"}
     figure.add_scatter(**points(front), mode="lines", line=line, name="front")
-    for name, some, colour, symbol, size in groups:
-        if some:
+    for name, members, colour, symbol, size in groups:
+        if members:
             marker = {"color": colour, "symbol": symbol, "size": size}
-            figure.add_scatter(**points(some), mode="markers", marker=marker, name=name)
+            figure.add_scatter(**points(members), mode="markers", marker=marker, name=name)
     if constraints.conv_macs is not None:
         figure.add_vline(x=constraints.conv_macs / 1e6, line={"dash": "dash", "color": COLOURS[7]})
     figure.update_layout(
@@ -289,9 +301,12 @@ def _quint8(constraints: Constraints, evaluation: Evaluation) -> float | None:
     return evaluation.scores(constraints.metric).quint8
 
 
-def _points(space: Macroarchitecture, constraints: Constraints, some: list[Evaluation]) -> dict[str, list[object]]:
+def _points(
+    space: Macroarchitecture, constraints: Constraints, evaluations: list[Evaluation]
+) -> dict[str, list[object]]:
+    """Coordinates and hover texts of these evaluations, as arguments of plotly's scatter."""
     return {
-        "x": [evaluation.cost.conv_macs / 1e6 for evaluation in some],
-        "y": [100 * (_quint8(constraints, evaluation) or 0.0) for evaluation in some],
-        "text": [f"candidate {evaluation.number}: {label(space, evaluation.plan)}" for evaluation in some],
+        "x": [evaluation.cost.conv_macs / 1e6 for evaluation in evaluations],
+        "y": [100 * (_quint8(constraints, evaluation) or 0.0) for evaluation in evaluations],
+        "text": [f"candidate {evaluation.number}: {label(space, evaluation.plan)}" for evaluation in evaluations],
     }

@@ -22,7 +22,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "s
 @click.group(cls=Commands, context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, prog_name="fnet-search")
 @click.option(
-    "--debug", is_flag=True, expose_value=False, help="Of an error, show the whole trace too; of any command."
+    "--debug", is_flag=True, expose_value=False, help="Also print the traceback of an error; works with every command."
 )
 @click.pass_context
 def cli(context: click.Context) -> None:
@@ -31,8 +31,8 @@ def cli(context: click.Context) -> None:
     \b
     Start with:  fnet-search run --budget 120MMAC
     Look at a space:  fnet-search show factorizenet --plan init2
-    Share its work:  run --storage, worker
-    On what a run left:  dashboard, export, audit, quantize, analyze, latency, report
+    Share a search between hosts:  run --storage, worker
+    Work with a recorded run:  dashboard, export, audit, quantize, analyze, latency, report
     The paper's table and figures:  study
     """
     if context.invoked_subcommand is None:
@@ -59,7 +59,7 @@ for _command in COMMANDS:
 
 
 class _Terminated(BaseException):
-    """SIGTERM has come."""
+    """Raised on SIGTERM."""
 
 
 def _terminate(*_: object) -> None:
@@ -72,18 +72,20 @@ DEBUG = "--debug"
 def main() -> None:
     """Entry point: errors are one line on stderr, with exit code 2; Ctrl-C gives 130, SIGTERM 143."""
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.filterwarnings("ignore", "Glyph .*missing from font|constrained_layout not applied")  # of a picture
+    warnings.filterwarnings(
+        "ignore", "Glyph .*missing from font|constrained_layout not applied"
+    )  # from drawing figures
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a path may have letters that the terminal's encoding has not
+        if isinstance(stream, TextIOWrapper):  # a path may have characters outside the terminal's encoding
             stream.reconfigure(errors="backslashreplace")
-    arguments = [one for one in sys.argv[1:] if one != DEBUG]
+    arguments = [argument for argument in sys.argv[1:] if argument != DEBUG]  # allowed after the command too
     try:
         code = cli.main(arguments, "fnet-search", standalone_mode=False)
     except FnetError as error:
         code = _fail(str(error))
     except click.ClickException as error:
         code = _fail(error.format_message())
-    except OSError as error:  # a full disk, a folder that may not be written
+    except OSError as error:  # such as a full disk, or a folder without write permission
         code = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
         code = _interrupted(signal.SIGINT)
@@ -100,5 +102,5 @@ def _fail(message: str) -> int:
 
 
 def _interrupted(by: signal.Signals) -> int:
-    click.echo("interrupted; the same command goes on from here", err=True)
+    click.echo("interrupted; run the same command again to resume", err=True)
     return 128 + by

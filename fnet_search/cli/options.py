@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is made of them."""
+"""Options that several commands share, and their parsing."""
 
 import re
 import sys
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NOTHING_FEASIBLE = 3
-"""Exit code of a search in which no candidate met the constraints."""
+"""Exit code if no candidate of a search met the constraints."""
 TIME_UP = 5
-"""Exit code of work that its time limit stopped."""
+"""Exit code if the time limit stopped the command."""
 
 
 class Commands(click.Group):
-    """Commands; of an unknown one, the nearest is named, and errors name options."""
+    """A group of commands whose errors name options. An unknown command raises FnetError with the nearest name."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -43,7 +43,7 @@ class Commands(click.Group):
 
 
 def with_options(message: str, command: click.Command) -> str:
-    """An error with the command's options in place of the parameters, in backquotes, that it names."""
+    """The message with each parameter in backquotes replaced by the command's option for it, if there is one."""
     options = dict[str | None, str]()
     for option in (parameter for parameter in command.params if isinstance(parameter, click.Option)):
         words = [name.removeprefix("--").replace("-", "_") for name in option.opts]
@@ -52,49 +52,53 @@ def with_options(message: str, command: click.Command) -> str:
 
 
 def add_options(command: Any, options: Sequence[Callable[[Any], Any]]) -> Any:
-    """A command with options, which its help lists in this order."""
+    """Adds options to a command, in the order in which its help lists them."""
     for option in reversed(options):
         command = option(command)
     return command
 
 
 def scheme_options(command: Any) -> Any:
-    """The options that say how a network is quantized."""
+    """Adds the options of the quantization scheme."""
     options = [
         click.option(
             "--scheme",
             metavar="auto|paper|SCHEME",
             show_default="auto",
-            help="How a network is quantized: auto, of several schemes the one whose outputs diverge least from the "
-            "float network's; paper, which is percentile:1; or one, as in mse+per-channel+bias-correct.",
+            help="Quantization scheme: auto (tries several, keeps the one whose outputs diverge least from the float "
+            "network's), paper (percentile:1), or a scheme such as mse+per-channel+bias-correct.",
         ),
         click.option(
             "--ranges",
-            show_default="percentile:1, where one of the following is given",
-            help="Activation ranges: minmax, percentile:P (P % clipped at the top and at the bottom), or mse (least "
+            show_default="percentile:1 with any of the next three options",
+            help="Activation ranges: minmax, percentile:P (clips P % at the top and at the bottom), or mse (least "
             "squared error).",
         ),
         click.option(
-            "--per-channel", is_flag=True, help="A weight scale for each output channel, not for each tensor."
+            "--per-channel", is_flag=True, help="Use a weight scale for each output channel instead of each tensor."
         ),
         click.option(
-            "--equalize", is_flag=True, help="Cross-layer equalization: the same function, weight ranges evened out."
+            "--equalize",
+            is_flag=True,
+            help="Even out weight ranges between layers without changing the function (cross-layer equalization).",
         ),
         click.option(
-            "--bias-correct", is_flag=True, help="Correct the means that quantization shifts, in the int32 biases."
+            "--bias-correct",
+            is_flag=True,
+            help="Correct the means that quantization shifts, by changing the int32 biases.",
         ),
     ]
     return add_options(command, options)
 
 
 def parse_scheme_options(options: dict[str, Any]) -> str:
-    """The scheme that the options of `scheme_options` name, as text. Raises FnetError for two that contradict."""
+    """The text of the scheme that the options of `scheme_options` give. Raises FnetError if they contradict."""
     from fnet_search.quant.scheme import AUTO, PAPER, Scheme, parse_ranges
 
-    parts = ("ranges", "per_channel", "equalize", "bias_correct")
-    given = [f"--{name.replace('_', '-')}" for name in parts if options[name]]
+    names = ("ranges", "per_channel", "equalize", "bias_correct")
+    given = [f"--{name.replace('_', '-')}" for name in names if options[name]]
     if options["scheme"] is not None and given:
-        raise FnetError(f"--scheme says all of how to quantize; leave it or {', '.join(given)} out")
+        raise FnetError(f"--scheme cannot be combined with {', '.join(given)}: a scheme includes them")
     if not given:
         return options["scheme"] or AUTO
     ranges = PAPER.ranges if options["ranges"] is None else parse_ranges(options["ranges"])
@@ -102,42 +106,47 @@ def parse_scheme_options(options: dict[str, Any]) -> str:
 
 
 def space_options(command: Any) -> Any:
-    """The options that say which network, and what of it may be factorized."""
+    """Adds the options of the network and of its layers that may be factorized."""
     options = [
         click.option(
             "--input",
             "input_shape",
             metavar="CxHxW",
-            show_default="as large as the data set's images",
-            help="Of an imported network: the image that it reads, as in 3x224x224.",
+            show_default="size of the data set's images",
+            help="Input shape of an imported network, as in 3x224x224.",
         ),
         click.option(
             "--weights",
             metavar="FILE|NAME|own",
-            help="Trained weights, which candidates start from: a file (safetensors, as runs leave them, or a state "
-            "dict that torch saved); of an imported network also one of torchvision's (DEFAULT), or own for those that "
-            "it comes with.",
+            help="Trained weights that candidates start from: a file (safetensors, as runs write them, or a state dict "
+            "saved by torch); for an imported network also the name of weights in torchvision (DEFAULT), or own for "
+            "the weights that the module has.",
         ),
         click.option(
             "--normalise",
             metavar="MEAN/STD",
-            show_default="with those of the training images",
-            help="What its weights want images normalised with, a channel in [0, 1]: imagenet, or a number a channel, "
-            "as in 0.5,0.5,0.5/0.2,0.2,0.2.",
+            show_default="those of the training images",
+            help="Mean and standard deviation that the weights expect images to be normalised with, on the scale "
+            "[0, 1]: imagenet, or a number for each channel, as in 0.5,0.5,0.5/0.2,0.2,0.2.",
         ),
         click.option(
             "--factorize",
             metavar="PATTERN",
             multiple=True,
-            help="Convolutions to factorize too, by name, as in 'layer4.*'; may be given several times.",
+            help="Pattern of names of further convolutions to factorize, as in 'layer4.*'. May be repeated.",
         ),
-        click.option("--keep", metavar="PATTERN", multiple=True, help="Convolutions to leave as they are."),
+        click.option(
+            "--keep",
+            metavar="PATTERN",
+            multiple=True,
+            help="Pattern of names of convolutions not to factorize. May be repeated.",
+        ),
     ]
     return add_options(command, options)
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
-    """Of ``--input``. Raises FnetError for anything but three positive integers."""
+    """The (channels, height, width) of ``--input``. Raises FnetError for anything but three positive integers."""
     if text is None:
         return None
     sizes = re.fullmatch(r"(\d{1,5})x(\d{1,5})x(\d{1,5})", text.strip().lower())
@@ -147,94 +156,96 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
 
 
 def quiet() -> None:
-    """Optuna reports each trial on its own; we have our own lines for that."""
+    """Silences Optuna's own line for each trial, which the display shows already."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Where torchvision's data sets lie."
+    "--data-dir", type=click.Path(path_type=Path), default=Path("data"), help="Folder of torchvision's data sets."
 )
 
 
 validation_option = click.option(
     "--validation",
     metavar="PATH",
-    show_default="val/ of the image folder; else held out of the training images",
-    help="Folder of class folders whose images candidates are compared on.",
+    show_default="val/ of the image folder, else a part of the training images",
+    help="Folder of class folders with the images that candidates are compared on.",
 )
 moved_option = click.option(
-    "--validation", metavar="PATH", show_default="as recorded", help="Where the same validation images are now."
+    "--validation", metavar="PATH", show_default="as recorded", help="Where the run's validation images are now."
 )
 dataset_option = click.option(
     "--dataset",
-    show_default="as the run",
-    help="Where the run's images are here: imagefolder:PATH. Others are refused, by their fingerprint.",
+    show_default="as recorded",
+    help="Where the run's images are now: imagefolder:PATH. Images with another fingerprint are refused.",
 )
 
 
 def _check_duration(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
-    """Before a command imports torch for what is no time."""
+    """Checks the duration at once, before the command imports torch, which takes seconds."""
     if text is not None:
         parse_duration(text, "time_limit")
     return text
 
 
 def machine_options(command: Any) -> Any:
-    """Where and how a command trains, how long, and where its data are."""
+    """Adds the options of the device, its numerics, the workers, the time limit and the data."""
     options = [
-        click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N."),
+        click.option("--device", default="auto", help="Device: auto, cpu, cuda or cuda:N."),
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "tf32", "bfloat16"]),
             default="auto",
-            help="Arithmetic of the training; auto measures what this device is fast with.",
+            help="Arithmetic of the training; auto measures which is fastest on this device.",
         ),
         click.option(
             "--fused/--no-fused",
             default=None,
-            show_default="what is measured to be faster",
-            help="Train with BatchNorm and ReLU in one pass, compiled by torch.compile; takes a C++ compiler.",
+            show_default="the faster one, as measured",
+            help="Train with BatchNorm and ReLU in one pass, compiled by torch.compile. Requires a C++ compiler.",
         ),
         click.option(
             "--workers",
             type=click.IntRange(0),
             show_default="one per core; on CUDA 2",
-            help="Processes that train candidates at the same time; 0: this process trains, for debugging.",
+            help="Processes that train candidates in parallel. 0: train in this process, for debugging.",
         ),
         click.option(
             "--threads",
             type=click.IntRange(1),
-            show_default="1, or a worker's share of the cores if that is measured to be faster",
-            help="Threads of a worker on the CPU.",
+            show_default="1, or a worker's share of the cores if measured to be faster",
+            help="CPU threads of each worker.",
         ),
         click.option(
             "--numerics-of",
             metavar="RUN",
             type=click.Path(path_type=Path),
-            help="Compute as this earlier run did, measuring nothing: equal runs then give equal bits.",
+            help="Use the numerics of this earlier run without measuring; equal runs then give equal bits.",
         ),
         click.option(
             "--time-limit",
             metavar="TIME",
             callback=_check_duration,
-            help="Stop at the end of an epoch within 25m, 1h30m, ...; the same command goes on. Exit code 5.",
+            help="Stop at the end of an epoch before this time is up (25m, 1h30m, ...), with exit code 5. The same "
+            "command resumes.",
         ),
-        click.option("--download", is_flag=True, help="Let torchvision download a data set that is not there."),
-        click.option("--skip-unreadable", is_flag=True, help="Leave out images that cannot be read, and name them."),
+        click.option("--download", is_flag=True, help="Let torchvision download a missing data set."),
+        click.option("--skip-unreadable", is_flag=True, help="Skip images that cannot be read, and list them."),
     ]
     return data_dir_option(add_options(command, options))
 
 
 def machine_of(options: dict[str, Any]) -> "Machine":
+    """The machine that the options of `machine_options` describe. Raises FnetError if they contradict each other."""
     from fnet_search.engine.request import Machine
 
     return Machine(**{field.name: options[field.name] for field in fields(Machine)})
 
 
 def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, Deadline | None], T]") -> T:
-    """Does the work of a command with ``--time-limit``, showing its progress; at the limit exits with TIME_UP."""
+    """Calls `work` with a display and the deadline of ``--time-limit``; exits with TIME_UP at the limit."""
     from fnet_search.base.terminal import console
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.training.deadline import Deadline, TimeUp
@@ -246,5 +257,5 @@ def until_time_is_up(options: dict[str, Any], work: "Callable[[TerminalDisplay, 
         try:
             return work(display, deadline)
         except TimeUp:
-            display.say(f"time limit of {limit} reached, {display.left()}; the same command goes on from here")
+            display.say(f"time limit of {limit} reached, {display.left()}; run the same command again to resume")
             sys.exit(TIME_UP)

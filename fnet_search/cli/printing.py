@@ -1,4 +1,4 @@
-"""What commands print of an outcome."""
+"""Printing the outcome of a run."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_outcome(outcome: "Outcome") -> None:
+    """Prints the table of candidates, the report's path, warnings, and the headline."""
     from fnet_search.engine.progress import candidates_table
 
     console().print(candidates_table(outcome))

@@ -33,27 +33,30 @@ if TYPE_CHECKING:
     from fnet_search.training.datasets import DataSet
 
 CODES_DIFFER = 4
-"""Exit code of an audit that found a difference."""
+"""Exit code if an audit found codes that differ."""
 
 
 def _check_run(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
-    """Before a command imports torch for a folder that is not there."""
+    """Checks the run folder at once, before the command imports torch, which takes seconds."""
     config_file(folder)
     return folder
 
 
 _run = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path), callback=_check_run)
 _storage = click.option(
-    "--storage", show_default="the journal file in the run folder", help="Optuna storage URL, to make the report again."
+    "--storage",
+    show_default="the journal file in the run folder",
+    help="Optuna storage URL of the study, which the report is made from.",
 )
 
 
 def _networks(**attributes: Any) -> Callable[[Any], Any]:
+    """The option ``--candidate`` with further attributes of `click.option`."""
     return click.option(
         "--candidate",
         "candidates",
         metavar="ID",
-        help="Candidate number, or 7/mse+equalize where it was quantized otherwise.",
+        help="Candidate number; with a scheme, as in 7/mse+equalize, a network that quantize made of it.",
         **attributes,
     )
 
@@ -71,13 +74,15 @@ def _opened(folder: Path) -> "RecordedRun":
 @click.command()
 @_run
 @_networks(**_one)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The ONNX file.")
-@click.option("--float", "as_float", is_flag=True, help="The folded float32 network instead of the quint8 one.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="ONNX file to write."
+)
+@click.option("--float", "as_float", is_flag=True, help="Export the folded float32 network instead of the quint8 one.")
 def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -> None:
     """Write a trained network of a run as an ONNX file.
 
-    quint8 as a QDQ graph: uint8 weights and activations, int32 biases. Input [N, C, H, W] float32, normalised as the
-    metadata in the file say.
+    quint8 networks become a QDQ graph with uint8 weights and activations and int32 biases. The input is float32 of
+    shape [N, C, H, W], normalised as the file's metadata say.
     """
     from fnet_search.deploy.export import IR_VERSION, OPSET, float_model, quantized_model, write_model
     from fnet_search.rundir.recorded_run import metadata
@@ -85,9 +90,9 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     opened = _opened(folder)
     if not output.parent.is_dir():
         raise FnetError(f"-o {output}: the folder {output.parent} does not exist")
-    network, *others = opened.find([candidates] if candidates else [])
-    if others:
-        raise FnetError(f"{folder} has no winner; say which network with --candidate")
+    network, *further = opened.find([candidates] if candidates else [])
+    if further:
+        raise FnetError(f"{folder} has no winner; name a network with --candidate")
     folded, quantized = network.load(opened.space)
     precision = "float32" if as_float else "quint8"
     facts = metadata(opened.config, opened.space, network.evaluation, opened.test(network), precision)
@@ -107,10 +112,12 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     "--onnx",
     "file",
     type=click.Path(path_type=Path, dir_okay=False),
-    show_default="best/model.onnx for the winner, else a fresh export",
-    help="The exported file to audit.",
+    show_default="best/model.onnx for the winner, else a new export",
+    help="Exported file to audit.",
 )
-@click.option("--layers", is_flag=True, help="Compare the inner activations too, and name the first that differs.")
+@click.option(
+    "--layers", is_flag=True, help="Also compare the inner activations, and name the first tensor that differs."
+)
 @dataset_option
 @moved_option
 @data_dir_option
@@ -123,14 +130,14 @@ def audit(
     validation: str | None,
     data_dir: Path,
 ) -> None:
-    """Run exported networks in ONNX Runtime beside the integer simulator, and count the codes that differ.
+    """Compare exported networks in ONNX Runtime with the integer simulator, and count the codes that differ.
 
-    On all test images; on the validation images where there are none. Exit code 4: codes differ.
+    Runs all test images, or the validation images if there are none. Exit code 4: codes differ.
     """
     opened = _opened(folder)
     networks = opened.find(candidates)
     if file is not None and len(networks) > 1:
-        raise FnetError(f"--onnx {file} is one network; say which with one --candidate")
+        raise FnetError(f"--onnx {file} holds one network; name it with one --candidate")
     models = [_exported(opened, network, file, bool(candidates)) for network in networks]
     differ = False
     with _display() as display:
@@ -144,7 +151,7 @@ def audit(
 def _exported(
     opened: "RecordedRun", network: "RecordedNetwork", file: Path | None, named: bool
 ) -> "tuple[str, ModelProto]":
-    """The graph to audit, and where it is from. Raises FnetError for a file that is not of this network."""
+    """Origin of the graph to audit, for messages, and the graph. Raises FnetError if the file is of another network."""
     from fnet_search.deploy.export import MODEL, quantized_model, read_model
     from fnet_search.rundir.recorded_run import metadata
 
@@ -156,10 +163,10 @@ def _exported(
         return "a fresh export", quantized_model(network.load(opened.space)[1])
     model, facts = read_model(file)
     if facts.get("precision") != "quint8":
-        raise FnetError(f"{file} is a {facts.get('precision')} export; the audit wants a quint8 one")
-    wanted = metadata(opened.config, opened.space, network.evaluation, None, "quint8")
-    for name, value in wanted.items():
-        if name != "fnet_search" and name in facts and facts[name] != value:  # an earlier version said less
+        raise FnetError(f"{file} is a {facts.get('precision')} export; the audit needs a quint8 export")
+    expected = metadata(opened.config, opened.space, network.evaluation, None, "quint8")
+    for name, value in expected.items():
+        if name != "fnet_search" and name in facts and facts[name] != value:  # earlier versions wrote fewer facts
             raise FnetError(f"{file} is not candidate {network.id}: its {name} is {facts[name]}, not {value}")
     return str(file), model
 
@@ -172,7 +179,7 @@ def _audit(
     layers: bool,
     display: "TerminalDisplay",
 ) -> bool:
-    """Audits one network, says what came out, and whether any code differs."""
+    """Audits one network and prints the result. Returns whether any code differs."""
     import torch
 
     from fnet_search.arch.plan import label
@@ -185,27 +192,29 @@ def _audit(
     quantized = network.load(opened.space)[1]
     tensors = [codes_name(name) for name in coded(quantized)] if layers else []
     runtime = Runtime(with_outputs(model, tensors), torch.get_num_threads())
-    split, what = (data.test, "test") if data.has_test else (data.evaluation, "validation")
+    split, split_name = (data.test, "test") if data.has_test else (data.evaluation, "validation")
     batches = (data.normalise(images) for images, _ in split.batches(250))
     name = f"candidate {network.id} ({label(opened.space, network.evaluation.plan)})"
     total, inner = Audit(), dict[str, LayerAudit]()
     audits = (
         audit_layers(quantized, runtime, batches)
         if layers
-        else ((one, ()) for one in audit(quantized, runtime, batches))
+        else ((batch_audit, ()) for batch_audit in audit(quantized, runtime, batches))
     )
     with torch.inference_mode():
-        for one, parts in audits:
-            total += one
-            inner |= {part.layer: inner[part.layer] + part if part.layer in inner else part for part in parts}
+        for batch_audit, layer_audits in audits:
+            total += batch_audit
+            inner |= {
+                layer.layer: inner[layer.layer] + layer if layer.layer in inner else layer for layer in layer_audits
+            }
             display.advance(f"auditing {name}", total.images, len(split))
-    display.say(f"{name}: {total}; {what} images, {origin} in ONNX Runtime {runtime.version}")
+    display.say(f"{name}: {total}; {split_name} images, {origin} in ONNX Runtime {runtime.version}")
     if layers:
-        differing = [part for part in inner.values() if part.differing]
-        codes = f"{sum(part.differing for part in differing):,} of {sum(part.codes for part in inner.values()):,}"
+        differing = [layer for layer in inner.values() if layer.differing]
+        codes = f"{sum(layer.differing for layer in differing):,} of {sum(layer.codes for layer in inner.values()):,}"
         first = f"; the first is {differing[0]}" if differing else ""
         display.say(f"  inner activations: {codes} codes differ in {len(differing)} of {len(inner)} tensors{first}")
-    return total.differing > 0 or any(part.differing for part in inner.values())
+    return total.differing > 0 or any(layer.differing for layer in inner.values())
 
 
 @click.command()
@@ -216,8 +225,8 @@ def _audit(
     "--promote",
     "promoting",
     is_flag=True,
-    help="Where it is better than the winner, by the rule of the run: make it the winner. It is measured on the test "
-    "split and becomes best/.",
+    help="Make it the winner if it ranks above the winner by the run's constraints. A new winner is measured on the "
+    "test split and becomes best/.",
 )
 @dataset_option
 @moved_option
@@ -233,10 +242,10 @@ def quantize(
     storage: str | None,
     **options: Any,
 ) -> None:
-    """Quantize a trained candidate otherwise, without training: a new evaluation beside the old one.
+    """Quantize a trained candidate with another scheme, without training, as a new evaluation beside the old one.
 
-    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder. Of a run that
-    cannot be written it is only shown.
+    It is measured on the run's split, audited, and written with its ONNX file to the candidate's folder. If the run
+    folder cannot be written, the result is only shown.
     """
 
     from fnet_search.engine.reporting import open_record
@@ -257,24 +266,26 @@ def quantize(
         raise FnetError(f"{folder} is a run of given plans: it has no winner; leave --promote out")
     (network,) = opened.find([candidates])
     if network.folder != network.candidate:
-        raise FnetError(f"--candidate {candidates}: give the candidate alone, {network.evaluation.number}")
-    own = {recorded.id: recorded.evaluation for recorded in opened.networks if recorded.candidate == network.candidate}
+        raise FnetError(f"--candidate {candidates}: name the candidate without a scheme, {network.evaluation.number}")
+    earlier = {
+        recorded.id: recorded.evaluation for recorded in opened.networks if recorded.candidate == network.candidate
+    }
     better = False
     with _display() as display, opened.run.locked_if_writable() as writable, TemporaryDirectory() as scratch:
         if promoting and not writable:
             raise FnetError(f"{folder} cannot be written: leave --promote out")
         data = _data(opened, data_dir, dataset, validation, display)
-        study = open_record(opened, storage) if writable else None  # or fail before the work
-        known = opened.quantized(network, schemes) if promoting else None
-        requantized = known or requantize(
+        study = open_record(opened, storage) if writable else None  # first, since it may fail
+        recorded = opened.quantized(network, schemes) if promoting else None
+        requantized = recorded or requantize(
             opened, network, schemes, data, display.advance, None if writable else Path(scratch)
         )
         if promoting and study is not None and (better := promote(opened, requantized)):
             measure_winner(study, requantized, data, display)
         outcome = _reported(study, display)
-    shown = {**own, requantized.id: requantized.evaluation}
+    shown = {**earlier, requantized.id: requantized.evaluation}
     rows = [
-        [text for part in scheme_row(opened, evaluation, name) for text in part] for name, evaluation in shown.items()
+        [cell for cells in scheme_row(opened, evaluation, name) for cell in cells] for name, evaluation in shown.items()
     ]
     texts, least = {"network": 12, "plan": 12, "quantized with": 12}, ("KL", "QMSE", "plan", "drop %", "fp32 %")
     title = f"candidate {requantized.evaluation.number}, {requantized.evaluation.split} split"
@@ -282,7 +293,7 @@ def quantize(
     if outcome is None:
         click.echo(_only_shown(folder))
         return
-    if requantized.id in own:
+    if requantized.id in earlier:
         click.echo(f"candidate {network.id} is quantized with {requantized.scheme} already, as {requantized.id}")
     if promoting:
         click.echo(f"{requantized.id} is {'the winner now' if better else 'not better than the winner: best/ stays'}")
@@ -297,7 +308,11 @@ def quantize(
 @_run
 @_networks(**_every)
 @click.option(
-    "--images", type=click.IntRange(2), default=1000, show_default=True, help="Images of the run's split, at most."
+    "--images",
+    type=click.IntRange(2),
+    default=1000,
+    show_default=True,
+    help="Largest number of images, from the run's split.",
 )
 @dataset_option
 @moved_option
@@ -310,11 +325,11 @@ def analyze(
     validation: str | None,
     data_dir: Path,
 ) -> None:
-    """Show which layer costs the accuracy, and why.
+    """Show which layers lose accuracy to quantization, and why.
 
-    Each layer's ranges, precisions, noise, and the quint8 accuracy with only this layer quantized and with all but
-    this layer; several candidates side by side. On the run's validation split; of given plans, on the test split. Of a
-    run that cannot be written only the table is made.
+    Lists each layer's ranges, precisions and noise, and the quint8 accuracy with only this layer quantized and with all
+    but this layer quantized; several candidates side by side. Uses the run's validation split, or for given plans the
+    test split. If the run folder cannot be written, only the table is shown.
     """
     from fnet_search.inspection.analysis import analysis_table, analyze
     from fnet_search.inspection.analysis_page import write_analysis
@@ -323,30 +338,30 @@ def analyze(
     networks = opened.find(candidates)
     with _display() as display:
         data = _data(opened, data_dir, dataset, validation, display)
-        for network in networks:  # or fail before the work
+        for network in networks:  # first, since it may fail
             network.load(opened.space)
         display.status("calibrating")
         analyses = analyze(opened, networks, data, images, partial(display.advance, "analyzing"))
         page = None
         if opened.run.writable:
-            display.status("drawing the pictures")
+            display.status("drawing the figures")
             page = write_analysis(opened, analyses)
     for analysis in analyses:
         console().print(analysis_table(analysis, console().width))
-    click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}, and with pictures {page}")
+    click.echo(_only_shown(folder) if page is None else f"{page.parent / 'layers.csv'}; figures: {page}")
 
 
 @click.command()
 @_run
 @_networks(**_every)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images a run.")
-@click.option("--rounds", type=click.IntRange(2), default=30, show_default=True, help="Samples of each graph.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images per inference.")
+@click.option("--rounds", type=click.IntRange(2), default=30, show_default=True, help="Timed samples of each graph.")
 @_storage
 def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, storage: str | None) -> None:
     """Time the exported quint8 and fp32 graphs in ONNX Runtime, per network and per layer.
 
-    One thread, interleaved rounds, median and quartiles. Wants a machine that does nothing else. Of a run that
-    cannot be written the times are only shown.
+    Uses one thread and interleaved rounds, and gives median and quartiles. Needs an otherwise idle machine. If the run
+    folder cannot be written, the times are only shown.
     """
     from fnet_search.engine.reporting import open_record
     from fnet_search.inspection.latency import (
@@ -367,19 +382,19 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
         paths = write_latencies(opened, latencies) if writable else []
         outcome = _reported(study, display)
     for pair in latency_pairs(latencies):
-        if candidates or len(networks) == 1:  # else the report has them
+        if candidates or len(networks) == 1:  # else only in the report
             console().print(layers_table(opened, pair))
     console().print(latency_table(latencies))
     click.echo(conditions(latencies))
-    kept = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
-    click.echo(kept or _only_shown(folder))
+    written = None if outcome is None else f"{', '.join(map(str, paths))}; report: {outcome.report}"
+    click.echo(written or _only_shown(folder))
 
 
 @click.command()
 @_run
 @click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
 def report(folder: Path, storage: str | None) -> None:
-    """Make the figures and the report of a run again, and print its table."""
+    """Draw the figures of a run again, write its report and print its table."""
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.engine.reporting import open_record, report_again
     from fnet_search.rundir.recorded_run import open_run
@@ -394,13 +409,15 @@ def report(folder: Path, storage: str | None) -> None:
 
 @click.command()
 @_run
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0: any that is free.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on; any other lets others in, without a password.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Port to listen on; 0: any free port.")
+@click.option(
+    "--host", default="127.0.0.1", help="Address to listen on; any other than this lets others in without a password."
+)
 @click.option("--storage", show_default="the journal file in the run folder", help="Optuna storage URL.")
 def dashboard(folder: Path, port: int, host: str, storage: str | None) -> None:
-    """Show a run in the Optuna dashboard, in a browser; a search may go on meanwhile.
+    """Show a run in the Optuna dashboard, in a browser. The run may still be searching.
 
-    Notes explain the study and each of its trials, and are kept in the study.
+    Adds notes that explain the study and each of its trials; they are stored in the study.
     """
     from fnet_search.rundir.recorded_run import open_run
 
@@ -414,13 +431,13 @@ def dashboard(folder: Path, port: int, host: str, storage: str | None) -> None:
     with shown.serve(host, port) as server:
         shown.annotate()
         shown.watch()
-        click.echo(f"http://{host}:{server.server_port}/dashboard/studies/{shown.study._study_id} (Ctrl-C ends it)")
+        click.echo(f"http://{host}:{server.server_port}/dashboard/studies/{shown.study._study_id} (Ctrl-C stops it)")
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 
 
 def _reported(study: "StudyRecord | None", display: "TerminalDisplay") -> "Outcome | None":
-    """Makes the report of a run again; None for one that cannot be written."""
+    """Writes the report of a run again. None without `study`: the run folder cannot be written."""
     from fnet_search.engine.reporting import report_again
 
     if study is None:
@@ -430,13 +447,13 @@ def _reported(study: "StudyRecord | None", display: "TerminalDisplay") -> "Outco
 
 
 def _only_shown(folder: Path) -> str:
-    return f"{folder} cannot be written: what was found is shown here only"
+    return f"{folder} cannot be written: the results are only shown here"
 
 
 def _data(
     opened: "RecordedRun", data_dir: Path, dataset: str | None, validation: str | None, display: "TerminalDisplay"
 ) -> "DataSet":
-    """Of the run, from where its images lie now."""
+    """The data of the run, from where its images are now."""
     from fnet_search.engine.arguments import absolute_path
 
     return opened.data(data_dir, partial(display.advance, "reading images"), dataset, absolute_path(validation))

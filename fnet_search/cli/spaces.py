@@ -22,17 +22,21 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("space_name", metavar="SPACE")
 @click.option(
-    "--plan", "plan_text", default="regular", help="regular, f2, init2, dws, layer=rate,... or the path of a plan file."
+    "--plan",
+    "plan_text",
+    default="regular",
+    help="Plan: regular, f2, init2, dws, layer=rate,... or the path of a plan file.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), help="Draw the network into this PNG file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--draw", type=click.Path(path_type=Path, dir_okay=False), help="Draw the network to this PNG file.")
 @click.option(
     "--save",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Save the space as this TOML file, with --weights those too, beside it; it loads without the code it is from.",
+    help="Save the space as this TOML file, which loads without the original code; with --weights, also save these "
+    "beside it.",
 )
 @space_options
-def show(  # noqa: PLR0913 (a Click command: a parameter an option)
+def show(  # noqa: PLR0913 (a Click command has a parameter for each option)
     space_name: str,
     plan_text: str,
     as_json: bool,
@@ -44,9 +48,9 @@ def show(  # noqa: PLR0913 (a Click command: a parameter an option)
     factorize: tuple[str, ...],
     keep: tuple[str, ...],
 ) -> None:
-    """Print a space under a plan: one row per layer, with shapes, rates, MACs and parameters, and the totals.
+    """Print a space under a plan: a row for each layer with shapes, rates, MACs and parameters, and the totals.
 
-    SPACE as of run; an imported network reads 224 pixels a side unless --input says otherwise.
+    SPACE is as for `fnet-search run --space`. An imported network reads images of 224x224 pixels without --input.
     """
     from fnet_search.arch.macroarchitecture import factorizing, normalising
     from fnet_search.arch.plan import parse_plan
@@ -56,12 +60,12 @@ def show(  # noqa: PLR0913 (a Click command: a parameter an option)
     space = factorizing(space, factorize, keep)
     plan = parse_plan(space, plan_text)
     if save is not None and save.suffix != ".toml":
-        raise FnetError(f"--save {save}: a space is a TOML file; name it {save.with_suffix('.toml')}")
+        raise FnetError(f"--save {save}: a space is saved as TOML; name it {save.with_suffix('.toml')}")
     if save is not None and not save.parent.is_dir():
         raise FnetError(f"--save {save}: the folder {save.parent} does not exist")
-    beside = None if save is None or weights is None else save.with_suffix(".safetensors")
-    if beside is not None and beside.resolve() == Path(str(weights)).resolve():
-        raise FnetError(f"--save {save} would write over the weights that are read, {weights}; choose another name")
+    weights_file = None if save is None or weights is None else save.with_suffix(".safetensors")
+    if weights_file is not None and weights_file.resolve() == Path(str(weights)).resolve():
+        raise FnetError(f"--save {save} would overwrite the weights that are read, {weights}; choose another name")
     if draw is not None:
         from fnet_search.report.drawing import draw as draw_network
 
@@ -85,7 +89,7 @@ def show(  # noqa: PLR0913 (a Click command: a parameter an option)
 @click.command("list")
 @click.argument("what", type=click.Choice(["spaces", "policies", "recipes"]))
 def list_(what: str) -> None:
-    """List the spaces, policies or recipes that can be named; all of them may be of your own too."""
+    """List the available spaces, policies or recipes. Your own can be named by file."""
     for name, text in {"spaces": _spaces, "policies": _policies, "recipes": _recipes}[what]():
         click.echo(f"{name:24}  {text}")
 
@@ -100,9 +104,9 @@ def _spaces() -> "Iterator[tuple[str, str]]":
     for name in shipped.names("spaces"):
         space = load_space(name)
         yield name, f"{mmac(network_cost(space).conv_macs)}; {space.description}"
-    yield "FILE.toml", "a space of your own, or one that show --save wrote"
-    yield "FILE.py:FUNCTION", "what a function of your own returns, a torch module; package.module:FUNCTION too"
-    yield "torchvision:NAME", f"a classifier of torchvision: {', '.join(torchvision_names.NAMES)}"
+    yield "FILE.toml", "your own space, or one written by show --save"
+    yield "FILE.py:FUNCTION", "a torch module returned by your own function; also package.module:FUNCTION"
+    yield "torchvision:NAME", f"a torchvision classifier: {', '.join(torchvision_names.NAMES)}"
 
 
 def _policies() -> "Iterator[tuple[str, str]]":
@@ -110,7 +114,7 @@ def _policies() -> "Iterator[tuple[str, str]]":
 
     for name in policy_names():
         yield name, policy_summary(name).replace("``", "")
-    yield "FILE.py:NAME", "a class of your own with suggest(history); package.module:NAME too"
+    yield "FILE.py:NAME", "your own class with suggest(history); also package.module:NAME"
 
 
 def _recipes() -> "Iterator[tuple[str, str]]":
@@ -121,12 +125,13 @@ def _recipes() -> "Iterator[tuple[str, str]]":
         recipe = load_recipe(name)
         yield (
             name,
-            f"{recipe.epochs} epochs in batches of {recipe.batch_size}, {recipe.schedule}, rate {recipe.learning_rate:g}",
+            f"{recipe.epochs} epochs in batches of {recipe.batch_size}, {recipe.schedule}, "
+            f"learning rate {recipe.learning_rate:g}",
         )
 
 
 def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[str, Any]:
-    """A space under a plan as JSON-able data; shapes without the batch."""
+    """A space under a plan as JSON data; shapes are without the batch."""
     from dataclasses import asdict
 
     from fnet_search.arch.costs import layer_cost, plan_cost
@@ -138,17 +143,17 @@ def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[st
     layers = []
     for node in network.order:
         origin = node.name.removesuffix(".grouped")
-        inputs = network.input_shapes(node)
+        input_shapes = network.input_shapes(node)
         layers.append(
             {
                 "name": node.name,
                 "kind": node.layer.kind,
                 "inputs": list(node.inputs),
-                "input_shapes": [list(shape) for shape in inputs],
+                "input_shapes": [list(shape) for shape in input_shapes],
                 "output_shape": list(network.shapes[node.name]),
                 "legal_rates": list(legal[origin]) if origin in legal else None,
                 "rate": plan[origin] if origin in legal else None,
-                **{key: value for key, value in asdict(layer_cost(node, inputs)).items() if key != "conv_macs"},
+                **{key: value for key, value in asdict(layer_cost(node, input_shapes)).items() if key != "conv_macs"},
             }
         )
         layers[-1]["macs"] = layers[-1].pop("total_macs")
@@ -163,9 +168,9 @@ def _described(space: "Macroarchitecture", plan: "FactorizationPlan") -> dict[st
 def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
     from fnet_search.base.units import mmac, size_text
 
-    shown = _described(space, plan)
-    about = f": {space.description}" if space.description else ""
-    title = f"{space.name}{about}; plan {shown['plan']['label']}"
+    described = _described(space, plan)
+    description = f": {space.description}" if space.description else ""
+    title = f"{space.name}{description}; plan {described['plan']['label']}"
     rows = [
         [
             layer["name"],
@@ -177,12 +182,12 @@ def _show_table(space: "Macroarchitecture", plan: "FactorizationPlan") -> None:
             f"{layer['macs']:,}" if layer["macs"] else "",
             f"{layer['params']:,}" if layer["params"] else "",
         ]
-        for layer in shown["layers"]
+        for layer in described["layers"]
     ]
     texts = {"layer": 20, "kind": 10, "input": 10, "output": 10, "legal rates": 12}
     names = (*texts, "rate", "MACs", "parameters")
     console().print(PlainTable(title, names, rows, texts, ("kind", "input", "parameters", "output", "MACs")))
     click.echo(
-        f"conv MACs {shown['conv_macs']:,} ({mmac(shown['conv_macs'])}), total MACs {shown['total_macs']:,}, "
-        f"parameters {shown['params']:,}"
+        f"conv MACs {described['conv_macs']:,} ({mmac(described['conv_macs'])}), "
+        f"total MACs {described['total_macs']:,}, parameters {described['params']:,}"
     )

@@ -1,4 +1,4 @@
-"""Studies as data (``studies/*.toml``, or a user's own file by path): what is trained, measured and compared."""
+"""Comparisons as data (``studies/*.toml``, or a TOML file of the user): what is trained, measured and compared."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from fnet_search.training.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class PublishedResult:
-    """What somebody else reported of a network; fractions of 1."""
+    """Published measures of a network, as fractions of 1; None: not published."""
 
     fp32_accuracy: float | None = None
     quint8_accuracy: float | None = None
@@ -35,7 +35,7 @@ class PublishedResult:
 
 @dataclass(frozen=True)
 class Variant:
-    """A side of a comparison: the study on this space, with this recipe."""
+    """A side of a comparison: a space and the recipe that its networks are trained with."""
 
     name: str
     space: Macroarchitecture
@@ -53,7 +53,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """Of a study that searches: what ``fnet-search run`` has as options, with its defaults."""
+    """The options of a comparison's searches: those of ``fnet-search run``, with its defaults for all but `policy`."""
 
     policy: str
     budget: str
@@ -68,29 +68,29 @@ class SearchOptions:
             raise FnetError(f"trials must be at least 1, got {self.trials}")
 
     def constraints(self, space: Macroarchitecture) -> Constraints:
-        """Raises FnetError for limits that cannot be read, or that no network of the space meets."""
+        """The limits of the search. Raises FnetError if they cannot be read or no network of the space meets them."""
         return parse_constraints(space, self.budget, self.max_params, self.min_quint8, self.max_drop, self.metric)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a study: a variant with a seed."""
+    """One run of a comparison: a variant with a seed."""
 
     variant: Variant
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its run folder: ``seed0``, or ``he-seed0``."""
+        """The name of its run folder: ``seed0``, or ``he-seed0`` for the variant ``he``."""
         return f"{self.variant.name}-seed{self.seed}".removeprefix("-")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Given `plans` on every variant, or a search on every variant, each with every seed.
+    """Trains given `plans`, or runs a `search`, for each variant with each seed.
 
-    Networks of given plans are trained on all training images, quantized as the first of `schemes` says, and measured
-    on the test split; then quantized as each other one says, without training.
+    Networks of given plans are trained on all training images, quantized with the first of `schemes`, and measured on
+    the test split. The same trained networks are then quantized with each further scheme.
     """
 
     name: str
@@ -101,18 +101,19 @@ class Comparison:
     search: SearchOptions | None = None
     seeds: tuple[int, ...] = (0,)
     schemes: tuple[str, ...] = (AUTO,)
-    """As `scheme.parse_schemes` reads them: ``auto`` may be the first."""
+    """Texts for `parse_schemes`; only the first may be ``auto``."""
     compare: tuple[str, ...] = ()
-    """Plans that are drawn layer by layer beside each other (the paper's Figure 6); none: the figure is left out."""
+    """Plans whose layers one figure shows side by side (the paper's Figure 6); empty: no such figure."""
     published: Mapping[str, PublishedResult] = field(default_factory=dict)
-    """By plan, as it is written in `plans`."""
+    """Published results by plan, spelled as in `plans`."""
     validation: str | None = None
-    """Of a search: the folder of its validation images, as of `run`."""
+    """The folder of a search's validation images, as for ``fnet-search run --validation``."""
     published_on: str = ""
-    """The data set of the published numbers, where another one was asked for."""
+    """The data set of the published numbers if `dataset` is another one, else empty."""
 
     @property
     def parts(self) -> list[Part]:
+        """Each variant with each seed."""
         return [Part(variant, seed) for variant, seed in product(self.variants, self.seeds)]
 
     def with_options(
@@ -122,50 +123,60 @@ class Comparison:
         ranges: tuple[str, ...] = (),
         schemes: tuple[str, ...] = (),
     ) -> "Comparison":
-        """The same study with other epochs (learning-rate steps move in proportion), other seeds, with further ranges
-        or with other schemes.
+        """The same comparison with other settings.
 
-        Raises FnetError for schemes that cannot be read, and for several of a search.
+        Args:
+            epochs: Epochs of each training; the learning-rate steps move in proportion. None keeps the recipes' epochs.
+            seeds: The new seeds; empty keeps the old ones.
+            ranges: Schemes to add to the old ones; those that it has already are skipped.
+            schemes: The new schemes; empty keeps the old ones.
+
+        Raises FnetError for a scheme that cannot be read, for several schemes in a search, and for `ranges` together
+        with `schemes`.
         """
         if ranges and schemes:
-            raise FnetError("`schemes` says all of how to quantize; leave it or `ranges` out")
+            raise FnetError("`schemes` cannot be combined with `ranges`: a scheme includes the ranges")
         variants = tuple(replace(variant, recipe=variant.recipe.with_epochs(epochs)) for variant in self.variants)
-        further = (text for text in map(_normal, ranges) if text not in self.schemes)
-        wanted = _schemes(schemes or (*self.schemes, *dict.fromkeys(further)), self.search)
-        return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=wanted)
+        added = (text for text in map(_canonical, ranges) if text not in self.schemes)
+        new_schemes = _canonical_schemes(schemes or (*self.schemes, *dict.fromkeys(added)), self.search)
+        return replace(self, variants=variants, seeds=seeds or self.seeds, schemes=new_schemes)
 
 
-def _normal(text: str) -> str:
+def _canonical(text: str) -> str:
+    """The spelling of a scheme in results: ``percentile:1`` for ``percentile:1.0``."""
     return schemes_text(parse_schemes(text))
 
 
-def _schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str, ...]:
-    """How the networks of a study are quantized, each text as results have it. Raises FnetError for what cannot be."""
-    normal = tuple(map(_normal, texts))
-    if len(set(normal)) < len(normal):
+def _canonical_schemes(texts: tuple[str, ...], search: SearchOptions | None) -> tuple[str, ...]:
+    """The schemes of a comparison, each in the spelling of results.
+
+    Raises FnetError for a scheme that cannot be read or repeats another, an ``auto`` after the first scheme, and
+    several schemes in a search.
+    """
+    schemes = tuple(map(_canonical, texts))
+    if len(set(schemes)) < len(schemes):
         raise FnetError(f"schemes must differ, got {list(texts)!r}")
-    if AUTO in normal[1:]:
-        raise FnetError(f"{AUTO} is how networks are quantized first; name it before {normal[0]}")
-    if search is not None and len(normal) > 1:
-        raise FnetError("a [search] is for one scheme: what it finds depends on it; write a study for each")
-    return normal
+    if AUTO in schemes[1:]:
+        raise FnetError(f"{AUTO} must be the first scheme; name it before {schemes[0]}")
+    if search is not None and len(schemes) > 1:
+        raise FnetError("a [search] takes one scheme, because its result depends on it; write a comparison for each")
+    return schemes
 
 
 def load_comparison(name: str, dataset: str | None = None, validation: str | None = None) -> Comparison:
-    """A shipped study by name, or a TOML file by path; of another data set, or other validation images, where they are
-    named.
+    """Reads a shipped comparison by name, or a TOML file by path. `dataset` and `validation` replace those of the file.
 
-    Raises FnetError for whatever is wrong with it.
+    Raises FnetError if there is no such file, or its contents are not valid.
     """
     path = shipped.find("studies", "study", name)
     table = read_table(path, "study")
-    own = table.get("dataset")
-    others = {key: text for key, text in (("dataset", dataset), ("validation", validation)) if text}
+    file_dataset = table.get("dataset")
+    replaced = {key: text for key, text in (("dataset", dataset), ("validation", validation)) if text}
     try:
-        comparison = _comparison(path.stem, {**table, **others})
-        return (
-            replace(comparison, published_on=own) if isinstance(own, str) and own != comparison.dataset else comparison
-        )
+        comparison = _comparison(path.stem, {**table, **replaced})
+        if isinstance(file_dataset, str) and file_dataset != comparison.dataset:
+            return replace(comparison, published_on=file_dataset)
+        return comparison
     except FnetError as error:
         raise FnetError(f"{path}: {error}") from None
 
@@ -195,9 +206,9 @@ def _comparison(name: str, table: Mapping[str, Any]) -> Comparison:
             raise FnetError(f"{key} must be {_NAMES[_KEYS[key]]}, got {value!r}")
     for key in ("space", "dataset", "recipe"):
         if key not in table:
-            raise FnetError(f"a study needs {key!r}")
+            raise FnetError(f"a comparison needs {key!r}")
     if ("plans" in table) == ("search" in table):
-        raise FnetError("a study needs either plans or a [search]")
+        raise FnetError("a comparison needs either plans or a [search]")
     if "validation" in table and "search" not in table:
         raise FnetError("validation images require a [search]; given plans are measured on the test images")
     seeds = table.get("seeds", [0])
@@ -206,15 +217,15 @@ def _comparison(name: str, table: Mapping[str, Any]) -> Comparison:
         or not seeds
         or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     ):
-        raise FnetError(f"seeds must be a list of different whole numbers from 0 on, got {seeds!r}")
+        raise FnetError(f"seeds must be a list of different non-negative integers, got {seeds!r}")
     variants = tuple(_variants(table))
     texts = {key: _texts(key, table) for key in ("plans", "ranges", "compare")}
     for variant, plan in product(variants, texts["plans"]):
         parse_plan(variant.space, plan)
     if "plans" in table and not texts["plans"]:
-        raise FnetError('plans must name one at least, as in ["regular"]')
+        raise FnetError('plans must name at least one plan, as in ["regular"]')
     published = {
-        plan: build(PublishedResult, entry, f"what is published of {plan!r}")
+        plan: build(PublishedResult, entry, f"the published result of {plan!r}")
         for plan, entry in _tables(table, "published")
     }
     for key, plans in (("compare", texts["compare"]), ("published", tuple(published))):
@@ -222,7 +233,7 @@ def _comparison(name: str, table: Mapping[str, Any]) -> Comparison:
             if plan not in texts["plans"]:
                 raise FnetError(f"{key}: {plan!r} is not among the plans")
     search = build(SearchOptions, table["search"], "a search") if "search" in table else None
-    schemes = _schemes(texts["ranges"] or (AUTO,), search)
+    schemes = _canonical_schemes(texts["ranges"] or (AUTO,), search)
     if search is not None:
         check_policy_name(search.policy)
         for variant in variants:
@@ -243,6 +254,7 @@ def _comparison(name: str, table: Mapping[str, Any]) -> Comparison:
 
 
 def _texts(key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    """The list of strings at `key`; empty if there is none."""
     values = table.get(key, [])
     if not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
         raise FnetError(f"{key} must be a list of different strings, got {values!r}")
@@ -250,6 +262,7 @@ def _texts(key: str, table: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _tables(table: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and contents of each table at `key`."""
     for name, entry in table.get(key, {}).items():
         if not isinstance(entry, dict):
             raise FnetError(f"{key}.{name} must be a table, got {entry!r}")
@@ -257,26 +270,31 @@ def _tables(table: Mapping[str, Any], key: str) -> Iterator[tuple[str, dict[str,
 
 
 def _variants(table: Mapping[str, Any]) -> Iterator[Variant]:
-    """Those of [variants], which may have another space, and another recipe or changes of it; or the only one."""
+    """The variants of a comparison; a single one without a name if the table lists none.
 
-    def space(name: str) -> Macroarchitecture:
-        return load_space(name, default_shape=natural)
+    Each may have a space of its own, and a recipe of its own or changes to the common recipe.
+    """
 
-    def natural(channels: int) -> tuple[int, int, int]:
+    def load(space: str) -> Macroarchitecture:
+        return load_space(space, default_shape=image_shape)
+
+    def image_shape(channels: int) -> tuple[int, int, int]:
         from fnet_search.training.datasets import natural_shape  # torch takes seconds to import
 
         return natural_shape(table["dataset"], channels)
 
     if not table.get("variants"):
-        yield Variant("", space(table["space"]), load_recipe(table["recipe"]))
+        yield Variant("", load(table["space"]), load_recipe(table["recipe"]))
     for name, changes in _tables(table, "variants"):
         if not re.fullmatch(r"[\w.+-]+", name):
             raise FnetError(f"variants.{name!r} names a folder: write letters, digits, '_', '.', '+' and '-'")
         for key in changes:
             if key not in ("space", "recipe"):
                 raise FnetError(f"variants.{name} has no {key!r}; it may have space and recipe")
-        place, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
-        if not isinstance(place, str) or not isinstance(recipe, str | dict):
-            raise FnetError(f"variants.{name}: space is a name or a path, recipe one too or a table of changes")
+        space, recipe = changes.get("space", table["space"]), changes.get("recipe", {})
+        if not isinstance(space, str) or not isinstance(recipe, str | dict):
+            raise FnetError(
+                f"variants.{name}: space must be a name or a path, recipe a name, a path or a table of changes"
+            )
         loaded = load_recipe(recipe) if isinstance(recipe, str) else load_recipe(table["recipe"]).changed(recipe)
-        yield Variant(name, space(place), loaded)
+        yield Variant(name, load(space), loaded)

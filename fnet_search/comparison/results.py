@@ -1,4 +1,4 @@
-"""What a study came to, over all its parts: the table, the figures, and every network and layer as CSV."""
+"""The results of a comparison over all its parts: a table, figures, and all networks and layers as CSV."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -43,21 +43,21 @@ T = TypeVar("T")
 
 
 WINNER = "winner"
-"""Stands for the plans that the searches of a variant found, one a seed."""
+"""Stands in place of a plan for the winners of a variant's searches, one for each seed."""
 
 
 @dataclass(frozen=True)
 class ComparedNetwork:
-    """A trained network of a study, as one scheme quantizes it."""
+    """A trained network of a comparison, quantized with one scheme."""
 
     part: Part
     plan: str
-    """As the study names it; WINNER of a search."""
+    """The plan as the comparison spells it; WINNER for a search."""
     scheme: str
-    """As the study names it: ``auto``, or that of the evaluation."""
+    """The scheme as the comparison spells it: ``auto``, or the scheme of the evaluation."""
     evaluation: Evaluation
     missed: tuple[str, ...] = ()
-    """Of a search's winner, the constraints that it does not meet: it is only the nearest."""
+    """The constraints that a search's winner misses; not empty if nothing was feasible and it is only the nearest."""
 
     @property
     def label(self) -> str:
@@ -66,8 +66,7 @@ class ComparedNetwork:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """The networks that differ in nothing but their seeds (winners also in what was found), and what was published of
-    one like them."""
+    """Networks that differ only in their seeds (winners of searches also in their plans), with the published result."""
 
     variant: Variant
     plan: str
@@ -77,27 +76,27 @@ class ResultRow:
 
     @property
     def network(self) -> str:
-        """What stands for the plan in a figure."""
+        """The name of the network in figures."""
         return shorten(self.networks[0].label if "=" in self.plan else self.plan)
 
     @property
     def name(self) -> str:
-        """For a legend."""
+        """The name in legends: variant and network."""
         return shorten(f"{self.variant.name} {self.network}".strip())
 
     @property
     def conv_mmac(self) -> float:
-        """Mean over the seeds, whose winners differ."""
+        """Conv MACs in millions, the mean over the seeds, whose winners may differ."""
         return fmean(network.evaluation.cost.conv_macs for network in self.networks) / 1e6
 
     def values(self, value: Callable[[Evaluation], float | None], scale: float = 1.0) -> list[float]:
-        """Of each seed, where it was measured."""
+        """``scale * value(evaluation)`` for each seed; seeds without this measure are left out."""
         measured = (value(network.evaluation) for network in self.networks)
-        return [scale * one for one in measured if one is not None]
+        return [scale * number for number in measured if number is not None]
 
 
 def compared_networks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[ComparedNetwork]:
-    """Those of given plans; of a search the winners, as measured on the test split."""
+    """All networks of given plans, or the winners of searches, with their evaluations on the test split."""
     networks = []
     for part, run in runs.items():
         if comparison.search is not None:
@@ -122,44 +121,47 @@ def compared_networks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) 
 
 
 def result_remarks(comparison: Comparison, runs: Mapping[Part, RecordedRun]) -> list[str]:
-    """What the table does not say: networks that are not in it, with the reason, and winners that are none."""
+    """Remarks below the table: networks missing from it, with the reason, and winners that miss constraints."""
     networks = compared_networks(comparison, runs)
-    known = {(network.part, network.plan, network.scheme) for network in networks}
+    present = {(network.part, network.plan, network.scheme) for network in networks}
     lines = [
-        f"{network.part.name}: no candidate met the constraints; the nearest, {network.label}, misses {', '.join(network.missed)}"
+        f"{network.part.name}: no candidate met the constraints; the nearest, {network.label}, misses "
+        f"{', '.join(network.missed)}"
         for network in networks
         if network.missed
     ]
     for part in comparison.parts:
         if comparison.search is not None:
-            if (part, WINNER, comparison.schemes[0]) not in known:
+            if (part, WINNER, comparison.schemes[0]) not in present:
                 untested = part in runs and runs[part].winner and not runs[part].config["data"]["has_test"]
-                why = "not here, since the data set has no test images" if untested else "not finished yet"
-                lines.append(f"{part.name}: {why}")
+                reason = "no results, since the data set has no test images" if untested else "not finished yet"
+                lines.append(f"{part.name}: {reason}")
             continue
         states = _states(runs[part]) if part in runs else {}
         for plan, scheme in product(comparison.plans, comparison.schemes):
-            if (part, plan, scheme) not in known:
-                why = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
-                lines.append(f"{part.name}: {plan}, {scheme}: {why}")
+            if (part, plan, scheme) not in present:
+                reason = states.get(str(parse_plan(part.variant.space, plan)), "not trained yet")
+                lines.append(f"{part.name}: {plan}, {scheme}: {reason}")
     return lines
 
 
 def _states(run: RecordedRun) -> dict[str, str]:
-    """Of each plan that was trained, by its text, why there is no quantized network."""
+    """By the text of each trained plan: why a quantized network of it may be missing."""
     path = run.run.path / "candidates.csv"
-    if not path.is_file():  # killed as soon as it was begun
+    if not path.is_file():  # killed before the first candidate was recorded
         return {}
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    states = {str(one.plan): f"{one.state}: {one.reason}" for one in table.itertuples()}
+    states = {str(row.plan): f"{row.state}: {row.reason}" for row in table.itertuples()}
     for network in run.networks:
-        gone = "not quantized: its weights are gone"
-        states[str(network.evaluation.plan)] = "not quantized yet" if (network.candidate / WEIGHTS).is_file() else gone
+        has_weights = (network.candidate / WEIGHTS).is_file()
+        states[str(network.evaluation.plan)] = (
+            "not quantized yet" if has_weights else "not quantized: its weights are gone"
+        )
     return states
 
 
 def result_rows(comparison: Comparison, networks: Sequence[ComparedNetwork]) -> list[ResultRow]:
-    """In the order of variants, plans and schemes that the study has."""
+    """The rows of the table, ordered by variants, plans and schemes as the comparison lists them."""
     listed = []
     for variant in comparison.variants:
         for plan in comparison.plans or (WINNER,):
@@ -217,7 +219,7 @@ QUANTITIES = (
 
 
 def mean_and_spread(values: Sequence[float], digits: int) -> str:
-    """``78.47 ± 0.21``: mean and sample standard deviation, which one value does not have; a dash for none."""
+    """``78.47 ± 0.21``: mean and sample standard deviation; a single value alone; a dash if there is none."""
     if not values:
         return "-"
     mean = f"{fmean(values):.{digits}f}"
@@ -225,31 +227,33 @@ def mean_and_spread(values: Sequence[float], digits: int) -> str:
 
 
 def result_table(comparison: Comparison, listed: Sequence[ResultRow]) -> list[list[str]]:
-    """Heads, then a row each: numbers as mean ± standard deviation over seeds; a column of published numbers beside
-    each of ours that has any."""
+    """The cells of the result table, headings first; measures as mean ± sample standard deviation over the seeds.
+
+    A measure with published numbers has a column for them beside its own.
+    """
     several = len(comparison.variants) > 1
-    published = [
-        any(measure.published(known) is not None for known in comparison.published.values()) for measure in QUANTITIES
+    has_published = [
+        any(measure.published(result) is not None for result in comparison.published.values()) for measure in QUANTITIES
     ]
     head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
-    for measure, known in zip(QUANTITIES, published, strict=True):
+    for measure, with_published in zip(QUANTITIES, has_published, strict=True):
         head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
-        head += [_published_name(comparison)] if known else []
+        head += [_published_name(comparison)] if with_published else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
         winners = ", ".join(dict.fromkeys(network.label for network in row.networks))
         line = [*([row.variant.name] if several else []), f"{WINNER}: {winners}" if row.plan == WINNER else row.plan]
         macs = row.values(lambda evaluation: evaluation.cost.conv_macs)
-        same = len(set(macs)) == 1
-        line += [millions(int(macs[0])) if same else mean_and_spread([one / 1e6 for one in macs], 1)]
+        equal = len(set(macs)) == 1
+        line += [millions(int(macs[0])) if equal else mean_and_spread([count / 1e6 for count in macs], 1)]
         line += [row.scheme, str(len(row.networks))]
-        for measure, known in zip(QUANTITIES, published, strict=True):
+        for measure, with_published in zip(QUANTITIES, has_published, strict=True):
             line.append(mean_and_spread(row.values(measure.value, measure.scale), measure.digits))
-            if known:
-                other = measure.published(row.published)
-                line.append("" if other is None else f"{measure.scale * other:.{measure.digits}f}")
+            if with_published:
+                published = measure.published(row.published)
+                line.append("" if published is None else f"{measure.scale * published:.{measure.digits}f}")
         audits = [network.evaluation.audit for network in row.networks if network.evaluation.audit is not None]
-        counted = f"{sum(audit.differing for audit in audits):,} of {sum(one.codes for one in audits):,}"
+        counted = f"{sum(audit.differing for audit in audits):,} of {sum(audit.codes for audit in audits):,}"
         lines.append([*line, counted if audits else "-"])
     return lines
 
@@ -259,21 +263,25 @@ def _published_name(comparison: Comparison) -> str:
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of these cells, the first line as heading. Text columns are aligned left, the others right."""
     head, *body = lines
     ruler = ["---" if name in ("variant", "network", "ranges") else "---:" for name in head]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ruler, *body))
 
 
 def networks_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
-    """One row a network and scheme. Accuracies and drop are fractions of 1; empty: not measured. `missed`: constraints
-    that a search's winner does not meet."""
+    """The contents of networks.csv: one row for each network and scheme.
+
+    Accuracies and drop are fractions of 1; an empty cell was not measured. `missed` names the constraints that a
+    search's winner does not meet.
+    """
     rows = []
     for network in networks:
-        it, audit = network.evaluation, network.evaluation.audit
-        named = {name: getattr(it, name) for name in _MEASURED}
+        evaluation, audit = network.evaluation, network.evaluation.audit
+        names = {"label": network.label, "missed": " ".join(network.missed)}
+        measured = {name: getattr(evaluation, name) for name in _MEASURED}
         audited = {"audited_codes": audit and audit.codes, "differing_codes": audit and audit.differing}
-        what = {"label": network.label, "missed": " ".join(network.missed)}
-        rows.append({**_key(network), **what, **vars(it.cost), **named, **audited})
+        rows.append({**_key(network), **names, **vars(evaluation.cost), **measured, **audited})
     frame = pd.DataFrame(
         rows, columns=[*_KEY, "label", "missed", *(field.name for field in fields(Cost)), *_MEASURED, *_AUDITED]
     )
@@ -298,7 +306,7 @@ _AUDITED = ("audited_codes", "differing_codes")
 
 
 def layers_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
-    """One row a layer of each network and scheme, every field of LayerStats a column."""
+    """The contents of layers.csv: a row for each layer of each network and scheme, with the fields of LayerStats."""
     rows = [{**_key(network), **asdict(layer)} for network in networks for layer in network.evaluation.layers]
     return pd.DataFrame(rows, columns=[*_KEY, *(field.name for field in fields(LayerStats))])
 
@@ -311,10 +319,10 @@ def _key(network: ComparedNetwork) -> dict[str, object]:
 # Figures
 
 ACCURACIES, ERROR = {"o": COLOURS[0], "s": COLOURS[1]}, {"D": COLOURS[2]}
-"""Markers of the two accuracies and of whatever is alone in its panel, with their colours where colours do not stand
-for variants."""
+"""Markers of the two accuracies, and of a quantity alone in its panel, with their colours if there is one side only.
+With several sides, colours stand for the sides."""
 Side = tuple[Variant, str]
-"""A variant, and the text of a scheme: what colours stand for."""
+"""A variant and the text of a scheme; each side has a colour in the tradeoff figure."""
 
 
 def _sides(listed: Sequence[ResultRow]) -> list[Side]:
@@ -322,26 +330,29 @@ def _sides(listed: Sequence[ResultRow]) -> list[Side]:
 
 
 def tradeoff_figure(comparison: Comparison, listed: Sequence[ResultRow]) -> Figure:
-    """The paper's Figure 4: accuracies, QMSE, QCE and relative drop against conv MACs, in a panel each; mean and
-    standard deviation over seeds. A colour a variant and scheme, at most as many as there are COLOURS; published
-    numbers are hollow, and grey is what all schemes have in common."""
+    """The paper's Figure 4: panels of accuracies, QMSE, QCE and relative drop against conv MACs.
+
+    Points are means with standard deviations over seeds. Each variant and scheme has its colour, so there may be at
+    most as many as COLOURS. Published numbers are hollow. The fp32 accuracy is grey if only the schemes differ, since
+    it is the same for all of them.
+    """
     figure = new_figure(7.4, 8.4)
     heading(figure, f"Accuracy and quantization error against MACs: {comparison.name}, test split")
     panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
     fp32, quint8, drop, qmse, qce, _ = QUANTITIES
     sides = _sides(listed)
-    shared = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
+    same_in_all_sides = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
     shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
     for axes, measures in shown:
         style(axes)
         shapes = ACCURACIES if len(measures) > 1 else ERROR
         drawn: list[float] = []
-        for place, side in enumerate(sides):
-            own = [row for row in listed if (row.variant, row.scheme) == side]
+        for index, side in enumerate(sides):
+            side_rows = [row for row in listed if (row.variant, row.scheme) == side]
             for (shape, colour), measure in zip(shapes.items(), measures, strict=True):
                 if len(sides) > 1:
-                    colour = GREY if measure in shared else COLOURS[place]
-                drawn += _points(axes, own, measure, colour, shape)
+                    colour = GREY if measure in same_in_all_sides else COLOURS[index]
+                drawn += _points(axes, side_rows, measure, colour, shape)
         for shape, measure in zip(shapes, measures, strict=True):
             drawn += _published(axes, listed, measure, shape)
         unit = f" ({measures[0].unit})" if measures[0].unit else ""
@@ -351,13 +362,13 @@ def tradeoff_figure(comparison: Comparison, listed: Sequence[ResultRow]) -> Figu
     for axes in panels[2:]:
         axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
     _legend(figure, comparison, sides)
-    for axes, measures in shown:  # last: it fixes where everything is
+    for axes, measures in shown:  # last, since it fixes the layout of the figure
         place_labels(axes, _labels(listed, measures))
     return figure
 
 
 def _legend(figure: Figure, comparison: Comparison, sides: Sequence[Side]) -> None:
-    """Below all panels: shapes, then a colour a variant and scheme where there are several."""
+    """Draws the legend below all panels: the markers, then the colours of the sides if there are several."""
 
     def shape(marker: str, name: str, colour: str, face: str) -> Artist:
         return Line2D(
@@ -365,22 +376,22 @@ def _legend(figure: Figure, comparison: Comparison, sides: Sequence[Side]) -> No
         )
 
     handles = []
-    for (marker, own), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
-        colour = GREY if len(sides) > 1 else own
+    for (marker, marker_colour), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
+        colour = GREY if len(sides) > 1 else marker_colour
         handles.append(shape(marker, name, colour, colour))
     if comparison.published:
         handles.append(shape("o", f"hollow: {_published_name(comparison)}", GREY, "none"))
-    several = len({scheme for _, scheme in sides}) > 1
-    for place, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
-        name = " ".join(part for part in (variant.name, scheme if several else "") if part)
-        handles.append(Patch(color=COLOURS[place], label=shorten(name)))
-    columns = legend_columns([str(one.get_label()) for one in handles], 4)
+    several_schemes = len({scheme for _, scheme in sides}) > 1
+    for index, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
+        name = " ".join(word for word in (variant.name, scheme if several_schemes else "") if word)
+        handles.append(Patch(color=COLOURS[index], label=shorten(name)))
+    columns = legend_columns([str(handle.get_label()) for handle in handles], 4)
     figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
 
 
-def _points(axes: Axes, own: Sequence[ResultRow], measure: Quantity, colour: str, marker: str) -> list[float]:
-    """Mean and standard deviation of each row; gives the means."""
-    points = [(row.conv_mmac, values) for row in own if (values := row.values(measure.value, measure.scale))]
+def _points(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, colour: str, marker: str) -> list[float]:
+    """Draws mean and standard deviation of each row. Returns the means."""
+    points = [(row.conv_mmac, values) for row in listed if (values := row.values(measure.value, measure.scale))]
     means = [fmean(values) for _, values in points]
     spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
     axes.errorbar(
@@ -397,51 +408,55 @@ def _points(axes: Axes, own: Sequence[ResultRow], measure: Quantity, colour: str
 
 
 def _published(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, marker: str) -> list[float]:
-    known = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
-    values = [measure.scale * value for value in known.values()]
-    axes.plot(list(known), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
+    """Draws the published numbers, hollow. Returns them."""
+    published = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
+    values = [measure.scale * value for value in published.values()]
+    axes.plot(list(published), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
     return values
 
 
 def _labels(listed: Sequence[ResultRow], measures: Sequence[Quantity]) -> list[PointLabel]:
-    """One for all points of a network above each other, next to the last: sides are told by their colours."""
+    """One label for all points of a network at the same MACs, since colours tell the sides apart."""
     anchors: dict[tuple[str, float], list[float]] = {}
     for row in listed:
         for measure in measures:
             if values := row.values(measure.value, measure.scale):
-                known = measure.published(row.published)
-                points = [] if known is None else [measure.scale * known]
+                published = measure.published(row.published)
+                points = [] if published is None else [measure.scale * published]
                 anchors.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
     return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in anchors.items()]
 
 
 def result_figures(comparison: Comparison, listed: Sequence[ResultRow]) -> dict[str, Figure]:
-    """By file name; where there are more networks or variants than COLOURS, they are drawn in several figures, as
-    ``tradeoff.png``, ``tradeoff-2.png``. Layers are drawn of the first seed, as the first scheme quantizes them."""
+    """The figures by file name.
+
+    More networks or sides than COLOURS are split into several figures: ``tradeoff.png``, ``tradeoff-2.png``. The layer
+    figures show the first seed and the first scheme.
+    """
     sides = _sides(listed)
     drawn: dict[str, Figure] = {}
     for name, chosen in _in_colours("tradeoff", sides):
         drawn[name] = tradeoff_figure(comparison, [row for row in listed if (row.variant, row.scheme) in chosen])
     for variant in comparison.variants if comparison.search is None else ():
-        own = [row for row in listed if row.variant == variant and row.scheme == comparison.schemes[0]]
+        variant_rows = [row for row in listed if row.variant == variant and row.scheme == comparison.schemes[0]]
         precision = "folded precision (%)"
-        compared = [row for row in own if row.plan in comparison.compare]
+        compared = [row for row in variant_rows if row.plan in comparison.compare]
         for kind, shown, title, values in (
-            ("ranges", own, "Ranges", RANGES),
+            ("ranges", variant_rows, "Ranges", RANGES),
             ("compared", compared, "Ranges and precisions", {**RANGES, precision: PRECISIONS[precision]}),
         ):
-            for name, some in _in_colours(kind, shown, variant.name):
-                networks = [(row.name, row.networks[0].evaluation) for row in some]
+            for name, chosen_rows in _in_colours(kind, shown, variant.name):
+                networks = [(row.name, row.networks[0].evaluation) for row in chosen_rows]
                 drawn[name] = layers_figure(variant.space, networks, title, values)
     return drawn
 
 
 def _in_colours(kind: str, items: Sequence[T], suffix: str = "") -> Iterator[tuple[str, Sequence[T]]]:
-    """So many of `items` as there are colours, with the name of their figure; then the next ones."""
+    """Splits `items` into groups of at most len(COLOURS); yields the file name of each group's figure and the group."""
     most = len(COLOURS)
-    for place, start in enumerate(range(0, len(items), most), 1):
-        parts = [kind, suffix, str(place) if place > 1 else ""]
-        yield f"{'-'.join(part for part in parts if part)}.png", items[start : start + most]
+    for number, start in enumerate(range(0, len(items), most), 1):
+        words = [kind, suffix, str(number) if number > 1 else ""]
+        yield f"{'-'.join(word for word in words if word)}.png", items[start : start + most]
 
 
 CAPTIONS = {
@@ -453,8 +468,10 @@ CAPTIONS = {
 
 
 def write_results(comparison: Comparison, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
-    """results.md with its figures, networks.csv and layers.csv, in the study's folder, of all that is trained so far;
-    gives results.md."""
+    """Writes the results of all networks trained so far into the comparison's folder.
+
+    Writes results.md with its figures, networks.csv and layers.csv. Returns the path of results.md.
+    """
     networks = compared_networks(comparison, runs)
     listed = result_rows(comparison, networks)
     write_text(folder / "networks.csv", networks_frame(networks).to_csv(index=False, lineterminator="\n"))

@@ -1,4 +1,4 @@
-"""A whole study: each of its parts is a run of its own, in a folder of the study's; then all are compared."""
+"""Runs a comparison: each part is a run in a subfolder of the comparison's folder; then the results are compared."""
 
 import re
 from dataclasses import dataclass, replace
@@ -26,20 +26,20 @@ from fnet_search.training.recipe import Fidelity
 
 
 class ComparisonDisplay(Display, Protocol):
-    """Shows a user what goes on in a study of several runs."""
+    """Shows a user the progress of a comparison."""
 
     def part(self, name: str, later: float) -> None:
-        """The next run is begun; after it about so many epochs are to be trained in others."""
+        """The run `name` begins; about `later` epochs remain to be trained in the runs after it."""
         ...
 
 
 PART = re.compile(r"(?:^|-)seed(\d+)$")
-"""How the folder of a part ends (`Part.name`)."""
+"""Matches the end of the name of a part's folder (`Part.name`); the group is the seed."""
 
 
 @dataclass(frozen=True)
 class ComparisonFolder:
-    """Where a study is kept: a run folder for each part, and the results of all."""
+    """The folder of a comparison: a run folder for each part, and the results of all."""
 
     path: Path
 
@@ -47,24 +47,29 @@ class ComparisonFolder:
         return RunFolder(self.path / part.name)
 
     def check(self) -> None:
-        """Raises FnetError for a folder of something else; one whose first part was killed at once is a study's."""
-        inside = [path.name for path in self.path.iterdir() if path.name[0] != "."] if self.path.is_dir() else []
-        if self.path.is_file() or "config.json" in inside or (inside and not any(map(PART.search, inside))):
-            raise FnetError(f"{self.path} exists and is not the folder of a study; choose another `out`")
+        """Raises FnetError if the path exists and is not the folder of a comparison.
+
+        A folder with a part's subfolder is accepted even without results: its first run may have been killed early.
+        """
+        names = [path.name for path in self.path.iterdir() if path.name[0] != "."] if self.path.is_dir() else []
+        if self.path.is_file() or "config.json" in names or (names and not any(map(PART.search, names))):
+            raise FnetError(f"{self.path} exists and is not the folder of a comparison; choose another `out`")
 
     def whole(self, comparison: Comparison) -> Comparison:
-        """With the seeds too that were recorded here before."""
+        """The comparison with the seeds added that earlier calls recorded in this folder."""
         recorded_seeds = {int(match[1]) for path in self.path.glob("*seed*") if (match := PART.search(path.name))}
         seeds = (*comparison.seeds, *sorted(recorded_seeds - set(comparison.seeds)))
         return replace(
-            comparison, seeds=tuple(seed for seed in seeds if seed in comparison.seeds or self._has(comparison, seed))
+            comparison,
+            seeds=tuple(seed for seed in seeds if seed in comparison.seeds or self._is_recorded(comparison, seed)),
         )
 
-    def _has(self, comparison: Comparison, seed: int) -> bool:
+    def _is_recorded(self, comparison: Comparison, seed: int) -> bool:
+        """Whether any variant of the comparison was begun with this seed."""
         return any(self.run(Part(variant, seed)).exists for variant in comparison.variants)
 
     def recorded(self, comparison: Comparison) -> dict[Part, RecordedRun]:
-        """The runs of its parts, as far as they were begun."""
+        """The runs of those parts that were begun."""
         return {part: open_run(self.run(part).path) for part in comparison.parts if self.run(part).exists}
 
 
@@ -75,64 +80,70 @@ def run_parts(
     display: ComparisonDisplay,
     deadline: Deadline | None = None,
 ) -> None:
-    """Runs each part, going on where an earlier process stopped, and writes the results after each, whatever ends it.
+    """Runs each part, resuming parts that an earlier process began.
 
-    All compute as the first one did. Raises FnetError as `run_study` does, of a part that was recorded otherwise before
-    anything is trained, and TimeUp at the deadline.
+    The results are written after each part, also if an error or an interrupt ends it. New parts compute with the
+    numerics of those recorded before, unless `machine` asks for others.
+
+    Raises FnetError if a recorded part has another configuration (before anything is trained) and as `run_study` does,
+    and TimeUp at the deadline.
     """
     folder.check()
     deadline = deadline or Deadline()
-    whole = folder.whole(comparison)
-    for part in whole.parts:
+    extended = folder.whole(comparison)
+    for part in extended.parts:
         if folder.run(part).exists:
-            check_same_config(folder.run(part), _asked(comparison, part).config())
-    for place, part in enumerate(comparison.parts):
+            check_same_config(folder.run(part), _request(comparison, part).config())
+    for index, part in enumerate(comparison.parts):
         later = sum(
-            epochs(comparison, part) - _done(comparison, folder, part) for part in comparison.parts[place + 1 :]
+            epochs(comparison, later_part) - _finished_epochs(comparison, folder, later_part)
+            for later_part in comparison.parts[index + 1 :]
         )
         display.part(part.name, later)
         try:
-            _run_part(comparison, part, folder.run(part), _like(folder, whole, part, machine), display, deadline)
+            _run_part(
+                comparison, part, folder.run(part), _machine_of_part(folder, extended, part, machine), display, deadline
+            )
         finally:
-            if runs := folder.recorded(whole):
-                write_results(whole, runs, folder.path)
+            if runs := folder.recorded(extended):
+                write_results(extended, runs, folder.path)
 
 
 def epochs(comparison: Comparison, part: Part) -> float:
-    """Of a part, about; searches train a reference, their candidates, and the best one on."""
+    """About how many epochs a part trains. A search trains a reference, its candidates, and the best candidate on."""
     recipe = part.variant.recipe
     if comparison.search is None:
         return len(comparison.plans) * recipe.epochs
     return 2 * recipe.epochs + comparison.search.trials * recipe.warm().epochs
 
 
-def _done(comparison: Comparison, folder: ComparisonFolder, part: Part) -> float:
-    """Of its epochs, those of finished networks; of a search all or none."""
+def _finished_epochs(comparison: Comparison, folder: ComparisonFolder, part: Part) -> float:
+    """The epochs that the finished networks of a part took; for a search, all or none."""
     if not folder.run(part).exists:
         return 0.0
     plans = {network.plan for network in compared_networks(comparison, {part: open_run(folder.run(part).path)})}
     return epochs(comparison, part) * (len(plans) / len(comparison.plans) if comparison.search is None else len(plans))
 
 
-def _like(folder: ComparisonFolder, whole: Comparison, part: Part, machine: Machine) -> Machine:
-    """The machine, computing as another part did where this one is new and nothing else is asked for."""
-    others = [folder.run(one) for one in whole.parts if one != part]
-    known = next((run for run in others if run.exists), None)
-    if known is None or machine.numerics_of is not None or folder.run(part).exists:
+def _machine_of_part(folder: ComparisonFolder, extended: Comparison, part: Part, machine: Machine) -> Machine:
+    """The machine for a part. A new part gets the numerics of a recorded one, unless the machine asks for others."""
+    other_runs = [folder.run(other) for other in extended.parts if other != part]
+    recorded = next((run for run in other_runs if run.exists), None)
+    if recorded is None or machine.numerics_of is not None or folder.run(part).exists:
         return machine
-    return machine.computing_as(known.path) if machine.agrees(recorded_numerics(known)) else machine
+    return machine.computing_as(recorded.path) if machine.agrees(recorded_numerics(recorded)) else machine
 
 
 def _run_part(
     comparison: Comparison, part: Part, run: RunFolder, machine: Machine, display: ComparisonDisplay, deadline: Deadline
 ) -> None:
-    run_study(replace(_asked(comparison, part), machine=machine), run, display, deadline)
+    run_study(replace(_request(comparison, part), machine=machine), run, display, deadline)
     if comparison.search is None:
         _quantize(comparison, run, machine, display, deadline)
 
 
-def _asked(comparison: Comparison, part: Part) -> Request:
-    """What a part asks of a run."""
+def _request(comparison: Comparison, part: Part) -> Request:
+    """The request for the run of a part, on the default machine."""
     space, recipe, search = part.variant.space, part.variant.recipe, comparison.search
     request = Request(space, comparison.dataset, recipe, parse_schemes(comparison.schemes[0]), part.seed)
     if search is None:
@@ -150,12 +161,14 @@ def _asked(comparison: Comparison, part: Part) -> Request:
 
 
 def _quantize(comparison: Comparison, run: RunFolder, machine: Machine, display: Display, deadline: Deadline) -> None:
-    """The trained networks of a part, quantized as each further scheme says too, where they are not yet."""
+    """Quantizes the trained networks of a part with each scheme after the first, unless that is recorded already."""
     opened = open_run(run.path)
-    known = {(network.candidate, network.scheme) for network in opened.networks}
-    own = [network for network in opened.networks if network.folder == network.candidate and network.has_weights]
-    further = list(map(parse_scheme, comparison.schemes[1:]))
-    missing = [(network, scheme) for network in own for scheme in further if (network.candidate, scheme) not in known]
+    recorded = {(network.candidate, network.scheme) for network in opened.networks}
+    trained = [network for network in opened.networks if network.folder == network.candidate and network.has_weights]
+    schemes = list(map(parse_scheme, comparison.schemes[1:]))
+    missing = [
+        (network, scheme) for network in trained for scheme in schemes if (network.candidate, scheme) not in recorded
+    ]
     if not missing:
         return
     with opened.run.locked():

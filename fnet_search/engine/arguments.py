@@ -1,6 +1,6 @@
-"""The parameters of `search` and `evaluate`, as users write them, and the `Request` that they make.
+"""The parameters of `search` and `evaluate` as users write them, and the `Request` that they make.
 
-The command line and the Python API both build these; an option of the command line has the name of its field.
+The command line and the Python API both build these classes: options of the command line are named after their fields.
 """
 
 import re
@@ -35,7 +35,7 @@ Space = Macroarchitecture | Path | str
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What both have but for the network and the data set, which come first."""
+    """The parameters that `search` and `evaluate` share, except `space` and `dataset`, whose positions differ."""
 
     validation: Path | str | None = None
     recipe: Recipe | str | None = None
@@ -56,7 +56,7 @@ class Arguments:
     deadline: "Deadline | None" = None
 
     def check_paths(self, dataset: str) -> None:
-        """Raises FnetError for a data set, a file or a folder that is not there; before what is slow to import."""
+        """Raises FnetError for a data set, a file or a folder that is missing. Called before the slow imports."""
         check_dataset(dataset, absolute_path(self.validation))
         if self.storage is not None:
             check_there(self.storage, new=True)
@@ -64,12 +64,13 @@ class Arguments:
             config_file(self.machine.numerics_of)
 
     def _request(self, space: Space, dataset: str) -> Request:
-        """What both ask for: a network for images as large as the data set's unless another size is asked for."""
+        """The part of the request that both functions share. The input of an imported network has the size of the data
+        set's images unless `input_shape` is given."""
         if not isinstance(space, Macroarchitecture):
             space = load_space(str(space), self.input_shape, self.weights, partial(_natural_shape, dataset))
         space = factorizing(normalising(space, self.normalise), tuple(self.factorize), tuple(self.keep))
         if self.finetune and space.weights is None:
-            raise FnetError("`finetune` is for networks with weights; name them with `weights`")
+            raise FnetError("`finetune` requires `weights`; give them too, or leave it out")
         check_least(1, epochs=self.epochs)
         named = self.recipe or ("finetune" if self.finetune else "quick")
         recipe = (named if isinstance(named, Recipe) else load_recipe(named)).with_epochs(self.epochs)
@@ -111,16 +112,16 @@ class SearchArguments(Arguments):
     lease: float = LEASE_SECONDS
 
     def request(self) -> Request:
-        """Raises FnetError for whatever is wrong with it that can be seen without data."""
-        asked = self._request(self.space, self.dataset)
+        """The request. Raises FnetError for whatever is wrong with it that can be seen without data."""
+        shared = self._request(self.space, self.dataset)
         final_epochs = self.final_epochs
         if final_epochs is None:
-            final_epochs = asked.recipe.epochs if self.warm_start else 0
+            final_epochs = shared.recipe.epochs if self.warm_start else 0
         limits = self.budget, self.max_params, self.min_quint8, self.max_drop, self.metric
-        constraints = parse_constraints(asked.space, *limits)  # before a policy, which may take a second to import
+        constraints = parse_constraints(shared.space, *limits)  # before the policy, whose import may take a second
         policy, name = self.policy, self.policy if isinstance(self.policy, str) else type(self.policy).__name__
         return replace(
-            asked,
+            shared,
             fidelity=Fidelity(self.warm_start, self.warm_epochs, self.prune, final_epochs, self.finetune),
             policy=load_policy(policy) if isinstance(policy, str) else check_policy(policy, name),
             policy_name=name,
@@ -132,7 +133,7 @@ class SearchArguments(Arguments):
         )
 
     def folder(self, request: Request) -> Path:
-        """The run folder of the request that these arguments made."""
+        """The run folder of the request that `request` returned."""
         budget = self.budget if isinstance(self.budget, str) else str(request.constraints.conv_macs)
         name = [request.space.name, dataset_name(self.dataset), request.policy_name, budget.replace("%", "pct")]
         return folder_of(self.out, "-".join(name))
@@ -149,18 +150,18 @@ class EvaluateArguments(Arguments):
     split: SplitName = "test"
 
     def request(self) -> Request:
-        """Raises FnetError for whatever is wrong with it that can be seen without data."""
-        asked = self._request(self.space, self.dataset)
-        wanted = [self.plans] if isinstance(self.plans, FactorizationPlan | str) else self.plans
-        plans = [parse_plan(asked.space, plan) if isinstance(plan, str) else plan for plan in wanted]
+        """The request. Raises FnetError for whatever is wrong with it that can be seen without data."""
+        shared = self._request(self.space, self.dataset)
+        given = [self.plans] if isinstance(self.plans, FactorizationPlan | str) else self.plans
+        plans = [parse_plan(shared.space, plan) if isinstance(plan, str) else plan for plan in given]
         if not plans:
             raise FnetError("no plan is given; name one, as in init2")
         for plan in plans:
-            check_plan(asked.space, plan)
-        return replace(asked, split=self.split, policy=FixedPlans(tuple(dict.fromkeys(plans))), audit_all=True)
+            check_plan(shared.space, plan)
+        return replace(shared, split=self.split, policy=FixedPlans(tuple(dict.fromkeys(plans))), audit_all=True)
 
     def folder(self, request: Request) -> Path:
-        """The run folder of the request that these arguments made."""
+        """The run folder of the request that `request` returned."""
         split = ["validation"] if request.split != "test" else []
         return folder_of(self.out, "-".join(["evaluate", request.space.name, dataset_name(self.dataset), *split]))
 
@@ -172,7 +173,7 @@ def _natural_shape(dataset: str, channels: int) -> tuple[int, int, int]:
 
 
 def absolute(dataset: str) -> str:
-    """A data set, of folders by their absolute path."""
+    """The name of a data set, with the path of an image folder made absolute."""
     kind, colon, path = dataset.partition(":")
     return f"{kind}:{absolute_path(path)}" if kind == "imagefolder" and colon else dataset
 
@@ -182,10 +183,10 @@ def absolute_path(path: Path | str | None) -> str | None:
 
 
 def dataset_name(dataset: str) -> str:
-    """What a run folder's name says of a data set."""
+    """A data set's part of a run folder's name: the last part of a path."""
     return Path(dataset.partition(":")[2]).expanduser().resolve().name if ":" in dataset else dataset
 
 
 def folder_of(out: Path | str | None, name: str) -> Path:
-    """The run folder that was asked for, or one of that name."""
+    """The run folder `out`; if that is None, the folder `name` in ``runs/``."""
     return Path(out) if out is not None else Path("runs") / re.sub(r"[^\w.+-]+", "_", name)

@@ -1,4 +1,4 @@
-"""What a run shows while it works."""
+"""The interface through which a run reports its progress."""
 
 from typing import Protocol
 
@@ -8,24 +8,25 @@ from fnet_search.rundir.run_folder import RunFolder
 
 
 class Display(Protocol):
-    """Shows a user what goes on."""
+    """Shows the progress of a run. `progress.TerminalDisplay` is the one that the command line uses."""
 
     def status(self, text: str) -> None:
-        """What is being done now."""
+        """Shows what the run does now, as in ``reading digits``; a later call replaces it."""
         ...
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Shows a line that stays."""
         ...
 
     def advance(self, what: str, done: int, total: int) -> None:
-        """How many of the images are through `what`, reading or measuring."""
+        """Shows that `done` of `total` images or rates have gone through `what`, as in ``reading images``."""
         ...
 
     def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
-        """The search starts, or goes on with `done` candidates trained before."""
+        """Called before the search loop: it will train up to `trials` candidates, of which `done` were trained by
+        earlier runs."""
         ...
 
     def show(self, event: Event) -> None:
-        """Something happened in the search."""
+        """Shows an event of the search loop."""
         ...

@@ -1,4 +1,17 @@
-"""Before a run: its data, its numerics, its number of workers, and whether its folder fits."""
+"""The preparation of a run: its data, its numerics, its number of workers, and the check of its folder.
+
+The order matters, because every step needs the ones before it, and because a run that is refused must leave nothing:
+
+1. *Data*. The number of classes completes the space, the size of the data set limits the workers that fit into memory,
+   and only the images show whether a folder was made with the same data.
+2. *Numerics*. They are timed, which takes seconds, for the number of workers, which the data have limited. A run that
+   is resumed keeps the recorded ones, since its results depend on them.
+3. *Folder*. `prepare_run` writes nothing to it. The caller (`engine.run`) then locks the folder and calls `configure`,
+   which writes config.json or compares the whole configuration with the recorded one. Only after that are the study,
+   the tables and the weights written: a folder with any of them has its configuration.
+
+Before all this, `engine.run` compares the request alone with the recorded configuration, which takes no time.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,22 +46,25 @@ PARAMETERS = {
     "constraints.metric": "`metric`",
     "recipe.class_weights": "`class_weights`",
 }
-"""What people give, by the part of a configuration that it becomes."""
+"""The parameters that users give, by the key of the configuration that they become; for messages."""
 BY_FINGERPRINT = {"validation", "has_test", "skipped", "images"}
-"""What is known of data whose fingerprint is the same, wherever they lie."""
+"""Keys of the configuration's `data` that are not compared: equal fingerprints mean equal images, wherever they lie."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request, with its data read and how this machine computes."""
+    """A request with its data, and the setup of its workers."""
 
     request: Request
     data: DataSet
     workers: int
+    """Number of worker processes."""
     setup: Setup
 
     @property
     def config(self) -> dict[str, Any]:
+        """The whole configuration, as config.json records it: that of the request, with facts on the data and the
+        numerics."""
         data = self.data
         facts = {
             "fingerprint": data.fingerprint(),
@@ -64,7 +80,7 @@ class Prepared:
 
     @property
     def counts(self) -> dict[str, list[int]]:
-        """By split, the images of each class."""
+        """The number of images of each class, by split."""
         splits = {"training": self.data.train, self.setup.split: self.data.evaluation}
         if self.data.has_test:
             splits["test"] = self.data.test
@@ -73,12 +89,18 @@ class Prepared:
 
 
 def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
+    """Reads the data, chooses numerics and the number of workers, and checks the request against them. Writes nothing
+    to the run folder. The module's docstring gives the reasons for the order.
+
+    Raises FnetError for data that cannot be read, a device, dtype or kernels that are not available, weights of other
+    classes, limits that no network of the space meets, and workers that do not fit into memory.
+    """
     machine = request.machine
-    check_dtype(check_device(machine.device), machine.dtype)
+    check_dtype(check_device(machine.device), machine.dtype)  # first: reading the images may take minutes
     display.status(f"reading {request.dataset}")
     shape, reading = request.space.input_shape, partial(display.advance, "reading images")
     validation = request.validation
-    if validation is None and run.exists:  # as it was, also where a folder val/ has come since
+    if validation is None and run.exists:  # the recorded one, even if a folder val/ was added since
         validation = run.config()["data"]["validation"]
     data = load_dataset(
         request.dataset,
@@ -96,21 +118,22 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
     if space.weights is not None and space != request.space and not request.fidelity.finetune:
         raise FnetError(
             f"the weights of {space.name} are for {request.space.classes} classes, the data set has {space.classes}: "
-            "its last layer is new and wants training; set `finetune`"
+            "its last layer is new and needs training; set `finetune`"
         )
-    if space.mean:
+    if space.mean:  # an imported network reads its images in its own normalisation
         data = replace(data, mean=space.mean, std=space.std)
-    known = MAYBE_KNOWN if data.validation == HELD_OUT and space.weights is not None else data.validation
-    for text in cautions(known or "", data.has_test or not request.searching):
+    maybe_known = data.validation == HELD_OUT and space.weights is not None
+    validation_images = MAYBE_KNOWN if maybe_known else data.validation or ""
+    for text in cautions(validation_images, data.has_test or not request.searching):
         display.say(f"warning: {text}")
     request.constraints.check(space)
-    recorded = _recorded(run, machine)
+    recorded = _recorded(run, machine)  # before the workers are counted: device and threads limit their number
     device = recorded.device if recorded else check_device(machine.device)
     threads = recorded.threads if recorded else machine.threads or 1
     workers = how_many(machine.workers, device, threads, space, request.recipe, data)
     if recorded is None:
-        display.status("measuring what this device is fast with")
-    elif recorded.fused and not run.exists:
+        display.status("choosing the fastest numerics on this device")
+    elif recorded.fused and not run.exists:  # `numerics_of` another run, whose machine had a compiler
         check_kernels(recorded)
     numerics = recorded or resolve(device, machine.dtype, workers, cores(), machine.threads, machine.fused)
     setup = Setup(
@@ -124,7 +147,7 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
         request.fidelity,
         request.constraints.metric,
         request.fidelity.warm_start or bool(requirements(request.policy)),
-        known or "",
+        validation_images,
     )
     prepared = Prepared(request, data, workers, setup)
     display.say(balance.counts_line(data.classes, prepared.counts))
@@ -134,6 +157,11 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
 
 
 def configure(run: RunFolder, config: dict[str, Any]) -> None:
+    """Writes the configuration of a new run, or checks that an existing run has the same one (`check_same_config`). The
+    caller holds the folder's lock.
+
+    It is the first file of a run: `RunFolder.exists` means that it is there.
+    """
     if run.exists:
         check_same_config(run, config)
     else:
@@ -141,7 +169,11 @@ def configure(run: RunFolder, config: dict[str, Any]) -> None:
 
 
 def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:
-    """The storage that was asked for. A new run does not go on with what another one has left in it."""
+    """The storage at a URL, None without one.
+
+    Raises FnetError if it cannot be opened, and for a new run if it already has a study of that name: it belongs to
+    another run folder.
+    """
     if url is None:
         return None
     storage = open_url(url)
@@ -154,39 +186,44 @@ def own_storage(url: str | None, run: RunFolder) -> BaseStorage | None:
 
 
 def check_same_config(run: RunFolder, config: dict[str, Any]) -> None:
-    """Raises FnetError where a run was recorded with another configuration than this one."""
+    """Raises FnetError if the recorded configuration of a run differs from `config`.
+
+    `config` may lack data and numerics (`Request.config`), so that most differences are found before the data are read.
+    """
     recorded = run.config()
     if "fidelity" not in recorded:
-        raise FnetError(f"{run.path} was made by an earlier version, which trained otherwise; choose another `out`")
+        raise FnetError(f"{run.path} was made by an earlier version, which trained differently; choose another `out`")
     recorded = completed(recorded)
-    told = {key: value for key, value in config.get("data", {}).items() if key in BY_FINGERPRINT}
-    recorded["data"] = {**recorded["data"], **told}
+    not_compared = {key: value for key, value in config.get("data", {}).items() if key in BY_FINGERPRINT}
+    recorded["data"] = {**recorded["data"], **not_compared}
     if (recorded["policy"] == FIXED_PLANS) != (config["policy"] == FIXED_PLANS):
-        kind = "given plans" if recorded["policy"] == FIXED_PLANS else "a search"
-        raise FnetError(f"{run.path} is a run of {kind}; choose another `out`")
-    parted = (text.partition(":") for text in differences(recorded, config))
-    changed = [f"{PARAMETERS.get(name, name)}{colon}{text}" for name, colon, text in parted]
+        kind = "a run of given plans" if recorded["policy"] == FIXED_PLANS else "a search"
+        raise FnetError(f"{run.path} is {kind}; choose another `out`")
+    parted = (line.partition(":") for line in differences(recorded, config))
+    changed = [f"{PARAMETERS.get(key, key)}{colon}{values}" for key, colon, values in parted]
     if changed:
-        same = f", or say `scheme` {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
+        same = f", or give `scheme` {recorded['scheme']}" if recorded["scheme"] != config["scheme"] else ""
         raise FnetError(
             f"{run.path} was made with another configuration ({'; '.join(changed)}); choose another `out`{same}"
         )
 
 
 def recorded_numerics(run: RunFolder) -> Numerics:
-    """What a run computed with. Raises FnetError where it cannot be read."""
+    """The numerics of a recorded run. Raises FnetError if its configuration cannot be read."""
     return Numerics.from_json(run.config()["numerics"])
 
 
 def _recorded(run: RunFolder, machine: Machine) -> Numerics | None:
-    """The numerics recorded in the run that was named, or here, where nothing else is wanted.
+    """The numerics recorded in the run `machine.numerics_of`, or in this run.
 
-    Raises FnetError for a device that is not there any more, and where that run cannot be read.
+    None if this run is new, or if the machine's parameters ask for others: then they are chosen anew. (`configure`
+    refuses a run that is resumed with other numerics.) Raises FnetError if the recorded device is not available any
+    more, or if the run cannot be read.
     """
-    known = RunFolder(machine.numerics_of) if machine.numerics_of is not None else run
-    if known is run and not run.exists:
+    source = RunFolder(machine.numerics_of) if machine.numerics_of is not None else run
+    if source is run and not run.exists:
         return None
-    numerics = recorded_numerics(known)
+    numerics = recorded_numerics(source)
     if not machine.agrees(numerics):
         return None
     check_device(numerics.device)

@@ -1,4 +1,4 @@
-"""What a user sees while a search runs, and at its end."""
+"""The terminal display: the progress of a run, and the table of its candidates at the end."""
 
 import time
 from types import TracebackType
@@ -25,18 +25,19 @@ from fnet_search.rundir.run_folder import RunFolder
 from fnet_search.training.train import TrainingProgress
 
 BAR = 20
-"""Characters of a progress bar."""
+"""Width of a progress bar, in characters."""
 
 
 def clock(seconds: float) -> str:
-    """``4:05`` or ``1:02:03``."""
+    """A duration as text: ``4:05`` or ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class TerminalDisplay:
-    """A live table on a terminal, a line an epoch elsewhere. Use as a context manager."""
+    """The `Display` of the command line: a live table on a terminal, a line for each epoch elsewhere. A context
+    manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -44,14 +45,17 @@ class TerminalDisplay:
         self._setup: Setup | None = None
         self._jobs: dict[int, Job] = {}
         self._running: dict[int, TrainingProgress | None] = {}
-        self._read = set[int]()  # of these, the last epoch known is from a checkpoint
+        self._resumed = set[int]()  # numbers of trainings whose last epoch so far was read from a checkpoint
         self._trials = self._started = 0
-        self._epochs = self._all_epochs = 0.0  # of the candidates that ended, and of all that this run trains
-        self._before = 0.0  # epochs that were done when `_start` was
-        self._later = 0.0  # epochs of the study's runs after this one
-        self._each = 0  # of a candidate, as far as is known before
+        # The time left is estimated in epochs: those done since `_start`, and the time that they took.
+        self._ended_epochs = 0.0  # of the trainings that ended
+        self._all_epochs = 0.0  # of all trainings of this run, as far as is known
+        self._done_before = 0.0  # epochs that were done at `_start`
+        self._later_epochs = 0.0  # of the comparison's runs after this one
+        self._candidate_epochs = 0  # expected for each candidate
         self._start = time.monotonic()
-        self._what, self._quarter, self._since = "", -1, self._start  # of what `advance` shows
+        # What `advance` shows: the activity, the last quarter of it that was shown as a line, and when it began.
+        self._activity, self._quarter, self._activity_start = "", -1, self._start
 
     def __enter__(self) -> "TerminalDisplay":
         if self._live:
@@ -71,9 +75,10 @@ class TerminalDisplay:
             self.say(f"{text} ...")
 
     def advance(self, what: str, done: int, total: int) -> None:
-        if what != self._what:
-            self._what, self._quarter, self._since = what, -1, time.monotonic()
-        left = clock((time.monotonic() - self._since) / done * (total - done)) + " left" if done else "starting"
+        if what != self._activity:
+            self._activity, self._quarter, self._activity_start = what, -1, time.monotonic()
+        elapsed = time.monotonic() - self._activity_start
+        left = clock(elapsed / done * (total - done)) + " left" if done else "starting"
         text = f"{what}: {done:,} of {total:,}, {left}"
         if self._live:
             self._live.update(Text(text))
@@ -82,16 +87,17 @@ class TerminalDisplay:
         self._quarter = 4 * done // total
 
     def part(self, name: str, later: float) -> None:
-        self._later = later
+        """Called before each run of a comparison; `later` is the number of epochs of the runs after it."""
+        self._later_epochs = later
 
     def begin(self, run: RunFolder, setup: Setup, trials: int, done: int) -> None:
         self._setup, self._trials, self._started, self._start = setup, trials, done, time.monotonic()
-        self._epochs, self._before = 0.0, 0.0
+        self._ended_epochs, self._done_before = 0.0, 0.0
         fidelity, recipe = setup.fidelity, setup.recipe
-        self._each = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
-        self._all_epochs = max(0, trials - done) * self._each + fidelity.final_epochs
-        going_on = f", {done} trained before" if done else ""
-        self.say(f"study {run.name} in {run.path}: up to {counted(trials, 'candidate')}{going_on}; {setup.numerics}")
+        self._candidate_epochs = (recipe.warm(fidelity.warm_epochs) if fidelity.warm_start else recipe).epochs
+        self._all_epochs = max(0, trials - done) * self._candidate_epochs + fidelity.final_epochs
+        before = f", {done} trained before" if done else ""
+        self.say(f"study {run.name} in {run.path}: up to {counted(trials, 'candidate')}{before}; {setup.numerics}")
 
     def show(self, event: Event) -> None:
         match event:
@@ -102,29 +108,30 @@ class TerminalDisplay:
                 assert self._setup is not None
                 self._jobs[job.number], self._running[job.number] = job, None
                 self._started += job.role == "candidate"
-                planned = {"candidate": self._each, "reference": 0, "final": self._setup.fidelity.final_epochs}
-                self._all_epochs += self._setup.recipe_of(job).epochs - planned[job.role]
+                final_epochs = self._setup.fidelity.final_epochs
+                counted_before = {"candidate": self._candidate_epochs, "reference": 0, "final": final_epochs}
+                self._all_epochs += self._setup.recipe_of(job).epochs - counted_before[job.role]
                 cost = mmac(plan_cost(self._setup.space, job.plan).conv_macs)
                 start = f", from candidate {job.start.number}" if job.start else ""
-                begins = "starts again" if again else "starts"
-                self.say(f"{self._named(job)} ({self._label(job.plan)}, {cost}) {begins}{start}")
+                verb = "starts again" if again else "starts"
+                self.say(f"{self._name(job)} ({self._label(job.plan)}, {cost}) {verb}{start}")
             case ProbesProgressed(done, total):
                 self.advance("probing the rates of all layers", done, total)
                 return
             case Progressed(number, progress):
                 self._running[number] = progress
-                if progress.ended and progress.loss is None:  # read from a checkpoint: it took no time now
-                    self._before, self._start = self._done(), time.monotonic()
-                    self._read.add(number)
+                if progress.ended and progress.loss is None:  # an epoch of the checkpoint, which took no time now
+                    self._done_before, self._start = self._done(), time.monotonic()
+                    self._resumed.add(number)
                     return
-                if number in self._read:
-                    self._read.remove(number)
-                    whence = "after its last epoch" if progress.stage else f"from epoch {progress.epoch}"
-                    self.say(f"{self._named(self._jobs[number])} goes on {whence}")
+                if number in self._resumed:
+                    self._resumed.remove(number)
+                    place = "after its last epoch" if progress.stage else f"from epoch {progress.epoch}"
+                    self.say(f"{self._name(self._jobs[number])} goes on {place}")
                 if not self._live and progress.ended:
                     self.say(f"{self._describe(number, progress)}; {self.left()}")
             case Dropped(number):
-                self.say(f"{self._ended(number)} was taken over by another worker; what this one did is dropped")
+                self.say(f"{self._ended(number)} was taken over by another worker; its training here does not count")
             case Finished(evaluation, seconds):
                 result = _result(evaluation, self._setup.metric if self._setup else "accuracy")
                 self.say(f"{self._ended(evaluation.number)} {result}; took {clock(seconds)}")
@@ -132,15 +139,15 @@ class TerminalDisplay:
             self._live.update(self._table())
 
     def _ended(self, number: int) -> str:
-        """A training's name, at its end."""
+        """Notes that a training has ended; returns its name and plan."""
         assert self._setup is not None
         self._running.pop(number, None)
-        self._read.discard(number)
+        self._resumed.discard(number)
         job = self._jobs.pop(number)
-        self._epochs += self._setup.recipe_of(job).epochs
-        return f"{self._named(job)} ({self._label(job.plan)})"
+        self._ended_epochs += self._setup.recipe_of(job).epochs
+        return f"{self._name(job)} ({self._label(job.plan)})"
 
-    def _named(self, job: Job) -> str:
+    def _name(self, job: Job) -> str:
         kind = {"candidate": "candidate", "reference": "reference", "final": "final training"}[job.role]
         return f"{kind} {job.number}"
 
@@ -149,43 +156,44 @@ class TerminalDisplay:
         return label(self._setup.space, plan)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, number: int, progress: TrainingProgress | None) -> str:
         job = self._jobs[number]
         if progress is None:
-            return f"{self._named(job)} ({self._label(job.plan)}): worker starting"
-        seen = progress.accuracy is not None and not progress.stage
-        what = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
-        accuracy = f", {progress.split} {what} {percent(progress.accuracy, 1)}" if seen else ""
+            return f"{self._name(job)} ({self._label(job.plan)}): worker starting"
+        measured = progress.accuracy is not None and not progress.stage
+        metric = "accuracy" if self._setup is None else self._setup.metric.replace("-", " ")
+        accuracy = f", {progress.split} {metric} {percent(progress.accuracy, 1)}" if measured else ""
         epoch = progress.stage or f"epoch {progress.epoch} of {progress.epochs}"
-        return f"{self._named(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
+        return f"{self._name(job)} ({self._label(job.plan)}): {epoch}{accuracy}"
 
     def _done(self) -> float:
-        """Epochs, of those that this run has to train. An image costs about the same in all networks."""
+        """The epochs done, of `_all_epochs`. Epochs measure the work because an image costs about the same in all
+        networks."""
         assert self._setup is not None
         parts = [
             progress.done * self._setup.recipe_of(self._jobs[number]).epochs
             for number, progress in self._running.items()
             if progress
         ]
-        return min(self._all_epochs, self._epochs + sum(parts))
+        return min(self._all_epochs, self._ended_epochs + sum(parts))
 
     def left(self) -> str:
-        """As in ``4:05 left``: of this run and the study's later ones, by what the part so far took."""
-        gained, whole = self._done() - self._before, self._all_epochs + self._later
-        if gained < min(1.0, 0.01 * self._all_epochs) or not gained:  # a guess from less would be wild
+        """The time left, as in ``4:05 left``, for this run and the later ones of a comparison, extrapolated from the
+        epochs done so far."""
+        gained, total = self._done() - self._done_before, self._all_epochs + self._later_epochs
+        if gained < min(1.0, 0.01 * self._all_epochs) or not gained:  # too little to extrapolate from
             return "time left: measuring"
-        return f"{clock((time.monotonic() - self._start) * (whole - self._done()) / gained)} left"
+        return f"{clock((time.monotonic() - self._start) * (total - self._done()) / gained)} left"
 
     def _table(self) -> RenderableType:
         texts = {number: self._describe(number, progress) for number, progress in sorted(self._running.items())}
-        roomy = max(map(cell_len, texts.values()), default=0) + 2 + BAR <= self.console.width
+        bars_fit = max(map(cell_len, texts.values()), default=0) + 2 + BAR <= self.console.width
         grid = Table.grid(padding=(0, 1))
         for number, text in texts.items():
             progress = self._running[number]
-            bar = [ProgressBar(width=BAR, completed=100 * progress.done if progress else 0)] if roomy else []
+            bar = [ProgressBar(width=BAR, completed=100 * progress.done if progress else 0)] if bars_fit else []
             grid.add_row(Text(text), *bar)
         running = sum(self._jobs[number].role == "candidate" for number in self._running)
         done = f"{self._started - running} of {self._trials} candidates trained"
@@ -197,28 +205,32 @@ class TerminalDisplay:
 
 
 def _result(evaluation: Evaluation, metric: MetricName) -> str:
+    """The result of a training in one line."""
     if evaluation.state != "complete":
         return f"{evaluation.state}: {evaluation.reason}"
     fp32, quint8 = evaluation.scores(metric)
     name = "" if metric == "accuracy" else f"{metric.replace('-', ' ')} "
-    said = f"{name}fp32 {percent(fp32)}, quint8 {percent(quint8)} ({evaluation.split})"
-    return f"{said}; {evaluation.constant}" if evaluation.constant else said
+    scores = f"{name}fp32 {percent(fp32)}, quint8 {percent(quint8)} ({evaluation.split})"
+    return f"{scores}; {evaluation.constant}" if evaluation.constant else scores
 
 
 LEAST = ("QCE", "QMSE", "audit", "parameters", "drop %", "95 % interval", "fp32 %", "conv MMAC")
-"""Columns of the candidates that a narrow terminal has no room for, the least important first."""
+"""Columns of the candidates that a narrow terminal leaves out, in this order: the least important first."""
 
 
 def candidates_table(outcome: Outcome) -> PlainTable:
-    """The candidates for the terminal, in order of their numbers. Of an audit: how many output codes differ. Balanced
-    accuracy is that in quint8, and shown where it counts or classes are uneven; the interval is that of the metric."""
+    """The candidates for the terminal, in order of their numbers.
+
+    The column for the audit has the number of output codes that differ. Balanced accuracy is that of the quint8
+    network, shown if it is the metric or if classes are uneven. The 95 % interval is that of the metric.
+    """
     space, constraints, evaluations = outcome.space, outcome.constraints, outcome.evaluations
-    alike = {evaluation.number for evaluation in outcome.undecided}
+    undecided = {evaluation.number for evaluation in outcome.undecided}
     images = max((evaluation.images for evaluation in evaluations), default=0)
     on = f"accuracies on the {outcome.split} split" + (f", {counted(images, 'image')}" if images else "")
     balanced = constraints.metric != "accuracy" or any(evaluation.uneven for evaluation in evaluations)
-    shown = ("quint8 %", *(["balanced %"] if balanced else []), *(["95 % interval"] if images else []))
-    numbers = ("conv MMAC", "parameters", "fp32 %", *shown, "drop %", "QMSE", "QCE", "audit")
+    scores = ("quint8 %", *(["balanced %"] if balanced else []), *(["95 % interval"] if images else []))
+    numbers = ("conv MMAC", "parameters", "fp32 %", *scores, "drop %", "QMSE", "QCE", "audit")
     rows = []
     for evaluation in evaluations:
         measured = [
@@ -250,7 +262,7 @@ def candidates_table(outcome: Outcome) -> PlainTable:
             infeasible = f"infeasible: {', '.join(constraints.missed(evaluation))}"
             state = f"{state}, {infeasible}" if evaluation.role == "final" else infeasible
         state = f"{state}; {evaluation.constant}" if evaluation.constant else state
-        if evaluation.number in alike:
+        if evaluation.number in undecided:
             state += ", not distinguishable from the winner"
         audit = "" if evaluation.audit is None else f"{evaluation.audit.differing:,} of {evaluation.audit.codes:,}"
         macs, params = millions(evaluation.cost.conv_macs), f"{evaluation.cost.params:,}"

@@ -1,4 +1,5 @@
-"""What is asked of a run, as data. `arguments` makes it of what users write; everything below takes it."""
+"""The request for a run, as data: `engine.arguments` builds it from a user's parameters, the rest of the engine reads
+it."""
 
 import json
 import re
@@ -26,20 +27,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes, and where its data lie: nothing of it changes what is looked for."""
+    """Where and how a run computes, and where its data lie. It does not change what the run searches for.
+
+    Raises FnetError for values that are out of range or contradict each other.
+    """
 
     device: str = "auto"
+    """``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: str = "auto"
+    """``auto`` (the fastest), or as in `Numerics`."""
     threads: int | None = None
+    """Threads of a worker on the CPU; None: as many as are fastest."""
     fused: bool | None = None
+    """Whether BatchNorm and its ReLU are one compiled pass; None: if that is faster."""
     numerics_of: Path | None = None
-    """An earlier run, to compute as it did; nothing else may say how then."""
+    """The folder of an earlier run, whose numerics are used. Excludes `device`, `dtype`, `threads` and `fused`."""
     workers: int | None = None
-    """None: one per core, on CUDA 2. 0: this process itself trains, which is slower; for debugging."""
+    """None: one per core, 2 on CUDA. 0: train in this process, which is slower; for debugging."""
     data_dir: Path = Path("data")
+    """The folder of torchvision's data sets."""
     download: bool = False
+    """Whether missing data sets are downloaded into `data_dir`."""
     skip_unreadable: bool = False
-    """Images that cannot be read are left out; what is read must be the same all the same, by its fingerprint."""
+    """Whether images that cannot be read are left out, instead of raising an error. The fingerprint of the others is
+    still compared with that of the run."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -48,73 +59,78 @@ class Machine:
         check_least(0, workers=self.workers)
         for name in _NUMERICS if self.numerics_of is not None else ():
             if getattr(self, name) != getattr(Machine, name):
-                raise FnetError(f"`numerics_of` says how to compute; leave it or `{name}` out")
+                raise FnetError(f"`numerics_of` sets `{name}` too; leave one of them out")
 
     def agrees(self, numerics: "Numerics") -> bool:
-        """Whether these numerics are what is asked for."""
+        """Whether these numerics meet the fields that ask for some."""
         return all(getattr(self, name) in (getattr(Machine, name), getattr(numerics, name)) for name in _NUMERICS)
 
     def computing_as(self, run: Path) -> "Machine":
-        """The same machine, computing as an earlier run did."""
+        """The same machine with the numerics of an earlier run."""
         return replace(self, device="auto", dtype="auto", threads=None, fused=None, numerics_of=run)
 
 
 _NUMERICS = ("device", "dtype", "threads", "fused")
-"""What a `Machine` says of how to compute; each by default nothing."""
+"""The fields of `Machine` that choose numerics; their defaults leave the choice open."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for, checked as far as it can be without data: raises FnetError for what cannot be.
+    """A user's request. What `config` returns of it cannot change between runs in one folder.
 
-    What `config` gives cannot change between runs in one folder.
+    Raises FnetError for whatever is wrong with it that can be seen without data.
     """
 
     space: Macroarchitecture
     dataset: str
     recipe: Recipe
     schemes: tuple[Scheme, ...]
-    """Each candidate is quantized with the one of them that diverges least."""
+    """Each candidate is quantized with the one of them whose outputs diverge least from the float network's."""
     seed: int
     policy: Policy = field(default=FixedPlans(()), compare=False)
     policy_name: str = FIXED_PLANS
-    """What the policy is recorded as; a process that joins the study loads it by this name."""
+    """The recorded name of the policy. A process that joins the study loads the policy by this name."""
     trials: int = 1
-    """Candidates to train; given plans are all trained."""
+    """Number of candidates to train. Has no effect on given plans, which are all trained."""
     constraints: Constraints = field(default_factory=Constraints)
     fidelity: Fidelity = field(default_factory=Fidelity)
     split: SplitName = "validation"
     validation: str | None = None
-    """Where its images are, as in `datasets.load_dataset`. What it comes to is recorded with the data."""
+    """The source of the validation images, as in `datasets.load_dataset`. What that resolves to is recorded with the
+    data."""
     audit_all: bool = False
+    """Whether every candidate is audited, not only the winner."""
     storage: str | None = None
+    """URL of the storage that the study is shared in; None: the study is in the run folder."""
     artifacts: str | None = None
-    """Where weights lie that other workers on the storage's study need; None: in the run folder."""
+    """The artifact store with the weights that other workers on the shared study need: a folder or a bucket. None: in
+    the run folder."""
     lease: float = LEASE_SECONDS
-    """Seconds after which a candidate is taken over whose worker is silent."""
+    """A candidate whose worker has not renewed its lease for this many seconds is taken over."""
     machine: Machine = Machine()
 
     def __post_init__(self) -> None:
         if self.split not in get_args(SplitName):
             raise unknown("split", self.split, get_args(SplitName))
         if self.split == "test" and self.validation is not None:
-            raise FnetError("`validation` names the images of the validation `split`; leave it out, or say that split")
+            raise FnetError("`validation` requires `split` validation; give that too, or leave it out")
         if not 0 <= self.seed < 2**32:
             raise FnetError(f"`seed` must be from 0 to {2**32 - 1}, not {self.seed}")
         if self.searching and self.space.weights is not None and not self.fidelity.warm_start:
-            raise FnetError("candidates start from the weights of a network; leave `weights` out, or set `warm_start`")
+            raise FnetError("`weights` requires `warm_start` in a search; set that too, or leave it out")
         for name in ("artifacts", "lease") if self.storage is None else ():
             if getattr(self, name) != getattr(Request, name):
-                raise FnetError(f"`{name}` is for studies that several workers share; name their `storage`")
+                raise FnetError(f"`{name}` requires `storage`; give that too, or leave it out")
         check_least(1, trials=self.trials, lease=self.lease)
 
     @property
     def searching(self) -> bool:
-        """Or a run of given plans."""
+        """Whether the run is a search; otherwise it trains given plans."""
         return self.policy_name != FIXED_PLANS
 
     def config(self) -> dict[str, Any]:
-        """What must be equal when a run goes on in the same folder, but for the data's fingerprint and the numerics."""
+        """The part of the configuration that a request determines, as JSON data. It must be the same whenever a run is
+        resumed, as must the data's fingerprint and the numerics (`Prepared.config`)."""
         return {
             "space": to_toml(self.space),
             "weights": None if self.space.weights is None else self._digest(self.space.weights),
@@ -136,7 +152,7 @@ class Request:
         return digest(weights)
 
     def _fidelity(self) -> dict[str, Any]:
-        """All but the final training, which comes after the search and may be made longer."""
+        """The fidelity without the final training, which comes after the search and may be made longer."""
         facts = asdict(self.fidelity)
         del facts["final_epochs"]
         warm = self.recipe.warm(self.fidelity.warm_epochs)
@@ -145,8 +161,10 @@ class Request:
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """What is asked of a worker that joins a shared study: the storage's URL and the study's name, and, where this host
-    has them elsewhere, the data set, its validation images and the store of the weights."""
+    """The request for a worker that joins a shared study: the storage's URL and the study's name.
+
+    `dataset`, `validation` and `artifacts` replace those of the run, if this host has them elsewhere.
+    """
 
     storage: str
     study: str
@@ -157,15 +175,21 @@ class JoinRequest:
 
 
 def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **others: Any) -> Request:
-    """Inverse of `Request.config`, which leaves `others` and a part of the fidelity out; an imported network has no
-    weights yet. Raises FnetError for a configuration of another version."""
+    """The request with a configuration: inverse of `Request.config`, except for the weights of an imported network.
+
+    Raises FnetError for a configuration that this version cannot read.
+
+    Args:
+        fidelity: all fields of `Fidelity`; the configuration has only some.
+        others: fields of `Request` that the configuration lacks.
+    """
     try:
-        recipe, changes = config["recipe"], config["recipe"]["augmentation"]
-        whole = {**recipe, "augmentation": Augmentation(**changes), "milestones": tuple(recipe["milestones"])}
+        recipe, augmentation = config["recipe"], Augmentation(**config["recipe"]["augmentation"])
+        recipe_facts = {**recipe, "augmentation": augmentation, "milestones": tuple(recipe["milestones"])}
         request = Request(
             space=parse_space(config["space"], "the space of the study"),
             dataset=config["dataset"],
-            recipe=Recipe(**whole),
+            recipe=Recipe(**recipe_facts),
             fidelity=Fidelity(**fidelity),
             policy_name=config["policy"],
             constraints=Constraints(**config["constraints"]),
@@ -175,12 +199,13 @@ def request_from(config: Mapping[str, Any], fidelity: Mapping[str, Any], **other
             **others,
         )
     except (KeyError, TypeError) as error:
-        raise FnetError(f"the study's configuration is not one that this version writes ({error})") from None
+        raise FnetError(f"this version cannot read the study's configuration ({error})") from None
     return request
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded configuration, with the defaults of options that the version which wrote it did not know."""
+    """A recorded configuration, with defaults for the fields of recipe and constraints that the version which wrote it
+    did not know."""
     parts = {"recipe": Recipe, "constraints": Constraints}
     return {**config, **{name: {**_defaults(kind), **config[name]} for name, kind in parts.items()}}
 
@@ -190,5 +215,5 @@ def _defaults(kind: type) -> Any:
 
 
 def as_json(facts: dict[str, Any]) -> Any:
-    """As JSON gives it back: tuples become lists."""
+    """The data as reading their JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""A whole run: configuration, data, workers and record brought together; the winner named, tested and reported."""
+"""A whole run: prepares data and workers, searches or trains given plans, tests the winner, and writes the report."""
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -36,12 +36,13 @@ from fnet_search.training.numerics import check_kernels
 
 
 def run_study(request: Request, run: RunFolder, display: Display, deadline: Deadline | None = None) -> Outcome:
-    """Searches until `Request.trials` candidates are trained or the policy is done, going on where an earlier run
-    stopped.
+    """Searches until `Request.trials` candidates are trained or the policy is done, resuming an earlier run in the
+    folder. Given plans (`FixedPlans`) are all trained.
 
-    Of `FixedPlans`, all are trained. A search whose storage was named is shared with whoever joins it (`join_study`).
-    Raises FnetError, before anything is written, for data or a storage that cannot be read, a device that is not there,
-    a limit that no network of the space meets, or a folder that was made with another configuration; TimeUp at the
+    A search in a named storage is shared with the workers that join it (`join_study`).
+
+    Raises FnetError, before anything is written, for data or a storage that cannot be read, a device that is not
+    available, a limit that no network of the space meets, and a folder of another configuration; TimeUp at the
     deadline.
     """
     if run.exists:
@@ -49,7 +50,7 @@ def run_study(request: Request, run: RunFolder, display: Display, deadline: Dead
     prepared = prepare_run(request, run, display)
     policy, trials = request.policy, request.trials
     if request.artifacts is not None:
-        open_artifacts(request.artifacts)  # or fail before anything is written
+        open_artifacts(request.artifacts)  # fails, if it does, before anything is written
     storage = own_storage(request.storage, run)
     with run.locked():
         configure(run, prepared.config)
@@ -69,29 +70,30 @@ def run_study(request: Request, run: RunFolder, display: Display, deadline: Dead
 
 
 def join_study(join: JoinRequest, run: RunFolder, display: Display, deadline: Deadline | None = None) -> str:
-    """Works on the study of another process's search until it is done; returns what came of it, in a line.
+    """Works on the study of another process's search until it is done. Returns a line that says how many candidates
+    were finished.
 
-    Raises FnetError, before anything is written, where the study, its data or its weights are not there, or others;
-    TimeUp at the deadline.
+    Raises FnetError, before anything is written, if the study, its data or its weights are missing or differ from the
+    run's; TimeUp at the deadline.
     """
     storage, name = open_url(join.storage, new=False), join.study
     telling(storage, display.status)
-    known = read_shared_run(storage, name)
-    request = known.request(join)
+    shared = read_shared_run(storage, name)
+    request = shared.request(join)
     study, store = optuna.load_study(study_name=name, storage=storage), open_artifacts(artifacts_of(request, run))
-    request = replace(request, space=with_weights(request.space, known.config["weights"], study, store))
+    request = replace(request, space=with_weights(request.space, shared.config["weights"], study, store))
     if run.exists:
         check_same_config(run, {**request.config(), "study": name})
     prepared = prepare_run(request, run, display)
-    check_data(known, prepared.data)
+    check_data(shared, prepared.data)
     with run.locked():
         configure(run, {**prepared.config, "study": name})
         with closing(_record(prepared, run, storage)) as record:
             before = {evaluation.number for evaluation in record.evaluations}
             with _pool(prepared, record, request.trials, display) as pool:
-                own = _search(request.policy, record, pool, request.trials, display, deadline)
+                finished = _search(request.policy, record, pool, request.trials, display, deadline)
         new = sum(evaluation.number not in before for evaluation in record.evaluations)
-    return f"study {name} is done; of {new} candidates since, this worker has finished {own}"
+    return f"study {name} is done; this worker finished {finished} of the {new} candidates since it joined"
 
 
 def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> StudyRecord:
@@ -111,14 +113,16 @@ def _record(prepared: Prepared, run: RunFolder, storage: BaseStorage | None) -> 
 
 @contextmanager
 def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display) -> Iterator[Pool]:
+    """The workers of a run. Announces to the display that the search begins."""
     done, setup = trained(record.evaluations), prepared.setup
-    if (done < trials or record.to_finish() is not None) and setup.numerics.fused:  # where there was a compiler
+    to_train = done < trials or record.to_finish() is not None
+    if to_train and setup.numerics.fused:  # the run began on a machine with a compiler; this one may have none
         check_kernels(setup.numerics)
     display.begin(record.run, setup, trials, done)
-    alone, scratch = prepared.request.machine.workers == 0, record.run.path
+    in_process, scratch = prepared.request.machine.workers == 0, record.run.path
     with (
         InProcessPool(setup, prepared.data, scratch)
-        if alone
+        if in_process
         else WorkerPool(prepared.workers, setup, prepared.data, scratch)
     ) as pool:
         yield pool
@@ -127,7 +131,7 @@ def _pool(prepared: Prepared, record: StudyRecord, trials: int, display: Display
 def _search(
     policy: Policy, record: StudyRecord, pool: Pool, trials: int, display: Display, deadline: Deadline | None
 ) -> int:
-    """Returns how many trainings were finished here."""
+    """Runs the search loop and shows its events. Returns the number of trainings that this process has finished."""
     unfinished = trained(record.evaluations) < trials or record.to_finish() is not None
     if unfinished and pool.setup.referenced:
         restore(record, pool, display)

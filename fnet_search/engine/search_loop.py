@@ -1,7 +1,14 @@
 """The search: a policy proposes plans, refused ones are recorded, the others trained, until nothing is left to do.
 
-This is the file to read first. Around it: `policy` (what a policy sees), `evaluate` (from a plan to an Evaluation),
-`workers` (who trains), `study` (where it is recorded), `leases` (which process trains what), `run` (who calls).
+This is the file to read first. The files around it:
+
+    policy/protocol.py        what a policy sees and returns
+    policy/asktell.py         asks a policy for the next plan that may be trained
+    candidates/evaluate.py    from a plan to its evaluation
+    candidates/workers.py     the processes that train
+    engine/study_record.py    the Optuna study and run folder that a search is recorded in
+    optuna_bridge/leases.py   which process trains which candidate
+    engine/run.py             a whole run, which calls `search`
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -25,7 +32,8 @@ from fnet_search.training.train import TrainingProgress
 
 @dataclass(frozen=True)
 class Started:
-    """A plan that a worker trains now; `again`: it was lost by another."""
+    """A worker has started to train a candidate; `again` if the candidate was lost by another process and taken
+    over."""
 
     job: Job
     again: bool = False
@@ -33,14 +41,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A candidate that was taken over by another process, since this one was taken for dead; or never got started."""
+    """A candidate whose evaluation does not count, because another process has taken it over from this one."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class ProbesProgressed:
-    """So many of the rates to be probed, over all layers, are measured."""
+    """`done` of the `total` rates to be probed, of all layers together, are measured."""
 
     done: int
     total: int
@@ -50,55 +58,66 @@ Event = Refused | Started | Progressed | Finished | Dropped | ProbesProgressed
 
 
 class SearchRecord(asktell.SuggestionRecord, Protocol):
-    """Where a search is recorded; other processes may work on it too."""
+    """The record of a search, which other processes may share."""
 
     def lost(self) -> Claim | None:
-        """A candidate whose worker is gone, to be taken over."""
+        """The lost candidate with the lowest number, to be taken over; None if there is none."""
         ...
 
     def wait(self) -> None:
-        """Waits a moment for what other processes do."""
+        """Waits a moment for other processes, if there are any, and reads what they have recorded."""
         ...
 
     def start(self, plan: FactorizationPlan, role: Role, number: int | None = None) -> Job | None:
-        """Records that a plan is being trained, and what it starts from; `number` is that of a lost candidate.
+        """Records that a plan is trained now, and what it starts from. Returns the job.
 
-        None where another process was faster, or too many workers were lost over it.
+        None if another process was faster, or if too many workers were lost over the candidate.
+
+        Args:
+            number: that of a lost candidate; None: the next free one.
         """
         ...
 
     def progress(self, number: int, progress: TrainingProgress) -> bool:
-        """Takes note of how far a training is; whether it is to stop, as hopeless, at the end of an epoch."""
+        """Records the progress of a training. Returns whether it must stop at the end of this epoch: it is hopeless, or
+        another process has taken it over."""
         ...
 
     def finish(self, evaluation: Evaluation, seconds: float) -> bool:
-        """Records an evaluation: complete, pruned or failed; whether it counts: not if it was taken over."""
+        """Records an evaluation that is complete, pruned or failed. Returns whether it counts: not if another process
+        has taken the candidate over."""
         ...
 
     def to_probe(self, fisher: bool) -> list[ProbeTask]:
-        """What is still to be measured of the probes: of the regular network, or if that failed of the least factorized
-        one that was trained. Raises FnetError where there is none."""
+        """The probes still to be measured, on the regular network, or if that failed on the least factorized trained
+        one. Raises FnetError if no network was trained."""
         ...
 
     def probed(self, task: ProbeTask, probes: tuple[Probe, ...]) -> None:
-        """Records what a task measured."""
+        """Records the probes of a task."""
         ...
 
     def to_finish(self) -> Evaluation | None:
-        """The best candidate, where its final training is still to come."""
+        """The best candidate, if its final training is still to come; else None."""
         ...
 
 
 def search(
     policy: Policy, record: SearchRecord, pool: Pool, trials: int, deadline: Deadline | None = None
 ) -> Iterator[Event]:
-    """Runs until `trials` candidates are trained (failed and pruned ones count) or the policy is done; yields what
-    happens.
+    """Searches until `trials` candidates are trained (failed and pruned ones count) or the policy is done. Yields an
+    event for whatever happens.
 
-    Other processes may share the record: none trains what another does, and all go on until everything is done. Where
-    candidates start from others, or the policy requires probes, the regular network is trained first, above the
-    ceilings too, and probed. The best candidate may be trained on at the end (`Fidelity`). Raises FnetError for a
-    policy that fails or suggests a plan that is not of the space, and TimeUp at the deadline.
+    The phases, each of which ends when all processes that share the record are done with it:
+
+    1. If candidates start from others, or the policy requires probes, the regular network is trained, even above the
+       ceilings.
+    2. If the policy requires probes, and candidates are still to be trained, the regular network is probed.
+    3. The policy's plans are trained. No process trains what another does.
+    4. If the fidelity asks for it, the best candidate is trained on (`Fidelity.final_epochs`).
+
+    Raises FnetError for a policy that fails or suggests a plan that does not belong to the space, and TimeUp at the
+    deadline.
     """
     host, required = _Host(record, pool, deadline or Deadline()), requirements(policy)
     if pool.setup.fidelity.warm_start or required:
@@ -110,23 +129,24 @@ def search(
 
 
 Phase = Generator[Event, None, bool]
-"""Begins what there is to be begun; whether all of it is done, by other processes too."""
+"""Starts the work of a phase that can be started now. Returns whether the phase is done, in other processes too."""
 
 
 @dataclass(frozen=True)
 class _Host:
-    """Gives work to the workers, and records what comes of it."""
+    """Gives work to the workers, and records the results."""
 
     record: SearchRecord
     pool: Pool
     deadline: Deadline
 
-    def until_done(self, begin: Callable[[], Phase]) -> Iterator[Event]:
-        """Takes over what others lost, begins what there is, and waits for news, until all is done."""
+    def until_done(self, phase: Callable[[], Phase]) -> Iterator[Event]:
+        """Carries a phase out: takes over lost candidates, starts work, and waits for workers and other processes,
+        until the phase is done."""
         while True:
             while self.pool.busy < self.pool.count and (lost := self.record.lost()) is not None:
                 yield from self.train(lost.plan, "candidate", lost.number)
-            done = yield from begin()
+            done = yield from phase()
             if self.pool.busy:
                 yield from self.events()
             elif done:
@@ -136,28 +156,30 @@ class _Host:
                 self.record.wait()
 
     def reference(self) -> Phase:
-        """The regular network, once. Within the ceilings it is a candidate like others, and may win."""
+        """Trains the regular network, once. Within the ceilings it is a candidate like others, and may win; above them
+        it is the reference."""
         history = self.record.history()
         plan = regular(history.space)
         if any(evaluation.plan == plan and evaluation.state != "refused" for evaluation in history.evaluations):
             return True
         if plan not in history.running:
-            above = history.constraints.refusal(plan_cost(history.space, plan))
-            yield from self.train(plan, "reference" if above else "candidate")
+            refusal = history.constraints.refusal(plan_cost(history.space, plan))
+            yield from self.train(plan, "reference" if refusal else "candidate")
         return False
 
     def probes(self, fisher: bool) -> Iterator[Event]:
-        """What each rate of each layer does to a trained network: a layer a task, shared between the workers."""
+        """Probes each rate of each layer of a trained network. Each layer is a task, given to any worker that is
+        idle."""
         tasks = self.record.to_probe(fisher)
         done, total = dict.fromkeys(tasks, 0), sum(len(task.rates) for task in tasks)
         if tasks:
             yield ProbesProgressed(0, total)
-        given = set[ProbeTask]()
+        submitted = set[ProbeTask]()
         while True:
-            waiting = [task for task in self.record.to_probe(fisher) if task not in given]
+            waiting = [task for task in self.record.to_probe(fisher) if task not in submitted]
             for task in waiting[: self.pool.count - self.pool.busy] if not self.deadline.over else []:
                 self.pool.submit(task)
-                given.add(task)
+                submitted.add(task)
             if not self.pool.busy:
                 if waiting:
                     raise TimeUp
@@ -171,7 +193,8 @@ class _Host:
                     self.deadline.worked = True
 
     def fill(self, policy: Policy, trials: int) -> Phase:
-        """Asks for plans until every worker is busy, all trials are out, the policy has none for now, or time is up."""
+        """Asks the policy for plans and has them trained, until every worker is busy, `trials` candidates are trained
+        or running, the policy has no plan for now, or the time is up."""
 
         def enough(history: History) -> bool:
             return trained(history.evaluations) + len(history.running) >= trials
@@ -179,13 +202,13 @@ class _Host:
         while self.pool.busy < self.pool.count and not (self.pool.busy and self.deadline.over):
             before = self.record.history()
             plan = yield from propose(policy, self.record, enough)
-            if plan is None:  # for good, if nothing was running, and nothing was begun meanwhile
+            if plan is None:  # final only if nothing was running, and no other process has started anything meanwhile
                 return not before.running and self.record.history().number == before.number
             yield from self.train(plan, "candidate")
         return False
 
     def final(self) -> Phase:
-        """The best candidate is trained on, while nothing else is to be done."""
+        """Trains the best candidate on, once nothing else is running: until then another may become the best."""
         running = self.record.history().running
         best = None if running else self.record.to_finish()
         if best is not None:
@@ -202,11 +225,12 @@ class _Host:
             self.pool.submit(job)
 
     def events(self) -> Iterator[Event]:
-        """What happens next in the trainings. Raises TimeUp where all of them wait."""
+        """Waits for the next events of the trainings, and records them. Raises TimeUp if the deadline holds all of
+        them at the end of an epoch."""
         if self.pool.held == self.pool.busy:
             raise TimeUp
 
-        def judge(number: int, progress: TrainingProgress) -> bool | None:
+        def judge(number: int, progress: TrainingProgress) -> bool | None:  # None: wait (`pool.Judge`)
             stop = self.record.progress(number, progress)
             return None if progress.ended and self.deadline.holds(number, progress) and not stop else stop
 
@@ -219,5 +243,5 @@ class _Host:
 
 
 def trained(evaluations: Iterable[Evaluation]) -> int:
-    """How many candidates were trained, wholly or in part."""
+    """The number of candidates that were trained, wholly or in part: references and final trainings do not count."""
     return sum(evaluation.state != "refused" and evaluation.role == "candidate" for evaluation in evaluations)

@@ -1,4 +1,5 @@
-"""A study that several processes work on, on other hosts too: what its run leaves in it for whoever joins."""
+"""A study that several processes work on, possibly on other hosts: what the run publishes in it for workers that join
+(docs/sharing.md)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,33 +30,35 @@ if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore
 
 SHARED_RUN = "fnet_search:run"
-"""System attribute of a study: what was published."""
+"""System attribute of a study: the `SharedRun` that its run published."""
 IMPORTED_WEIGHTS = "imported.safetensors"
 """Artifact of a study: the weights of an imported network."""
 VERSION = f"{__version__}, format {FORMAT}"
-"""What all workers on a study must have in common. One text, so that versions which knew no formats refuse it too."""
+"""Version and folder format, which all workers on a study must have in common. They are one text, so that versions
+from before the formats, which compare the version only, refuse the study too."""
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """What a worker must know that joins a study."""
+    """What a run publishes in its study for workers that join."""
 
     version: str
-    """VERSION of the run."""
+    """VERSION of the process that published it."""
     config: Mapping[str, Any]
-    """As `Request.config`, but for where the storage is, which each host may name otherwise."""
+    """`Request.config` without the storage, whose URL may differ between hosts and may hold a password."""
     data: Mapping[str, Any]
-    """Fingerprint and classes of the data set, and where its validation images are."""
+    """Fingerprint and classes of the data set, and the source of its validation images (`DataSet.validation`)."""
     fidelity: Mapping[str, Any]
     trials: int
     audit_all: bool
     artifacts: str
-    """Where weights lie, as `Request.artifacts`."""
+    """The artifact store with the weights, as in `Request.artifacts`."""
     lease: float
-    """Seconds."""
+    """Seconds, as in `Request.lease`."""
 
     def request(self, join: JoinRequest) -> Request:
-        """What the run was asked for, on another host. Raises FnetError where this version makes another of it."""
+        """The run's request, for the host of a worker. Raises FnetError if this version reads the configuration
+        differently."""
         request = request_from(
             self.config,
             self.fidelity,
@@ -67,9 +70,9 @@ class SharedRun:
             validation=join.validation or self.data.get("validation", HELD_OUT),
             artifacts=join.artifacts or self.artifacts,
         )
-        again = {**_config(request), "weights": self.config["weights"]}
-        if odd := differences(completed(self.config), again):
-            raise FnetError(f"this version understands the study's configuration otherwise ({'; '.join(odd)})")
+        read_back = {**_config(request), "weights": self.config["weights"]}
+        if changed := differences(completed(self.config), read_back):
+            raise FnetError(f"this version reads the study's configuration differently ({'; '.join(changed)})")
         policy, dataset = load_policy(request.policy_name), join.dataset or request.dataset
         return replace(request, policy=policy, dataset=dataset)
 
@@ -81,31 +84,38 @@ def _config(request: Request) -> dict[str, Any]:
 
 
 def read_shared_run(storage: BaseStorage, name: str) -> SharedRun:
-    """Raises FnetError where there is no such study, it is not one of a shared run, or of another version or format."""
+    """What the run of a study has published.
+
+    Raises FnetError if there is no such study, if it was not begun by a shared run, and for another version or format.
+    """
     facts = _read_facts(storage, name)
     if facts.get("version") != VERSION:
         raise FnetError(
-            f"study {name!r} is one of fnet-search {facts.get('version')}, this is {VERSION}; install the same"
+            f"study {name!r} was written by fnet-search {facts.get('version')}; this is fnet-search {VERSION}: install "
+            "the same version"
         )
     return SharedRun(**facts)
 
 
 def _read_facts(storage: BaseStorage, name: str) -> Mapping[str, Any]:
-    """The fields of `SharedRun`, as some version wrote them."""
+    """The fields of a `SharedRun`, as whichever version wrote them. Raises FnetError if there are none."""
     if not has_study(storage, name):
         raise FnetError(f"the storage has no study {name!r}; start one with fnet-search run --storage ... --out {name}")
     facts = storage.get_study_system_attrs(storage.get_study_id_from_name(name)).get(SHARED_RUN)
     if facts is None:
         raise FnetError(f"study {name!r} was not begun by fnet-search run --storage: it has no configuration")
-    known: Mapping[str, Any] = facts
-    return known
+    published: Mapping[str, Any] = facts
+    return published
 
 
 def share_run(study: Study, request: Request, data: DataSet, artifacts: Path | str) -> None:
-    """Leaves the configuration in a study, and the weights of an imported network in the artifact store; again where a
-    run goes on, with more trials. Raises FnetError where another run has left another one."""
+    """Publishes a run in its study, as a `SharedRun`. A resumed run publishes itself again, as its number of trials may
+    have changed.
+
+    Raises FnetError if another configuration was published before.
+    """
     facts = {"fingerprint": data.fingerprint(), "classes": list(data.classes), "validation": data.validation}
-    new = SharedRun(
+    shared = SharedRun(
         VERSION,
         _config(request),
         facts,
@@ -115,31 +125,34 @@ def share_run(study: Study, request: Request, data: DataSet, artifacts: Path | s
         str(artifacts),
         request.lease,
     )
-    known = study._storage.get_study_system_attrs(study._study_id).get(SHARED_RUN)
-    if known is not None and (odd := differences(completed(known["config"]), new.config)):
-        raise FnetError(f"the study in the storage was begun with another configuration ({'; '.join(odd)})")
-    study._storage.set_study_system_attr(study._study_id, SHARED_RUN, as_json(asdict(new)))
+    before = study._storage.get_study_system_attrs(study._study_id).get(SHARED_RUN)
+    if before is not None and (changed := differences(completed(before["config"]), shared.config)):
+        raise FnetError(f"the study in the storage was begun with another configuration ({'; '.join(changed)})")
+    study._storage.set_study_system_attr(study._study_id, SHARED_RUN, as_json(asdict(shared)))
 
 
-def check_data(known: SharedRun, data: DataSet) -> None:
-    """Raises FnetError for other data than the run's."""
-    if data.fingerprint() != known.data["fingerprint"]:
+def check_data(shared: SharedRun, data: DataSet) -> None:
+    """Raises FnetError if the data are not those of the run, by their fingerprint."""
+    if data.fingerprint() != shared.data["fingerprint"]:
         raise FnetError(
             f"the data set here is not the run's: its fingerprint is {data.fingerprint()}, the run's "
-            f"{known.data['fingerprint']}; name the same images with `dataset`, `validation`"
+            f"{shared.data['fingerprint']}; name the same images with `dataset` and `validation`"
         )
 
 
 def sharing_of(request: Request, run: RunFolder) -> Sharing:
-    """How a run, or a worker that joined it, shares its study. Raises FnetError for an artifact store that cannot be
+    """How a run, or a worker that joined it, shares its study. Raises FnetError if the artifact store cannot be
     opened."""
     return Sharing(run.worker, open_artifacts(artifacts_of(request, run)), request.lease)
 
 
 def shared_storage(opened: RecordedRun, storage: str | None) -> tuple[BaseStorage, Sharing | None] | None:
-    """The storage that the study of a recorded run is in, and how it is shared; None: it is in the run folder.
+    """The storage of a recorded run's study, and how the study is shared (None in a run of given plans).
 
-    `storage` is the URL of another place to find it than the recorded one. Raises FnetError for one without the study.
+    None if the study is in the run folder. Raises FnetError if the storage cannot be opened or has no such study.
+
+    Args:
+        storage: URL of the storage; None: the recorded one.
     """
     run, url = opened.run, storage or opened.config.get("storage")
     if url is None:
@@ -149,18 +162,18 @@ def shared_storage(opened: RecordedRun, storage: str | None) -> tuple[BaseStorag
         raise FnetError(f"storage {masked(url)} has no study {run.name!r}; give the URL that the run had as `storage`")
     if not opened.searching:
         return opened_storage, None
-    known = _read_facts(opened_storage, run.name)  # of any version whose folders can be read: nothing is trained
-    return opened_storage, Sharing(run.worker, open_artifacts(known["artifacts"]), known["lease"])
+    facts = _read_facts(opened_storage, run.name)  # the version need not be the same: nothing is trained
+    return opened_storage, Sharing(run.worker, open_artifacts(facts["artifacts"]), facts["lease"])
 
 
 def artifacts_of(request: Request, run: RunFolder) -> str:
-    """Where weights lie that others need: absolute, since others work in other folders."""
-    where = request.artifacts or str(run.artifacts)
-    return where if "://" in where else str(Path(where).expanduser().resolve())
+    """The artifact store of a run: a URL, or an absolute path, because workers run in other working directories."""
+    store = request.artifacts or str(run.artifacts)
+    return store if "://" in store else str(Path(store).expanduser().resolve())
 
 
 def share_weights(study: Study, store: "ArtifactStore", space: Macroarchitecture) -> None:
-    """Leaves the weights of an imported network in the artifact store, once."""
+    """Publishes the weights of an imported network, if there are any, as an artifact of the study; only once."""
     if space.weights is None or any(meta.filename == IMPORTED_WEIGHTS for meta in get_all_artifact_meta(study)):
         return
     with TemporaryDirectory() as scratch:
@@ -172,8 +185,13 @@ def share_weights(study: Study, store: "ArtifactStore", space: Macroarchitecture
 def with_weights(
     space: Macroarchitecture, wanted: str | None, study: Study, store: "ArtifactStore"
 ) -> Macroarchitecture:
-    """The space with the weights that the run has left, if it has any (`wanted`: their digest). Raises FnetError where
-    they are missing, or others."""
+    """The space with the weights that the run has published (`share_weights`).
+
+    Raises FnetError if they are missing, or are not those of the run.
+
+    Args:
+        wanted: the digest of the weights; None: the run has none, and the space is returned as it is.
+    """
     if wanted is None:
         return space
     ids = [meta.artifact_id for meta in get_all_artifact_meta(study) if meta.filename == IMPORTED_WEIGHTS]
@@ -183,9 +201,10 @@ def with_weights(
             with store.open_reader(ids[0]) as opened:
                 path.write_bytes(opened.read())
         except (IndexError, OSError, ArtifactNotFound):
-            missing = "the weights of the network are not in the artifact store; name the run's with `artifacts`"
-            raise FnetError(missing) from None
+            raise FnetError(
+                "the weights of the network are not in the artifact store; name the run's store with `artifacts`"
+            ) from None
         weights, _ = read_tensors(path)
     if digest(weights) != wanted:
-        raise FnetError("the weights of the network in the artifact store are not the run's")
+        raise FnetError("the weights of the network in the artifact store are not those of the run")
     return replace(space, weights=weights)

@@ -1,4 +1,4 @@
-"""After a search: the winner is measured on the test split, audited and exported."""
+"""The end of a search: measures the winner on the test split, audits it and exports it."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,35 +21,39 @@ from fnet_search.training.datasets import DataSet
 
 
 def test_winner(record: StudyRecord, data: DataSet, pool: Pool, display: Display) -> Evaluation | None:
-    """The winner on the test split, as the very network that was evaluated (its codes are read, not made again), and
-    audited there and on the split that it was evaluated on. None: there is no winner, or there are no test images.
+    """Measures the winner on the test split, and audits it there and on the split that it was evaluated on. Returns
+    the evaluation on the test split; None if there is no winner, or if there are no test images.
 
-    What was measured before is in ``best/``; where that is not of this winner, it is now.
+    It measures the very network that was evaluated: the recorded codes are read, not computed again. The result is kept
+    in ``best/`` with the winner's files, and returned from there if it is of this winner.
     """
     run, winner = record.run, record.winner
     if winner is None:
         return None
-    known = run.read_test(winner)
-    if run.has_best(winner) and (known or not data.has_test):
-        return known
+    measured = run.read_test(winner)
+    if run.has_best(winner) and (measured or not data.has_test):
+        return measured
     network = RecordedNetwork(winner, run.candidate(winner.number), run.codes(winner))
     record.fetch(winner.number)
     try:
         network.load(record.space)
-    except FnetError as error:  # the same training gives the same network again
+    except FnetError as error:
         if network.folder != network.candidate:
-            display.say(f"{network.id} has lost its files ({error}): it is not promoted any more")
+            display.say(f"the files of {network.id} are lost ({error}): it is not promoted any more")
             (network.folder / PROMOTED).unlink()
             return test_winner(record, data, pool, display)
         display.status(f"training candidate {winner.number} once more ({error})")
         run.write_candidate(winner)
-        _again(record, pool, winner)
+        _train_again(record, pool, winner)
         run.prune(record.evaluations, record.constraints)
     return measure_winner(record, network, data, display)
 
 
 def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet, display: Display) -> Evaluation | None:
-    """Measures the winner of a run on the test split, if there is one, audits it, and fills ``best/`` with it."""
+    """Audits the winner of a run unless it was audited before, measures it on the test split, and fills ``best/``.
+
+    Without test images the other split is measured, for the confusion matrix in ``best/``, and None is returned.
+    """
     run, winner = record.run, network.evaluation
     folded, quantized = network.load(record.space)
     runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
@@ -59,7 +63,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
             total += part
             display.advance("auditing the winner in ONNX Runtime", total.images, len(data.evaluation))
         winner = record.audit(winner, total)
-    split = data.test if data.has_test else data.evaluation  # for the confusions, where that is all there is
+    split = data.test if data.has_test else data.evaluation
     measuring = partial(display.advance, f"measuring the winner on {'test' if data.has_test else 'validation'} images")
     measures = measure_split(folded, quantized, data, split, lambda done: measuring(done, len(split)), runtime)
     test = None
@@ -71,7 +75,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
 
 
 def restore(record: StudyRecord, pool: Pool, display: Display) -> None:
-    """Trains once more what others start from, where its weights were lost since."""
+    """Trains the networks again that others start from (`StudyRecord.starts`), if their weights are lost."""
     for evaluation in record.starts:
         folder = record.run.candidate(evaluation.number)
         record.fetch(evaluation.number)
@@ -80,16 +84,16 @@ def restore(record: StudyRecord, pool: Pool, display: Display) -> None:
         except FnetError as error:
             display.status(f"training candidate {evaluation.number} once more ({error})")
             (folder / WEIGHTS).unlink(missing_ok=True)
-            _again(record, pool, evaluation)
+            _train_again(record, pool, evaluation)
 
 
-def _again(record: StudyRecord, pool: Pool, evaluation: Evaluation) -> None:
-    """Trains a network once more; first the one that it started from, where its weights are gone."""
+def _train_again(record: StudyRecord, pool: Pool, evaluation: Evaluation) -> None:
+    """Trains a network again: the same training gives the same network. If the weights of its parent are lost too,
+    trains the parent first."""
     job = record.again(evaluation)
     if job.start is not None and not (job.start.folder / WEIGHTS).is_file():
-        _again(
-            record, pool, next(candidate for candidate in record.evaluations if candidate.number == evaluation.parent)
-        )
+        parent = next(candidate for candidate in record.evaluations if candidate.number == evaluation.parent)
+        _train_again(record, pool, parent)
     pool.submit(job)
     while pool.busy:
         for _ in pool.events():

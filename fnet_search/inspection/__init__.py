@@ -1,5 +1,5 @@
-"""What is done to the networks of a recorded run: layer analysis, another quantization, latency.
+"""Work on the networks of a recorded run: layer analysis, requantization, latency.
 
-Belongs here: work on trained networks after the search. No training.
+Belongs here: what is measured or changed on trained networks after the search. No training.
 Read first: `analysis.py`.
 """

@@ -1,4 +1,4 @@
-"""Layer by layer, where a run's networks lose accuracy to 8 bits: measured again, as a table and as a frame."""
+"""Where a run's networks lose accuracy to 8 bits, layer by layer: measured again, as a data frame and as a table."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -28,25 +28,23 @@ from fnet_search.training.datasets import DataSet
 from fnet_search.training.network import Network
 
 IMAGES = 1_000
-"""Of the run's split, for the accuracies of partly quantized networks."""
+"""Default number of the split's images on which partly quantized networks are measured."""
 
-# What is known of a network
+# The measurements of a network
 
 
 TENSORS = ("weight", "folded", "activation")
-"""A layer's raw weights, folded weights and clipped activations, as the names of LayerStats begin."""
+"""A layer's raw weights, folded weights and clipped activations: the prefixes of the fields of `LayerStats`."""
 
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """A convolution or dense layer, or a quantized tensor that belongs to none: the input, a sum, a pool's output.
-
-    `statistics` has the fields of LayerStats by name, None where there is no such value: what has no weights has only
-    activations. `channels` has for each of TENSORS max - min of every output channel, () where there are no weights.
-    """
+    """A convolution or dense layer, or a quantized tensor that belongs to none: the input, a sum, a pool's output."""
 
     statistics: Mapping[str, Any]
+    """The fields of `LayerStats` by name; None for those that do not apply, such as weights of a sum."""
     channels: Mapping[str, tuple[float, ...]]
+    """For each of `TENSORS`: max - min of every output channel; () if the layer has no such tensor."""
     sensitivity: PartSensitivity
 
     @property
@@ -54,23 +52,25 @@ class LayerAnalysis:
         return self.sensitivity.layer
 
     def range(self, tensor: str) -> float | None:
-        """max - min of one of TENSORS."""
+        """max - min of one of `TENSORS`; None if the layer has no such tensor."""
         low, high = (self.statistics[f"{tensor}_{end}"] for end in ("min", "max"))
         return None if low is None or high is None else float(high - low)
 
     @property
     def fold_growth(self) -> float | None:
-        """Range of the folded weights / range of the raw ones."""
+        """Range of the folded weights divided by that of the raw ones; None if the layer has no weights."""
         raw, folded = self.range("weight"), self.range("folded")
         return folded / raw if raw and folded is not None else None
 
 
 @dataclass(frozen=True)
 class NetworkAnalysis:
-    """`name` is short, and differs from those of the other networks; `id` is what commands call it."""
+    """The analysis of one network."""
 
     id: str
+    """`RecordedNetwork.id`, the name that commands take."""
     name: str
+    """A short name for figures, unique among the networks that are analysed together."""
     evaluation: Evaluation
     sensitivity: Sensitivity
     layers: tuple[LayerAnalysis, ...]
@@ -78,6 +78,7 @@ class NetworkAnalysis:
 
     @property
     def costliest(self) -> LayerAnalysis:
+        """The layer of `Sensitivity.costliest`."""
         return next(layer for layer in self.layers if layer.sensitivity is self.sensitivity.costliest)
 
 
@@ -88,32 +89,35 @@ def analyze(
     images: int = IMAGES,
     seen: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[NetworkAnalysis, ...]:
-    """Analyses networks of a run, each once, on at most so many images of the run's split.
+    """Analyses networks of a run, each once.
 
-    They are the networks that were evaluated, with their codes and ranges; the extremes of the activations' channels
-    are found again on the calibration images. `seen` is told how many images are done and how many there are, over all
-    networks. Raises FnetError for weights that are missing or broken.
+    The networks are those that were evaluated, with the same codes and ranges. Only the extremes of the activations'
+    channels are computed again, on the calibration images. Raises FnetError if weights or codes are missing or broken.
+
+    Args:
+        images: the most images of the run's split to measure on.
+        seen: called with the number of images that are done and their total, over all networks.
     """
-    networks, split = list(dict.fromkeys(networks)), stratified_sample(data.evaluation, images)
+    networks, sample = list(dict.fromkeys(networks)), stratified_sample(data.evaluation, images)
     analyses = []
     for number, (network, name) in enumerate(zip(networks, _names(opened, networks), strict=True)):
-        before, total = number * len(split), len(networks) * len(split)
+        before, total = number * len(sample), len(networks) * len(sample)
         trained = network.load_trained(opened.space)
         folded, quantized = network.load(opened.space)
-        samples = calibration_batches(data, opened.config["seed"], CALIBRATION_SAMPLES)
-        stats = calibrate(folded, samples, MINMAX)  # for the extremes and zeros, which are those of any method
+        batches = calibration_batches(data, opened.config["seed"], CALIBRATION_SAMPLES)
+        stats = calibrate(folded, batches, MINMAX)  # only for extremes and zeros, which are the same for every method
 
-        def told(done: int, _: int, before: int = before, total: int = total) -> None:
+        def on_images(done: int, _: int, before: int = before, total: int = total) -> None:
             seen(before + done, total)
 
-        costs = sensitivity(folded, quantized, data, split, told)
+        costs = sensitivity(folded, quantized, data, sample, on_images)
         layers = tuple(_layer(part, network.evaluation, trained, folded, quantized, stats) for part in costs.parts)
         analyses.append(NetworkAnalysis(network.id, name, network.evaluation, costs, layers))
     return tuple(analyses)
 
 
 def _names(opened: RecordedRun, networks: Sequence[RecordedNetwork]) -> list[str]:
-    """What figures call the networks: the plans' names, with the id where that alone would say the same twice."""
+    """Names of the networks for figures: those of their plans, followed by the id where two would be the same."""
     names = [plan_name(opened.space, network.evaluation) for network in networks]
     return [
         name if names.count(name) == 1 else f"{name} ({network.id})"
@@ -129,11 +133,11 @@ def _layer(
     quantized: QuantizedNetwork,
     stats: Mapping[str, TensorStats],
 ) -> LayerAnalysis:
-    known = {layer.layer: asdict(layer) for layer in evaluation.layers}
+    recorded = {layer.layer: asdict(layer) for layer in evaluation.layers}
     carrier = quantized.carrier[part.layer]
     layer = None if part.layer == INPUT else trained.network.by_name[part.layer].layer
-    if part.layer in known:
-        statistics = known[part.layer]
+    if part.layer in recorded:
+        statistics = recorded[part.layer]
         low, high = statistics["activation_min"], statistics["activation_max"]
     else:
         low, high = quantized.params[carrier].dequantize(torch.tensor([0, 255])).tolist()
@@ -143,7 +147,7 @@ def _layer(
         channels["folded"] = channel_extremes(folded.weight[part.layer])
     if isinstance(layer, Weighted):
         channels["weight"] = channel_extremes(trained.layer(part.layer).get_parameter("weight").detach())
-    if part.layer not in known:  # with weights: a BatchNorm of its own, folded into a depthwise convolution
+    if part.layer not in recorded:  # one with weights is a BatchNorm of its own, folded into a depthwise convolution
         statistics = dict.fromkeys(field.name for field in fields(LayerStats))
         statistics |= {"layer": part.layer, "kind": layer.kind if layer else INPUT, "sparsity": tensor.sparsity}
         for name, ends in channels.items():
@@ -188,10 +192,11 @@ COLUMNS = {
 
 
 def analysis_frame(opened: RecordedRun, analyses: Iterable[NetworkAnalysis]) -> pd.DataFrame:
-    """One row a network and layer; NaN: there is no such value. Accuracies are fractions of 1, on `images` images.
+    """One row for each network and layer, with `COLUMNS`; NaN where a value does not apply.
 
-    ``cost_points`` is what the network loses when only this layer is quantized, ``gain_points`` what it wins back when
-    only this layer is left in float, in percentage points; errors are standard errors.
+    Accuracies are fractions of 1, on ``images`` images. ``cost_points`` is the accuracy lost when only this layer is
+    quantized, ``gain_points`` the accuracy regained when only this layer is left in float, both in percentage points;
+    their errors are standard errors.
     """
     rows = []
     for analysis in analyses:
@@ -220,16 +225,16 @@ def analysis_frame(opened: RecordedRun, analyses: Iterable[NetworkAnalysis]) -> 
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
 
 
-# In words
+# Texts
 
 
 def points(value: float, error: float) -> str:
-    """A difference of accuracies, a fraction of 1, with its standard error: ``1.9 ± 0.4 points``."""
+    """A difference of accuracies and its standard error, both fractions of 1, as ``1.9 ± 0.4 points``."""
     return f"{100 * value:.1f} ± {100 * error:.1f} points"
 
 
 def accuracies_text(analysis: NetworkAnalysis) -> str:
-    """The network's accuracies on the images of the analysis."""
+    """The network's accuracies on the images of the analysis, as text."""
     costs = analysis.sensitivity
     return (
         f"fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} % "
@@ -238,19 +243,22 @@ def accuracies_text(analysis: NetworkAnalysis) -> str:
 
 
 def verdict(analysis: NetworkAnalysis) -> str:
-    """Which layer costs the accuracy, in a sentence or two. Below two standard errors is noise; of one layer, which is
-    the largest of some twenty, below three."""
+    """Says in one or two sentences which layer costs the accuracy.
+
+    A drop of the network below two standard errors counts as noise. For a single layer the threshold is three, since it
+    is the largest of some twenty.
+    """
     costs, worst, best = analysis.sensitivity, analysis.sensitivity.costliest, analysis.sensitivity.most_gained
     clear = worst.cost > 3 * worst.cost_error
     alone = f"{points(worst.cost, worst.cost_error)} when only it is quantized"
     if costs.drop <= 2 * costs.drop_error:
-        text = f"quint8 costs nothing that {costs.images:,} images can show: {points(costs.drop, costs.drop_error)}."
+        text = f"quint8 costs nothing measurable on {costs.images:,} images: {points(costs.drop, costs.drop_error)}."
         return f"{text} {worst.layer} costs most by itself: {alone}." if clear else text
     text = f"quint8 costs {points(costs.drop, costs.drop_error)}. "
     if not clear:
         farthest = max(costs.parts, key=lambda part: part.only_kl).layer
         text += f"No layer stands out by itself: {worst.layer}, the costliest, loses {alone}, which may be noise "
-        text += f"(by KL divergence, which is less noisy: {farthest})"
+        text += f"(by KL divergence, which is less noisy, {farthest} costs most)"
     else:
         text += f"{worst.layer} costs most: {alone}"
     if best is worst:
@@ -267,9 +275,11 @@ def verdict(analysis: NetworkAnalysis) -> str:
 
 
 def analysis_table(analysis: NetworkAnalysis, width: int = 120) -> Table:
-    """A network for a terminal of so many columns, one row per layer; the costliest is marked. Accuracies in percent.
+    """A table of the network's layers for the terminal, with the costliest one marked. Accuracies are in percent.
 
-    Columns that do not fit are left out, the last ones first; what there is of a layer's name is folded.
+    Args:
+        width: characters of the terminal. Columns that do not fit are left out, the last ones first; long names of
+            layers are folded.
     """
     columns = {
         "layer": [f"{layer.name}{' <' if layer is analysis.costliest else ''}" for layer in analysis.layers],
@@ -301,8 +311,8 @@ def analysis_table(analysis: NetworkAnalysis, width: int = 120) -> Table:
         box=None,
     )
     for name in (names[place] for place in places):
-        left, folded = name in ("layer", "kind"), name == "layer"
-        table.add_column(name, justify="left" if left else "right", no_wrap=not folded, overflow="fold")
+        is_text, folded = name in ("layer", "kind"), name == "layer"
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not folded, overflow="fold")
     for layer, row in zip(analysis.layers, rows, strict=True):
         cells = (Text(row[place]) for place in places)
         table.add_row(*cells, style="bold red" if layer is analysis.costliest else "")
@@ -314,6 +324,6 @@ def _form(value: float | None, form: str = ".3g") -> str:
 
 
 def _joined(analysis: NetworkAnalysis, names: Sequence[str], scale: float = 1.0) -> list[str]:
-    """These statistics of each layer, in whole numbers: ``61/58/99``."""
-    known = [[layer.statistics[name] for name in names] for layer in analysis.layers]
-    return ["/".join("-" if value is None else f"{scale * value:.0f}" for value in values) for values in known]
+    """For each layer the named statistics, times `scale` and rounded, as ``61/58/99``."""
+    rows = [[layer.statistics[name] for name in names] for layer in analysis.layers]
+    return ["/".join("-" if value is None else f"{scale * value:.0f}" for value in values) for values in rows]

@@ -1,4 +1,4 @@
-"""The pictures of an analysis: what each layer costs, its channels, its statistics."""
+"""The figures of an analysis: what each layer costs, the ranges of its channels, its statistics."""
 
 import math
 from collections.abc import Sequence
@@ -17,10 +17,11 @@ from fnet_search.report.style import COLOURS, GREY, heading, legend, legend_colu
 SHADES = LinearSegmentedColormap.from_list("worse", ["#ffffff", "#fdd9b5", "#d55e00", "#6b2400"]).with_extremes(
     bad="#ffffff"
 )
+"""Colours of the heat map, from the best values to the worst; white where there is no value."""
 
 
 def analysis_slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> list[Slot]:
-    """The rows or columns of a picture: the input, and every layer of the space that any network quantizes."""
+    """The rows or columns of a figure, in network order: all layers, and the input, that any network quantizes."""
     filled = {slot_of(analysis.evaluation.plan, layer.name) for analysis in analyses for layer in analysis.layers}
     order = [INPUT, *(node.name for node in space.order)]
     return [slot for name in order for slot in ((name, False), (name, True)) if slot in filled]
@@ -30,10 +31,13 @@ def analysis_slots(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]
 
 
 def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) -> Figure:
-    """Bars a layer, one colour a network: accuracy lost with only this layer quantized, and regained with only this
-    one left in float, in percentage points, with standard errors. The longest bar of each network has its number."""
+    """Bar charts of what each layer costs, one colour for each network, in percentage points with standard errors.
+
+    Left, the accuracy lost with only this layer quantized; right, the accuracy regained with only this layer left in
+    float. On each side the bar of each network's costliest or most gaining layer is labelled with its value.
+    """
     rows, count = analysis_slots(space, analyses), len(analyses)
-    inches = max(0.19, 0.075 * count + 0.07)  # a row
+    inches = max(0.19, 0.075 * count + 0.07)  # height of a row
     figure = new_figure(1.5 + inches * len(rows), 9.6)
     images, split = analyses[0].sensitivity.images, analyses[0].evaluation.split
     heading(figure, f"Which layer costs the accuracy: {space.name}, {images:,} {split} images")
@@ -79,7 +83,7 @@ def costs_figure(space: Macroarchitecture, analyses: Sequence[NetworkAnalysis]) 
 
 
 def network_caption(analysis: NetworkAnalysis) -> str:
-    """A network in a legend."""
+    """The name of a network with its accuracies, for legends."""
     costs = analysis.sensitivity
     return f"{analysis.name}: fp32 {100 * costs.fp32_accuracy:.1f} %, quint8 {100 * costs.fake_accuracy:.1f} %"
 
@@ -90,9 +94,10 @@ def network_caption(analysis: NetworkAnalysis) -> str:
 def boxes_figure(
     space: Macroarchitecture, analyses: Sequence[NetworkAnalysis], index: int, colour: str = COLOURS[0]
 ) -> Figure:
-    """The channels of one of the networks: for each layer a box of their ranges, whiskers over all that are not dead.
+    """Box plots of the channel ranges of ``analyses[index]``: one box for each layer, without dead channels.
 
-    The axes are those that all of `analyses` need, so that the pictures of several networks can be compared.
+    The whiskers extend to the smallest and the largest range. The axes fit all of `analyses`, so that the figures of
+    several networks can be compared.
     """
     analysis, slots = analyses[index], analysis_slots(space, [analyses[index]])
     places = [slots.index(slot_of(analysis.evaluation.plan, layer.name)) for layer in analysis.layers]
@@ -104,8 +109,8 @@ def boxes_figure(
         axes.set_ylabel(title, fontsize=8.5)
         alive = {place: _alive(layer, tensor) for place, layer in zip(places, analysis.layers, strict=True)}
         boxes = axes.boxplot(
-            [ranges for ranges in alive.values() if ranges],
-            positions=[place for place, ranges in alive.items() if ranges],
+            [channels for channels in alive.values() if channels],
+            positions=[place for place, channels in alive.items() if channels],
             widths=0.6,
             whis=(0, 100),
             patch_artist=True,
@@ -117,21 +122,23 @@ def boxes_figure(
         )
         for box in boxes["boxes"][:1]:
             box.set_label("channels: median, quartiles, and all between the whiskers")
-        wholes = [layer.range(tensor) or math.nan for layer in analysis.layers]
-        axes.plot(places, wholes, "_", color="black", markersize=9, label="the whole tensor")
-        ends = [value for other in analyses for layer in other.layers for value in _alive(layer, tensor)]
-        ends += [layer.range(tensor) or math.nan for other in analyses for layer in other.layers]
-        ends = [value for value in ends if math.isfinite(value)]
-        if not ends:
+        tensor_ranges = [layer.range(tensor) or math.nan for layer in analysis.layers]
+        axes.plot(places, tensor_ranges, "_", color="black", markersize=9, label="the whole tensor")
+        layers = [layer for analysis in analyses for layer in analysis.layers]
+        ranges = [value for layer in layers for value in _alive(layer, tensor)]
+        ranges += [layer.range(tensor) or math.nan for layer in layers]
+        ranges = [value for value in ranges if math.isfinite(value)]
+        if not ranges:
             continue
-        log_if_wide(axes, ends)
-        low, high = min(ends), max(ends)
+        log_if_wide(axes, ranges)
+        low, high = min(ranges), max(ranges)
         axes.set_ylim(*(low / 1.3, high * 1.3) if axes.get_yscale() == "log" else (0, high * 1.06))
     legend(panels[0])
     return figure
 
 
 def _alive(layer: LayerAnalysis, tensor: str) -> list[float]:
+    """The ranges of the channels that are not dead."""
     return [value for value in layer.channels[tensor] if value > 0]
 
 
@@ -140,17 +147,18 @@ def _alive(layer: LayerAnalysis, tensor: str) -> list[float]:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A column of the heat map: of the frame's `column`, times `scale`, in `form`.
-
-    `worse` says which end is the bad one: 1 the high one, -1 the low one, 0 neither.
-    """
+    """A column of the heat map."""
 
     title: str
     column: str
+    """Its column in `analysis_frame`."""
     worse: int
+    """1 if high values are bad, -1 if low ones are, 0 if neither."""
     form: str = ".3g"
+    """Format of the printed values, after they are multiplied by `scale`."""
     scale: float = 1.0
     logarithmic: bool = False
+    """Whether colours follow the logarithm."""
 
 
 STATISTICS = (
@@ -174,10 +182,14 @@ STATISTICS = (
 
 
 def badness(values: Sequence[float], statistic: Statistic, noise: float = 0.0) -> list[float]:
-    """0 for the best tenth of a column, 1 for the worst value, NaN for what there is not; 0 where all are the same.
+    """How bad each value of a column is, for its colour.
 
-    Accuracies, in points, start at 0 instead, and end no lower than twice their largest standard error, `noise`: then
-    a column of nothing but noise stays pale.
+    From 0 for the best tenth to 1 for the worst value; 0 if all are the same, NaN for missing values and for statistics
+    without a bad end. Differences of accuracies start at 0 points instead, and reach 1 at no less than twice `noise`,
+    so that a column of nothing but noise stays pale.
+
+    Args:
+        noise: the largest standard error in the column, in points.
     """
     column = statistic.worse * np.array(values, dtype=float)
     if statistic.logarithmic:
@@ -192,7 +204,11 @@ def badness(values: Sequence[float], statistic: Statistic, noise: float = 0.0) -
 
 
 def heat_figure(space: Macroarchitecture, analysis: NetworkAnalysis, frame: pd.DataFrame) -> Figure:
-    """A network's layers by statistics; the worse a value in its column, the darker. `frame` has its rows."""
+    """Heat map of a network's layers by `STATISTICS`: the worse a value in its column, the darker.
+
+    Args:
+        frame: the rows of this network in `analysis_frame`.
+    """
     rows = len(frame)
     figure = new_figure(2.6 + 0.2 * rows, 10.4)
     heading(figure, f"Layers of {analysis.name} by statistics: {space.name}")
@@ -200,8 +216,8 @@ def heat_figure(space: Macroarchitecture, analysis: NetworkAnalysis, frame: pd.D
     columns = []
     for statistic in STATISTICS:
         values = frame[statistic.column].astype(float).tolist()
-        noise = f"{statistic.column.removesuffix('_points')}_error_points"
-        columns.append(badness(values, statistic, float(frame[noise].max()) if noise in frame else 0.0))
+        errors = f"{statistic.column.removesuffix('_points')}_error_points"
+        columns.append(badness(values, statistic, float(frame[errors].max()) if errors in frame else 0.0))
         for row, (value, bad) in enumerate(zip(values, columns[-1], strict=True)):
             text = "" if math.isnan(value) else f"{statistic.scale * value:{statistic.form}}"
             axes.text(

@@ -1,4 +1,4 @@
-"""Latency beside MACs: what `timing` measured of a run's networks, as tables, as files, and in the report."""
+"""Latency beside MACs: times of a run's networks, measured by `timing`; as tables, as files, and in the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -43,15 +43,17 @@ from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun
 NETWORKS, LAYERS = "latency.csv", "latency_layers.csv"
 KEYS = ["network", "precision"]
 BUSY = 0.9
-"""Where a thread ran for less of its time than that, others disturbed the measurement."""
+"""Share of its time that a thread should run; below it, other processes disturbed the measurement."""
 
 LatencyPair = tuple[Latency, Latency]
-"""A network in quint8 and in fp32."""
+"""The latencies of a network in quint8 and in fp32."""
 
 
 def latency_pairs(results: Sequence[Latency]) -> list[LatencyPair]:
-    """The networks in order, each in both precisions."""
-    ordered = [tuple(sorted(both, key=lambda one: one.precision == FP32)) for _, both in groupby(results, _network)]
+    """The latencies grouped by network, in the given order. Both precisions of a network must be adjacent."""
+    ordered = [
+        tuple(sorted(group, key=lambda latency: latency.precision == FP32)) for _, group in groupby(results, _network)
+    ]
     return [(quint8, fp32) for quint8, fp32 in ordered]
 
 
@@ -59,7 +61,7 @@ def _network(latency: Latency) -> str:
     return latency.network
 
 
-# Measured
+# Measurement
 
 
 def time_networks(
@@ -69,10 +71,14 @@ def time_networks(
     rounds: int = ROUNDS,
     seen: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Latency, ...]:
-    """Times networks (each once) on batches of noise; returns the quint8 and the fp32 latency of each.
+    """Times networks, each once, on batches of noise. Returns the quint8 and the fp32 latency of each.
 
-    `seen` is told how many of how many samples were taken. Raises FnetError for a network without its weights, or one
-    that the runtime cannot run.
+    Raises FnetError if the weights of a network are missing or broken, or if the runtime cannot run it.
+
+    Args:
+        batch: images in a batch.
+        rounds: samples taken of each network and precision.
+        seen: called with the number of samples taken and their total.
     """
     with TemporaryDirectory() as folder:
         subjects: list[tuple[RecordedNetwork, str, Macroarchitecture, TimedGraph]] = []
@@ -105,17 +111,17 @@ def time_networks(
         )
 
 
-# As files
+# Files
 
 
 def latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
-    """One row a network and precision, every field of `Latency` but the layers a column."""
+    """One row for each network and precision, one column for each field of `Latency` but `layers`."""
     columns = _columns(Latency)
     return pd.DataFrame([asdict(latency) for latency in results], columns=list(columns)).astype(columns)
 
 
 def layer_latency_frame(results: Sequence[Latency]) -> pd.DataFrame:
-    """One row a network, precision and layer; `share` is a fraction of 1, of the sum over the network's layers."""
+    """One row for each network, precision and layer. ``share`` is the layer's fraction of the sum over all layers."""
     columns = {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency), "share": "float64"}
     rows = [
         {
@@ -140,8 +146,10 @@ def _sum(latency: Latency) -> float:
 
 
 def write_latencies(opened: RecordedRun, results: Sequence[Latency]) -> list[Path]:
-    """Writes ``latency.csv`` and ``latency_layers.csv`` to the run folder, in the place of what was measured before:
-    only times of the same rounds can be compared. Returns their paths."""
+    """Writes ``latency.csv`` and ``latency_layers.csv`` to the run folder; returns their paths.
+
+    Earlier measurements are replaced, since only times of the same rounds can be compared.
+    """
     frames = {NETWORKS: latency_frame(results), LAYERS: layer_latency_frame(results)}
     for name, frame in frames.items():
         write_text(opened.run.path / name, frame.to_csv(index=False, lineterminator="\n"))
@@ -149,9 +157,9 @@ def write_latencies(opened: RecordedRun, results: Sequence[Latency]) -> list[Pat
 
 
 def read_latencies(opened: RecordedRun) -> tuple[Latency, ...]:
-    """What `write_latencies` wrote, of the networks that the run still has; nothing where nothing was measured.
+    """The latencies that `write_latencies` wrote, of networks that the run still has; () if none were measured.
 
-    Raises FnetError, naming the file, for one that is missing or broken.
+    Raises FnetError, naming the file, if one of the two is broken, or if the one of the layers is missing.
     """
     if not (opened.run.path / NETWORKS).is_file():
         return ()
@@ -159,11 +167,11 @@ def read_latencies(opened: RecordedRun) -> tuple[Latency, ...]:
     layers: dict[tuple[str, str], list[LayerLatency]] = {}
     for row in _read(opened.run.path / LAYERS, {**dict.fromkeys(KEYS, "str"), **_columns(LayerLatency)}):
         layers.setdefault((row.pop("network"), row.pop("precision")), []).append(LayerLatency(**row))
-    known = {network.id for network in opened.networks}
+    ids = {network.id for network in opened.networks}
     return tuple(
         Latency(**row, layers=tuple(layers.get((row["network"], row["precision"]), ())))
         for row in rows
-        if row["network"] in known
+        if row["network"] in ids
     )
 
 
@@ -176,7 +184,7 @@ def _read(path: Path, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
 
 
-# For people
+# Texts and tables
 
 HEADINGS = ("network", "plan")
 MEASURED = (
@@ -193,14 +201,17 @@ MEASURED = (
 LAYER_HEADINGS = ("layer", "kind")
 LAYER_MEASURED = ("MMAC", "quint8 ms", "% of all", "MMAC/ms", "fp32 ms", "% of all", "MMAC/ms")
 LEAST = ("GMAC/s", "MMAC/ms", "quartiles ms", "total MMAC", "kind", "% of all", "fp32 / quint8", "MMAC", "conv MMAC")
-"""Columns that a narrow terminal has no room for, the least important first."""
+"""Columns to drop on a narrow terminal, the least important first."""
 
 
 def conditions(results: Sequence[Latency]) -> str:
-    """How and on what it was measured; and a warning, where the machine had more to do."""
+    """How and on what the networks were measured; with a warning if other processes used the processor."""
     latency = results[0]
     threads, images = counted(latency.threads, "thread"), f"a batch of {counted(latency.batch, 'image')}"
-    text = f"ONNX Runtime {latency.onnxruntime} on {latency.machine}; {threads}, {images}, {latency.rounds} interleaved rounds"
+    text = (
+        f"ONNX Runtime {latency.onnxruntime} on {latency.machine}; {threads}, {images}, "
+        f"{latency.rounds} interleaved rounds"
+    )
     share = min(latency.cpu_share for latency in results)
     if share < BUSY:
         text += f"; other processes took up to {100 * (1 - share):.0f} % of the time: measure again on an idle machine"
@@ -212,7 +223,7 @@ def _ms(value: float) -> str:
 
 
 def latency_row(pair: LatencyPair) -> tuple[list[str], list[str]]:
-    """What people see of a network: under HEADINGS and under MEASURED."""
+    """A network's row: the cells under `HEADINGS`, and those under `MEASURED`."""
     quint8, fp32 = pair
     times = [
         text
@@ -228,12 +239,17 @@ def latency_row(pair: LatencyPair) -> tuple[list[str], list[str]]:
 
 
 def layer_rows(pair: LatencyPair, order: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """What people see of a network's layers, in the order of these names: under LAYER_HEADINGS and LAYER_MEASURED. Last
-    the sum, and beside it the network as it was timed whole."""
-    known = [{layer.layer: layer for layer in latency.layers} for latency in pair]
+    """The rows of a network's layers, each as its cells under `LAYER_HEADINGS` and those under `LAYER_MEASURED`.
+
+    The last two rows are the sum of the layers, and the network as it was timed whole.
+
+    Args:
+        order: names of the layers, in the order of the rows. Layers that were not timed are left out.
+    """
+    by_name = [{layer.layer: layer for layer in latency.layers} for latency in pair]
     rows = []
-    for name in [one for one in [*order, OTHER] if any(one in layers for layers in known)]:
-        timed = [layers.get(name) for layers in known]
+    for name in [name for name in [*order, OTHER] if any(name in layers for layers in by_name)]:
+        timed = [layers.get(name) for layers in by_name]
         kinds = dict.fromkeys(layer.kind for layer in timed if layer)
         macs = max(layer.macs for layer in timed if layer)
         times = []
@@ -254,13 +270,13 @@ def layer_rows(pair: LatencyPair, order: Sequence[str]) -> list[tuple[list[str],
 
 
 def latency_table(results: Sequence[Latency]) -> PlainTable:
-    """The networks for the terminal."""
+    """A table of the networks for the terminal."""
     rows = [[*words, *values] for words, values in map(latency_row, latency_pairs(results))]
     return PlainTable("latency: ms a run, median", (*HEADINGS, *MEASURED), rows, {"network": 12, "plan": 12}, LEAST)
 
 
 def layers_table(opened: RecordedRun, pair: LatencyPair) -> PlainTable:
-    """The layers of one network for the terminal."""
+    """A table of one network's layers for the terminal."""
     title = f"layers of network {pair[0].network} ({pair[0].label}): ms a run, median"
     rows = [[*words, *values] for words, values in layer_rows(pair, _order(opened, pair[0].network))]
     return PlainTable(title, (*LAYER_HEADINGS, *LAYER_MEASURED), rows, {"layer": 20, "kind": 8}, LEAST)
@@ -274,12 +290,15 @@ def _plans(opened: RecordedRun) -> dict[str, FactorizationPlan]:
     return {network.id: network.evaluation.plan for network in opened.networks}
 
 
-# For the report
+# The report
 
 
 def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
-    """Milliseconds a run against conv MACs, both precisions, with the quartiles; and where the times would be if they
-    followed the MACs, from the network with the most of them."""
+    """Milliseconds a run against conv MACs, in both precisions, with quartiles.
+
+    A line shows where the times would be if they were proportional to the MACs, starting from the network with the
+    most.
+    """
     measured = latency_pairs(results)
     figure = new_figure(4.2)
     heading(figure, f"Latency against MACs: {space}, a batch of {results[0].batch}")
@@ -292,12 +311,11 @@ def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
     axes.vlines(macs, list(map(min, times)), list(map(max, times)), color="#bbbbbb", linewidth=1)
     for index, name in enumerate(("fp32", "quint8")):
         series = [pair[1 - index] for pair in measured]
-        axes.vlines(
-            macs, [latency.lower_ms for latency in series], [one.upper_ms for one in series], color=COLOURS[index]
-        )
+        lower, upper = [latency.lower_ms for latency in series], [latency.upper_ms for latency in series]
+        axes.vlines(macs, lower, upper, color=COLOURS[index])
         medians = [latency.median_ms for latency in series]
         axes.plot(macs, medians, MARKERS[index], color=COLOURS[index], markersize=5, label=name)
-    most = max((quint8 for quint8, _ in measured), key=lambda one: one.conv_macs)
+    most = max((quint8 for quint8, _ in measured), key=lambda latency: latency.conv_macs)
     line = [0, most.conv_macs / 1e6], [0, most.median_ms]
     axes.plot(*line, color=GREY, linestyle="-.", linewidth=1, label="quint8, if it followed the MACs")
     axes.margins(x=0.08, y=0.1)
@@ -313,8 +331,11 @@ def latency_figure(space: str, results: Sequence[Latency]) -> Figure:
 
 
 def block_latencies(opened: RecordedRun, results: Sequence[Latency]) -> dict[str, dict[int, tuple[float, int]]]:
-    """What each factorizable layer costs at every rate that was timed: milliseconds in quint8 (of several networks, the
-    median) and MACs of the convolution, or of the grouped and the pointwise one together."""
+    """For each factorizable layer and rate that was timed: milliseconds in quint8 and MACs.
+
+    Both are those of the convolution, or of the grouped and the pointwise one together. If several networks have the
+    rate, the time is their median.
+    """
     plans = _plans(opened)
     timed: dict[str, dict[int, list[tuple[float, int]]]] = {layer: {} for layer in legal_rates(opened.space)}
     for quint8, _ in latency_pairs(results):
@@ -330,32 +351,35 @@ def block_latencies(opened: RecordedRun, results: Sequence[Latency]) -> dict[str
 
 
 def _blocks(opened: RecordedRun, results: Sequence[Latency]) -> str:
-    by_network = block_latencies(opened, results)
-    rates = sorted({rate for by_rate in by_network.values() for rate in by_rate})
+    """The table of layers by rate, empty if only one rate was timed."""
+    by_layer = block_latencies(opened, results)
+    rates = sorted({rate for by_rate in by_layer.values() for rate in by_rate})
     if len(rates) < 2:
         return ""
     rows = []
-    for layer, by_rate in by_network.items():
+    for layer, by_rate in by_layer.items():
         columns = []
         for rate in rates:
             if rate not in by_rate:
                 columns.append(f'<td class="number">{NONE}</td>')
                 continue
-            (ms, macs), (whole, most) = by_rate[rate], by_rate.get(1, (0.0, 0))
-            text = f"<strong>{_ms(ms)}</strong>" if whole and ms >= whole and rate > 1 else _ms(ms)
-            share = f"{100 * ms / whole:.0f} % | {100 * macs / most:.0f} %" if whole and rate > 1 else ""
+            (ms, macs), (regular_ms, regular_macs) = by_rate[rate], by_rate.get(1, (0.0, 0))
+            text = f"<strong>{_ms(ms)}</strong>" if regular_ms and ms >= regular_ms and rate > 1 else _ms(ms)
+            share = (
+                f"{100 * ms / regular_ms:.0f} % | {100 * macs / regular_macs:.0f} %" if regular_ms and rate > 1 else ""
+            )
             columns.append(f'<td class="number">{text}<span class="reason">{share}</span></td>')
         rows.append(f"<tr>{cells([layer], numbers=False)}{''.join(columns)}</tr>")
     note = (
-        "Below the time of a factorized layer (its grouped and its pointwise convolution together): its share of the "
-        "regular convolution's time | of its MACs. Bold: no faster than the regular one."
+        "The time of a factorized layer is that of its grouped and its pointwise convolution together; below it are "
+        "its shares of the regular convolution's time | MACs. Bold: no faster than the regular convolution."
     )
-    timed = html_table(head_row(["layer, quint8 ms at rate"], map(str, rates)), rows)
-    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{timed}'
+    table = html_table(head_row(["layer, quint8 ms at rate"], map(str, rates)), rows)
+    return f'<h3>Layers by rate</h3><p class="soft">{note}</p>{table}'
 
 
 def latency_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
-    """For the report: the networks' latencies beside their MACs, and their layers'; nothing where none was measured."""
+    """The report's section of latencies of networks and layers beside their MACs; empty if none were measured."""
     try:
         results = read_latencies(opened)
     except FnetError as error:  # the report of a run does not depend on this
@@ -368,8 +392,8 @@ def latency_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
     html += plain_table(HEADINGS, MEASURED, [latency_row(pair) for pair in measured], winner.id if winner else None)
     if len(measured) > 1:
         caption = (
-            "Low is good. The further above the dashed line, the less of the saved MACs is saved in time. Upright "
-            "lines in the markers' colours, where they show: the quartiles."
+            "Low is good. The further a network lies above the dashed line, the less its saved MACs save time. "
+            "Vertical lines in the markers' colours are the quartiles, where they are visible."
         )
         html += figure_html(latency_figure(opened.space.name, results), caption, "latency against MACs")
     html += _blocks(opened, results)

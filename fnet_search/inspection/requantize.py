@@ -1,4 +1,4 @@
-"""A trained network quantized otherwise, without training: a new evaluation, recorded beside the old one."""
+"""Requantization: a trained network quantized with another scheme, as a new evaluation beside the old one."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,6 +24,18 @@ from fnet_search.rundir.recorded_run import RecordedNetwork, RecordedRun, metada
 from fnet_search.rundir.run_folder import PROMOTED, scheme_folder
 from fnet_search.training.datasets import DataSet
 
+_COLUMNS = (
+    "fp32_accuracy",
+    "quint8_accuracy",
+    "relative_drop",
+    "fp32_balanced_accuracy",
+    "quint8_balanced_accuracy",
+    "qmse",
+    "qce",
+    "kl",
+)
+"""Fields of an evaluation that are columns of `requantized_frame`."""
+
 
 def requantize(
     opened: RecordedRun,
@@ -33,29 +45,33 @@ def requantize(
     advance: Callable[[str, int, int], None] = lambda what, done, total: None,
     scratch: Path | None = None,
 ) -> RecordedNetwork:
-    """Quantizes a candidate's trained network with the one of `schemes` that diverges least, measures it on the run's
-    split, audits it, and writes evaluation, layers, codes and ONNX file to the candidate's folder of that scheme; or,
-    of a run that cannot be written, to `scratch`.
+    """Quantizes a candidate's trained network with the one of `schemes` that diverges least; without training.
 
-    `advance` is told what is done, and on how many of how many images. Raises FnetError for a network that cannot be
-    quantized so, or is quantized with that one scheme already; of several, the one that is there is given back.
+    The result is measured on the run's split, audited, and written with its layers, codes and ONNX file to the
+    candidate's folder of that scheme. If that network exists already and `schemes` has several, it is returned instead.
+    Raises FnetError if the network exists and its scheme is the only one, if the candidate's weights are missing or
+    broken, or if it cannot be quantized so.
+
+    Args:
+        advance: called with the step, the number of images that are done and their total.
+        scratch: a folder to write to instead, for a run folder that is read-only.
     """
-    _check_new(opened, network, schemes)  # before the work
+    _check_new(opened, network, schemes)  # before any work
     trained = network.load_trained(opened.space)
-    named, seed = f"candidate {network.id} with {schemes_text(schemes)}", opened.config["seed"]
+    subject, seed = f"candidate {network.id} with {schemes_text(schemes)}", opened.config["seed"]
 
-    def measured(images: int) -> None:
-        advance(f"measuring {named}, in ONNX Runtime too", images, len(data.evaluation))
+    def on_images(images: int) -> None:
+        advance(f"measuring {subject}, in ONNX Runtime too", images, len(data.evaluation))
 
-    calibrated = calibrate_for(trained, schemes, data, seed, partial(advance, f"calibrating {named}"))
+    calibrated = calibrate_for(trained, schemes, data, seed, partial(advance, f"calibrating {subject}"))
     choosing = partial(advance, f"choosing a scheme for candidate {network.id}")
     quantized = least_divergent(calibrated, schemes, data, seed, choosing)
-    if (known := opened.quantized(network, (quantized.scheme,))) is not None:
-        return known
+    if (recorded := opened.quantized(network, (quantized.scheme,))) is not None:
+        return recorded
     folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
     runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
-    requantized = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, measured)
+    requantized = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, on_images)
     facts = metadata(opened.config, opened.space, requantized, None, "quint8")
     write_model(folder / MODEL, quantized_model(quantized.network, facts))
     opened.run.write_candidate(requantized, folder)
@@ -66,12 +82,13 @@ def requantize(
 
 
 def _check_new(opened: RecordedRun, network: RecordedNetwork, schemes: Sequence[Scheme]) -> None:
-    if (known := opened.quantized(network, schemes)) is not None:
-        raise FnetError(f"candidate {network.id} is quantized with {known.scheme} already, as {known.id}")
+    """Raises FnetError if the only one of `schemes` was used already."""
+    if (recorded := opened.quantized(network, schemes)) is not None:
+        raise FnetError(f"candidate {network.id} is quantized with {recorded.scheme} already, as {recorded.id}")
 
 
 def promote(opened: RecordedRun, network: RecordedNetwork) -> bool:
-    """Lets a network that was quantized otherwise win, where it is better than the winner; returns whether it is."""
+    """Promotes a requantized network if it is better than the winner; returns whether it is."""
     better = opened.better(network)
     if better:
         (network.folder / PROMOTED).touch()
@@ -79,22 +96,14 @@ def promote(opened: RecordedRun, network: RecordedNetwork) -> bool:
 
 
 def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
-    """One row a quantization of each candidate that has several, its own first. Accuracies are fractions of 1."""
+    """One row for each of `requantized_networks`. Accuracies are fractions of 1."""
     rows = [
         {
             "network": network.id,
             "label": label(opened.space, network.evaluation.plan),
             "scheme": network.evaluation.scheme,
             "split": network.evaluation.split,
-            **{
-                name: getattr(network.evaluation, name)
-                for name in ("fp32_accuracy", "quint8_accuracy", "relative_drop")
-            },
-            **{
-                name: getattr(network.evaluation, name)
-                for name in ("fp32_balanced_accuracy", "quint8_balanced_accuracy")
-            },
-            **{name: getattr(network.evaluation, name) for name in ("qmse", "qce", "kl")},
+            **{name: getattr(network.evaluation, name) for name in _COLUMNS},
             "audited_codes": network.evaluation.audit.codes if network.evaluation.audit else None,
             "differing_codes": network.evaluation.audit.differing if network.evaluation.audit else None,
         }
@@ -104,10 +113,10 @@ def requantized_frame(opened: RecordedRun) -> pd.DataFrame:
 
 
 def requantized_networks(opened: RecordedRun) -> list[RecordedNetwork]:
-    """The networks of the candidates that are quantized in several ways, a candidate's own way first."""
+    """All networks of the candidates that were requantized, the one of the run before the requantized ones."""
     networks = opened.networks
-    chosen = {network.candidate for network in networks if network.folder != network.candidate}
-    return [network for network in networks if network.candidate in chosen]
+    candidates = {network.candidate for network in networks if network.folder != network.candidate}
+    return [network for network in networks if network.candidate in candidates]
 
 
 HEADINGS = ("network", "plan", "quantized with")
@@ -115,7 +124,11 @@ MEASURED = ("fp32 %", "quint8 %", "drop %", "QMSE", "KL", "audit")
 
 
 def scheme_row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[list[str], list[str]]:
-    """What people see of an evaluation: under HEADINGS and under MEASURED."""
+    """An evaluation's row: the cells under `HEADINGS`, and those under `MEASURED`.
+
+    Args:
+        name: the id of its network.
+    """
     shares = [
         f"{100 * (value or 0):.2f}"
         for value in (evaluation.fp32_accuracy, evaluation.quint8_accuracy, evaluation.relative_drop)
@@ -126,19 +139,19 @@ def scheme_row(opened: RecordedRun, evaluation: Evaluation, name: str) -> tuple[
 
 
 def schemes_section(opened: RecordedRun) -> Sequence[tuple[str, str]]:
-    """For the report: the candidates that were quantized in several ways; nothing where there are none."""
+    """The report's section of requantized candidates; empty if there are none."""
     networks = requantized_networks(opened)
     if not networks:
         return ()
     rows = [scheme_row(opened, network.evaluation, network.id) for network in networks]
-    about = "".join(
+    remarks = "".join(
         f'<p class="soft">{escape(text)}</p>' for text in (f"On the {opened.split} split.", *requantize_remarks(opened))
     )
-    return [("Quantized otherwise", f"{about}{plain_table(HEADINGS, MEASURED, rows)}")]
+    return [("Requantized candidates", f"{remarks}{plain_table(HEADINGS, MEASURED, rows)}")]
 
 
 def requantize_remarks(opened: RecordedRun) -> list[str]:
-    """Which networks that were quantized otherwise are better than the winner, and what makes them win."""
+    """The requantized networks that are better than the winner, one line each, with the command that promotes them."""
     better = [network for network in requantized_networks(opened) if not network.competes and opened.better(network)]
     return [
         f"{network.id} is better than the winner: fnet-search quantize {opened.run.path} --candidate "

@@ -1,15 +1,18 @@
 """Leases: which worker trains which suggestion, kept as trial attributes in any Optuna storage (docs/sharing.md).
 
-A suggestion goes through these states:
+A worker claims a suggestion by creating a running trial with the suggestion's number and a lease. The states of a
+lease:
 
-* *claimed*: a worker has created a running trial with the suggestion's number. Storages number trials in one order, so
-  the first trial of a suggestion counts; a worker whose trial came later withdraws it.
-* *renewed*: the worker rewrites the trial's lease BEATS times in `Ledger.seconds`.
-* *abandoned*: the lease has not changed for `Ledger.seconds`, by the clock of the process that watches it; clocks of
-  different hosts are never compared. The watching process fails the trial, and any worker may claim the suggestion
-  again, in a new trial.
-* *ended*: the worker has told the trial its evaluation. A worker that comes back after its lease was abandoned cannot:
-  the storage refuses to change a finished trial, and the evaluation is dropped.
+* *held*: claimed, and renewed since. The worker rewrites the lease BEATS times in `Ledger.seconds`.
+* *withdrawn*: another trial of the same number came first. Storages number trials in one order, so all workers agree on
+  which one that is.
+* *told*: the worker has ended the trial with an evaluation.
+* *released*: the worker has ended its work in order.
+* *expired*: the lease has not changed for `Ledger.seconds`, by the clock of the process that watches it; clocks of
+  different hosts are never compared.
+
+The trial of a lease that is released or expired fails, and its candidate may be claimed again, in a new trial. A worker
+that comes back after its lease has expired cannot tell an evaluation: the storage refuses to change a finished trial.
 """
 
 import random
@@ -48,15 +51,16 @@ LEASE = "fnet_search:lease"
 LEFT = "fnet_search:left"
 """System attribute of a failed trial without an evaluation: the reason (`LeaveReason`)."""
 BEATS = 8
-"""Renewals of a lease in the time after which it counts as abandoned: up to seven in a row may be missed."""
+"""Renewals of a lease in the time after which it expires: up to seven in a row may be missed."""
 TAKEOVERS = 5
-"""A suggestion whose workers were lost this many times counts as failed: it may be what kills them."""
+"""A suggestion that was taken over this many times, and lost again, counts as failed: it may be what kills its
+workers."""
 JITTER = 1.0
 """Seconds. A process that was not the first to claim a suggestion waits a random time up to this long, so that those
 who collided do not collide again."""
 
 LeaveReason = Literal["expired", "released", "withdrawn"]
-"""The lease was abandoned; the worker has ended; another worker was first."""
+"""Its lease expired; its worker ended in order; another worker was first."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Claim:
 
 @dataclass
 class Ledger:
-    """The suggestions of a study by number: evaluated, claimed by some process, or abandoned.
+    """The suggestions of a study by number: evaluated, claimed by some process, or lost.
 
     `worker` is the name of this process among those that share the study. It is the same for every process in one run
     folder, so that what an earlier process left there is taken over at once. None: the study is not shared.
@@ -93,7 +97,7 @@ class Ledger:
     """The trial ids of the evaluations."""
     claims: dict[int, Claim] = field(default_factory=dict)
     """Suggestions that a worker trains now."""
-    abandoned: dict[int, Claim] = field(default_factory=dict)
+    lost: dict[int, Claim] = field(default_factory=dict)
     """Candidates to be claimed again."""
     takeovers: Counter[int] = field(default_factory=Counter)
     """How many workers were lost over each suggestion."""
@@ -111,7 +115,7 @@ class Ledger:
     @property
     def numbers(self) -> set[int]:
         """The numbers that are taken."""
-        return {*self.evaluations, *self.claims, *self.abandoned}
+        return {*self.evaluations, *self.claims, *self.lost}
 
     def refresh(self) -> None:
         """Reads the study again. Ends the trials of workers that are gone; an evaluation that such a trial holds
@@ -128,7 +132,7 @@ class Ledger:
             elif (claim := self._claim_of(trial)) is not None:
                 self.claims.setdefault(claim.number, claim)
         for number in {*self.claims, *self.evaluations}:
-            self.abandoned.pop(number, None)
+            self.lost.pop(number, None)
 
     def _claim_of(self, trial: FrozenTrial) -> Claim | None:
         """The claim that a trial stands for; None for a trial that is not a suggestion of a run."""
@@ -165,7 +169,7 @@ class Ledger:
         elif claim is not None and why in ("expired", "released"):
             self.takeovers[claim.number] += why == "expired"
             if claim.role == "candidate":  # references and final trainings are begun anew by the search itself
-                self.abandoned[claim.number] = claim
+                self.lost[claim.number] = claim
 
     def _take(self, evaluation: Evaluation, trial: FrozenTrial) -> None:
         if evaluation.number not in self.evaluations:
@@ -189,7 +193,7 @@ class Ledger:
         if self._heartbeat is None:
             attributes = template.user_attrs
             self.claims[number] = Claim(number, plan, attributes.get(ROLE), trial_id, attributes.get("parent"))
-            self.abandoned.pop(number, None)
+            self.lost.pop(number, None)
             return Trial(self.study, trial_id)
         self._heartbeat.hold(trial_id)
         self.refresh()  # only now is it known whether this trial is the suggestion's first

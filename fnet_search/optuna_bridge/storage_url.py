@@ -7,7 +7,7 @@ from fnet_search.base.errors import FnetError
 
 WANTED = "give an Optuna storage URL, as in postgresql+psycopg://user@host/db, grpc://host:13000 or journal:PATH"
 LEASE_SECONDS = 120.0
-"""A lease that is not renewed for this long counts as abandoned. Longer than a network outage of a minute."""
+"""A lease that is not renewed for this long expires. Longer than a network outage of a minute."""
 
 
 def masked(url: str) -> str:

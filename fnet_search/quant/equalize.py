@@ -30,7 +30,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
 from fnet_search.quant.fold import FoldedNetwork
 
 MAX_SWEEPS = 1000
-"""Far more than any network needs: chains of ten layers settle in some fifty."""
+"""Only a bound: with random weights factorizenet settles in 97 sweeps, under the plan init2 in 265."""
 SETTLED = 1e-4
 """Sweeps end when no logarithmic scale changes by more: 0.01 %, far below a step of eight bits."""
 

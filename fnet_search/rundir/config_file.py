@@ -8,7 +8,7 @@ CONFIG = "config.json"
 
 
 def config_file(folder: Path) -> Path:
-    """Raises FnetError for a folder that is not one of a run."""
+    """The path of the configuration file. Raises FnetError if `folder` is not a run folder."""
     if not (folder / CONFIG).is_file():
         raise FnetError(f"{folder} is not a run folder: it has no {CONFIG}")
     return folder / CONFIG

@@ -1,4 +1,4 @@
-"""A run that was recorded, opened again: what is done to its networks after the search."""
+"""Recorded runs: a run folder opened again, to work on its networks after the search."""
 
 import json
 import re
@@ -29,24 +29,26 @@ from fnet_search.training.network import Network
 
 @dataclass(frozen=True)
 class RecordedNetwork:
-    """A trained network of a run: its evaluation, the folder of its candidate, and the one with its codes.
+    """A trained and quantized network of a run.
 
-    A candidate that was quantized otherwise has several, with the same weights.
+    A candidate that was requantized has several networks, with the same weights.
     """
 
     evaluation: Evaluation
     candidate: Path
+    """The folder of the candidate, with the weights."""
     folder: Path
+    """The folder with the codes: that of the candidate, or of the scheme that it was requantized with."""
 
     @property
     def id(self) -> str:
-        """What a user calls it: ``7``, or ``7/mse+equalize`` where it was quantized otherwise."""
+        """The name that commands take: ``7``, or ``7/mse+equalize`` if it was requantized."""
         number = str(self.evaluation.number)
         return number if self.folder == self.candidate else f"{number}/{self.scheme}"
 
     @property
     def competes(self) -> bool:
-        """Whether it may win: quantized as the run did, or promoted since."""
+        """Whether it may win: it was quantized by the run itself, or promoted since."""
         return self.folder == self.candidate or (self.folder / PROMOTED).is_file()
 
     @property
@@ -58,17 +60,18 @@ class RecordedNetwork:
         return (self.candidate / WEIGHTS).is_file() and (self.folder / QUANTIZED).is_file()
 
     def load_trained(self, space: Macroarchitecture) -> Network:
-        """Raises FnetError, naming the file, for weights that are missing, broken or of another plan."""
+        """The network in float. Raises FnetError, naming the file, if its weights are missing, broken or of another
+        plan."""
         return load_trained(space, self.evaluation.plan, self.candidate)
 
     def load(self, space: Macroarchitecture) -> tuple[FoldedNetwork, QuantizedNetwork]:
-        """The float network and the integer one that were evaluated. Raises FnetError as `load_trained` does."""
+        """The evaluated networks, folded float and integer. Raises FnetError as `load_trained` does."""
         return load_quantized(self.load_trained(space), self.scheme, self.folder)
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run folder with what its configuration says."""
+    """A run folder with its configuration."""
 
     run: RunFolder
     config: Mapping[str, Any]
@@ -81,62 +84,69 @@ class RecordedRun:
 
     @property
     def searching(self) -> bool:
-        """Or a run of given plans."""
+        """Whether the run is a search; otherwise it trained given plans."""
         return bool(self.config["policy"] != FIXED_PLANS)
 
     @property
     def networks(self) -> list[RecordedNetwork]:
-        """The trained networks, by number; those that were quantized otherwise after their own."""
+        """The trained networks, by number: for each candidate its own, then its requantized ones.
+
+        Raises FnetError as `read_evaluation` does.
+        """
         networks = []
         for path in sorted(self.run.path.glob("candidates/[0-9]*/evaluation.json")):
             networks.append(RecordedNetwork(read_evaluation(path), path.parent, path.parent))
             for folder in self.run.requantized(int(path.parent.name)):
                 network = RecordedNetwork(read_evaluation(folder / "evaluation.json"), path.parent, folder)
-                if folder == scheme_folder(path.parent, network.evaluation.scheme):  # and not a copy that somebody made
+                if folder == scheme_folder(path.parent, network.evaluation.scheme):  # skips copies that a user made
                     networks.append(network)
         return networks
 
     @property
     def winner(self) -> RecordedNetwork | None:
-        """The network of the search's winner, or of the nearest to it; None in a study of given plans."""
-        own = {network.evaluation: network for network in self.networks if network.competes}
-        ranked = ranking(tuple(own), self.constraints)
-        return own[ranked[0]] if ranked and self.searching else None
+        """The winner's network, or the nearest to it if nothing is feasible; None in a run of given plans."""
+        competing = {network.evaluation: network for network in self.networks if network.competes}
+        ranked = ranking(tuple(competing), self.constraints)
+        return competing[ranked[0]] if ranked and self.searching else None
 
     def quantized(self, network: RecordedNetwork, schemes: Sequence[Scheme]) -> RecordedNetwork | None:
-        """The network of the same weights that was quantized with the one scheme; None where there are several."""
-        same = [
+        """The recorded network with the weights of `network`, quantized with the only one of `schemes`.
+
+        None if there is none, or if `schemes` has several.
+        """
+        matching = [
             recorded
             for recorded in self.networks
             if recorded.candidate == network.candidate and (recorded.scheme,) == tuple(schemes)
         ]
-        return same[0] if same else None
+        return matching[0] if matching else None
 
     def better(self, network: RecordedNetwork) -> bool:
-        """Whether a network would win, if it were promoted."""
+        """Whether a network would beat the winner if it were promoted."""
         winner = self.winner
         if winner is None or winner.id == network.id:
             return False
         return ranking((winner.evaluation, network.evaluation), self.constraints)[:1] == [network.evaluation]
 
     def test(self, network: RecordedNetwork) -> Evaluation | None:
-        """What a network reached on the test split, where it was measured there."""
+        """The evaluation of a network on the test split, None if it was not measured there."""
         if network.evaluation.split == "test":
             return network.evaluation
         return self.run.read_test(network.evaluation)
 
     def find(self, names: Sequence[str]) -> list[RecordedNetwork]:
-        """The networks of these ids; of none: the winner, or in a study of given plans every one that has weights.
+        """The networks with these ids, each once.
 
-        Raises FnetError for an id that is not there or has no weights, and for a run with no network to work on.
+        Without ids: the winner, or in a run of given plans the own network of every candidate that has weights.
+        Raises FnetError if an id is unknown or its network has no weights, and if there is no network to return.
         """
         networks = {network.id: network for network in self.networks}
         if not names:
             winner = self.winner
-            given = [
+            own = [
                 network for network in networks.values() if network.has_weights and network.folder == network.candidate
             ]
-            names = [winner.id] if winner else [network.id for network in given]
+            names = [winner.id] if winner else [network.id for network in own]
         if not names:
             raise FnetError(f"{self.run.path} has no trained network with its weights")
         return list(dict.fromkeys(self._named(name, networks) for name in names))
@@ -144,16 +154,16 @@ class RecordedRun:
     def _named(self, name: str, networks: Mapping[str, RecordedNetwork]) -> RecordedNetwork:
         number, slash, scheme = name.partition("/")
         wanted = (str(int(number)) if re.fullmatch(r"[0-9]{1,9}", number) else number) + slash + scheme
-        of_folder = {one.replace(":", "-"): one for one in networks}  # what `scheme_folder` makes of it
-        wanted = of_folder.get(wanted.replace(":", "-"), wanted)
+        ids = {network_id.replace(":", "-"): network_id for network_id in networks}  # by name of `scheme_folder`
+        wanted = ids.get(wanted.replace(":", "-"), wanted)
         kept = [network.id for network in networks.values() if network.has_weights]
         if wanted not in networks:
             raise FnetError(
-                f"{self.run.path} has no network {name!r}; with weights it has: {', '.join(kept) or 'none'}"
+                f"{self.run.path} has no network {name!r}; networks with weights: {', '.join(kept) or 'none'}"
             )
         if not networks[wanted].has_weights:
             raise FnetError(
-                f"candidate {name} has no weights (a search keeps those of the best {KEPT}); there are those of: "
+                f"candidate {name} has no weights (a search keeps those of the best {KEPT}); networks with weights: "
                 f"{', '.join(kept) or 'none'}"
             )
         return networks[wanted]
@@ -165,28 +175,37 @@ class RecordedRun:
         dataset: str | None = None,
         validation: str | None = None,
     ) -> DataSet:
-        """The run's data, split as it was; `dataset` and `validation` say where it and its validation images lie now,
-        if elsewhere. Raises FnetError where it cannot be read, or is not what the run had."""
-        name, facts = dataset or self.config["dataset"], self.config["data"]
+        """The run's data set, split and normalised as in the run.
+
+        Raises FnetError if it cannot be read or differs from the run's.
+
+        Args:
+            data_dir: the folder of downloaded data sets.
+            seen: called with the numbers of images read and of all images.
+            dataset: the data set's name, if it lies elsewhere than recorded.
+            validation: the folder of its validation images, likewise.
+        """
+        name, recorded = dataset or self.config["dataset"], self.config["data"]
         kind, _, path = name.partition(":")
         if dataset is None and kind == "imagefolder" and not Path(path).is_dir():
-            raise FnetError(f"the run's images are not in {path} here; name the same ones with `dataset`")
-        shape, own = self.space.input_shape, validation or facts["validation"]
-        if validation is None and own is not None and Path(own).is_absolute() and not Path(own).is_dir():
-            raise FnetError(f"the run's validation images are not in {own} here; name the same ones with `validation`")
-        data = load_dataset(name, shape, data_dir, False, seen, self.split, own, facts["skipped"] > 0)
-        recorded = facts["fingerprint"]
-        if data.fingerprint() != recorded:
+            raise FnetError(f"the run's images are not in {path} on this machine; give the same ones with `dataset`")
+        shape, folder = self.space.input_shape, validation or recorded["validation"]
+        if validation is None and folder is not None and Path(folder).is_absolute() and not Path(folder).is_dir():
             raise FnetError(
-                f"data set {name} is not what the run had: its fingerprint is {data.fingerprint()}, then it "
-                f"was {recorded}"
+                f"the run's validation images are not in {folder} on this machine; give the same ones with `validation`"
             )
-        mean, std = (tuple(facts[key]) for key in ("mean", "std"))
+        data = load_dataset(name, shape, data_dir, False, seen, self.split, folder, recorded["skipped"] > 0)
+        if data.fingerprint() != recorded["fingerprint"]:
+            raise FnetError(
+                f"data set {name} differs from the run's: its fingerprint is {data.fingerprint()}, the recorded one "
+                f"is {recorded['fingerprint']}"
+            )
+        mean, std = (tuple(recorded[key]) for key in ("mean", "std"))
         return replace(data, mean=mean, std=std)
 
 
 def open_run(folder: Path) -> RecordedRun:
-    """Raises FnetError for a folder that is not a run."""
+    """Opens a run folder. Raises FnetError if it is none, or if its configuration is broken."""
     run = RunFolder(folder)
     config = run.config()
     space = parse_space(config["space"], str(run.config_path)).with_classes(len(config["data"]["classes"]))
@@ -196,9 +215,11 @@ def open_run(folder: Path) -> RecordedRun:
 def metadata(
     config: Mapping[str, Any], space: Macroarchitecture, evaluation: Evaluation, test: Evaluation | None, precision: str
 ) -> dict[str, str]:
-    """What an exported file says about its network: texts, numbers and JSON as text. Accuracies are fractions of 1.
+    """The metadata of an exported file: its entries, as text or as JSON. Accuracies are fractions of 1.
 
-    `precision` is ``quint8`` or ``float32``; `test` is the evaluation of the same network on the test split.
+    Args:
+        test: the evaluation of the same network on the test split.
+        precision: ``quint8`` or ``float32``.
     """
     entries = {
         "precision": precision,
@@ -226,12 +247,12 @@ def metadata(
     }
     if evaluation.validation:
         entries["validation"] = evaluation.validation
-    for candidate in (evaluation, test):
-        if candidate is not None:
+    for measured in (evaluation, test):
+        if measured is not None:
             entries |= {
-                f"{candidate.split}_fp32_accuracy": candidate.fp32_accuracy,
-                f"{candidate.split}_quint8_accuracy": candidate.quint8_accuracy,
-                f"{candidate.split}_fp32_balanced_accuracy": candidate.fp32_balanced_accuracy,
-                f"{candidate.split}_quint8_balanced_accuracy": candidate.quint8_balanced_accuracy,
+                f"{measured.split}_fp32_accuracy": measured.fp32_accuracy,
+                f"{measured.split}_quint8_accuracy": measured.quint8_accuracy,
+                f"{measured.split}_fp32_balanced_accuracy": measured.fp32_balanced_accuracy,
+                f"{measured.split}_quint8_balanced_accuracy": measured.quint8_balanced_accuracy,
             }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in entries.items()}

@@ -1,21 +1,21 @@
-"""The run folder: what a search leaves on disk. Every file is whole or not there.
+"""The run folder: the files of a run. Each file is either complete or absent.
 
 config.json        the resolved configuration, with versions and the format of the folder
 journal.log        the Optuna study (unless another storage was given)
 artifacts/         files attached to the study and its trials
-candidates.csv     one row a plan, refused ones too; no timings, so that two runs can be compared byte for byte
-timings.csv        seconds a candidate took
-probes.csv         where the policy asked for them: one row a layer and rate
-choices.csv        where the policy can say why: the winner's layers, and the steps to the next rates
-front.csv          and the best plan at every budget, as the policy expects it
-candidates/007/    plan.toml, evaluation.json, layers.csv, and for the best few the weights
-candidates/007/mse+equalize/   the same network, quantized otherwise; with a file `promoted` where it may win
-best/              the winner's files, confusion.csv, model.onnx, and test.json where there are test images
+candidates.csv     one row for each plan, refused ones too; no timings, so that two runs can be compared byte for byte
+timings.csv        seconds that each candidate took
+probes.csv         one row for each layer and rate, if the policy asked for probes
+choices.csv        the winner's layers and the steps to the next rates, if the policy explains its choice
+front.csv          likewise: the best plan at every budget, as the policy expects it
+candidates/007/    plan.toml, evaluation.json, layers.csv, and the weights of the best few
+candidates/007/mse+equalize/   the same network, requantized with that scheme; a file `promoted` marks that it may win
+best/              the winner's files, confusion.csv, model.onnx, and test.json if there are test images
 figures/, report.html
 
-`FORMAT` in config.json numbers what is written above. A folder without a number is of format 0: made before there were
-numbers, and the same as format 1 otherwise. Whoever changes what a folder holds raises FORMAT, and says here what an
-older folder lacks.
+`format` in config.json is the version of this layout, `FORMAT`. A folder without it has format 0: it was written before
+formats were numbered, and is the same as format 1 otherwise. A change of the layout raises FORMAT and documents here
+what older folders lack.
 """
 
 import shutil
@@ -48,30 +48,31 @@ from fnet_search.rundir.config_file import CONFIG, config_file
 from fnet_search.training.numerics import Numerics
 
 FORMAT = 1
-"""Of the folders that this version writes; it reads all up to this one."""
+"""The format of the folders that this version writes. It reads all formats up to this one."""
 KEPT = 3
-"""So many of the best candidates keep their weights."""
+"""Number of the best candidates whose weights are kept."""
 PROMOTED = "promoted"
-"""A file that marks a network quantized otherwise which may win as the candidates may."""
+"""Name of the file that marks a requantized network which may win, as candidates may."""
 
 _RECORDED = {
     **dict.fromkeys(("space", "dataset", "policy", "scheme", "split"), str),
     **dict.fromkeys(("recipe", "constraints", "data", "numerics"), dict),
     "seed": int,
 }
-"""What a configuration must have."""
+"""Required keys of a configuration, with their types."""
 _DATA = {"fingerprint", "classes", "mean", "std"}
+"""Required keys of its `data`."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of one run."""
+    """The paths and files of one run."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """The study's: what the folder was called when the run began, so that it may be moved."""
+        """The name of the study: that of the folder when the run began, so that the folder may be moved."""
         recorded = self.config() if self.config_path.is_file() else {}
         return str(recorded.get("study", self.path.resolve().name))
 
@@ -91,7 +92,7 @@ class RunFolder:
 
     @property
     def confusion(self) -> Path:
-        """The winner's confusion matrix, on the images that `read_test` was measured on."""
+        """The file of the winner's confusion matrix, on the images that `read_test` was measured on."""
         return self.best / "confusion.csv"
 
     @property
@@ -103,7 +104,7 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was begun here. Raises FnetError for a folder of something else."""
+        """Whether a run was begun here. Raises FnetError if the path is a file or a folder of other files."""
         if self.config_path.is_file():
             return True
         if self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
@@ -114,9 +115,9 @@ class RunFolder:
         return (entry for entry in self.path.iterdir() if not entry.name.startswith("."))
 
     def config(self) -> dict[str, Any]:
-        """The recorded configuration, with what earlier versions left out.
+        """The recorded configuration, completed with defaults for the keys that earlier versions did not write.
 
-        Raises FnetError where there is none, and for a folder of a later format.
+        Raises FnetError if it is missing or invalid, or if the folder has a later format.
         """
         config = read_json(config_file(self.path))
         if not isinstance(config, dict):
@@ -125,20 +126,20 @@ class RunFolder:
         for key, kind in _RECORDED.items():
             if not isinstance(config.get(key), kind):
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
-        proper = {
+        valid = {
             "data": config["data"].keys() >= _DATA,
             "constraints": config["constraints"].keys() <= {field.name for field in fields(Constraints)},
             "numerics": _are_numerics(config["numerics"]),
         }
-        for key, is_proper in proper.items():
-            if not is_proper:
+        for key, is_valid in valid.items():
+            if not is_valid:
                 raise FnetError(f"{self.config_path} is not the configuration of a run: it has no proper {key!r}")
-        earlier = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
-        return {**config, "data": {**earlier, **config["data"]}}
+        defaults = {"validation": HELD_OUT if config["split"] == "validation" else None, "has_test": True, "skipped": 0}
+        return {**config, "data": {**defaults, **config["data"]}}
 
     @property
     def writable(self) -> bool:
-        """Tried, since neither permissions nor root's rights tell of a file system that is only to be read."""
+        """Whether files can be written here. Tries it: permissions do not show that a file system is read-only."""
         try:
             with TemporaryFile(dir=self.path):
                 return True
@@ -147,7 +148,7 @@ class RunFolder:
 
     @contextmanager
     def locked_if_writable(self) -> Iterator[bool]:
-        """`locked`, where the folder can be written; gives whether it can."""
+        """Locks the folder as `locked` does if it is writable; yields whether it is."""
         if self.writable:
             with self.locked():
                 yield True
@@ -156,9 +157,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process, and clears away what a killed one was writing.
+        """Locks the folder for this process, and deletes the unfinished files of processes that were killed.
 
-        Raises FnetError where another process has it, or it cannot be written.
+        Raises FnetError if another process holds the lock, or if the folder cannot be written.
         """
         lock = FileLock(self.path / ".lock")
         try:
@@ -182,21 +183,23 @@ class RunFolder:
 
     @property
     def worker(self) -> str:
-        """What a process that works here is called among those that share its study; made up at first. A copy of the
-        folder has another name."""
+        """The name of this folder's worker among those that share its study.
+
+        It is generated at the first use, and anew in a folder that was moved or copied: no two folders share a name.
+        """
         path, place = self.path / ".worker", f"{gethostname()}:{self.path.resolve()}"
-        known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        if known[1:] != [place]:
-            known = [f"{gethostname()}-{uuid4().hex[:8]}", place]
-            write_text(path, "\n".join(known) + "\n")
-        return known[0]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if lines[1:] != [place]:
+            lines = [f"{gethostname()}-{uuid4().hex[:8]}", place]
+            write_text(path, "\n".join(lines) + "\n")
+        return lines[0]
 
     def write_candidates(self, lines: Mapping[int, str]) -> None:
-        """From the `report.candidate_line` of every candidate, by number."""
+        """Writes candidates.csv from the `candidate_line` of every candidate, by number."""
         write_text(self.path / "candidates.csv", candidates_csv(lines))
 
     def listed(self) -> set[int]:
-        """Numbers of the candidates in candidates.csv, as far as it can be read."""
+        """The numbers of the candidates in candidates.csv; lines that cannot be parsed are skipped."""
         path = self.path / "candidates.csv"
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         return {int(line.partition(",")[0]) for line in lines if line.partition(",")[0].isdecimal()}
@@ -217,32 +220,33 @@ class RunFolder:
         return [choices, front]
 
     def requantized(self, number: int) -> list[Path]:
-        """Folders of a candidate's network quantized otherwise, each called after its scheme."""
+        """The folders of a candidate's requantized networks, each named after its scheme."""
         return sorted(path.parent for path in self.candidate(number).glob("*/evaluation.json"))
 
     @property
     def promoted(self) -> tuple[Evaluation, ...]:
-        """Of the networks that were quantized otherwise, those that may win. Raises FnetError as `read_evaluation`."""
+        """The evaluations of the requantized networks that may win. Raises FnetError as `read_evaluation` does."""
         marks = sorted(self.path.glob(f"candidates/[0-9]*/*/{PROMOTED}"))
         return tuple(read_evaluation(mark.with_name("evaluation.json")) for mark in marks)
 
     def codes(self, evaluation: Evaluation) -> Path:
-        """The folder with the codes of a candidate, or of one that was promoted."""
-        own = self.candidate(evaluation.number)
-        other = scheme_folder(own, evaluation.scheme)
-        return other if (other / PROMOTED).is_file() else own
+        """The folder with the codes of an evaluated network, a candidate or a promoted requantized one."""
+        candidate = self.candidate(evaluation.number)
+        requantized = scheme_folder(candidate, evaluation.scheme)
+        return requantized if (requantized / PROMOTED).is_file() else candidate
 
     def audits(self) -> dict[int, Audit]:
-        """Audits in the candidates' files, by number: those of winners came after their evaluations were recorded.
+        """The audits in the candidates' files, by number. The study lacks those of winners, which are audited after
+        their evaluations were recorded.
 
         Raises FnetError, naming the file, for one that is broken.
         """
         paths = [*self.path.glob("candidates/[0-9]*/evaluation.json"), *self.path.glob("best/evaluation.json")]
-        promoted = [read_evaluation(path) for path in paths]
-        return {evaluation.number: evaluation.audit for evaluation in promoted if evaluation.audit is not None}
+        evaluations = [read_evaluation(path) for path in paths]
+        return {evaluation.number: evaluation.audit for evaluation in evaluations if evaluation.audit is not None}
 
     def write_candidate(self, evaluation: Evaluation, folder: Path | None = None) -> list[Path]:
-        """Everything about a candidate but its weights; returns the files worth looking at."""
+        """Writes all files of a candidate but its weights; returns the paths of those that a user may want to read."""
         folder = folder or self.candidate(evaluation.number)
         write_text(folder / "plan.toml", plan_toml(evaluation.plan))
         write_json(folder / "evaluation.json", evaluation.to_json())
@@ -257,10 +261,14 @@ class RunFolder:
         among: Collection[int] | None = None,
         searching: bool = True,
     ) -> set[int]:
-        """Drops the checkpoints of finished candidates, and the weights of those that need not be `kept_networks`.
+        """Deletes the checkpoints of finished candidates, and the weights of those that nobody needs.
 
-        Kept too are the weights of `parents`, and of candidates that were quantized otherwise. `among`: numbers of
-        those that may have any; None: it is not known. Returns what to give next time, but for new ones.
+        Kept are the weights of `kept_networks`, of `parents` and of candidates that were requantized.
+
+        Args:
+            among: numbers of the candidates that may have such files; None: any may.
+
+        Returns the numbers to pass as `among` the next time, together with those of new candidates.
         """
         needed = kept_networks(evaluations, constraints, searching).union(parents)
         for number in [evaluation.number for evaluation in evaluations] if among is None else among:
@@ -274,8 +282,7 @@ class RunFolder:
     def write_best(
         self, winner: Evaluation, test: Evaluation | None, model: ModelProto, confusion: balance.Confusion = ()
     ) -> None:
-        """Copies the winner's files to ``best/``, with what it reached on the test split, if there is one, and its ONNX
-        file."""
+        """Replaces ``best/`` by the winner's files and ONNX file, and its test result and confusion matrix if given."""
         fresh = self.path / ".best"
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
@@ -293,7 +300,7 @@ class RunFolder:
         fresh.rename(self.best)
 
     def has_best(self, winner: Evaluation) -> bool:
-        """Whether ``best/`` has the files of this very network."""
+        """Whether ``best/`` holds the files of this very network."""
         return self._best(winner, "evaluation.json") is not None and (self.best / MODEL).is_file()
 
     def read_test(self, winner: Evaluation) -> Evaluation | None:
@@ -306,42 +313,48 @@ class RunFolder:
             return None
         try:
             evaluation = read_evaluation(path)
-        except FnetError:  # broken: it can be measured again
+        except FnetError:  # a broken file is measured again
             return None
         return evaluation if _same(evaluation, winner) else None
 
 
-def _same(evaluation: Evaluation, other: Evaluation) -> bool:
-    """Whether two evaluations are of one quantized network."""
-    facts = [(each.number, each.plan, each.seed, each.epochs, each.scheme) for each in (evaluation, other)]
+def _same(first: Evaluation, second: Evaluation) -> bool:
+    """Whether two evaluations are of the same quantized network."""
+    facts = [
+        (evaluation.number, evaluation.plan, evaluation.seed, evaluation.epochs, evaluation.scheme)
+        for evaluation in (first, second)
+    ]
     return facts[0] == facts[1]
 
 
 def scheme_folder(candidate: Path, scheme: str) -> Path:
-    """Where a candidate's network quantized otherwise is kept; no colon, which some file systems refuse."""
+    """The folder of a candidate's network requantized with a scheme; without colons, which some file systems refuse."""
     return candidate / scheme.replace(":", "-")
 
 
 def kept_networks(evaluations: tuple[Evaluation, ...], constraints: Constraints, searching: bool = True) -> set[int]:
-    """Numbers of the networks whose weights are kept: the best few candidates, the best final one, the reference,
-    parents, and all of given plans (not `searching`)."""
+    """The numbers of the networks whose weights are kept.
+
+    In a search: the best `KEPT` candidates, the best final training, the reference and all parents. In a run of given
+    plans (not `searching`): all.
+    """
     if not searching:
         return {evaluation.number for evaluation in evaluations}
     ranked = ranking(evaluations, constraints)
     candidates = [evaluation.number for evaluation in ranked if evaluation.role == "candidate"][:KEPT]
     finals = [evaluation.number for evaluation in ranked if evaluation.role == "final"][:1]
-    others = [evaluation.number for evaluation in evaluations if evaluation.role == "reference"]
+    references = [evaluation.number for evaluation in evaluations if evaluation.role == "reference"]
     parents = [evaluation.parent for evaluation in evaluations if evaluation.parent is not None]
-    return {*candidates, *finals, *others, *parents}
+    return {*candidates, *finals, *references, *parents}
 
 
 def _check_format(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises FnetError for a folder that this version cannot read."""
-    number, known = config.get("format", 0), config.get("versions")
+    """Raises FnetError if this version cannot read the folder."""
+    number, recorded = config.get("format", 0), config.get("versions")
     if type(number) is not int or number < 0:
         raise FnetError(f"{folder / 'config.json'} is not the configuration of a run: it has no proper 'format'")
     if number > FORMAT:
-        writer = known.get("fnet-search", "unknown") if isinstance(known, dict) else "unknown"
+        writer = recorded.get("fnet-search", "unknown") if isinstance(recorded, dict) else "unknown"
         raise FnetError(
             f"{folder} was written by fnet-search {writer} in format {number}; this is fnet-search {__version__}, "
             f"which reads formats 0 to {FORMAT}: install the version that wrote it, or a later one"
@@ -357,7 +370,7 @@ def _are_numerics(facts: dict[str, Any]) -> bool:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Raises FnetError, naming the file, where it is missing or not an evaluation."""
+    """The evaluation in a file. Raises FnetError, naming the file, if it is missing or holds something else."""
     try:
         return Evaluation.from_json(read_json(path))
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -365,18 +378,18 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """The versions of fnet-search and of the packages that a result depends on."""
     installed = {"fnet-search": __version__}
     for package in ("torch", "torchvision", "optuna", "numpy", "onnx", "onnxruntime"):
         try:
             installed[package] = version(package)
-        except PackageNotFoundError:  # torch under another distribution name
+        except PackageNotFoundError:  # for example torch under another distribution name
             installed[package] = "unknown"
     return installed
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> list[str]:
-    """What differs between two configurations, key by key, as ``seed: 0 recorded, 1 wanted``."""
+    """The keys of `wanted` whose values differ in `recorded`, one line each: ``seed: 0 recorded, 1 wanted``."""
     lines = []
     for key in wanted:
         name = f"{path}{key}"

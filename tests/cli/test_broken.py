@@ -138,7 +138,7 @@ REFUSED = [
     # Workers
     Case("a worker without a storage", nothing, ("worker", "--study", "study"), "Missing option '--storage'"),
     Case("a worker without a study", nothing, ("worker", "--storage", "journal:study.log"), "Missing option '--study'"),
-    Case("a worker in no storage", nothing, ("worker", "--storage", "garbage", "--study", "s"), "an Optuna URL is wanted"),
+    Case("a worker in no storage", nothing, ("worker", "--storage", "garbage", "--study", "s"), "give an Optuna storage URL"),
     Case("a worker on a journal in no folder", nothing, ("worker", "--storage", "journal:no/study.log", "--study", "s"), "the file no/study.log does not exist"),
     Case("a worker on a proxy that is down", nothing, ("worker", "--storage", "grpc://127.0.0.1", "--study", "s"), "no host and port"),
     Case("a worker of a study of somebody else", study, WORKER, "was not begun by fnet-search run --storage"),

@@ -68,8 +68,8 @@ def test_errors_name_the_options_of_the_command(message: str, shown: str) -> Non
         (
             {"finetune": True},
             ("--finetune",),
-            "`finetune` is for networks with weights; name them with `weights`",
-            "--finetune is for networks with weights; name them with --weights",
+            "`finetune` requires `weights`; give them too, or leave it out",
+            "--finetune requires --weights; give them too, or leave it out",
         ),
         (
             {"warm_epochs": 1.5},
@@ -86,8 +86,8 @@ def test_errors_name_the_options_of_the_command(message: str, shown: str) -> Non
         (
             {"lease": 5},
             ("--lease", "5"),
-            "`lease` is for studies that several workers share; name their `storage`",
-            "--lease is for studies that several workers share; name their --storage",
+            "`lease` requires `storage`; give that too, or leave it out",
+            "--lease requires --storage; give that too, or leave it out",
         ),
         (
             {"dataset": "cifar10"},
@@ -120,7 +120,7 @@ def test_a_mistake_in_a_search(
 
 
 def test_a_mistake_in_an_evaluation(refused: Callable[..., str]) -> None:
-    said = "names the images of the validation {}; leave it out, or say that split"
+    said = "requires {} validation; give that too, or leave it out"
     Path("here").mkdir()
     assert refused(*EVALUATE, "--validation", "here") == f"--validation {said.format('--split')}"
     with pytest.raises(FnetError) as caught:
@@ -135,12 +135,12 @@ def test_a_mistake_in_an_evaluation(refused: Callable[..., str]) -> None:
         (
             {"numerics_of": Path("run"), "dtype": "tf32"},
             ("--numerics-of", "run", "--dtype", "tf32"),
-            "`numerics_of` says how to compute; leave it or `dtype` out",
+            "`numerics_of` sets `dtype` too; leave one of them out",
         ),
         (
             {"numerics_of": Path("run"), "fused": False},
             ("--numerics-of", "run", "--no-fused"),
-            "`numerics_of` says how to compute; leave it or `fused` out",
+            "`numerics_of` sets `fused` too; leave one of them out",
         ),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_run_that_may_only_be_read_is_shown(fnet: Callable, run: Path, winner:
     for name, command in commands.items():
         code, out[name], err = fnet(*command)
         assert (code, err) == (0, ""), name
-    only_shown = "run cannot be written: what was found is shown here only"
+    only_shown = "run cannot be written: the results are only shown here"
     assert [name for name, text in out.items() if text.splitlines()[-1] == only_shown] == [
         "quantize",
         "analyze",
@@ -112,7 +112,7 @@ def test_a_run_whose_images_lie_elsewhere(fnet: Callable, refused: Callable, run
     audit, analyze = ("audit", "run", "--candidate", "0"), ("analyze", "run")
     quantize = ("quantize", "run", "--candidate", "0", "--ranges", "mse")
     for command in (audit, analyze, quantize):
-        wanted = "the run's images are not in /server/images here; name the same ones with --dataset"
+        wanted = "the run's images are not in /server/images on this machine; give the same ones with --dataset"
         assert refused(*command) == wanted
     there = ("--dataset", "imagefolder:here")
     assert "0 of 100 output codes" in fnet(*audit, *there)[1]
@@ -121,7 +121,7 @@ def test_a_run_whose_images_lie_elsewhere(fnet: Callable, refused: Callable, run
     shutil.copy(tmp_path / "here/train/0/0.png", tmp_path / "here/train/0/1.png")
     now = hold_out(load_dataset("imagefolder:here", (3, 32, 32))).fingerprint()
     assert refused(*audit, *there) == (
-        f"data set imagefolder:here is not what the run had: its fingerprint is {now}, then it was {recorded}"
+        f"data set imagefolder:here differs from the run's: its fingerprint is {now}, the recorded one is {recorded}"
     )
     unknown = "unknown data set 'digit'; did you mean 'digits'? known: digits, "
     assert refused(*analyze, "--dataset", "digit").startswith(unknown)
@@ -197,7 +197,7 @@ def foreign(path: Path) -> None:
             ("audit", "run", "--onnx", "foreign.onnx"),
             "was not written by fnet-search export, but by pytorch",
         ),
-        (("audit", "run", "--onnx", "float.onnx"), "float.onnx is a float32 export; the audit wants a quint8 one"),
+        (("audit", "run", "--onnx", "float.onnx"), "float.onnx is a float32 export; the audit needs a quint8 export"),
         (("audit", "run", "--onnx", "one.onnx", "--candidate", "0"), "one.onnx is not candidate 0: its plan is "),
         (
             ("audit", "run", "--onnx", "other.onnx", "--candidate", "1"),
@@ -205,10 +205,10 @@ def foreign(path: Path) -> None:
         ),
         (
             ("audit", "run", "--onnx", "one.onnx", "--candidate", "0", "--candidate", "1"),
-            "say which with one --candidate",
+            "name it with one --candidate",
         ),
-        (("audit", "run", "--candidate", "7"), "run has no network '7'; with weights it has: 0, 1"),
-        (("audit", "run", "--candidate", "init2"), "run has no network 'init2'; with weights it has: 0, 1"),
+        (("audit", "run", "--candidate", "7"), "run has no network '7'; networks with weights: 0, 1"),
+        (("audit", "run", "--candidate", "init2"), "run has no network 'init2'; networks with weights: 0, 1"),
         (("audit", "run", "--candidate", "0/mse"), "run has no network '0/mse'"),
         (("audit", "nowhere"), "nowhere is not a run folder: it has no config.json"),
         (("export", "run", "-o", "no/model.onnx"), "-o no/model.onnx: the folder no does not exist"),
@@ -305,7 +305,7 @@ def test_a_scheme_is_measured_once(fnet: Callable, refused: Callable[..., str], 
     again = ("quantize", "run", "--candidate", "0", "--ranges", "minmax")
     assert refused(*again) == "candidate 0 is quantized with minmax already, as 0/minmax"
     beside = ("quantize", "run", "--candidate", "0/minmax", "--equalize")
-    assert refused(*beside) == "--candidate 0/minmax: give the candidate alone, 0"
+    assert refused(*beside) == "--candidate 0/minmax: name the candidate without a scheme, 0"
 
 
 def test_a_network_quantized_otherwise_may_win(fnet: Callable, refused: Callable[..., str], run: Path) -> None:
@@ -349,7 +349,7 @@ def test_networks_without_their_files(refused: Callable[..., str], run: Path, wi
     assert "cannot read run/best/model.onnx: No such file" in refused("audit", "run")
     for name in ("weights", "quantized"):
         (run / "candidates" / "000" / f"{name}.safetensors").unlink()
-        message = "candidate 0 has no weights (a search keeps those of the best 3); there are those of: 1"
+        message = "candidate 0 has no weights (a search keeps those of the best 3); networks with weights: 1"
         for command in (("audit",), ("export", "-o", "m.onnx"), ("quantize", "--ranges", "mse")):
             assert refused(command[0], "run", *command[1:], "--candidate", "0") == message
     (run / "candidates" / "001" / "quantized.safetensors").write_text("torn")
@@ -383,5 +383,5 @@ def test_other_data_than_the_run_had(refused: Callable[..., str], run: Path) -> 
     (run / "config.json").write_text(json.dumps(config))
     for arguments in (("audit", "run"), ("analyze", "run"), ("quantize", "run", "--candidate", "0", "--ranges", "mse")):
         message = refused(*arguments)
-        assert message.startswith("data set digits is not what the run had: its fingerprint is ")
-        assert message.endswith("then it was 0123456789abcdef")
+        assert message.startswith("data set digits differs from the run's: its fingerprint is ")
+        assert message.endswith("the recorded one is 0123456789abcdef")

@@ -129,7 +129,7 @@ def test_plans_are_not_evaluated_in_a_search(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
     evaluated = refused("evaluate", "--space", "tiny", "--plan", "f2", "--epochs", "1", "--out", "run")
-    assert evaluated == "run is a run of a search; choose another --out"
+    assert evaluated == "run is a search; choose another --out"
 
 
 def test_a_password_in_a_storage_url_is_not_kept(fnet: Callable, tmp_path: Path, finished: tuple[Path, Result]) -> None:
@@ -186,7 +186,7 @@ def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
         os.killpg(run.pid, signum)
         _, err = run.communicate()
         assert run.returncode == code
-        assert err.strip() == ("" if signum == signal.SIGKILL else "interrupted; the same command goes on from here")
+        assert err.strip() == ("" if signum == signal.SIGKILL else "interrupted; run the same command again to resume")
     if signal.SIGTERM in said:
         second = said[signal.SIGINT]
         assert "candidate 0 goes on from epoch 2" in second
@@ -242,7 +242,7 @@ def test_a_time_limit_stops_at_the_end_of_an_epoch(fnet: Callable, refused: Call
     code, out, err = fnet(*given, "--time-limit", "0.001s")
     assert (code, err) == (5, "")
     assert re.fullmatch(
-        r"time limit of 0\.001s reached, [\d:]+ left; the same command goes on from here", last_line(out)
+        r"time limit of 0\.001s reached, [\d:]+ left; run the same command again to resume", last_line(out)
     )
     code, out, err = fnet(*given, "--time-limit", "1h")
     assert (code, err) == (0, "")
@@ -263,8 +263,8 @@ def test_a_run_with_what_is_measured_to_be_fast(tmp_path: Path) -> None:
         assert (run.returncode, err) == (0, "")
         said.append(out.splitlines())
     assert json.loads((tmp_path / "run" / "config.json").read_text())["policy"] == "layer-guided"
-    assert said[0][1] == "measuring what this device is fast with ..."
-    assert not any("measuring what" in line for line in said[1]), "what was measured is recorded"
+    assert said[0][1] == "choosing the fastest numerics on this device ..."
+    assert not any("choosing" in line for line in said[1]), "the numerics are recorded"
     begun = [next(line for line in lines if line.startswith("study run in run: ")) for lines in said]
     assert begun[1] == begun[0].replace("2 candidates; ", "2 candidates, 2 trained before; ")
     starts = [[line.partition(" ")[0] for line in lines if " starts" in line] for lines in said]

@@ -124,7 +124,7 @@ def test_options_of_the_command_line() -> None:
     assert [str(one) for one in study.with_options(None, (), ("mse", "minmax")).schemes] == [
         *("percentile:1", "mse", "minmax")
     ]
-    with pytest.raises(FnetError, match="is for one scheme"):
+    with pytest.raises(FnetError, match="takes one scheme"):
         load_comparison("budget-120mmac").with_options(None, (), ("mse",))
     changed = load_comparison("paper", "digits").with_options(10, (3, 1))
     assert (changed.dataset, changed.seeds) == ("digits", (3, 1))
@@ -136,16 +136,16 @@ def test_options_of_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a study needs 'space'"),
+        ("", "a comparison needs 'space'"),
         ("plan = 1", "unknown key 'plan'; did you mean 'plans'?"),
         ("seeds = 3", "seeds must be a list, got 3"),
-        (f"{LEAST}seeds = [-1]", "seeds must be a list of different whole numbers from 0 on, got [-1]"),
-        (f"{LEAST}seeds = [1, 1]", "seeds must be a list of different whole numbers from 0 on, got [1, 1]"),
+        (f"{LEAST}seeds = [-1]", "seeds must be a list of different non-negative integers, got [-1]"),
+        (f"{LEAST}seeds = [1, 1]", "seeds must be a list of different non-negative integers, got [1, 1]"),
         (f'{LEAST}[variants."../a"]', "variants.'../a' names a folder: write letters, digits, '_', '.', '+' and '-'"),
-        (f"{LEAST}seeds = []", "seeds must be a list of different whole numbers from 0 on, got []"),
-        (f'{LEAST}[search]\npolicy = "tpe"\nbudget = "50%"', "a study needs either plans or a [search]"),
+        (f"{LEAST}seeds = []", "seeds must be a list of different non-negative integers, got []"),
+        (f'{LEAST}[search]\npolicy = "tpe"\nbudget = "50%"', "a comparison needs either plans or a [search]"),
         (LEAST.replace("f2", "f3"), "unknown plan 'f3'; uniform rates are f1, f2, f4, f8, f16"),
-        (LEAST.replace('"f2"', ""), 'plans must name one at least, as in ["regular"]'),
+        (LEAST.replace('"f2"', ""), 'plans must name at least one plan, as in ["regular"]'),
         (LEAST.replace('"f2"', '"f2", "f2"'), "plans must be a list of different strings, got ['f2', 'f2']"),
         (LEAST.replace('plans = ["f2"]', "[search]\nbudget = '50%'"), "a search needs 'policy'"),
         (LEAST.replace("tiny", "tiyn"), "unknown space 'tiyn'; did you mean 'tiny'?"),
@@ -156,7 +156,7 @@ def test_options_of_the_command_line() -> None:
         ),
         (
             f'{SEARCH}ranges = ["mse", "minmax"]\n{OPTIONS}',
-            "a [search] is for one scheme: what it finds depends on it",
+            "a [search] takes one scheme, because its result depends on it",
         ),
         (
             f'{LEAST}validation = "x"',
@@ -172,11 +172,14 @@ def test_options_of_the_command_line() -> None:
         (f"{LEAST}[published]\nf2 = {{ fp32_accuracy = 90 }}", "fp32_accuracy must be a fraction of 1, got 90"),
         (
             f"{LEAST}[published]\nf2 = {{ fp32 = 0.9 }}",
-            "what is published of 'f2' has no 'fp32'; known: fp32_accuracy, ",
+            "the published result of 'f2' has no 'fp32'; known: fp32_accuracy, ",
         ),
         (f"{LEAST}[published]\nf2 = 0.9", "published.f2 must be a table, got 0.9"),
         (f"{LEAST}[variants.a]\nplans = []", "variants.a has no 'plans'; it may have space and recipe"),
-        (f"{LEAST}[variants.a]\nrecipe = 3", "variants.a: space is a name or a path, recipe one too or a table of"),
+        (
+            f"{LEAST}[variants.a]\nrecipe = 3",
+            "variants.a: space must be a name or a path, recipe a name, a path or a table of",
+        ),
         (f"{LEAST}[variants.a]\nrecipe.epoch = 3", "a recipe has no 'epoch'; did you mean 'epochs'?"),
         (f"{LEAST}[variants.a]\nrecipe.augmentation = 3", "augmentation must be a table, as in [augmentation]"),
         ("plans = [", "cannot read study"),

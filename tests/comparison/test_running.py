@@ -270,7 +270,7 @@ def test_a_study_that_searches(tmp_path: Path) -> None:
     (run.run.best / "test.json").unlink()
     untested = replace(run, config={**run.config, "data": {**run.config["data"], "has_test": False}})
     assert result_remarks(replace(study, seeds=(part.seed,)), {part: untested}) == [
-        f"seed{part.seed}: not here, since the data set has no test images"
+        f"seed{part.seed}: no results, since the data set has no test images"
     ]
 
 
@@ -298,6 +298,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes" / "results.md").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("run", "notes", "file"):
-        with pytest.raises(FnetError, match=f"{name} exists and is not the folder of a study; choose another `out`"):
+        with pytest.raises(
+            FnetError, match=f"{name} exists and is not the folder of a comparison; choose another `out`"
+        ):
             go(study, tmp_path / name)
     assert (tmp_path / "notes" / "results.md").read_text() == "mine"

@@ -127,13 +127,13 @@ def test_the_calls_have_the_parameters_of_their_arguments() -> None:
         ({"seed": 2**32}, "`seed` must be from 0 to 4294967295, not 4294967296"),
         ({"trials": 0}, "`trials` must be at least 1, not 0"),
         ({"storage": "journal:x", "lease": 0.5}, "`lease` must be at least 1, not 0.5"),
-        ({"artifacts": "x"}, "`artifacts` is for studies that several workers share; name their `storage`"),
+        ({"artifacts": "x"}, "`artifacts` requires `storage`; give that too, or leave it out"),
         (
             {
                 "space": replace(TINY, weights=build(factorize(TINY, regular(TINY)), "he_normal", 0).state_dict()),
                 "fidelity": Fidelity(),
             },
-            "candidates start from the weights of a network; leave `weights` out, or set `warm_start`",
+            "`weights` requires `warm_start` in a search; set that too, or leave it out",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -187,7 +187,7 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
         ),
         (
             ("--validation", "moved"),
-            "--validation names the images of the validation --split; leave it out, or say that",
+            "--validation requires --split validation; give that too, or leave it out",
         ),
     ):
         assert fault in refused("evaluate", "--space", "tiny", "--plan", "regular", *asked[:2], *options)

@@ -66,5 +66,5 @@ def test_an_old_run_does_not_go_on(old: Path, request_: Request) -> None:
     before = files_in(old)
     with pytest.raises(FnetError) as caught:
         go(old, 3, request_)
-    assert str(caught.value) == f"{old} was made by an earlier version, which trained otherwise; choose another `out`"
+    assert str(caught.value) == f"{old} was made by an earlier version, which trained differently; choose another `out`"
     assert files_in(old) == before

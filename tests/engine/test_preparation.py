@@ -63,7 +63,7 @@ pytestmark = pytest.mark.usefixtures("one_picture")
 def test_another_configuration_is_refused(whole: tuple[Path, Outcome], change: dict[str, object], named: str) -> None:
     with pytest.raises(FnetError) as caught:
         check_same_config(RunFolder(whole[0]), replace(SEARCH, **change).config())
-    same = ", or say `scheme` percentile:1" if "schemes" in change else ""
+    same = ", or give `scheme` percentile:1" if "schemes" in change else ""
     assert str(caught.value) == f"{whole[0]} was made with another configuration ({named}); choose another `out`{same}"
 
 
@@ -92,7 +92,7 @@ def test_a_run_computes_as_another_one_did(run: Path, tmp_path: Path) -> None:
     like = replace(SEARCH, machine=Machine(numerics_of=other))
     _, notes = go(tmp_path / "new", 1, like)
     assert json.loads((tmp_path / "new" / "config.json").read_text())["numerics"] == recorded["numerics"]
-    assert not any("measuring what" in text for text in notes.texts)
+    assert not any("choosing the fastest" in text for text in notes.texts)
 
     with pytest.raises(FnetError, match=f"^{re.escape(str(tmp_path / 'none'))} is not a run folder"):
         go(tmp_path / "third", request=replace(WARM, machine=Machine(numerics_of=tmp_path / "none")))
@@ -136,7 +136,7 @@ def test_other_images_under_the_same_name_are_refused(images: Path, tmp_path: Pa
     [
         ({"dataset": "digit"}, "unknown data set 'digit'"),
         ({"machine": Machine("cuda:99")}, "device 'cuda:99' is not available"),
-        ({"storage": "garbage"}, "an Optuna URL is wanted"),
+        ({"storage": "garbage"}, "give an Optuna storage URL"),
         ({"constraints": Constraints(params=1_577)}, "a limit of 1,577 parameters is below the smallest network"),
         (
             {"machine": Machine("cpu", "tf32")},

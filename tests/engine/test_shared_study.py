@@ -150,7 +150,7 @@ def test_a_worker_ends_what_a_run_has_begun(fnet: Callable[..., Result], tmp_pat
         run_study(request, RunFolder(tmp_path / "shared"), Notes(), Deadline(0))
     code, out, _ = fnet("worker", "--storage", url, "--study", "shared", *PLAIN)
     assert code == 0
-    assert out.splitlines()[-1] == "study shared is done; of 2 candidates since, this worker has finished 2"
+    assert out.splitlines()[-1] == "study shared is done; this worker finished 2 of the 2 candidates since it joined"
     notes = Notes()
     outcome = run_study(request, RunFolder(tmp_path / "shared"), notes)
     assert notes.started == []
@@ -178,7 +178,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_a_worker_that_comes_when_all_is_done(begun: tuple[str, Path], fnet: Callable[..., Result]) -> None:
     code, out, _ = fnet("worker", "--storage", begun[0], "--study", "study", *PLAIN)
     assert code == 0
-    assert out.splitlines()[-1] == "study study is done; of 0 candidates since, this worker has finished 0"
+    assert out.splitlines()[-1] == "study study is done; this worker finished 0 of the 0 candidates since it joined"
 
 
 @pytest.mark.slow
@@ -205,7 +205,8 @@ def test_a_worker_of_another_version(
     """Or of the version before formats had numbers, which compares the same text."""
     monkeypatch.setattr("fnet_search.engine.shared_study.VERSION", other)
     line = refused("worker", "--storage", begun[0], "--study", "study")
-    assert line == f"study 'study' is one of fnet-search {__version__}, format 1, this is {other}; install the same"
+    written, here = f"fnet-search {__version__}, format 1", f"fnet-search {other}"
+    assert line == f"study 'study' was written by {written}; this is {here}: install the same version"
 
 
 def test_a_worker_with_other_images(begun: tuple[str, Path], refused: Callable[..., str], tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_a_second_run_of_the_same_name_is_shown_the_worker(
 def test_artifacts_are_of_shared_studies(refused: Callable[..., str]) -> None:
     for option, value in (("--artifacts", "store"), ("--lease", "5")):
         assert refused("run", "--budget", "100%", option, value) == (
-            f"{option} is for studies that several workers share; name their --storage"
+            f"{option} requires --storage; give that too, or leave it out"
         )
 
 
@@ -313,7 +314,7 @@ def test_imported_weights_travel_as_an_artifact(tmp_path: Path) -> None:
     assert found is not None
     assert digest(found) == digest(weights)
     assert with_weights(TINY, None, study, store) is TINY
-    with pytest.raises(FnetError, match="are not the run's"):
+    with pytest.raises(FnetError, match="are not those of the run"):
         with_weights(TINY, "0" * 16, study, store)
     for path in tmp_path.iterdir():
         path.unlink()

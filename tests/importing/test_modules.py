@@ -483,4 +483,4 @@ def test_weights_are_not_written_over_those_that_are_read(folder: Path, fnet: Ca
     before = (folder / "a.safetensors").read_bytes()
     code, _, err = fnet("show", "a.toml", "--weights", "a.safetensors", "--save", "./a.toml")
     assert (code, (folder / "a.safetensors").read_bytes()) == (2, before)
-    assert "would write over the weights that are read, a.safetensors; choose another name" in err
+    assert "would overwrite the weights that are read, a.safetensors; choose another name" in err

@@ -32,7 +32,7 @@ from fnet_search.importing.modules import OWN, channels_of, fill
 from fnet_search.importing.spaces import load_space
 from fnet_search.importing.tracing import from_module
 from fnet_search.policy.evaluation import Probe, Probes
-from fnet_search.quant.bias_correction import correct_biases
+from fnet_search.quant.bias_correction import ChannelMeans, correct_biases
 from fnet_search.quant.calibration import calibration_batches, folded_for, quantize_trained
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.layer_statistics import profile, sqnr_db
@@ -364,14 +364,15 @@ def _faster(x: Tensor) -> Tensor:
 def _measure(setup: Setup, scheme: Scheme, trained: Network, fed: _TailInput, layers: tuple[str, ...]) -> Probe:
     """Folds, quantizes and measures a tail. The probe has the statistics of `layers`."""
     folded = folded_for(scheme, trained)
-    stats = dict(calibrate(folded, fed.few, scheme.ranges, held=CALIBRATED))
+    collected = ChannelMeans(CORRECTED if scheme.bias_correct else 0)
+    stats = dict(calibrate(folded, fed.few, scheme.ranges, CALIBRATED, collected))
     low, high = (
         fed.params.scale * (code - fed.params.zero) for code in (0, 255)
     )  # the range at the cut in the whole network
     stats[INPUT] = replace(stats[INPUT], low=low, high=high)
     quantized = quantize(folded, stats, scheme.per_channel, fed.known(folded))
     if scheme.bias_correct:
-        quantized = correct_biases(folded, quantized, partial(fed.few, CORRECTED))
+        quantized = correct_biases(folded, quantized, partial(fed.few, CORRECTED), collected.means)
     sums, predictions = torch.zeros(4, dtype=torch.float64), []
     for x, x8, logits, labels in fed.measured():
         both = folded(x), quantized(x8)

@@ -18,7 +18,7 @@ def process_context() -> ForkServerContext | SpawnContext:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["fnet_search.candidates.workers"])
+    context.set_forkserver_preload(["fnet_search.candidates.fork_server"])
     return context
 
 

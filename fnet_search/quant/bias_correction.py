@@ -1,5 +1,7 @@
 """Bias correction (Nagel et al., Data-Free Quantization, 2019, section 4.2, on calibration samples)."""
 
+import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -16,16 +18,36 @@ from fnet_search.training.datasets import Batches
 from fnet_search.training.network import run, walk
 
 
+class ChannelMeans:
+    """Collects the mean of each output channel of each convolution and dense layer of a float network, before any ReLU.
+
+    Called with each node and its output, as by `ranges.calibrate`; takes the first `samples` images, in whole batches.
+    """
+
+    def __init__(self, samples: int = sys.maxsize) -> None:
+        self.samples = samples
+        self._sums: dict[str, list[tuple[Tensor, int]]] = {}
+        self._images = Counter[str]()
+
+    def __call__(self, node: Node, output: Tensor) -> None:
+        if isinstance(node.layer, Weighted) and self._images[node.name] < self.samples:
+            self._images[node.name] += len(output)
+            self._sums.setdefault(node.name, []).append(_channel_sums(output))
+
+    @property
+    def means(self) -> Mapping[str, Tensor]:
+        """float64 [C], keyed by node."""
+        return {name: _mean(parts) for name, parts in self._sums.items()}
+
+
 @torch.no_grad()
 def channel_means(folded: FoldedNetwork, batches: Batches) -> Mapping[str, Tensor]:
-    """The mean of each output channel of each convolution and dense layer of the float network over the samples, before
-    any ReLU: float64 [C], keyed by node."""
-    sums: dict[str, list[tuple[Tensor, int]]] = {}
+    """The `ChannelMeans` of a float network over all samples: float64 [C], keyed by node."""
+    collected = ChannelMeans()
     for batch in batches():
         for node, output in walk(folded.network, batch, folded.apply_node):
-            if isinstance(node.layer, Weighted):
-                sums.setdefault(node.name, []).append(_channel_sums(output))
-    return {name: _mean(parts) for name, parts in sums.items()}
+            collected(node, output)
+    return collected.means
 
 
 @torch.no_grad()
@@ -45,9 +67,9 @@ def correct_biases(
 
     Args:
         batches: normalised calibration images.
-        means: those of `channel_means` over the same batches; None computes them.
+        means: those of `ChannelMeans` over the same batches; without them, the float network runs over the batches.
     """
-    target_means = channel_means(folded, batches) if means is None else means
+    target_means = means or channel_means(folded, batches)
     layers = dict(quantized.layers)
     corrected = replace(quantized, layers=layers)
     step = IntegerStep(corrected)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fnet_search.quant.bias_correction import channel_means, correct_biases
+from fnet_search.quant.bias_correction import ChannelMeans, correct_biases
 from fnet_search.quant.equalize import equalize
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quantize import quantize
@@ -47,7 +46,8 @@ class Calibrated:
     folded: FoldedNetwork
     stats: Mapping[RangeMethod, Mapping[str, TensorStats]]
     correction_batches: Batches
-    """For bias correction."""
+    means: Mapping[str, Tensor]
+    """Channel means of the float network over `correction_batches`; empty where no scheme corrects biases."""
     _known: dict[Scheme, Quantized] = field(default_factory=dict)
 
     def quantized(self, scheme: Scheme) -> Quantized:
@@ -66,11 +66,6 @@ class Calibrated:
                 network = quantize(self.folded, stats, scheme.per_channel, next(same_weights, {}))
             self._known[scheme] = Quantized(scheme, self.folded, stats, network)
         return self._known[scheme]
-
-    @cached_property
-    def means(self) -> Mapping[str, Tensor]:
-        """The channel means of the float network, for bias correction."""
-        return channel_means(self.folded, self.correction_batches)
 
 
 def folded_for(scheme: Scheme, trained: Network) -> FoldedNetwork:
@@ -123,10 +118,11 @@ def calibrate_for(
     batches = _counted(
         calibration_batches(data, seed, samples, CALIBRATION_BATCH), samples * passes(*methods), on_images
     )
-    stats = dict(zip(methods, calibrate_each(folded, batches, methods), strict=True))
-    return Calibrated(
-        folded, stats, calibration_batches(data, seed, min(samples, CORRECTION_SAMPLES), CALIBRATION_BATCH)
-    )
+    correcting = any(scheme.bias_correct for scheme in schemes)
+    collected = ChannelMeans(CORRECTION_SAMPLES if correcting else 0)
+    stats = dict(zip(methods, calibrate_each(folded, batches, methods, watch=collected), strict=True))
+    correction = calibration_batches(data, seed, min(samples, CORRECTION_SAMPLES), CALIBRATION_BATCH)
+    return Calibrated(folded, stats, correction, collected.means)
 
 
 def calibration_images(data: DataSet) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -26,7 +26,7 @@ from fnet_search.arch.layers import (
     Multiply,
     Pool,
 )
-from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
+from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.base.errors import FnetError
 from fnet_search.quant.fold import FoldedNetwork
 from fnet_search.quant.quant_params import degenerate, quant_params
@@ -83,11 +83,16 @@ class TensorStats:
     """Share of elements that are exactly zero."""
 
 
+Watch = Callable[[Node, Tensor], None]
+"""Called with a node and its float output, a batch."""
+
 MAX_HELD_VALUES = 1 << 26
 """At most so many activations are held in memory between the two passes: 256 MiB in float32."""
 
 
-def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held: int = 0) -> Mapping[str, TensorStats]:
+def calibrate(
+    folded: FoldedNetwork, batches: Batches, method: RangeMethod, held: int = 0, watch: Watch | None = None
+) -> Mapping[str, TensorStats]:
     """Statistics of every quantized tensor, keyed by its carrier.
 
     The input and the logits take min and max, hidden tensors the range of `method`. Percentiles are nearest-rank,
@@ -98,14 +103,19 @@ def calibrate(folded: FoldedNetwork, batches: Batches, method: RangeMethod, held
     Args:
         held: the number of samples, where their activations should be held for the second pass instead of computed
             again; no more than MAX_HELD_VALUES are. 0 holds none.
+        watch: called with each node and its float output in the first pass.
 
     Raises FnetError for activations that are not finite.
     """
-    return calibrate_each(folded, batches, (method,), held)[0]
+    return calibrate_each(folded, batches, (method,), held, watch)[0]
 
 
 def calibrate_each(
-    folded: FoldedNetwork, batches: Batches, methods: Sequence[RangeMethod], held: int = 0
+    folded: FoldedNetwork,
+    batches: Batches,
+    methods: Sequence[RangeMethod],
+    held: int = 0,
+    watch: Watch | None = None,
 ) -> list[Mapping[str, TensorStats]]:
     """As `calibrate`, for several range methods in the same passes: one mapping for each method."""
     carrier = carriers(folded.network)
@@ -117,7 +127,7 @@ def calibrate_each(
     }
     hold = held * sum(prod(folded.network.shapes[name]) for name in observers) <= MAX_HELD_VALUES if held else False
     tensors = []
-    for name, tensor in _tensors(folded, batches, observers):
+    for name, tensor in _tensors(folded, batches, observers, watch):
         for observer in observers[name]:
             observer.first_pass(tensor)
         if hold:
@@ -145,11 +155,15 @@ def observer_of(method: RangeMethod) -> "type[Observer]":
 
 
 @torch.no_grad()
-def _tensors(folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    folded: FoldedNetwork, batches: Batches, wanted: Mapping[str, object], watch: Watch | None = None
+) -> Iterator[tuple[str, Tensor]]:
     for batch in batches():
         if INPUT in wanted:
             yield INPUT, batch
         for node, output in walk(folded.network, batch, folded.apply_node):
+            if watch is not None:
+                watch(node, output)
             if node.name in wanted:
                 yield node.name, output
 

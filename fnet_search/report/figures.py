@@ -127,7 +127,7 @@ FIGURES: tuple[RunFigure, ...] = (
     ),
     RunFigure(
         "front",
-        "What the policy expects of the best plan at every budget, from everything measured so far: look where the line "
+        "What the policy expects of the best plan at every budget, given all measurements so far: look where the line "
         "bends before you fix a budget. front.csv has the plans.",
         _front,
     ),

@@ -82,8 +82,8 @@ def layer_axis(space: Macroarchitecture, evaluations: Sequence[Evaluation]) -> l
 
 
 def _layer_ticks(slots: Sequence[Slot]) -> dict[int, str]:
-    """Names of ticks by position: all if they fit side by side, otherwise those of evenly spaced layers. Long names lose
-    their beginning."""
+    """Names of ticks by position: all if they fit side by side, otherwise those of evenly spaced layers. Long names
+    lose their beginning."""
     ticks = {place: "pointwise" if pointwise else name for place, (name, pointwise) in enumerate(slots)}
     if len(ticks) > NAMES:
         ticks = {place: name for place, name in ticks.items() if not slots[place][1]}

@@ -141,7 +141,9 @@ def front_figure(
     axes.set_xlabel("multiply-accumulates in convolutions (MMAC)", fontsize=9)
     axes.set_ylabel(f"quint8 {constraints.measured} (%)", fontsize=9)
     macs = [conv_macs / 1e6 for _, conv_macs, _ in explanation.front]
-    axes.plot(macs, [100 * accuracy for *_, accuracy in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected")
+    axes.plot(
+        macs, [100 * accuracy for *_, accuracy in explanation.front], color=COLOURS[0], linewidth=1.6, label="expected"
+    )
     measured = [
         (evaluation, evaluation.scores(constraints.metric).quint8)
         for evaluation in evaluations

@@ -13,9 +13,9 @@ from fnet_search.report.style import (
 
 
 def probes_figure(space: Macroarchitecture, probes: Probes) -> Figure:
-    """Heat maps, layers by rates, of the probes: the noise that each change adds to the float and to the quantized logits,
-    and its quint8 loss, with the number in each cell. Cells are empty for rates that are not legal or cannot start from
-    the probed network."""
+    """Heat maps, layers by rates, of the probes: the noise that each change adds to the float and to the quantized
+    logits, and its quint8 loss, with the number in each cell. Cells are empty for rates that are not legal or cannot
+    start from the probed network."""
     panels = {
         "noise of the fp32 logits (%)": probes.increase(space, lambda probe: 100 * probe.logit_noise),
         "more noise of the quint8 logits (%)": probes.increase(space, lambda probe: 100 * probe.quint8_logit_noise),

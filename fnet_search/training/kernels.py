@@ -16,20 +16,27 @@ from torch import Tensor, nn
 # and float32 is exact enough for them.
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled by torch.compile, at its first use, for all shapes; again only for another dtype, memory
-    format or number of threads."""
+def import_compiler() -> None:
+    """Imports and configures what torch.compile needs, which takes two seconds: before its first use, or earlier."""
     import torch._dynamo.config
-    import torch._inductor.config  # takes a second to import, so only here
+    import torch._inductor.config
     import torch.fx.experimental._config
     from tqdm import tqdm
 
     torch._inductor.config.compile_threads = 1  # a pool of compiling processes only pays for large graphs
+    import torch._inductor.compile_fx
+
     tqdm.set_lock(threading.RLock())  # torch.fx's progress bar else makes a multiprocessing lock that outlives a worker
     torch.fx.experimental._config.use_duck_shape = False  # sides that are equal now may differ next time
     torch._dynamo.config.recompile_limit = 64  # beyond the limit torch silently stops compiling
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns that there is no CUDA
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled by torch.compile, at its first use, for all shapes; again only for another dtype, memory
+    format or number of threads."""
+    import_compiler()
     return torch.compile(function, dynamic=True)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from fnet_search.candidates.job import Job, Setup, Start, unfinished
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.candidates.pool import Finished, Probed, Probing, Progressed
 from fnet_search.candidates.probes import probe_layer, probe_tasks
+from fnet_search.candidates.processes import process_context, starting
 from fnet_search.candidates.worker_count import cores, how_many, memory_of
 from fnet_search.candidates.workers import MAX_DEATHS, WorkerPool
 from fnet_search.importing.spaces import load_space
@@ -273,6 +275,22 @@ def test_an_error_of_files_is_no_fault_of_the_candidate(data: DataSet, tmp_path:
         with pytest.raises(FnetError, match=r"^candidate 3: (Not a directory|File exists): .*/3"):
             results(pool)
     assert pids() == []
+
+
+def _send_whether_compiling_is_imported(pipe: Connection) -> None:
+    pipe.send("torch._inductor.compile_fx" in sys.modules)
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="there is no fork server")
+def test_what_compiles_is_imported_before_workers_are_forked() -> None:
+    context = process_context()
+    ours, theirs = context.Pipe()
+    with starting(1):
+        process = context.Process(target=_send_whether_compiling_is_imported, args=(theirs,))
+        process.start()
+    theirs.close()
+    assert ours.recv()
+    process.join()
 
 
 def test_leaving_the_pool_ends_what_is_running(data: DataSet, tmp_path: Path) -> None:

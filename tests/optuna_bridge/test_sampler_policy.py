@@ -121,7 +121,9 @@ def test_without_a_proposal_that_fits_a_plan_is_drawn() -> None:
 
 
 def test_a_sampler_that_was_made_already_is_refused() -> None:
-    with pytest.raises(FnetError, match=r"SamplerPolicy needs a sampler class, not an instance: SamplerPolicy\(RandomSampler\)"):
+    with pytest.raises(
+        FnetError, match=r"SamplerPolicy needs a sampler class, not an instance: SamplerPolicy\(RandomSampler\)"
+    ):
         SamplerPolicy(RandomSampler())  # type: ignore[arg-type] (the mistake)
 
 

@@ -9,12 +9,12 @@ from fnet_search.arch.layers import Activation, Conv, Dense, Flatten
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.arch.plan import parse_plan
 from fnet_search.importing.spaces import load_space
-from fnet_search.quant.bias_correction import correct_biases
+from fnet_search.quant.bias_correction import ChannelMeans, channel_means, correct_biases
 from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.quantized_layer import fits
 from fnet_search.quant.ranges import calibrate
-from fnet_search.quant.scheme import RangeMethod
+from fnet_search.quant.scheme import MSE, RangeMethod
 from fnet_search.quant.simulator import QuantizedNetwork, accumulate
 from fnet_search.training.network import walk
 from tests.support.networks import MIXED, batches_of, normal, randomized, sequence
@@ -113,3 +113,16 @@ def test_a_correction_that_int32_has_no_room_for_widens_the_weight_scale(sign: f
     for name, shift in shifts(far, corrected, x).items():
         steps = 2**-20 * corrected.layers[name].bias.abs()  # the float means are float32 sums
         assert bool((shift.abs() <= 0.5 + 1e-3 + steps).all()), name
+
+
+def test_means_are_collected_while_calibrating() -> None:
+    """Of the first images, in whole batches, bit for bit those of a pass of their own; both passes of a method count
+    once."""
+    x = normal(40, *MIXED.input_shape)
+    folded = fold(randomized(MIXED))
+    collected = ChannelMeans(15)
+    calibrate(folded, batches_of(*x.split(10)), MSE, watch=collected)
+    alone = channel_means(folded, batches_of(*x[:20].split(10)))
+    assert collected.means.keys() == alone.keys() == folded.weight.keys()
+    assert all(torch.equal(mean, alone[name]) for name, mean in collected.means.items())
+    assert ChannelMeans(0).means == {}

@@ -143,7 +143,7 @@ REFUSED = [
     Case("a worker on a proxy that is down", nothing, ("worker", "--storage", "grpc://127.0.0.1", "--study", "s"), "no host and port"),
     Case("a worker of a study of somebody else", study, WORKER, "was not begun by fnet-search run --storage"),
     Case("a worker on a journal of something else", lambda at: write(at / "study.log", "hello\nworld\n"), WORKER, "cannot read journal"),
-    Case("artifacts of a study of one's own", nothing, ("run", *SMALL, "--artifacts", "store"), "--artifacts is for studies that"),
+    Case("artifacts of a study of one's own", nothing, ("run", *SMALL, "--artifacts", "store"), "--artifacts requires --storage"),
     Case("artifacts in no folder", nothing, ("run", *SMALL, "--storage", "journal:a.log", "--artifacts", "/no/such/store"), "cannot open artifact store"),
     Case("a lease of no time", nothing, ("run", *SMALL, "--lease", "1"), "is not in the range x>=2"),
     # What a user writes

@@ -457,8 +457,8 @@ def test_patterns_choose_layers(folder: Path, fnet: Callable[..., Result]) -> No
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (("--finetune",), "--finetune is for networks with weights; name them with --weights"),
-        (("--weights", "own", "--no-warm-start"), "leave --weights out, or set --warm-start"),
+        (("--finetune",), "--finetune requires --weights"),
+        (("--weights", "own", "--no-warm-start"), "--weights requires --warm-start in a search"),
         (("--input", "8x8"), "--input 8x8: write channels, height and width, as in 3x224x224"),
         (("--input", "1x0x8"), "--input 1x0x8: write channels"),
         (("--normalise", "0.5"), "--normalise 0.5: write imagenet, or MEAN/STD as in "),

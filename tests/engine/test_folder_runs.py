@@ -154,7 +154,9 @@ def test_without_test_images(fnet: Callable, refused: Callable, images: Path, tm
     code, out, _ = fnet("run", *SHORT, *asked, "--skip-unreadable")
     assert code == 0
     assert f"left out, 1 unreadable image: {tmp_path}/data/train/dark/broken.jpg: cannot identify" in out
-    caution = "the data set has no test images (test/): the winner's accuracy on images that chose nothing is not known"
+    caution = (
+        "the data set has no test images (test/): the accuracy of the winner on images that chose nothing is not known"
+    )
     assert out.count(f"warning: {caution}") == 2, "at the beginning and at the end"
     assert "; no test images; quantized with " in out.splitlines()[-1]
     assert not (tmp_path / "run/best/test.json").exists()

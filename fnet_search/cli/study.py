@@ -126,14 +126,8 @@ def run(**options: Any) -> None:
         comparison, dataset=absolute(comparison.dataset), validation=absolute_path(comparison.validation)
     )
     check_dataset(comparison.dataset, comparison.validation)  # before pandas, matplotlib and torch are imported
-    from fnet_search.comparison.results import (
-        RESULTS,
-        compared_networks,
-        markdown,
-        result_remarks,
-        result_rows,
-        result_table,
-    )
+    from fnet_search.comparison.result_page import RESULTS
+    from fnet_search.comparison.results import compared_networks, markdown, result_remarks, result_rows, result_table
     from fnet_search.comparison.running import ComparisonFolder, run_parts
     from fnet_search.training.deadline import TimeUp
 

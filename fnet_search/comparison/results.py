@@ -1,46 +1,22 @@
-"""The results of a comparison over all its parts: a table, figures, and all networks and layers as CSV."""
+"""The results of a comparison over all its parts: the table, and every network and layer as data frames."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import TypeVar
 
 import pandas as pd
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from fnet_search.arch.costs import Cost
 from fnet_search.arch.plan import label, parse_plan
-from fnet_search.base.files import write_text
 from fnet_search.base.units import millions
 from fnet_search.candidates.network_files import WEIGHTS
 from fnet_search.comparison.definition import Comparison, Part, PublishedResult, Variant
 from fnet_search.policy.evaluation import Evaluation, LayerStats
-from fnet_search.report.layer_figures import PRECISIONS, RANGES, layers_figure
-from fnet_search.report.plot_labels import PointLabel, place_labels
 from fnet_search.report.style import (
-    COLOURS,
-    GREY,
-    heading,
-    legend_columns,
-    log_if_wide,
-    new_figure,
-    save_png,
     shorten,
-    style,
 )
 from fnet_search.rundir.recorded_run import RecordedRun
-from fnet_search.rundir.run_folder import versions
-from fnet_search.training.numerics import Numerics
-
-RESULTS = "results.md"
-T = TypeVar("T")
-
 
 WINNER = "winner"
 """Stands in place of a plan for the winners of a variant's searches, one for each seed."""
@@ -238,7 +214,7 @@ def result_table(comparison: Comparison, listed: Sequence[ResultRow]) -> list[li
     head = [*(["variant"] if several else []), "network", "conv MMAC", "ranges", "seeds"]
     for measure, with_published in zip(QUANTITIES, has_published, strict=True):
         head += [f"{measure.title} ({measure.unit})" if measure.unit else measure.title]
-        head += [_published_name(comparison)] if with_published else []
+        head += [published_name(comparison)] if with_published else []
     lines = [[*head, "codes that differ in ONNX Runtime"]]
     for row in listed:
         winners = ", ".join(dict.fromkeys(network.label for network in row.networks))
@@ -258,7 +234,8 @@ def result_table(comparison: Comparison, listed: Sequence[ResultRow]) -> list[li
     return lines
 
 
-def _published_name(comparison: Comparison) -> str:
+def published_name(comparison: Comparison) -> str:
+    """The title of published numbers in the table and in legends."""
     return f"published, {comparison.published_on}" if comparison.published_on else "published"
 
 
@@ -289,6 +266,7 @@ def networks_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
 
 
 _KEY = ("variant", "plan", "seed", "scheme")
+
 _MEASURED = (
     "split",
     "epochs",
@@ -302,6 +280,7 @@ _MEASURED = (
     "qce",
     "kl",
 )
+
 _AUDITED = ("audited_codes", "differing_codes")
 
 
@@ -314,193 +293,3 @@ def layers_frame(networks: Sequence[ComparedNetwork]) -> pd.DataFrame:
 def _key(network: ComparedNetwork) -> dict[str, object]:
     values = network.part.variant.name, network.plan, network.part.seed, network.evaluation.scheme
     return dict(zip(_KEY, values, strict=True))
-
-
-# Figures
-
-ACCURACIES, ERROR = {"o": COLOURS[0], "s": COLOURS[1]}, {"D": COLOURS[2]}
-"""Markers of the two accuracies, and of a quantity alone in its panel, with their colours if there is one side only.
-With several sides, colours stand for the sides."""
-Side = tuple[Variant, str]
-"""A variant and the text of a scheme; each side has a colour in the tradeoff figure."""
-
-
-def _sides(listed: Sequence[ResultRow]) -> list[Side]:
-    return list(dict.fromkeys((row.variant, row.scheme) for row in listed))
-
-
-def tradeoff_figure(comparison: Comparison, listed: Sequence[ResultRow]) -> Figure:
-    """The paper's Figure 4: panels of accuracies, QMSE, QCE and relative drop against conv MACs.
-
-    Points are means with standard deviations over seeds. Each variant and scheme has its colour, so there may be at
-    most as many as COLOURS. Published numbers are hollow. The fp32 accuracy is grey if only the schemes differ, since
-    it is the same for all of them.
-    """
-    figure = new_figure(7.4, 8.4)
-    heading(figure, f"Accuracy and quantization error against MACs: {comparison.name}, test split")
-    panels: list[Axes] = list(figure.subplots(2, 2, sharex=True).flat)
-    fp32, quint8, drop, qmse, qce, _ = QUANTITIES
-    sides = _sides(listed)
-    same_in_all_sides = (fp32,) if len({variant for variant, _ in sides}) == 1 else ()
-    shown = list(zip(panels, ((fp32, quint8), (qmse,), (qce,), (drop,)), strict=True))
-    for axes, measures in shown:
-        style(axes)
-        shapes = ACCURACIES if len(measures) > 1 else ERROR
-        drawn: list[float] = []
-        for index, side in enumerate(sides):
-            side_rows = [row for row in listed if (row.variant, row.scheme) == side]
-            for (shape, colour), measure in zip(shapes.items(), measures, strict=True):
-                if len(sides) > 1:
-                    colour = GREY if measure in same_in_all_sides else COLOURS[index]
-                drawn += _points(axes, side_rows, measure, colour, shape)
-        for shape, measure in zip(shapes, measures, strict=True):
-            drawn += _published(axes, listed, measure, shape)
-        unit = f" ({measures[0].unit})" if measures[0].unit else ""
-        axes.set_ylabel(("accuracy" if len(measures) > 1 else measures[0].title) + unit, fontsize=9)
-        log_if_wide(axes, drawn)
-        axes.margins(x=0.1, y=0.12)
-    for axes in panels[2:]:
-        axes.set_xlabel("conv MACs (MMAC)", fontsize=9)
-    _legend(figure, comparison, sides)
-    for axes, measures in shown:  # last, since it fixes the layout of the figure
-        place_labels(axes, _labels(listed, measures))
-    return figure
-
-
-def _legend(figure: Figure, comparison: Comparison, sides: Sequence[Side]) -> None:
-    """Draws the legend below all panels: the markers, then the colours of the sides if there are several."""
-
-    def shape(marker: str, name: str, colour: str, face: str) -> Artist:
-        return Line2D(
-            [], [], marker=marker, label=name, color=colour, markerfacecolor=face, linestyle="none", markersize=5
-        )
-
-    handles = []
-    for (marker, marker_colour), name in zip(ACCURACIES.items(), ("fp32 accuracy", "quint8 accuracy"), strict=True):
-        colour = GREY if len(sides) > 1 else marker_colour
-        handles.append(shape(marker, name, colour, colour))
-    if comparison.published:
-        handles.append(shape("o", f"hollow: {_published_name(comparison)}", GREY, "none"))
-    several_schemes = len({scheme for _, scheme in sides}) > 1
-    for index, (variant, scheme) in enumerate(sides if len(sides) > 1 else ()):
-        name = " ".join(word for word in (variant.name, scheme if several_schemes else "") if word)
-        handles.append(Patch(color=COLOURS[index], label=shorten(name)))
-    columns = legend_columns([str(handle.get_label()) for handle in handles], 4)
-    figure.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=8, frameon=False)
-
-
-def _points(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, colour: str, marker: str) -> list[float]:
-    """Draws mean and standard deviation of each row. Returns the means."""
-    points = [(row.conv_mmac, values) for row in listed if (values := row.values(measure.value, measure.scale))]
-    means = [fmean(values) for _, values in points]
-    spreads = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-    axes.errorbar(
-        [macs for macs, _ in points],
-        means,
-        spreads,
-        color=colour,
-        marker=marker,
-        markersize=4.5,
-        linestyle="none",
-        capsize=2,
-    )
-    return means
-
-
-def _published(axes: Axes, listed: Sequence[ResultRow], measure: Quantity, marker: str) -> list[float]:
-    """Draws the published numbers, hollow. Returns them."""
-    published = {row.conv_mmac: value for row in listed if (value := measure.published(row.published)) is not None}
-    values = [measure.scale * value for value in published.values()]
-    axes.plot(list(published), values, marker, markerfacecolor="none", color=GREY, markersize=6.5)
-    return values
-
-
-def _labels(listed: Sequence[ResultRow], measures: Sequence[Quantity]) -> list[PointLabel]:
-    """One label for all points of a network at the same MACs, since colours tell the sides apart."""
-    anchors: dict[tuple[str, float], list[float]] = {}
-    for row in listed:
-        for measure in measures:
-            if values := row.values(measure.value, measure.scale):
-                published = measure.published(row.published)
-                points = [] if published is None else [measure.scale * published]
-                anchors.setdefault((row.network, row.conv_mmac), []).extend([*points, fmean(values)])
-    return [PointLabel((name,), macs, points, size=4.0) for (name, macs), points in anchors.items()]
-
-
-def result_figures(comparison: Comparison, listed: Sequence[ResultRow]) -> dict[str, Figure]:
-    """The figures by file name.
-
-    More networks or sides than COLOURS are split into several figures: ``tradeoff.png``, ``tradeoff-2.png``. The layer
-    figures show the first seed and the first scheme.
-    """
-    sides = _sides(listed)
-    drawn: dict[str, Figure] = {}
-    for name, chosen in _in_colours("tradeoff", sides):
-        drawn[name] = tradeoff_figure(comparison, [row for row in listed if (row.variant, row.scheme) in chosen])
-    for variant in comparison.variants if comparison.search is None else ():
-        variant_rows = [row for row in listed if row.variant == variant and row.scheme == comparison.schemes[0]]
-        precision = "folded precision (%)"
-        compared = [row for row in variant_rows if row.plan in comparison.compare]
-        for kind, shown, title, values in (
-            ("ranges", variant_rows, "Ranges", RANGES),
-            ("compared", compared, "Ranges and precisions", {**RANGES, precision: PRECISIONS[precision]}),
-        ):
-            for name, chosen_rows in _in_colours(kind, shown, variant.name):
-                networks = [(row.name, row.networks[0].evaluation) for row in chosen_rows]
-                drawn[name] = layers_figure(variant.space, networks, title, values)
-    return drawn
-
-
-def _in_colours(kind: str, items: Sequence[T], suffix: str = "") -> Iterator[tuple[str, Sequence[T]]]:
-    """Splits `items` into groups of at most len(COLOURS); yields the file name of each group's figure and the group."""
-    most = len(COLOURS)
-    for number, start in enumerate(range(0, len(items), most), 1):
-        words = [kind, suffix, str(number) if number > 1 else ""]
-        yield f"{'-'.join(word for word in words if word)}.png", items[start : start + most]
-
-
-CAPTIONS = {
-    "tradeoff": "The paper's Figure 4. Mean and standard deviation over seeds; hollow: published.",
-    "ranges": "The paper's Figure 5: ranges of trained weights, of weights with BatchNorm folded in, of clipped "
-    "activations.",
-    "compared": "The paper's Figure 6: the same beside average channel precisions of the folded weights.",
-}
-
-
-def write_results(comparison: Comparison, runs: Mapping[Part, RecordedRun], folder: Path) -> Path:
-    """Writes the results of all networks trained so far into the comparison's folder.
-
-    Writes results.md with its figures, networks.csv and layers.csv. Returns the path of results.md.
-    """
-    networks = compared_networks(comparison, runs)
-    listed = result_rows(comparison, networks)
-    write_text(folder / "networks.csv", networks_frame(networks).to_csv(index=False, lineterminator="\n"))
-    write_text(folder / "layers.csv", layers_frame(networks).to_csv(index=False, lineterminator="\n"))
-    (folder / "figures").mkdir(exist_ok=True)
-    drawn = result_figures(comparison, listed)
-    for name, figure in drawn.items():
-        save_png(figure, folder / "figures" / name)
-    write_text(folder / RESULTS, _page(comparison, runs, listed, list(drawn)))
-    return folder / RESULTS
-
-
-def _page(
-    comparison: Comparison, runs: Mapping[Part, RecordedRun], listed: Sequence[ResultRow], drawn: Sequence[str]
-) -> str:
-    config = next(iter(runs.values())).config
-    facts = {
-        "data set": f"{config['dataset'].partition(':')[0]}, fingerprint {config['data']['fingerprint']}",
-        "trained": "; ".join(map(str, comparison.variants)),
-        "seeds": ", ".join(map(str, comparison.seeds)),
-        "numerics": str(Numerics.from_json(config["numerics"])),
-        "versions": ", ".join(f"{name} {number}" for name, number in config.get("versions", versions()).items()),
-    }
-    lines = [f"# {comparison.name}", "", comparison.description, ""]
-    lines += [f"- {name}: {text}" for name, text in facts.items()]
-    split = "On the test split; mean ± standard deviation over seeds, where there are several."
-    lines += ["", split, "", markdown(result_table(comparison, listed)) if listed else "Nothing is trained yet.", ""]
-    lines += [f"- {remark}" for remark in result_remarks(comparison, runs)] + [""]
-    for name in drawn:
-        caption = CAPTIONS[name.partition(".")[0].partition("-")[0]]
-        lines += [f"![{caption}](figures/{name})", "", caption, ""]
-    return "\n".join(lines)

@@ -9,7 +9,8 @@ from typing import Protocol
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base.errors import FnetError
 from fnet_search.comparison.definition import Comparison, Part
-from fnet_search.comparison.results import compared_networks, write_results
+from fnet_search.comparison.result_page import write_results
+from fnet_search.comparison.results import compared_networks
 from fnet_search.engine.display import Display
 from fnet_search.engine.preparation import check_same_config, recorded_numerics
 from fnet_search.engine.reporting import open_record, report_again

@@ -26,7 +26,8 @@ def cautions(validation: str, has_test: bool) -> list[str]:
         )
     if not has_test:
         texts.append(
-            "the data set has no test images (test/): the accuracy of the winner on images that chose nothing is not known"
+            "the data set has no test images (test/): the accuracy of the winner on images that chose nothing is not "
+            "known"
         )
     return texts
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from fnet_search.arch.plan import parse_plan
 from fnet_search.comparison.definition import Comparison, Part, load_comparison
-from fnet_search.comparison.results import ComparedNetwork, markdown, result_figures, result_rows, result_table
+from fnet_search.comparison.result_figures import result_figures
+from fnet_search.comparison.results import ComparedNetwork, markdown, result_rows, result_table
 from fnet_search.policy.evaluation import Audit, Evaluation, LayerStats
 from fnet_search.report.style import save_png
 

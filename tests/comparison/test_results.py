@@ -8,16 +8,15 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from fnet_search.comparison.definition import Comparison, Part, SearchOptions, load_comparison
+from fnet_search.comparison.result_figures import result_figures, tradeoff_figure
 from fnet_search.comparison.results import (
     WINNER,
     ComparedNetwork,
     layers_frame,
     mean_and_spread,
     networks_frame,
-    result_figures,
     result_rows,
     result_table,
-    tradeoff_figure,
 )
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.report.style import COLOURS, GREY, MARKERS

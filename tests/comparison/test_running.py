@@ -12,7 +12,9 @@ from fnet_search.arch.plan import label, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.job import Setup
 from fnet_search.comparison.definition import Comparison, Part, PublishedResult, SearchOptions, Variant
-from fnet_search.comparison.results import compared_networks, result_figures, result_remarks, result_rows, write_results
+from fnet_search.comparison.result_figures import result_figures
+from fnet_search.comparison.result_page import write_results
+from fnet_search.comparison.results import compared_networks, result_remarks, result_rows
 from fnet_search.comparison.running import ComparisonFolder, epochs, run_parts
 from fnet_search.engine.request import Machine
 from fnet_search.engine.search_loop import Event, Started
@@ -206,7 +208,7 @@ def test_a_study_under_a_time_limit_gets_further_each_time_and_ends_the_same(
 def test_results(
     done: tuple[Path, dict[Part, RecordedRun], Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fnet_search.comparison.results.result_figures", result_figures)
+    monkeypatch.setattr("fnet_search.comparison.result_page.result_figures", result_figures)
     page = write_results(STUDY, done[1], tmp_path).read_text()
     found = table(tmp_path / "networks.csv")
     keys = [(one["variant"], one["seed"], one["plan"], one["scheme"]) for one in found]

@@ -20,7 +20,7 @@ def reports_of_one_picture() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for function, name in (
             ("fnet_search.engine.reporting.run_figures", "accuracy_vs_macs"),
-            ("fnet_search.comparison.results.result_figures", "tradeoff.png"),
+            ("fnet_search.comparison.result_page.result_figures", "tradeoff.png"),
         ):
             patched.setattr(function, lambda *_, name=name: {name: Figure(figsize=(1, 1))})
         yield

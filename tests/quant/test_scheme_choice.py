@@ -107,7 +107,7 @@ def test_images_are_spent_on_those_that_are_close(close: bool) -> None:
         scheme: Quantized(scheme, folded, {}, network)  # type: ignore[arg-type]  # it is called, no more
         for scheme, network in networks.items()
     }
-    found = least_divergent(Calibrated(folded, {}, lambda: iter(()), known), CHOICE, data, 3).scheme
+    found = least_divergent(Calibrated(folded, {}, lambda: iter(()), {}, known), CHOICE, data, 3).scheme
     best = replace(found, bias_correct=False)
     assert best in plain[1:3] if close else found == replace(plain[1], bias_correct=True)
     assert FIRST_ROUND % CALIBRATION_BATCH == MIN_IMAGES % CALIBRATION_BATCH == 0

@@ -22,7 +22,7 @@ from fnet_search.arch.plan import legal_rates
 from fnet_search.deploy.audit import LayerAudit, audit_layers
 from fnet_search.deploy.export import coded, codes_name, quantized_model
 from fnet_search.deploy.runtime import Runtime, with_outputs
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.quant.fold import fold
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate

@@ -93,7 +93,7 @@ def _plain(network: Network, data: DataSet, recipe: Recipe, seed: int) -> None:
     for epoch in range(recipe.epochs):
         for step, chosen in enumerate(torch.randperm(len(images)).tensor_split(count)):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(epoch * count + step, count)
+                group["lr"] = recipe.learning_rate_at(epoch * count + step, count)
             logits = network(torch.stack([change(images[index]) for index in chosen.tolist()]))
             loss = F.cross_entropy(logits, data.train.labels[chosen], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad()

@@ -14,7 +14,7 @@ The rooms, each importing only from those before it:
     quant          quint8: schemes, ranges, folding, the integer simulator, layer statistics
     report         outcome, figures, tables, pages; no torch
     optuna_bridge  trials, samplers, storages, leases; no torch
-    deploy         ONNX export, the runtime, audit, timing
+    deploy         ONNX export, the runtime, audit, latency
     candidates     from a plan to its evaluation; probes; worker processes
     rundir         the run folder
     inspection     analysis, requantization and latency of recorded networks
@@ -38,7 +38,7 @@ _API = {
     "Evaluation": "policy.evaluation",
     "FactorizationPlan": "arch.plan",
     "FnetError": "base.errors",
-    "from_module": "importing.tracing",
+    "from_module": "importing.translation",
     "History": "policy.protocol",
     "load_space": "importing.spaces",
     "Machine": "engine.request",
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from fnet_search.candidates.probes import probe_network, probes_for
     from fnet_search.engine.request import Machine
     from fnet_search.importing.spaces import load_space
-    from fnet_search.importing.tracing import from_module
+    from fnet_search.importing.translation import from_module
     from fnet_search.optuna_bridge.sampler import PolicyDone, PolicySampler, report_evaluation, suggest_plan
     from fnet_search.optuna_bridge.sampler_policy import SamplerPolicy
     from fnet_search.policy.asktell import AskTell

@@ -29,7 +29,7 @@ from fnet_search.deploy.audit import audit
 from fnet_search.deploy.export import float_model, quantized_model
 from fnet_search.deploy.runtime import Runtime
 from fnet_search.importing.operations import LAYERS, aten
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.quant.fold import fold
 from fnet_search.quant.layer_statistics import profile
 from fnet_search.quant.quantize import quantize

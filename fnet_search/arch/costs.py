@@ -27,7 +27,7 @@ class Cost:
 
 
 def layer_cost(node: Node, inputs: list[Shape]) -> Cost:
-    """Cost of one layer, for input shapes without the batch."""
+    """Cost of one layer, for input shapes without the batch. The formulas are methods of its class (`layers`)."""
     layer, macs, params = node.layer, node.layer.macs(inputs), node.layer.params(inputs)
     if isinstance(layer, Foldable | Stateless):
         return Cost(0, macs, params)

@@ -444,7 +444,8 @@ class Concat(_Weightless):
 Weighted = Conv | Dense
 """Layers that multiply and accumulate. Their weights are quantized."""
 Foldable = BatchNorm | Affine
-"""Layers that are one affine function per channel in evaluation. They are folded into a `Weighted` layer before."""
+"""Layers that are one affine function per channel in evaluation. They are folded into the `Weighted` layer before them
+if they alone read it; otherwise they become a depthwise convolution or a diagonal dense layer."""
 Moving = Flatten | Reshape | Slice | Shuffle | Resample | Pad
 """Layers that only move values, or add zeros."""
 Stateless = Activation | Pool | Moving | Add | Multiply | Concat

@@ -1,7 +1,7 @@
 """The error that users see: one line that says what is wrong, then what would be right.
 
 A message names a parameter by its Python name in backquotes, as in "choose another `out`". The command line replaces it
-by the option of that name (`cli.options.with_options`).
+by the option of that name (`cli.shared_options.with_options`).
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> FnetError:
-    """The error for an unknown name: suggests the nearest known one, and lists them all if there are at most FEW."""
+    """The error for an unknown name: suggests the nearest known one and lists all if there are at most FEW;
+    without a near one, lists the first 20."""
     names = list(known)
     shown = name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
     hint = nearest(shown, names)

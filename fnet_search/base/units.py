@@ -36,7 +36,7 @@ def parse_budget(text: str, whole: int) -> int:
 
 
 def counts_meant(text: str, unit: str, least: int, most: int) -> list[str]:
-    """What a number without its unit may mean: for ``120`` and the unit ``MAC`` those of ``120KMAC``, ``120MMAC`` and
+    """The readings of a number without its unit: for ``120`` and ``MAC``, those of ``120KMAC``, ``120MMAC`` and
     ``120GMAC`` that lie between `least` and `most`. Empty if `text` is not a number."""
     number = text.strip()
     if not re.fullmatch(_NUMBER, number):

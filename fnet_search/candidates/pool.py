@@ -68,7 +68,7 @@ class Pool(Protocol):
         ...
 
     @property
-    def held(self) -> int:
+    def paused(self) -> int:
         """Workers whose training waits at the end of an epoch, to be continued by a later run."""
         ...
 
@@ -79,7 +79,7 @@ class Pool(Protocol):
     def events(self, judge: Judge = ...) -> Iterator[Progressed | Finished | Probing | Probed]:
         """Waits for the next events and yields them.
 
-        `judge` decides on each training whose epoch has ended. Must not be called when every busy worker is held.
+        `judge` decides on each training whose epoch has ended. Must not be called when every busy worker is paused.
         Raises FnetError if a worker cannot read or write a file (a full disk).
         """
         ...

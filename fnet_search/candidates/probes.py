@@ -28,10 +28,11 @@ from fnet_search.candidates.evaluate import transform_samples
 from fnet_search.candidates.job import Setup, Start
 from fnet_search.candidates.measure import class_results
 from fnet_search.candidates.network_files import WEIGHTS, load_quantized, load_trained, write_codes
-from fnet_search.importing.modules import OWN, channels_of, fill
+from fnet_search.importing.named_modules import OWN, channels_of, fill
 from fnet_search.importing.spaces import load_space
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.policy.evaluation import Probe, Probes
+from fnet_search.policy.metric import MetricName
 from fnet_search.quant.bias_correction import ChannelMeans, correct_biases
 from fnet_search.quant.calibration import calibration_batches, folded_for, quantize_trained
 from fnet_search.quant.fold import FoldedNetwork
@@ -112,6 +113,7 @@ def probes_for(
     *,
     scheme: Scheme | str = CHOICE[0],
     fisher: bool = False,
+    metric: MetricName = "accuracy",
     device: str = "cpu",
 ) -> Probes:
     """The probes of a trained network, for a search loop of your own: ``AskTell(LayerGuided(), space, probes=...)``.
@@ -125,6 +127,7 @@ def probes_for(
             training images is held out and measured on (`hold_out`).
         scheme: how the networks are quantized.
         fisher: adds Fisher scores, which the policy ``fisher`` needs.
+        metric: that of the search; ``balanced-accuracy`` adds the results of each class.
 
     Raises FnetError for a network without weights or without a layer to factorize, for weights that do not fit it, and
     for data of another shape or number of classes.
@@ -134,7 +137,9 @@ def probes_for(
         space = _weighted(network, weights, data, folder)
         images = _images(data, space)
         chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-        setup = Setup(space, load_recipe("quick"), (chosen,), Numerics(check_device(device)), 0, "validation")
+        setup = Setup(
+            space, load_recipe("quick"), (chosen,), Numerics(check_device(device)), 0, "validation", metric=metric
+        )
         images = images.to(setup.numerics.device)
         start = Start(0, regular(space), folder, 0, chosen)
         trained = pretrained(space).eval().to(setup.numerics.device)

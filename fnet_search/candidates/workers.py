@@ -51,7 +51,7 @@ class Worker:
     process: "Running"
     pipe: "Connection[object, object]"
     task: Task | None = None
-    held: bool = False
+    paused: bool = False
     fault: str = ""
 
 
@@ -86,9 +86,9 @@ class WorkerPool:
         return sum(worker.task is not None for worker in self._workers)
 
     @property
-    def held(self) -> int:
+    def paused(self) -> int:
         """The number of workers whose training waits at the end of an epoch, to be continued by a later run."""
-        return sum(worker.held for worker in self._workers)
+        return sum(worker.paused for worker in self._workers)
 
     def submit(self, task: Task) -> None:
         """Gives a task to an idle worker; starts a worker if none is idle and there are fewer than `count`. Raises
@@ -124,8 +124,8 @@ class WorkerPool:
                 worker.task = None
             if isinstance(message, Progressed):
                 stop = judge(message.number, message.progress)
-                worker.held = message.progress.ended and stop is None
-                if message.progress.ended and not worker.held:
+                worker.paused = message.progress.ended and stop is None
+                if message.progress.ended and not worker.paused:
                     with suppress(OSError):  # it died meanwhile
                         worker.pipe.send(stop)
             assert isinstance(message, Progressed | Finished | Probing | Probed)

@@ -10,9 +10,9 @@ import click
 
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.cli.options import Commands
 from fnet_search.cli.recorded_runs import analyze, audit, dashboard, export, latency, quantize, report
 from fnet_search.cli.run import evaluate, run, worker
+from fnet_search.cli.shared_options import Commands
 from fnet_search.cli.spaces import list_, show
 from fnet_search.cli.study import study
 

@@ -12,7 +12,8 @@ import click
 
 from fnet_search.base.errors import FnetError
 from fnet_search.base.terminal import PlainTable, console
-from fnet_search.cli.options import (
+from fnet_search.cli.printing import print_outcome
+from fnet_search.cli.shared_options import (
     data_dir_option,
     dataset_option,
     moved_option,
@@ -20,8 +21,7 @@ from fnet_search.cli.options import (
     quiet,
     scheme_options,
 )
-from fnet_search.cli.printing import print_outcome
-from fnet_search.rundir.config_file import config_file
+from fnet_search.rundir.config_path import config_path
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -38,7 +38,7 @@ CODES_DIFFER = 4
 
 def _check_run(context: click.Context, parameter: click.Parameter, folder: Path) -> Path:
     """Checks the run folder at once, before the command imports torch, which takes seconds."""
-    config_file(folder)
+    config_path(folder)
     return folder
 
 
@@ -364,7 +364,7 @@ def latency(folder: Path, candidates: tuple[str, ...], batch: int, rounds: int, 
     folder cannot be written, the times are only shown.
     """
     from fnet_search.engine.reporting import open_record
-    from fnet_search.inspection.latency import (
+    from fnet_search.inspection.latency_report import (
         conditions,
         latency_pairs,
         latency_table,

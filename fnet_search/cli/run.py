@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fnet_search.cli.options import (
+from fnet_search.cli.printing import print_outcome
+from fnet_search.cli.shared_options import (
     NOTHING_FEASIBLE,
     add_options,
     dataset_option,
@@ -21,7 +22,6 @@ from fnet_search.cli.options import (
     until_time_is_up,
     validation_option,
 )
-from fnet_search.cli.printing import print_outcome
 
 if TYPE_CHECKING:
     from fnet_search.engine.arguments import EvaluateArguments, SearchArguments

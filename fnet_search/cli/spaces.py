@@ -9,7 +9,7 @@ import click
 
 from fnet_search.base.errors import FnetError
 from fnet_search.base.terminal import PlainTable, console
-from fnet_search.cli.options import (
+from fnet_search.cli.shared_options import (
     parse_shape,
     space_options,
 )

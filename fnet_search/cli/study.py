@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fnet_search.cli.options import (
+from fnet_search.cli.shared_options import (
     NOTHING_FEASIBLE,
     Commands,
     machine_of,

@@ -1,4 +1,4 @@
-"""The exported network: ONNX files, ONNX Runtime, the audit of its codes, timing.
+"""The exported network: ONNX files, ONNX Runtime, the audit of its codes, latency.
 
 Belongs here: what runs a network outside torch.
 Read first: `export.py`.

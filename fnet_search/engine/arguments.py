@@ -22,7 +22,7 @@ from fnet_search.policy.fixed_plans import FixedPlans
 from fnet_search.policy.protocol import Policy
 from fnet_search.policy.registry import check_policy, load_policy
 from fnet_search.quant.scheme import AUTO, Scheme, parse_schemes
-from fnet_search.rundir.config_file import config_file
+from fnet_search.rundir.config_path import config_path
 from fnet_search.training.dataset_names import check_dataset
 from fnet_search.training.recipe import Fidelity, Recipe, load_recipe
 
@@ -61,7 +61,7 @@ class Arguments:
         if self.storage is not None:
             check_there(self.storage, new=True)
         if self.machine is not None and self.machine.numerics_of is not None:
-            config_file(self.machine.numerics_of)
+            config_path(self.machine.numerics_of)
 
     def _request(self, space: Space, dataset: str) -> Request:
         """The part of the request that both functions share. The input of an imported network has the size of the data

@@ -12,7 +12,7 @@ from fnet_search.base.plugins import fault
 from fnet_search.base.units import counted
 from fnet_search.engine.shared_study import shared_storage
 from fnet_search.engine.study_record import StudyRecord
-from fnet_search.inspection import latency, requantize
+from fnet_search.inspection import latency_report, requantize
 from fnet_search.optuna_bridge.storage import has_study, open_journal, read_journal
 from fnet_search.optuna_bridge.trials import read_evaluation
 from fnet_search.policy.evaluation import Evaluation
@@ -59,7 +59,7 @@ def make_outcome(record: StudyRecord, test: Evaluation | None, policy: Policy | 
     record.attach([*pictures, *tables])
     opened = open_run(run.path)
     measured = test if outcome.has_test else record.winner
-    sections = [*_classes(run, measured), *requantize.schemes_section(opened), *latency.latency_section(opened)]
+    sections = [*_classes(run, measured), *requantize.schemes_section(opened), *latency_report.latency_section(opened)]
     write_report(outcome, run.name, dict(_settings(run.config(), outcome)), pictures, sections)
     return outcome
 

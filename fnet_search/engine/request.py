@@ -1,5 +1,5 @@
-"""The request for a run, as data: `engine.arguments` builds it from a user's parameters, the rest of the engine reads
-it."""
+"""The request for a run, as data, with the checks that need no data set: `engine.arguments` builds it from a user's
+parameters, the rest of the engine reads it."""
 
 import json
 import re

@@ -227,12 +227,12 @@ class _Host:
     def events(self) -> Iterator[Event]:
         """Waits for the next events of the trainings, and records them. Raises TimeUp if the deadline holds all of
         them at the end of an epoch."""
-        if self.pool.held == self.pool.busy:
+        if self.pool.paused == self.pool.busy:
             raise TimeUp
 
         def judge(number: int, progress: TrainingProgress) -> bool | None:  # None: wait (`pool.Judge`)
             stop = self.record.progress(number, progress)
-            return None if progress.ended and self.deadline.holds(number, progress) and not stop else stop
+            return None if progress.ended and self.deadline.must_pause(number, progress) and not stop else stop
 
         for event in self.pool.events(judge):
             assert isinstance(event, Progressed | Finished)

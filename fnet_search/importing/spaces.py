@@ -34,7 +34,7 @@ def load_space(
     if colon and not name.endswith(".toml"):
         if where.endswith(".py") and not Path(where).is_file():
             raise FnetError(f"space {name}: the file {where} does not exist")
-        from fnet_search.importing.modules import load_imported  # torch takes seconds to import
+        from fnet_search.importing.named_modules import load_imported  # torch takes seconds to import
 
         return load_imported(name, input_shape, weights, default_shape)
     try:

@@ -19,9 +19,10 @@ from fnet_search.policy.protocol import History, Policy, probes_of, requirements
 from fnet_search.policy.ranking import ranking
 from fnet_search.policy.registry import check_policy
 
-REPEATS_IN_A_ROW, REFUSALS_IN_A_ROW = 10, 1000
-"""A policy is stopped when one plan was refused 10 times in the current row of refusals, or when that row reaches
-1,000: a policy may pass over many plans (a fixed list above a ceiling), but not for ever."""
+REFUSALS_OF_ONE_PLAN, REFUSALS_IN_A_ROW = 10, 1000
+"""The search ends when the policy suggests a plan that was refused REFUSALS_OF_ONE_PLAN times since a plan was last
+accepted, or after REFUSALS_IN_A_ROW refusals of any plans: a policy may pass over many plans, as one with a fixed list
+does, but not for ever."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ def suggestion(policy: Policy, history: History) -> FactorizationPlan | None:
 
 
 def check_refusal(history: History, plan: FactorizationPlan, reason: str) -> None:
-    """Raises FnetError if refusing this plan too would exceed REPEATS_IN_A_ROW or REFUSALS_IN_A_ROW."""
+    """Raises FnetError if refusing this plan too would exceed REFUSALS_OF_ONE_PLAN or REFUSALS_IN_A_ROW."""
     row = list(takewhile(lambda evaluation: evaluation.state == "refused", reversed(history.evaluations)))
     again = sum(evaluation.plan == plan for evaluation in row)
-    if again >= REPEATS_IN_A_ROW:
+    if again >= REFUSALS_OF_ONE_PLAN:
         name = label(history.space, plan)
-        raise FnetError(f"the policy keeps suggesting plan {name}, refused {again} times in a row: {reason}")
+        raise FnetError(
+            f"the policy keeps suggesting plan {name}, refused {again} times since a plan was last accepted: {reason}"
+        )
     if len(row) >= REFUSALS_IN_A_ROW:
         raise FnetError(f"the policy suggested {len(row)} refused plans in a row; the last: {reason}")
 
@@ -149,8 +152,8 @@ class AskTell:
         """Records the evaluation of a plan (see `Evaluation.of`), and returns it with the number of its suggestion.
 
         Plans that were never asked for, as from another search, get the next free number. Raises FnetError for a plan
-        that does not belong to the space or was told before, for a complete evaluation without its quint8 accuracy, and
-        for one without `classes` if the metric is balanced accuracy.
+        that does not belong to the space or was told before (a refusal may be told again), for a complete evaluation
+        without its quint8 accuracy, and for one without `classes` if the metric is balanced accuracy.
         """
         check_plan(self.space, evaluation.plan)
         if evaluation.state == "complete" and evaluation.quint8_accuracy is None:

@@ -33,7 +33,7 @@ class Constraint(ABC):
     name: ClassVar[str]
     """Its field in `Constraints`, and so its key in config.json and in Optuna's attributes."""
     axis: ClassVar[str] = ""
-    """The panel of figures (`report.figures.METRICS`) that shows it as a line; ``conv_macs``: a vertical line in
+    """The panel of figures (`report.macs_figures.PANELS`) that shows it as a line; ``conv_macs``: a vertical line in
     all."""
     on_images: ClassVar[bool] = True
     """Whether it is checked on images."""

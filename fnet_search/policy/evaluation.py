@@ -217,7 +217,7 @@ class Probe(Scored):
     logit_snr_db: float | None
     """Signal-to-noise ratio of the float logits; the float logits without the change are the signal. None: no noise."""
     logit_sqnr_db: float | None
-    """The same of the quantized logits."""
+    """As `logit_snr_db`, of the quantized logits against the same signal."""
     layers: tuple[LayerStats, ...]
     """Statistics of the changed layer's convolutions; without a change, of all factorizable layers."""
     fisher: float | None = None
@@ -250,8 +250,8 @@ def _class_results(data: Mapping[str, Any]) -> tuple[ClassResult, ...]:
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of one trained network, candidate `number`, of this `plan`: without a change, and for each layer with
-    each legal rate that can start from its own (multiples of it)."""
+    """The probes of candidate `number`, a trained network of this `plan`: one without a change, and one for each layer
+    and each legal rate that is a larger multiple of the layer's own."""
 
     number: int
     plan: FactorizationPlan

@@ -19,7 +19,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, from_indices, legal_rates
 from fnet_search.policy.constraints import Constraints
 
-Scores = Mapping[str, Sequence[float] | npt.NDArray[np.float64]]
+RateScores = Mapping[str, Sequence[float] | npt.NDArray[np.float64]]
 """A number per layer and legal rate, in the order of `legal_rates`."""
 
 Values = npt.NDArray[np.float64]
@@ -153,7 +153,7 @@ def _at_best_price(values: list[Values], ceilings: list[_Ceiling], alone: _Bound
 def best_plan(
     space: Macroarchitecture,
     constraints: Constraints,
-    scores: Scores,
+    scores: RateScores,
     exclude: Collection[FactorizationPlan] = (),
 ) -> FactorizationPlan | None:
     """The plan under the ceilings, not in `exclude`, with the highest sum of ``scores[layer][rate index]``; None if
@@ -204,7 +204,7 @@ class FrontPoint:
     score: float
 
 
-def pareto_front(space: Macroarchitecture, scores: Scores) -> list[FrontPoint]:
+def pareto_front(space: Macroarchitecture, scores: RateScores) -> list[FrontPoint]:
     """The Pareto front of conv MACs and the sum of `scores`, ascending: the best plan at every budget.
 
     Exact, by dynamic programming over layers: dominated partial plans are dropped. Of plans that are equal in both, one
@@ -233,7 +233,7 @@ def pareto_front(space: Macroarchitecture, scores: Scores) -> list[FrontPoint]:
     return [FrontPoint(from_indices(space, row), conv_macs, total) for row, conv_macs, total in points]
 
 
-def _values(space: Macroarchitecture, scores: Scores) -> list[Values]:
+def _values(space: Macroarchitecture, scores: RateScores) -> list[Values]:
     legal = legal_rates(space)
     values = [np.asarray(scores[layer], dtype=np.float64) for layer in legal]
     for (layer, rates), value in zip(legal.items(), values, strict=True):

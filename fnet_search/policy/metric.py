@@ -30,18 +30,18 @@ def score(metric: MetricName, counts: Iterable[tuple[int, int]]) -> float | None
     Accuracy is the share of all images that are right. Balanced accuracy is the mean recall of the classes that have
     images: 1 / classes for a network that always predicts the same class. None without images.
     """
-    known = [(right, images) for right, images in counts if images]
-    if not known:
+    nonempty = [(right, images) for right, images in counts if images]
+    if not nonempty:
         return None
     if metric == "accuracy":
-        return sum(right for right, _ in known) / sum(images for _, images in known)
-    return fmean(right / images for right, images in known)
+        return sum(right for right, _ in nonempty) / sum(images for _, images in nonempty)
+    return fmean(right / images for right, images in nonempty)
 
 
 @lru_cache(maxsize=4096)
 def exact(share: float, images: int = 0) -> Fraction:
-    """The exact fraction that a float share stands for: a count of the images, if their number is known and the share
-    is one; else the nearest fraction with a denominator up to 10^9, exact for ``0.05`` and ``2 / 3``."""
+    """The fraction that a rounded share stands for: a count divided by `images`, if they are given and it is close to
+    one; else the nearest fraction with a denominator up to 10^9, exact for ``0.05`` and ``2 / 3``."""
     count = round(share * images)
     counted = images and abs(share * images - count) < 0.01  # some hosts average in float32
     return Fraction(count, images) if counted else Fraction(share).limit_denominator(10**9)

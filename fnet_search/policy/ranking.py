@@ -32,8 +32,8 @@ def choose_parent(
     """The parent of a child with this plan: a trained network each of whose rates divides the child's.
 
     Takes the least factorized one (smallest product of rates), because a child loses least of it; then the highest fp32
-    score, then the lowest number. None if there is none. So all children of a search start from its reference, if that
-    was trained: they get equal training, in whatever order candidates end.
+    score, then the lowest number. None if there is none. So all children start from the regular network, if
+    that was trained: they get equal training, in whatever order candidates end.
     """
 
     def key(evaluation: Evaluation) -> tuple[int, float, int]:

@@ -15,7 +15,7 @@ from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.quantized_layer import QuantizedLayer, fits, quantize_layer
 from fnet_search.quant.simulator import IntegerStep, QuantizedNetwork, accumulate
 from fnet_search.training.datasets import Batches
-from fnet_search.training.network import run, walk
+from fnet_search.training.network import output_of, walk
 
 
 class ChannelMeans:
@@ -90,7 +90,7 @@ def correct_biases(
         shift = layers[node.name].bias - layer.bias
         return [step.output(node, total + shift.view(-1, *[1] * (total.ndim - 2))) for total in totals]
 
-    run(corrected.network, [corrected.params[INPUT].quantize(batch) for batch in batches()], apply)
+    output_of(corrected.network, [corrected.params[INPUT].quantize(batch) for batch in batches()], apply)
     return corrected
 
 

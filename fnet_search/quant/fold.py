@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fnet_search.arch.layers import Activation, Affine, BatchNorm, Conv, Dense, Foldable, Stateless, Weighted
 from fnet_search.arch.macroarchitecture import Macroarchitecture, Node
-from fnet_search.training.network import Network, ScaleShift, apply_stateless, run
+from fnet_search.training.network import Network, ScaleShift, apply_stateless, output_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FoldedNetwork:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] logits, float32."""
-        return run(self.network, x, self.apply_node)
+        return output_of(self.network, x, self.apply_node)
 
 
 def fold(trained: Network) -> FoldedNetwork:

@@ -39,7 +39,8 @@ def carriers(network: Macroarchitecture) -> dict[str, str]:
     """For each node of a folded network, and the input: its carrier, the node whose scale and zero point its codes
     have.
 
-    A ReLU or ReLU6 that is the only reader of a layer is fused into it: both have the ReLU's parameters. Max pooling
+    A ReLU or ReLU6 that is the only reader of a layer is fused into it, unless that layer is an activation, a max
+    pooling or only moves values: both have the ReLU's parameters. Max pooling
     and layers that only move values keep those of their input. Every other node has its own.
     """
     carrier = {INPUT: INPUT}

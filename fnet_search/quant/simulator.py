@@ -31,7 +31,7 @@ from fnet_search.base.errors import FnetError
 from fnet_search.quant.quant_params import QuantParams, clip, float32
 from fnet_search.quant.quantized_layer import QuantizedLayer
 from fnet_search.quant.ranges import carriers
-from fnet_search.training.network import activate, apply_stateless, moved, run, walk
+from fnet_search.training.network import activate, apply_stateless, moved, output_of, walk
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class QuantizedNetwork:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, C, H, W] normalised images to [N, classes] logits: dequantized, float32."""
-        logits = run(self.network, self.params[INPUT].quantize(x), IntegerStep(self))
+        logits = output_of(self.network, self.params[INPUT].quantize(x), IntegerStep(self))
         return self.params[self.carrier[self.network.output]].dequantize(logits)
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -120,8 +120,8 @@ def lookup_table(function: Activation | None, source: QuantParams, target: Quant
 
 
 class IntegerStep:
-    """Computes the output codes of a node from its input codes, for `network.walk` and `network.run`. Each case is a
-    rule of docs/quint8.md."""
+    """Computes the output codes of a node from its input codes, for `network.walk` and `network.output_of`. Each case
+    is a rule of docs/quint8.md."""
 
     def __init__(self, quantized: QuantizedNetwork) -> None:
         self.params, self.layers, self.carrier = quantized.params, quantized.layers, quantized.carrier
@@ -147,7 +147,7 @@ class IntegerStep:
                 pixels = float32(codes.shape[2] * codes.shape[3], codes)
                 total = (codes.to(torch.int32) - source.zero).sum(dim=(2, 3), keepdim=True, dtype=torch.int32)
                 multiplier = float32(source.scale, codes) / (float32(target.scale, codes) * pixels)
-                return requantize(total, multiplier, target)
+                return rescale(total, multiplier, target)
             case Add():
                 return _add(codes, inputs[1], source, sources[1], target)
             case Multiply():
@@ -168,7 +168,7 @@ class IntegerStep:
         """The output codes of a convolution or dense layer from its int32 accumulators `total`."""
         source, target = (self.params[self.carrier[name]] for name in (node.inputs[0], node.name))
         scale = self.layers[node.name].bias_scale(source)
-        return requantize(total, scale / float32(target.scale, scale), target)
+        return rescale(total, scale / float32(target.scale, scale), target)
 
 
 def row_starts(rows: int, axes: int) -> Tensor:
@@ -216,7 +216,7 @@ def accumulate(layer: Weighted, codes: Tensor, zero: int, weights: QuantizedLaye
     return total.add_(weights.bias.to(codes.device).view(1, -1, *[1] * (total.ndim - 2)))
 
 
-def requantize(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor:
+def rescale(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor:
     """Rule 8: clip(rint(f32(acc) M) + z_y, 0, 255); clipping at z_y is the ReLU.
 
     M is float32, [1] or [C_out].

@@ -15,7 +15,7 @@ from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
 from fnet_search.policy.ranking import ranking
 from fnet_search.report.layer_figures import candidate_figure, precisions_figure, ranges_figure
-from fnet_search.report.macs_figures import METRICS, front_figure, macs_figure
+from fnet_search.report.macs_figures import PANELS, front_figure, macs_figure
 from fnet_search.report.outcome import Outcome
 from fnet_search.report.probe_figures import probes_figure
 from fnet_search.report.style import (
@@ -36,7 +36,7 @@ class RunFigure:
 
 def _against_macs(panel: str) -> Callable[[Outcome], Figure | None]:
     def draw(outcome: Outcome) -> Figure | None:
-        values, metric = METRICS[panel].series.values(), outcome.constraints.metric
+        values, metric = PANELS[panel].series.values(), outcome.constraints.metric
         known = any(
             math.isfinite(finite(value(evaluation, metric))) for value in values for evaluation in _trained(outcome)
         )

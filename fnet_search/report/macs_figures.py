@@ -33,7 +33,7 @@ STAR = "#e69f00"
 
 
 @dataclass(frozen=True)
-class Metric:
+class Panel:
     """A panel of Figure 4: its series, their unit, and the factor to that unit. Accuracies are those under the run's
     metric."""
 
@@ -43,8 +43,8 @@ class Metric:
     scale: float = 1.0
 
 
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(
+PANELS: Mapping[str, Panel] = {
+    "accuracy": Panel(
         "Accuracy",
         "accuracy (%)",
         {
@@ -53,13 +53,13 @@ METRICS: Mapping[str, Metric] = {
         },
         100,
     ),
-    "qmse": Metric(
+    "qmse": Panel(
         "QMSE", "squared error of the quint8 logits (QMSE)", {"QMSE": lambda evaluation, metric: evaluation.qmse}
     ),
-    "qce": Metric(
+    "qce": Panel(
         "QCE", "cross entropy of the quint8 outputs (QCE, nats)", {"QCE": lambda evaluation, metric: evaluation.qce}
     ),
-    "drop": Metric(
+    "drop": Panel(
         "Relative drop",
         "accuracy lost to quint8, relative to fp32 (%)",
         {"relative drop": lambda evaluation, metric: evaluation.scores(metric).relative_drop},
@@ -82,7 +82,7 @@ def macs_figure(
 
     A star marks the best candidate, dashed lines are the constraints. Labels without a free place are left out.
     """
-    chosen = METRICS[panel]
+    chosen = PANELS[panel]
     figure = new_figure(4.2)
     ranked = ranking(tuple(evaluations), constraints)
     metric = constraints.metric

@@ -44,7 +44,7 @@ from fnet_search.policy.explanation import Explanation
 from fnet_search.policy.ranking import ranking
 from fnet_search.report import class_balance as balance
 from fnet_search.report.csv_tables import candidates_csv, choices_csv, front_csv, layers_csv, probes_csv
-from fnet_search.rundir.config_file import CONFIG, config_file
+from fnet_search.rundir.config_path import CONFIG, config_path
 from fnet_search.training.numerics import Numerics
 
 FORMAT = 1
@@ -119,7 +119,7 @@ class RunFolder:
 
         Raises FnetError if it is missing or invalid, or if the folder has a later format.
         """
-        config = read_json(config_file(self.path))
+        config = read_json(config_path(self.path))
         if not isinstance(config, dict):
             raise FnetError(f"{self.config_path} is not the configuration of a run")
         _check_format(self.path, config)

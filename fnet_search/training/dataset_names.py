@@ -19,8 +19,8 @@ def root_of(name: str) -> Path | None:
 
 
 def check_dataset(name: str, validation: str | None = None) -> None:
-    """Raises FnetError for an unknown data set, and for image folders that do not exist; `validation` names that of the
-    validation images (`imagefolder.validation_folder`)."""
+    """Raises FnetError for an unknown data set, and for image folders that do not exist; `validation` is the folder of
+    the validation images (`imagefolder.validation_folder`)."""
     root = root_of(name)
     if validation is not None:
         validation_folder(root, validation)

@@ -19,7 +19,7 @@ class Deadline:
 
     def __init__(self, seconds: float = math.inf) -> None:
         self._end = time.monotonic() + seconds
-        self._begun: dict[int, float] = {}
+        self._started: dict[int, float] = {}
         self.worked = False
         """Whether this process has done an epoch or other work."""
 
@@ -31,18 +31,18 @@ class Deadline:
 
     def begin(self, number: int) -> None:
         """Notes that training `number` starts or is resumed."""
-        self._begun[number] = time.monotonic()
+        self._started[number] = time.monotonic()
 
     @property
     def over(self) -> bool:
         """Whether the time is up and this process has done some work."""
         return self.worked and time.monotonic() >= self._end
 
-    def holds(self, number: int, progress: "TrainingProgress") -> bool:
+    def must_pause(self, number: int, progress: "TrainingProgress") -> bool:
         """Whether a training must stop at the end of this epoch, whose checkpoint is written."""
         now = time.monotonic()
-        begun, self._begun[number] = self._begun[number], now
+        started, self._started[number] = self._started[number], now
         if progress.loss is None:  # an epoch of the checkpoint, reported again
             return False
         self.worked = True
-        return progress.epoch < progress.epochs and now + (now - begun) > self._end
+        return progress.epoch < progress.epochs and now + (now - started) > self._end

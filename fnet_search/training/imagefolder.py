@@ -80,16 +80,16 @@ def list_folder(root: Path, needs_test: bool) -> tuple[tuple[str, ...], dict[str
     A class folder in test/ may be missing. Raises FnetError for fewer than two classes, a class without a training
     image, a class that only test/ has, and a missing test/ if `needs_test`.
     """
-    whose, train, test = f"imagefolder {root}", training_folder(root), root / "test"
+    subject, train, test = f"imagefolder {root}", training_folder(root), root / "test"
     if needs_test and not test.is_dir():
         without = "or, for the validation split, as in a search, in train/ and val/"
-        raise FnetError(f"{whose}: {test} does not exist; {CLASS_FOLDERS}, {without}")
+        raise FnetError(f"{subject}: {test} does not exist; {CLASS_FOLDERS}, {without}")
     folders = class_folders(train)
     if len(folders) < 2:
-        raise FnetError(f"{whose}: train/ holds {len(folders)} class folders; at least 2 are needed")
-    files = {"train": samples(train, tuple(folders), whose, of_each=True)}
+        raise FnetError(f"{subject}: train/ holds {len(folders)} class folders; at least 2 are needed")
+    files = {"train": samples(train, tuple(folders), subject, all_classes=True)}
     if test.is_dir():
-        files["test"] = samples(test, tuple(folders), whose)
+        files["test"] = samples(test, tuple(folders), subject)
     return tuple(folders), files
 
 
@@ -113,21 +113,21 @@ def class_folders(folder: Path) -> dict[str, Path]:
     return folders
 
 
-def samples(folder: Path, classes: Sequence[str], whose: str, of_each: bool = False) -> Samples:
+def samples(folder: Path, classes: Sequence[str], subject: str, all_classes: bool = False) -> Samples:
     """The images in the class folders of `folder`, class by class, each class ordered by path.
 
-    Raises FnetError, prefixed by `whose`, for a folder of an unknown class, and if there is no image, or, with
-    `of_each`, none of some class.
+    Raises FnetError, its message starting with `subject`, for a folder of an unknown class and for a folder without
+    images; with `all_classes`, also for a class without images.
     """
     folders = class_folders(folder)
     if others := [name for name in folders if name not in classes]:
-        raise FnetError(f"{whose}: class {others[0]!r} is in {folder.name}/ but not among the training images")
+        raise FnetError(f"{subject}: class {others[0]!r} is in {folder.name}/ but not among the training images")
     by_class = [_images(folders[name]) if name in folders else [] for name in classes]
     empty = [] if any(by_class) else [folder]
-    if of_each:
+    if all_classes:
         empty = [folders[name] for name, paths in zip(classes, by_class, strict=True) if not paths]
     if empty:
-        raise FnetError(f"{whose}: {empty[0]} holds no image ({', '.join(EXTENSIONS)})")
+        raise FnetError(f"{subject}: {empty[0]} holds no image ({', '.join(EXTENSIONS)})")
     return [(path, label) for label, paths in enumerate(by_class) for path in paths]
 
 

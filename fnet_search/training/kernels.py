@@ -117,16 +117,16 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return y  # type: ignore[no-any-return]
 
 
-def merged(in_channels: int, groups: int, widths: tuple[int, ...]) -> int:
-    """How many groups of a convolution to compute as one block-diagonal group: a divisor of `groups`.
+def groups_to_merge(in_channels: int, groups: int, widths: tuple[int, ...]) -> int:
+    """How many groups to compute together as one block-diagonal group: a divisor of `groups`.
 
     `widths` are the target input channels per group, for groups of 1, 2, 4, ... channels; wider groups stay as they
     are.
     """
     own = in_channels // groups
     place = own.bit_length() - 1
-    aim = widths[place] if place < len(widths) else own
-    return max(m for m in range(1, groups + 1) if groups % m == 0 and m * own <= max(aim, own))
+    width = widths[place] if place < len(widths) else own
+    return max(m for m in range(1, groups + 1) if groups % m == 0 and m * own <= max(width, own))
 
 
 @lru_cache

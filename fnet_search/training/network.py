@@ -31,7 +31,7 @@ from fnet_search.arch.layers import (
 )
 from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.base.errors import FnetError
-from fnet_search.training.kernels import block_diagonal, merged, norm_relu
+from fnet_search.training.kernels import block_diagonal, groups_to_merge, norm_relu
 from fnet_search.training.weights import read_state
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def walk(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) 
         yield node, output
 
 
-def run(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> T:
+def output_of(network: Macroarchitecture, x: T, apply: Callable[[Node, list[T]], T]) -> T:
     """The output of a graph, the logits, for values of any kind."""
     outputs = [output for node, output in walk(network, x, apply) if node.name == network.output]
     return outputs[0]
@@ -222,7 +222,7 @@ class Network(nn.Module):
             if [reader.layer for reader in network.consumers(node.name)] == [Activation("relu")]
         )
         self._merged = {
-            node.name: merged(self.network.input_shapes(node)[0][0], node.layer.groups, group_widths)
+            node.name: groups_to_merge(self.network.input_shapes(node)[0][0], node.layer.groups, group_widths)
             for node in network.order
             if isinstance(node.layer, Conv)
         }
@@ -245,7 +245,7 @@ class Network(nn.Module):
         return output
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.network, x, self.apply_node)
+        return output_of(self.network, x, self.apply_node)
 
 
 def module_key(name: str) -> str:

@@ -35,8 +35,8 @@ class Numerics:
     fused: bool = False
     """Whether BatchNorm and its ReLU are one pass (`kernels.norm_relu`), compiled by torch.compile."""
     group_widths: tuple[int, ...] = ()
-    """Channels per group with which convolutions of 1, 2, 4, ... channels per group are computed, as block-diagonal
-    ones (`kernels.block_diagonal`); wider ones are computed as they are."""
+    """For convolutions of 1, 2, 4, ... channels per group: the channels per group that they are computed with, as
+    block-diagonal convolutions (`kernels.block_diagonal`). Beyond the end of the list, unchanged."""
     alone_threads: int = 1
     """Threads of a worker on the CPU while the others are idle (reference, final training)."""
 
@@ -125,9 +125,9 @@ def resolve(
     """The fastest numerics on this device, by timing a block of a network forward and backward.
 
     Takes three seconds, and up to 15 s more for compiling kernels the first time on a machine; cached in the process. A
-    worker on the CPU gets `threads`; if that is None, one, or its share of the cores if that is faster. Arguments that
-    are given are not timed. Raises FnetError for a device that is not available, and for a dtype or kernels that it
-    does not support.
+    worker on the CPU gets `threads`; if that is None, one, or its share of the cores if that is faster. Only what is
+    not given is chosen by timing; the memory format always is. Raises FnetError for a device that is not available, and
+    for a dtype or kernels that it does not support.
     """
     device = check_device(device)
     check_dtype(device, dtype)

@@ -1,4 +1,5 @@
-"""Recipes: how networks are trained, as data (``recipes/*.toml``, or a user's file)."""
+"""Recipes: how networks are trained, as data (``recipes/*.toml``, or a user's file), and the learning rate of each
+step."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +60,7 @@ class Recipe:
     warm_share: float = 0.2
     """Epochs of a training after a warm start, as a share of `epochs`; at least one epoch."""
     warm_rate: float = 0.25
-    """Its learning rate, as a share of `learning_rate`."""
+    """Learning rate of a training after a warm start, as a share of `learning_rate`."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -122,7 +123,7 @@ class Recipe:
         """Images per epoch, given the number of training images."""
         return max(2, round(self.epoch_share * training))
 
-    def rate(self, step: int, steps_per_epoch: int) -> float:
+    def learning_rate_at(self, step: int, steps_per_epoch: int) -> float:
         """Learning rate of a step, counted from 0."""
         if self.schedule == "steps":
             passed = sum(step >= milestone * steps_per_epoch for milestone in self.milestones)

@@ -48,7 +48,8 @@ class TrainingProgress:
 
 
 Report = Callable[[TrainingProgress], bool | None]
-"""Receives the progress of a training; returning True at the end of an epoch stops it (successive halving)."""
+"""Receives the progress of a training; returning True at the end of an epoch stops it (successive
+halving, or another process has taken the candidate over)."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def train(
         correct = torch.zeros((), dtype=torch.int64, device=numerics.device)
         for step, (chosen, theta) in enumerate(zip(order.tensor_split(steps), maps.tensor_split(steps), strict=True)):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(epoch * steps + step, steps)
+                group["lr"] = recipe.learning_rate_at(epoch * steps + step, steps)
             batch = data.train.take(chosen)
             images = augment(data.normalise(batch.images), theta).to(memory_format=numerics.memory_format)
             with numerics.arithmetic():

@@ -2,8 +2,8 @@
 
 A factorized layer is y = P relu(norm(G x)): G is the grouped kernel on patches x, P the pointwise kernel. If the norm
 shifts its channels far enough above zero, the ReLU passes them unchanged and y = P G x up to an offset: a least squares
-problem. Layers are fitted in network order, each to the parent's output of that layer, on what the child built so far
-feeds it.
+problem. Layers are fitted in network order: each to the parent's output of the same layer, reading the output of the
+child's layers fitted so far.
 """
 
 from collections.abc import MutableMapping
@@ -31,7 +31,7 @@ PLACES = 12_288
 output in the largest layers."""
 PATCH_RIDGE, POINTWISE_RIDGE = 1e-2, 1e-4
 """Ridges of the least squares, as shares of the mean variance. Neighbouring pixels are nearly equal, so the covariance
-of patches is nearly singular; that of hidden channels only if channels are dead or equal."""
+of patches is nearly singular; the covariance of hidden channels is so only if channels are dead or equal."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ share of the summed expected effects of all features."""
 LEAST_DOUBT = 0.002
 """The smallest such standard deviation (fraction of 1): where probes show almost nothing, and without probes."""
 TRAINING = 0.004
-"""Standard deviation of an accuracy from another seed and from what is not linear (fraction of 1), beside the sampling
-noise of the validation images."""
+"""Standard deviation of a score due to the seed and to nonlinear effects (fraction of 1), besides the sampling noise of
+the validation images."""
 DRAWS = 32
 """Draws of the weights. The plans compared are the best one for each draw and the best one for the mean."""
 
@@ -141,8 +141,9 @@ def probe_features(history: History, probes: Probes) -> list[Feature]:
     For changes this small, losses over a few hundred images are mostly sampling noise; the noise of the logits is not.
     Its effect on the loss is fitted over all probes together (non-negative least squares). Accuracies are noisier
     still, so the accuracy per nat of loss comes from the probed network (`_per_nat`). The noise that quantization adds
-    at one rate but not at its neighbours is mostly an accident of ranges, and a different one after training: weighted
-    fully, the best of many plans would be the luckiest. So it is discounted once more by KEPT.
+    at one rate but not at neighbouring rates is mostly an accident of the ranges and differs after training. With its
+    full weight, the plan with the best prediction would be the one with the luckiest ranges. So it is discounted once
+    more by KEPT.
     """
     changes, base = probes.changes, probes.unchanged
 
@@ -172,7 +173,8 @@ def _scores(measured: Evaluation | Probe, history: History) -> tuple[float, floa
     measured for another metric."""
     fp32, quint8 = measured.scores(history.constraints.metric)
     if quint8 is None:
-        raise FnetError(f"the probes have no {history.constraints.measured}; measure them with Setup(metric=...)")
+        wanted = history.constraints
+        raise FnetError(f"the probes have no {wanted.measured}; measure them with `metric` {wanted.metric!r}")
     return fp32 or 0.0, quint8
 
 

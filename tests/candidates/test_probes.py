@@ -35,7 +35,7 @@ from fnet_search.candidates.probes import (
     tail,
 )
 from fnet_search.importing.spaces import load_space
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.policy.asktell import AskTell
 from fnet_search.policy.constraints import parse_constraints
 from fnet_search.policy.evaluation import Probe, Probes
@@ -376,6 +376,11 @@ def test_probes_for_a_module_and_tensors(data: DataSet) -> None:
         (layer, rate) for layer, rates in legal_rates(space).items() for rate in rates[1:]
     ]
     assert AskTell(LayerGuided(), space, parse_constraints(space, "80%"), probes=found).ask() is not None
+    by_class = parse_constraints(space, "80%", metric="balanced-accuracy")
+    with pytest.raises(FnetError, match="no balanced accuracy; measure them with `metric` 'balanced-accuracy'"):
+        AskTell(LayerGuided(), space, by_class, probes=found).ask()
+    balanced = probes_for(model, None, given, metric="balanced-accuracy")
+    assert AskTell(LayerGuided(), space, by_class, probes=balanced).ask() is not None
     measure = partial(probes_for, scheme="percentile:1")
     found = measure(model, None, given)
     assert measure(space, None, given) == found

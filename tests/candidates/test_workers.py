@@ -129,7 +129,7 @@ def test_a_pool_within_this_process(data: DataSet, tmp_path: Path, expected: Eva
             pool.submit(Job(4, F2, tmp_path / "4"))
         (finished,) = results(pool)
         pool.submit(Job(5, F2, tmp_path / "5"))
-        while not pool.held:
+        while not pool.paused:
             list(pool.events(judge))
         assert pids() == []
     assert finished.evaluation == expected

@@ -9,7 +9,7 @@ import click
 import pytest
 
 from fnet_search import FnetError, Machine, evaluate, search
-from fnet_search.cli.options import with_options
+from fnet_search.cli.shared_options import with_options
 from fnet_search.engine.request import Request
 from tests.support.command_line import Result
 

@@ -223,7 +223,7 @@ def in_float64(total: Tensor, multiplier: Tensor, target: QuantParams) -> Tensor
 
 def test_a_float64_multiplier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """In most of the layers with sums next to halves."""
-    monkeypatch.setattr("fnet_search.quant.simulator.requantize", in_float64)
+    monkeypatch.setattr("fnet_search.quant.simulator.rescale", in_float64)
     assert sum(one.differing > 0 for one in stress(80, 1, False, False)) > 10
 
 
@@ -269,7 +269,7 @@ def test_a_float64_multiplier_is_found_where_it_matters(monkeypatch: pytest.Monk
     whole, layers = audited(quantized, x, model)
     assert all(layer.differing == 0 for layer in layers.values())
     assert whole == Audit(4, 4 * 4 * 12 * 12)
-    monkeypatch.setattr("fnet_search.quant.simulator.requantize", in_float64)
+    monkeypatch.setattr("fnet_search.quant.simulator.rescale", in_float64)
     whole, layers = audited(quantized, x, model)
     assert list(layers) == ["exact", "halves", "after", "f"]
     assert layers["exact"] == LayerAudit("exact", 4 * 16 * 12 * 12, 0, 0)

@@ -15,7 +15,7 @@ from fnet_search.candidates.probes import ProbeTask, probe_tasks, probes_from
 from fnet_search.engine.search_loop import ProbesProgressed, Started, search
 from fnet_search.engine.search_loop import trained as count_trained
 from fnet_search.importing.spaces import load_space
-from fnet_search.policy.asktell import REPEATS_IN_A_ROW, Refused
+from fnet_search.policy.asktell import REFUSALS_OF_ONE_PLAN, Refused
 from fnet_search.policy.conformance import made_up_probes as probes
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation, Probe, Role
@@ -138,7 +138,7 @@ class Clocked:
         return len(self.jobs)
 
     @property
-    def held(self) -> int:
+    def paused(self) -> int:
         return sum(None in entry for entry in self.jobs)
 
     def submit(self, job: Any) -> None:
@@ -295,9 +295,11 @@ class Raising:
 
 def test_a_policy_that_has_no_other_plan_is_stopped() -> None:
     record = Listed()
-    with pytest.raises(FnetError, match=r"keeps suggesting plan \S+, refused 10 times in a row: repeats"):
+    with pytest.raises(
+        FnetError, match=r"keeps suggesting plan \S+, refused 10 times since a plan was last accepted: repeats"
+    ):
         list(search(Stubborn(), record, Clocked(), 5))
-    assert len(record.evaluations) == REPEATS_IN_A_ROW
+    assert len(record.evaluations) == REFUSALS_OF_ONE_PLAN
 
 
 def test_a_policy_that_fails_is_named() -> None:
@@ -486,7 +488,7 @@ def test_at_the_deadline_trainings_wait_and_nothing_is_begun() -> None:
     with pytest.raises(TimeUp):
         list(search(Scripted([F4, F2, DWS, REGULAR]), record, pool, 4, Deadline(0)))
     assert list(record.running.values()) == [F4, F2, DWS]
-    assert (record.evaluations, pool.held, record.progressed) == ({}, 3, [2, 1, 0])
+    assert (record.evaluations, pool.paused, record.progressed) == ({}, 3, [2, 1, 0])
 
 
 def test_a_search_that_is_done_at_the_deadline_is_done() -> None:

@@ -14,8 +14,8 @@ from fnet_search.base.errors import FnetError
 from fnet_search.deploy.audit import audit
 from fnet_search.deploy.export import float_model, quantized_model
 from fnet_search.deploy.runtime import Runtime
-from fnet_search.importing.modules import load_imported
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.named_modules import load_imported
+from fnet_search.importing.translation import from_module
 from fnet_search.policy.evaluation import Audit
 from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold

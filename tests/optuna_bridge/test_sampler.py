@@ -515,7 +515,7 @@ def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end() -> None:
 
     small = Constraints(conv_macs=plan_cost(TINY, regular(TINY)).conv_macs - 1)
     study = optuna.create_study(direction="maximize", sampler=PolicySampler(Stubborn(), TINY, constraints=small))
-    with pytest.raises(FnetError, match="refused 10 times in a row: repeats candidate 0"):
+    with pytest.raises(FnetError, match="refused 10 times since a plan was last accepted: repeats candidate 0"):
         study.optimize(lambda trial: float(len(suggest_plan(trial, TINY).rates)))
     assert len(study.trials) == 11  # the last one failed
 

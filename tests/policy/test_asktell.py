@@ -8,7 +8,7 @@ from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.plan import FactorizationPlan, from_indices, regular, reverse_pyramid, uniform
 from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
-from fnet_search.policy.asktell import REFUSALS_IN_A_ROW, REPEATS_IN_A_ROW, AskTell
+from fnet_search.policy.asktell import REFUSALS_IN_A_ROW, REFUSALS_OF_ONE_PLAN, AskTell
 from fnet_search.policy.conformance import made_up_evaluation, made_up_probes
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import Evaluation
@@ -152,11 +152,11 @@ def test_a_policy_of_nothing_but_refused_plans_comes_to_an_end() -> None:
             return regular(TINY)
 
     loop = AskTell(Stubborn(), TINY, CEILING)
-    message = "keeps suggesting plan regular, refused 10 times in a row: repeats candidate 0"
+    message = "keeps suggesting plan regular, refused 10 times since a plan was last accepted: repeats candidate 0"
     for _ in range(2):  # asked once more it is refused at once
         with pytest.raises(FnetError, match=message):
             loop.ask()
-        assert len(loop.evaluations) == REPEATS_IN_A_ROW
+        assert len(loop.evaluations) == REFUSALS_OF_ONE_PLAN
     mended = AskTell(ReversePyramid(), TINY, CEILING, evaluations=loop.evaluations)
     assert mended.ask() is not None
 

@@ -15,7 +15,7 @@ from fnet_search.quant.fold import FoldedNetwork, fold
 from fnet_search.quant.quantize import quantize
 from fnet_search.quant.ranges import calibrate
 from fnet_search.quant.scheme import MINMAX
-from fnet_search.training.network import run
+from fnet_search.training.network import output_of
 from tests.support.networks import MIXED, REUSED, batches_of, normal, randomized, sequence
 
 TINY = load_space("tiny")
@@ -216,5 +216,5 @@ def test_what_is_equal_already_stays() -> None:
         assert torch.allclose(twice.weight[name], weight, rtol=2e-3, atol=0), name
     x = normal(2, 3, 32, 32)
     assert torch.allclose(
-        run(once.network, x, once.apply_node), twice(x), rtol=0, atol=1e-4 * float(once(x).abs().max())
+        output_of(once.network, x, once.apply_node), twice(x), rtol=0, atol=1e-4 * float(once(x).abs().max())
     )

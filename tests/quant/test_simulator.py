@@ -25,7 +25,7 @@ from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
 from fnet_search.quant.quant_params import QuantParams
 from fnet_search.quant.quantized_layer import QuantizedLayer
-from fnet_search.quant.simulator import QuantizedNetwork, accumulate, lookup_table, requantize
+from fnet_search.quant.simulator import QuantizedNetwork, accumulate, lookup_table, rescale
 from fnet_search.training.weights import read_tensors, write_tensors
 from tests.support.networks import BENT, GATED, MIXED, REUSED, SCALED, normal, sequence
 from tests.support.quint8_oracle import F32, added, check, clipped, dequantized, integer, requantized, summed
@@ -218,13 +218,13 @@ def test_a_concat_of_equal_scales_moves_the_zero_point() -> None:
 def test_requantizing_adds_the_zero_point_after_rounding() -> None:
     total = torch.tensor([-3, -1, 0, 1, 3, 5, 600, -600], dtype=torch.int32)
     half = torch.tensor([0.5])
-    assert requantize(total[None], half, QuantParams(1.0, 3)).tolist() == [[1, 3, 3, 3, 5, 5, 255, 0]]
-    assert requantize(total[None], half, QuantParams(1.0, 0)).tolist() == [[0, 0, 0, 0, 2, 2, 255, 0]]
+    assert rescale(total[None], half, QuantParams(1.0, 3)).tolist() == [[1, 3, 3, 3, 5, 5, 255, 0]]
+    assert rescale(total[None], half, QuantParams(1.0, 0)).tolist() == [[0, 0, 0, 0, 2, 2, 255, 0]]
 
 
 def test_each_channel_has_its_multiplier() -> None:
     total = torch.tensor([[[3], [-5]], [[100], [7]]], dtype=torch.int32)
-    found = requantize(total, torch.tensor([2.0, 0.5]), QuantParams(1.0, 10))
+    found = rescale(total, torch.tensor([2.0, 0.5]), QuantParams(1.0, 10))
     assert found.tolist() == [[[16], [8]], [[210], [14]]]  # -2.5 and 3.5 go to the even
 
 
@@ -236,7 +236,7 @@ def test_requantizing_multiplies_in_float32() -> None:
     for multiplier in rng.uniform(1e-6, 1e-5, 50).astype(F32):
         halves = ((rng.integers(-100, 155, 2000) + 0.5) / float(multiplier)).astype(np.int64)
         total = np.concatenate([halves, halves + 1, halves - 1]).astype(np.int32)
-        found = requantize(torch.from_numpy(total[None]), torch.tensor([multiplier]), target).numpy()
+        found = rescale(torch.from_numpy(total[None]), torch.tensor([multiplier]), target).numpy()
         assert np.array_equal(found, requantized(total[None], np.array([multiplier]), target))
         differ += int((found != clipped(np.rint(total * float(multiplier)) + 100)).sum())
     assert differ > 10

@@ -27,7 +27,7 @@ from fnet_search.report.layer_figures import (
     ranges_figure,
     selection,
 )
-from fnet_search.report.macs_figures import METRICS, macs_figure
+from fnet_search.report.macs_figures import PANELS, macs_figure
 from fnet_search.report.probe_figures import probes_figure
 from fnet_search.report.style import legend_columns, plan_name
 from tests.support.evaluations import failed, outcome, paper_evaluations, refused, residual_space, trained
@@ -148,7 +148,7 @@ def test_only_what_was_measured_is_drawn() -> None:
     assert sum(math.isfinite(y) for _, y in points(axes, "quint8")) == 2
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", PANELS)
 def test_nothing_trained_gives_a_figure_that_says_so(metric: str) -> None:
     for evaluations in ((), (refused(SPACE, regular(SPACE), 0),)):
         assert "no trained candidate" in str(

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fnet_search.arch.costs import network_cost
 from fnet_search.arch.macroarchitecture import Macroarchitecture
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.quant.fold import fold
 from fnet_search.training.network import pretrained
 

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.training.datasets import DataSet
-from fnet_search.training.kernels import block_diagonal, merged, norm_relu
+from fnet_search.training.kernels import block_diagonal, groups_to_merge, norm_relu
 from fnet_search.training.recipe import Augmentation, Recipe
 from tests.support.networks import CPU, FAST, MIXED, RESIDUAL, compiled, digits, normal, randomized
 from tests.support.training import Training, same, step, stopping
@@ -212,7 +212,7 @@ WIDTHS = (16, 16, 16, 16, 16)
 def test_how_many_groups_are_computed_as_one(
     in_channels: int, groups: int, widths: tuple[int, ...], expected: int
 ) -> None:
-    assert merged(in_channels, groups, widths) == expected
+    assert groups_to_merge(in_channels, groups, widths) == expected
 
 
 @pytest.mark.parametrize(

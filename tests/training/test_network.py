@@ -15,7 +15,7 @@ from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node
 from fnet_search.arch.plan import make_plan
 from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space
-from fnet_search.training.network import Network, activate, apply_stateless, build, pretrained, run, walk
+from fnet_search.training.network import Network, activate, apply_stateless, build, output_of, pretrained, walk
 from fnet_search.training.weights import write_tensors
 from tests.support.networks import ACTIVATIONS, MIXED, RESIDUAL, SCALED, STEPS, normal, randomized, sequence
 from tests.support.training import step
@@ -60,7 +60,7 @@ def test_a_walk_hands_inputs_over_in_order() -> None:
     assert written["a"] == "a(x)"
     assert written["c"] == "c(b(a(x)), a(x))"
     assert written["e"] == f"e(d({written['c']}, {written['c']}), {written['c']})"
-    assert run(network, "x", lambda node, inputs: f"{node.name}({', '.join(inputs)})") == written["e"]
+    assert output_of(network, "x", lambda node, inputs: f"{node.name}({', '.join(inputs)})") == written["e"]
 
 
 def test_a_layer_may_be_called_what_torch_calls_its_own() -> None:

@@ -35,9 +35,9 @@ def test_the_papers_recipe() -> None:
 def test_steps_drop_by_ten_at_each_milestone() -> None:
     paper, steps = load_recipe("paper"), 391
     for epoch, rate in [(0, 1e-2), (74, 1e-2), (75, 1e-3), (119, 1e-3), (120, 1e-4), (169, 1e-4), (170, 1e-5)]:
-        assert isclose(paper.rate(epoch * steps, steps), rate)
-        assert isclose(paper.rate(epoch * steps + steps - 1, steps), rate)
-    assert isclose(paper.rate(200 * steps - 1, steps), 1e-5)
+        assert isclose(paper.learning_rate_at(epoch * steps, steps), rate)
+        assert isclose(paper.learning_rate_at(epoch * steps + steps - 1, steps), rate)
+    assert isclose(paper.learning_rate_at(200 * steps - 1, steps), 1e-5)
 
 
 def test_milestones_move_with_the_number_of_epochs() -> None:
@@ -45,15 +45,15 @@ def test_milestones_move_with_the_number_of_epochs() -> None:
     short = paper.with_epochs(20)
     assert short.epochs == 20
     assert short.milestones == (75 * 20 / 200, 120 * 20 / 200, 170 * 20 / 200)
-    assert isclose(short.rate(74, 10), 1e-2)
-    assert isclose(short.rate(75, 10), 1e-3)
+    assert isclose(short.learning_rate_at(74, 10), 1e-2)
+    assert isclose(short.learning_rate_at(75, 10), 1e-3)
     assert paper.with_epochs(None) == paper.with_epochs(200) == paper
     assert short.augmentation == paper.augmentation
 
 
 def test_one_cycle_rises_and_falls_linearly() -> None:
     recipe = Recipe("r", epochs=4, batch_size=2, learning_rate=0.5, warmup=0.25)
-    rates = [recipe.rate(step, 5) for step in range(4 * 5)]
+    rates = [recipe.learning_rate_at(step, 5) for step in range(4 * 5)]
     assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert rates[5:] == pytest.approx([0.5 * left / 16 for left in range(15, 0, -1)])
 
@@ -63,7 +63,7 @@ def test_one_cycle_rises_and_falls_linearly() -> None:
 )
 def test_one_cycle_reaches_its_peak_once_and_stays_positive(epochs: int, steps: int, warmup: float) -> None:
     recipe = Recipe("r", epochs, 2, 0.5, warmup=warmup)
-    rates = [recipe.rate(step, steps) for step in range(epochs * steps)]
+    rates = [recipe.learning_rate_at(step, steps) for step in range(epochs * steps)]
     assert max(rates) <= 0.5
     assert min(rates) > 0
     assert max(rates) >= 0.5 * (1 - 1 / len(rates))
@@ -113,14 +113,20 @@ def test_a_warm_training_falls_from_a_small_rate() -> None:
     assert warm == Recipe(
         "r", 2, 16, 0.4 * 0.1, weight_decay=1e-4, warmup=0, warm_rate=0.1, augmentation=Augmentation(0.1)
     )
-    assert [warm.rate(step, 3) for step in range(6)] == pytest.approx([0.04 * left / 6 for left in range(6, 0, -1)])
+    assert [warm.learning_rate_at(step, 3) for step in range(6)] == pytest.approx(
+        [0.04 * left / 6 for left in range(6, 0, -1)]
+    )
 
 
 def test_milestones_of_a_warm_training_move_with_its_epochs() -> None:
     warm = load_recipe("paper").warm()
     assert (warm.epochs, warm.learning_rate) == (40, 0.0025)
     assert warm.milestones == (15, 24, 34)
-    drops = [epoch for epoch in range(1, 40) if warm.rate(epoch * 7, 7) < 0.9 * warm.rate(epoch * 7 - 1, 7)]
+    drops = [
+        epoch
+        for epoch in range(1, 40)
+        if warm.learning_rate_at(epoch * 7, 7) < 0.9 * warm.learning_rate_at(epoch * 7 - 1, 7)
+    ]
     assert drops == [15, 24, 34]
 
 
@@ -179,7 +185,7 @@ def test_recipes_that_cannot_be_read(tmp_path: Path) -> None:
 def test_cosine_falls_to_zero() -> None:
     """From the whole rate; a half of it in the middle; symmetric about it."""
     recipe = replace(load_recipe("quick"), schedule="cosine", epochs=4)
-    rates = [recipe.rate(step, 10) for step in range(40)]
+    rates = [recipe.learning_rate_at(step, 10) for step in range(40)]
     assert rates[0] == recipe.learning_rate
     assert rates[20] == pytest.approx(recipe.learning_rate / 2)
     assert [one + other for one, other in zip(rates[1:], rates[:0:-1], strict=True)] == pytest.approx(

@@ -17,7 +17,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError, first_line, unknown
 from fnet_search.base.plugins import fault, importable, load_object
 from fnet_search.importing import torchvision_names
-from fnet_search.importing.tracing import from_module
+from fnet_search.importing.translation import from_module
 from fnet_search.training.weights import read_state
 
 OWN = "own"
@@ -38,7 +38,7 @@ def load_imported(
     none, so that it is trained from scratch.
 
     Raises FnetError for a name that does not exist, code that fails, weights that do not fit, and modules that cannot
-    be imported (`tracing.from_module`).
+    be imported (`translation.from_module`).
     """
     where, _, what = name.rpartition(":")
     mean: tuple[float, ...] = ()

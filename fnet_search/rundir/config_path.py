@@ -7,7 +7,7 @@ from fnet_search.base.errors import FnetError
 CONFIG = "config.json"
 
 
-def config_file(folder: Path) -> Path:
+def config_path(folder: Path) -> Path:
     """The path of the configuration file. Raises FnetError if `folder` is not a run folder."""
     if not (folder / CONFIG).is_file():
         raise FnetError(f"{folder} is not a run folder: it has no {CONFIG}")

@@ -12,7 +12,7 @@ from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import named_plans
 from fnet_search.base.errors import FnetError
 from fnet_search.deploy.export import float_model, quantized_model
-from fnet_search.deploy.timing import OTHER, SETTLE, TimedGraph, interleaved, layer_latencies, layer_of, machine
+from fnet_search.deploy.latency import OTHER, SETTLE, TimedGraph, interleaved, layer_latencies, layer_of, machine
 from fnet_search.importing.spaces import load_space
 from fnet_search.quant.fold import fold
 from fnet_search.quant.quantize import quantize

@@ -21,7 +21,7 @@ from fnet_search.base.files import write_text
 from fnet_search.base.terminal import PlainTable
 from fnet_search.base.units import counted, millions
 from fnet_search.deploy.export import float_model, quantized_model
-from fnet_search.deploy.timing import (
+from fnet_search.deploy.latency import (
     FP32,
     OTHER,
     QUINT8,

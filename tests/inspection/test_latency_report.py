@@ -17,9 +17,9 @@ from fnet_search.arch.space_file import parse_space, to_toml
 from fnet_search.base.errors import FnetError
 from fnet_search.candidates.measure import evaluate_quantized
 from fnet_search.candidates.network_files import QUANTIZED, WEIGHTS
-from fnet_search.deploy.timing import OTHER, Latency, LayerLatency
+from fnet_search.deploy.latency import OTHER, Latency, LayerLatency
 from fnet_search.importing.spaces import load_space
-from fnet_search.inspection.latency import (
+from fnet_search.inspection.latency_report import (
     block_latencies,
     conditions,
     latency_figure,

@@ -243,7 +243,7 @@ def test_the_noise_of_balanced_accuracy_is_that_of_its_small_classes() -> None:
     base = (140 / 180 + 12 / 20) / 2
     assert model.base == (base, (150 / 180 + 15 / 20) / 2)
     assert model.noise == pytest.approx(math.sqrt(base * (1 - base) * (1 / 180 + 1 / 20)) / 2)
-    with pytest.raises(FnetError, match=r"^the probes have no balanced accuracy; measure them with Setup\(metric"):
+    with pytest.raises(FnetError, match=r"^the probes have no balanced accuracy; measure them with `metric`"):
         Model.of(LayerGuided(), History(TINY, limits, told, probes=probes(TINY)))
 
 

@@ -61,7 +61,7 @@ class StandIn:
     mark: Path
     """There while it trains."""
     count: int = 1
-    held: int = 0
+    paused: int = 0
     jobs: list[Job] = field(default_factory=list)
 
     @property

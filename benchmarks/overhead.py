@@ -91,7 +91,7 @@ class Untrained:
     def busy(self) -> int:
         return len(self.jobs)
 
-    held = 0
+    paused = 0
 
     def submit(self, job: Job) -> None:
         self.jobs.append(job)

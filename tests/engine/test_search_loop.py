@@ -483,7 +483,7 @@ def test_probes_are_not_measured_twice(stop: int) -> None:
 
 
 def test_at_the_deadline_trainings_wait_and_nothing_is_begun() -> None:
-    """The last of three workers is held, then the others; of what was begun nothing has ended."""
+    """The last of three workers is paused, then the others; of what was begun nothing has ended."""
     record, pool = Listed(), Clocked(3)
     with pytest.raises(TimeUp):
         list(search(Scripted([F4, F2, DWS, REGULAR]), record, pool, 4, Deadline(0)))

@@ -162,7 +162,9 @@ class Macroarchitecture:
                 if owner == name:
                     raise LayerError(index, name, "this name is taken; every layer needs a name of its own")
                 if owner is not None:
-                    clash = f"the name {own!r} is taken by layer {owner!r}: names of weights have a dot for a slash"
+                    clash = (
+                        f"the name {own!r} is taken by layer {owner!r}: in the names of weights a slash becomes a dot"
+                    )
                     become = ", ".join(f"NAME.{part}" for part in PARTS)
                     raise LayerError(index, name, f"{clash}, and a factorized layer NAME becomes {become}")
                 taken[own.replace("/", ".")] = name
@@ -244,21 +246,21 @@ ONLY_CLASSES = "fnet-search is for classification with one class per image"
 ONE_OUTPUT = f"it gives one number per image; end it with one logit for each of two or more classes: {ONLY_CLASSES}"
 
 
-OF_OTHER_TASKS = ("sigmoid", "hardsigmoid", "log_sigmoid", "tanh")
+NON_CLASSIFIER_OUTPUTS = ("sigmoid", "hardsigmoid", "log_sigmoid", "tanh")
 """Last functions of networks for multi-label classification or regression."""
 
 
 def check_classifier(space: Macroarchitecture) -> None:
     """Raises FnetError for a network of another task: a single output, or outputs that pass a function of
-    OF_OTHER_TASKS."""
+    NON_CLASSIFIER_OUTPUTS."""
     if space.classes < 2:
         raise FnetError(ONE_OUTPUT)
     node: Node | None = space.order[-1]
     while node is not None and not isinstance(node.layer, Weighted) and len(node.inputs) == 1:
-        if isinstance(node.layer, Activation) and node.layer.function in OF_OTHER_TASKS:
+        if isinstance(node.layer, Activation) and node.layer.function in NON_CLASSIFIER_OUTPUTS:
             raise FnetError(
-                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels per image or for numbers; "
-                f"{ONLY_CLASSES}: end it with the logits, without the {node.layer.function}"
+                f"it ends with a {node.layer.function}, {node.name!r}, as for several labels per image or for "
+                f"regression; {ONLY_CLASSES}: end it with the logits, without the {node.layer.function}"
             )
         node = space.by_name.get(node.inputs[0])
 
@@ -304,7 +306,7 @@ def normalising(space: Macroarchitecture, text: str | None) -> Macroarchitecture
     return replace(space, mean=mean, std=std)
 
 
-def beyond_the_first(space: Macroarchitecture) -> Macroarchitecture:
+def with_default_factorizable(space: Macroarchitecture) -> Macroarchitecture:
     """The same network with every convolution factorizable where it pays: those with a kernel larger than 1x1 and
     without groups, except those that read the image."""
     early = {INPUT}

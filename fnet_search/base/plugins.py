@@ -67,21 +67,21 @@ def load_object(where: str, what: str) -> Any:
 def fault(error: BaseException, where: str) -> str:
     """Describes an error of a user's code, with the innermost line of the file or module `where` that led to it:
     ``ValueError: no plan today (halving.py, line 12)``."""
-    said = f"{type(error).__name__}: {first_line(error)}"
+    description = f"{type(error).__name__}: {first_line(error)}"
     file = _file_of(where)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).resolve() == file]
     if not frames or isinstance(error, SyntaxError):  # the message of a SyntaxError names its place
-        return said
+        return description
     shown = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
-    return f"{said} ({shown}, line {frames[-1].lineno})"
+    return f"{description} ({shown}, line {frames[-1].lineno})"
 
 
 def _file_of(where: str) -> Path:
-    known = getattr(sys.modules.get(where), "__file__", None)
-    if known is None and not where.endswith(".py"):
+    file = getattr(sys.modules.get(where), "__file__", None)
+    if file is None and not where.endswith(".py"):
         with suppress(Exception):  # `where` may not be importable
-            known = getattr(importlib.util.find_spec(where), "origin", None)
-    return Path(known or where).resolve()
+            file = getattr(importlib.util.find_spec(where), "origin", None)
+    return Path(file or where).resolve()
 
 
 def _from_file(path: Path) -> Any:

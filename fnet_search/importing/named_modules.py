@@ -21,7 +21,7 @@ from fnet_search.importing.translation import from_module
 from fnet_search.training.weights import read_state
 
 OWN = "own"
-"""`weights` that stands for those that a module is created with."""
+"""The value of `weights` that keeps the weights with which a module was created."""
 
 
 def load_imported(

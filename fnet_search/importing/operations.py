@@ -49,10 +49,10 @@ MOVES = {
 }  # fmt: skip
 """Operators that only move values; `aten.pad` in its modes that pad with values of the image."""
 
-NOTHING = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
+IDENTITIES = {aten.dropout, aten.feature_dropout, aten._to_copy, aten.to, aten._assert_tensor_metadata}
 """Operators that are the identity in evaluation mode and float32."""
 
-SHAPED = {aten.full_like, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones_like, aten.zeros_like}
+SHAPE_ONLY = {aten.full_like, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones_like, aten.zeros_like}
 """Operators that give a constant: they only use the shape of their input."""
 
 NO_SOFTMAX = "it gives probabilities where logits are needed; leave it out, since the training loss includes it"
@@ -108,7 +108,7 @@ def _require(good: bool, problem: str) -> None:
 
 def _by_channel(call: Call, value: Tensor, trained: bool) -> tuple[float, ...]:
     """A tensor that broadcasts against the operator's output, as one number or one per channel. Raises FnetError if it
-    differs otherwise."""
+    varies between positions or images."""
     shape = call.result
     padded = (1,) * (len(shape) + 1 - value.ndim) + tuple(value.shape)
     size = size_text(tuple(value.shape)) or "one"
@@ -371,7 +371,7 @@ def _pad(call: Call) -> Layers:
     _require(call.given.get("value") in (None, 0), "it pads with a constant other than zero; only zero is supported")
     _ = call.size  # raises for a vector
     pads = [*call.given["pad"], *[0] * 8][:8]  # before and after, the last axis first
-    _require(not any(pads[6:]), "it adds images")
+    _require(not any(pads[6:]), "it pads the batch; only channels, rows and columns can be padded")
     _require(min(pads) >= 0, "negative padding is not supported; take a slice instead, as in x[:, :, 1:]")
     return [Pad((pads[4], pads[2], pads[0]), (pads[5], pads[3], pads[1]))] if any(pads) else []
 

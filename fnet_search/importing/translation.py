@@ -39,18 +39,18 @@ from fnet_search.arch.macroarchitecture import (
     ONLY_CLASSES,
     Macroarchitecture,
     Node,
-    beyond_the_first,
     check_classifier,
+    with_default_factorizable,
 )
 from fnet_search.base.errors import FnetError
 from fnet_search.base.units import size_text
 from fnet_search.importing.operations import (
+    IDENTITIES,
     LAYERS,
     MOVES,
-    NOTHING,
     OPERANDS,
     REASONS,
-    SHAPED,
+    SHAPE_ONLY,
     SUPPORTED,
     WEIGHTS,
     Call,
@@ -133,7 +133,7 @@ class _Import:
             check_classifier(space)
         except FnetError as error:
             raise FnetError(f"cannot import {name}: {error}") from None
-        return beyond_the_first(space)
+        return with_default_factorizable(space)
 
     def logits(self, outputs: Sequence[object]) -> str:
         """The node of the network's output. Raises FnetError unless that is one vector of logits per image."""
@@ -207,10 +207,10 @@ class _Import:
         """Records the value of a traced operation: a constant, moved values, or the output of new layers."""
         target = node.target
         packet = getattr(target, "overloadpacket", None)
-        passed = packet in NOTHING and not _arguments(node).get("train")
+        passed = packet in IDENTITIES and not _arguments(node).get("train")
         if not passed and torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise FnetError("it is random, in evaluation mode too; remove it")
-        if packet in SHAPED or all(source.name in self.constants for source in node.all_input_nodes):
+        if packet in SHAPE_ONLY or all(source.name in self.constants for source in node.all_input_nodes):
             self.compute(node)
             return
         if target is operator.getitem:

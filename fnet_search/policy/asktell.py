@@ -165,13 +165,13 @@ class AskTell:
             raise FnetError(f"{limits.measured} needs results by class; give the evaluation classes=(...)")
         number = next((number for number, plan in self._running.items() if plan == evaluation.plan), None)
         if number is None and evaluation.state != "refused":
-            for known in self.evaluations:
-                if known.plan == evaluation.plan and known.state != "refused":
-                    raise FnetError(f"plan {known.plan} was told before, as candidate {known.number}")
+            for earlier in self.evaluations:
+                if earlier.plan == evaluation.plan and earlier.state != "refused":
+                    raise FnetError(f"plan {earlier.plan} was told before, as candidate {earlier.number}")
         number = self._next() if number is None else number
         self._running.pop(number, None)
         numbered = replace(evaluation, number=number)
-        self.evaluations = tuple(sorted((*self.evaluations, numbered), key=lambda known: known.number))
+        self.evaluations = tuple(sorted((*self.evaluations, numbered), key=lambda earlier: earlier.number))
         return numbered
 
     def refuse(self, plan: FactorizationPlan, reason: str) -> Evaluation:

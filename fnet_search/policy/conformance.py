@@ -128,16 +128,16 @@ class PolicyConformance:
         limits = Constraints(plan_cost(space, regular(space)).conv_macs, min_quint8=0.99, max_drop=0.01)
         loop = self._loop(constraints=limits)
         for number, plan in enumerate(_asked(loop, self.trials)):
-            whole = made_up_evaluation(space, plan)
+            good = made_up_evaluation(space, plan)
             bad = (
-                replace(whole, state="failed", reason="it cannot be quantized", quint8_accuracy=None),
+                replace(good, state="failed", reason="it cannot be quantized", quint8_accuracy=None),
                 replace(
-                    whole, state="failed", reason="loss is NaN", fp32_accuracy=None, quint8_accuracy=None, layers=()
+                    good, state="failed", reason="loss is NaN", fp32_accuracy=None, quint8_accuracy=None, layers=()
                 ),
-                replace(whole, state="pruned", reason="behind", quint8_accuracy=None, accuracies=(0.5,), layers=()),
-                replace(whole, fp32_accuracy=None, layers=()),
-                replace(whole, quint8_accuracy=0.0),
-                whole,
+                replace(good, state="pruned", reason="behind", quint8_accuracy=None, accuracies=(0.5,), layers=()),
+                replace(good, fp32_accuracy=None, layers=()),
+                replace(good, quint8_accuracy=0.0),
+                good,
             )
             loop.tell(bad[number % len(bad)])
             assert type(self).policy().suggest(loop.history()) == loop.policy.suggest(loop.history())
@@ -164,8 +164,8 @@ class PolicyConformance:
         half = Constraints(conv_macs=(smallest_conv_macs(space) + plan_cost(space, regular(space)).conv_macs) // 2)
         loop, steps = self._loop(constraints=half, seed=seed), list[tuple[History, FactorizationPlan | None]]()
         while len(steps) < self.trials and (plan := loop.ask()) is not None:
-            known = replace(loop.history(), running=(), number=loop.history().number - 1)
-            steps.append((known, plan))
+            asked_with = replace(loop.history(), running=(), number=loop.history().number - 1)
+            steps.append((asked_with, plan))
             loop.tell(made_up_evaluation(space, plan))
         return [*steps, (loop.history(), None)] if plan is None else steps
 

@@ -88,11 +88,11 @@ class Scored:
         if metric == "accuracy":
             fp32, quint8 = (None if share is None else exact(share, self.images) for share in self.scores(metric))
             return fp32, quint8
-        known = [result for result in self.classes if result.images]
-        if not known:
+        nonempty = [result for result in self.classes if result.images]
+        if not nonempty:
             return None, None
-        fp32 = sum((Fraction(result.fp32_right, result.images) for result in known), Fraction()) / len(known)
-        quint8 = sum((Fraction(result.quint8_right, result.images) for result in known), Fraction()) / len(known)
+        fp32 = sum((Fraction(result.fp32_right, result.images) for result in nonempty), Fraction()) / len(nonempty)
+        quint8 = sum((Fraction(result.quint8_right, result.images) for result in nonempty), Fraction()) / len(nonempty)
         return fp32, quint8
 
     def effective_images(self, metric: MetricName) -> float:

@@ -39,12 +39,12 @@ def balanced_interval(classes: Iterable[tuple[int, int]]) -> tuple[float, float]
     sqrt(sum((p - l)^2)) / K below the mean recall and sqrt(sum((u - p)^2)) / K above it (Zou and Donner, 2008). Raises
     ValueError without images.
     """
-    known = [(right / images, *interval(right, images)) for right, images in classes if images]
-    if not known:
+    nonempty = [(right / images, *interval(right, images)) for right, images in classes if images]
+    if not nonempty:
         raise ValueError("there are no images")
-    mean = sum(share for share, _, _ in known) / len(known)
-    below = sqrt(sum((share - low) ** 2 for share, low, _ in known)) / len(known)
-    above = sqrt(sum((high - share) ** 2 for share, _, high in known)) / len(known)
+    mean = sum(share for share, _, _ in nonempty) / len(nonempty)
+    below = sqrt(sum((share - low) ** 2 for share, low, _ in nonempty)) / len(nonempty)
+    above = sqrt(sum((high - share) ** 2 for share, _, high in nonempty)) / len(nonempty)
     return mean - below, mean + above
 
 

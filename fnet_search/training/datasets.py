@@ -189,29 +189,33 @@ def load_dataset(
     if input_shape[0] not in (1, 3):
         raise FnetError(f"the space's input has {input_shape[0]} channels; data sets need one with 1 or 3")
     root, splits, files = root_of(name), dict[str, Split](), dict[str, Samples]()
-    own = validation_folder(root, validation) if split == "validation" else None
+    validation_path = validation_folder(root, validation) if split == "validation" else None
     if root is not None:
-        classes, files = list_folder(root, needs_test=own is None)
+        classes, files = list_folder(root, needs_test=validation_path is None)
     else:
         classes, *loaded = _load(name, folder, download)
         splits = {part: _fit(split, input_shape) for part, split in zip(("train", "test"), loaded, strict=True)}
-    if own is not None:
-        files["validation"] = samples(own, classes, f"validation images {own}")
+    if validation_path is not None:
+        files["validation"] = samples(validation_path, classes, f"validation images {validation_path}")
     read, unreadable = read_images(files, input_shape, progress, skip_unreadable)
     splits |= {part: Split(torch.from_numpy(images), torch.tensor(labels)) for part, (images, labels) in read.items()}
-    train, mean, std = splits["train"], *_moments(splits["train"].images)
+    train, mean, std = splits["train"], *_mean_and_std(splits["train"].images)
     test = splits.get("test", train.take(torch.arange(0)))
     facts = tuple(mean.tolist()), tuple(std.tolist()), root is not None or _source(name).flips
     data = DataSet(name, classes, train, test, test, *facts, unreadable=unreadable)
     if split == "test":
         return data
-    if own is None:
+    if validation_path is None:
         return hold_out(data)
-    where = own.relative_to(root) if root is not None and own.is_relative_to(root) else own
+    where = (
+        validation_path.relative_to(root)
+        if root is not None and validation_path.is_relative_to(root)
+        else validation_path
+    )
     return replace(data, evaluation=splits["validation"], validation=str(where))
 
 
-def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of uint8 images [N, C, H, W] in [0, 1], float32 [C].
 
     Computed from counts of the 256 values: exact, and without a float copy of all images.

@@ -283,9 +283,9 @@ def pretrained(network: Macroarchitecture, initializer: str = "glorot_uniform", 
     if network.weights is None:
         raise FnetError(f"space {network.name!r} has no weights; import it with weights, or train it from scratch")
     module = build(network, initializer, seed)
-    own = module.state_dict()
-    known = {name: w for name, w in network.weights.items() if name in own and own[name].shape == w.shape}
-    module.load_state_dict({**own, **known})
+    initial = module.state_dict()
+    loaded = {name: w for name, w in network.weights.items() if name in initial and initial[name].shape == w.shape}
+    module.load_state_dict({**initial, **loaded})
     return module
 
 
@@ -295,9 +295,9 @@ def load_weights(network: Macroarchitecture, path: Path) -> Macroarchitecture:
     state = read_state(path)
     last = network.classifier
     weight = None if last is None else state.get(f"layers.{module_key(last.name)}.weight")
-    own = network if weight is None else network.with_classes(weight.shape[0])
-    shapes = {name: tensor.shape for name, tensor in Network(own).state_dict().items()}
+    resized = network if weight is None else network.with_classes(weight.shape[0])
+    shapes = {name: tensor.shape for name, tensor in Network(resized).state_dict().items()}
     wrong = [name for name in {**shapes, **state} if name not in state or shapes.get(name) != state[name].shape]
     if wrong:
         raise FnetError(f"{path} does not hold the weights of space {network.name!r}: {wrong[0]!r} does not fit")
-    return replace(own, weights=state)
+    return replace(resized, weights=state)

@@ -82,20 +82,20 @@ def warm_start(
 
     def apply(node: Node, inputs: list[_Both]) -> _Both:
         if node.name not in parts:
-            outputs = _outputs(child, node, [both.child for both in inputs])
-            if all(both.parent is both.child for both in inputs):  # nothing changed so far: computed once
+            outputs = _outputs(child, node, [pair.child for pair in inputs])
+            if all(pair.parent is pair.child for pair in inputs):  # nothing changed so far: computed once
                 return _Both(outputs, outputs)
-            return _Both(_outputs(parent, node, [both.parent for both in inputs]), outputs)
+            return _Both(_outputs(parent, node, [pair.parent for pair in inputs]), outputs)
         name, _, part = node.name.rpartition(".")
-        wanted, fed = inputs[0].parent, inputs[0].child
+        target_output, child_input = inputs[0].parent, inputs[0].child
         if part == "grouped":  # from this part on, the parent's side is the output of its whole layer
             if name not in targets:
-                targets[name] = _target(parent, _conv(child.network, node.name), name, wanted, fed)
+                targets[name] = _target(parent, _conv(child.network, node.name), name, target_output, child_input)
             _fit(parent, child, name, targets[name])
             if node is last:  # no later fit reads what the child computes
                 return inputs[0]
-            wanted = targets[name].wanted
-        return _Both(wanted, _outputs(child, node, [fed]))
+            target_output = targets[name].wanted
+        return _Both(target_output, _outputs(child, node, [child_input]))
 
     samples, mode = list(batches()), child.training
     child.eval()

@@ -218,12 +218,12 @@ def statistics_features(history: History, probes: Probes) -> list[Feature]:
                 total = sum(measured[name] for name in convolutions(layer, rate))
                 trained.setdefault((layer, rate), []).append(total)
         means = {key: float(np.mean(values)) for key, values in trained.items()}
-        both = [means[key] - probed[key] for key in means.keys() & probed.keys()]
-        shift = float(np.mean(sorted(both))) if both else 0.0
-        known = {**{key: amount + shift for key, amount in probed.items()}, **means}
+        differences = [means[key] - probed[key] for key in means.keys() & probed.keys()]
+        shift = float(np.mean(sorted(differences))) if differences else 0.0
+        amounts = {**{key: amount + shift for key, amount in probed.items()}, **means}
         table = {
             layer: np.array(
-                [known.get((layer, rate), 0.0) - known.get((layer, probes.plan[layer]), 0.0) for rate in rates]
+                [amounts.get((layer, rate), 0.0) - amounts.get((layer, probes.plan[layer]), 0.0) for rate in rates]
             )
             for layer, rates in legal.items()
         }
@@ -257,7 +257,7 @@ class Model:
     """quint8 and fp32 accuracy of the probed network."""
     evaluations: tuple[Evaluation, ...]
     noise: float
-    """Binomial standard error of a score on the validation split; 0 if its size is not known."""
+    """Binomial standard error of a score on the validation split; 0 if its size is not amounts."""
     process: GaussianProcessRegressor
 
     @staticmethod
@@ -289,12 +289,14 @@ class Model:
         drop = self.base[1] - self.base[0]  # of the probed network, for hosts that only know quint8 accuracies
         scores = [evaluation.scores(self.history.constraints.metric) for evaluation in self.evaluations]
         outputs = [(quint8 or 0.0, (quint8 or 0.0) + drop if fp32 is None else fp32) for fp32, quint8 in scores]
-        known = np.array(outputs, dtype=np.float64).reshape(-1, 2)
+        observed = np.array(outputs, dtype=np.float64).reshape(-1, 2)
         if plans:
-            self.process.fit(self.inputs(plans), known - self.prior(plans))
+            self.process.fit(self.inputs(plans), observed - self.prior(plans))
         if running:
-            both, expected = [*plans, *running], self.predict(running)[0]
-            self.process.fit(self.inputs(both), np.vstack([known, expected]) - self.prior(both))
+            plans_and_running, expected = [*plans, *running], self.predict(running)[0]
+            self.process.fit(
+                self.inputs(plans_and_running), np.vstack([observed, expected]) - self.prior(plans_and_running)
+            )
         return self
 
     def inputs(self, plans: list[FactorizationPlan]) -> Values:

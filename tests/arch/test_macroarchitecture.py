@@ -24,7 +24,7 @@ from fnet_search.arch.layers import (
     Shuffle,
     Slice,
 )
-from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node, beyond_the_first, factorizing
+from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture, Node, factorizing, with_default_factorizable
 from fnet_search.arch.space_file import parse_space, to_toml
 from fnet_search.base.errors import FnetError
 from fnet_search.importing.spaces import load_space, save_space
@@ -385,7 +385,7 @@ def factorizable(space: Macroarchitecture) -> list[str]:
 
 def test_what_is_factorized_by_itself() -> None:
     """Neither what reads the image, with a pool between or not, nor kernels of 1, nor groups."""
-    assert factorizable(beyond_the_first(FORKED)) == ["b.one"]
+    assert factorizable(with_default_factorizable(FORKED)) == ["b.one"]
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_what_is_factorized_by_itself() -> None:
     ],
 )
 def test_patterns(factorize: tuple[str, ...], keep: tuple[str, ...], found: list[str]) -> None:
-    changed = factorizing(beyond_the_first(FORKED), factorize, keep)
+    changed = factorizing(with_default_factorizable(FORKED), factorize, keep)
     assert factorizable(changed) == found
     assert changed.shapes == FORKED.shapes
 
@@ -463,7 +463,7 @@ def test_other_classes_where_the_logits_are_scaled(one: Layer, several: Layer) -
         (
             '{ name = "out", kind = "dense", out_features = 4 }, { name = "end", kind = "activation", '
             'function = "sigmoid" }',
-            "it ends with a sigmoid, 'end', as for several labels per image or for numbers; fnet-search is for ",
+            "it ends with a sigmoid, 'end', as for several labels per image or for regression; fnet-search is for ",
         ),
     ],
 )

@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "sigmoid": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Sigmoid()),
-        "it ends with a sigmoid, '2', as for several labels per image or for numbers; fnet-search is for ",
+        "it ends with a sigmoid, '2', as for several labels per image or for regression; fnet-search is for ",
     ),
     "sigmoid of a map": (
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.Hardsigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -441,7 +441,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "tanh": (
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 13 * 11, 2), nn.Tanh()),
-        "it ends with a tanh, '2', as for several labels per image or for numbers",
+        "it ends with a tanh, '2', as for several labels per image or for regression",
     ),
     "clamp by the image": (Of(lambda x: x.clamp(min=x.mean())), r"\(mean\): means and maxima are only supported over"),
     "clamp by a tensor": (Of(lambda x: x.clamp(min=x.mean((2, 3), True))), r"\(clamp\): its bounds must be numbers"),
@@ -461,7 +461,10 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     ),
     "padded with ones": (Of(lambda x: F.pad(x, (1, 1, 1, 1), value=1)), "pads with a constant other than zero"),
     "padded by less than nothing": (Of(lambda x: F.pad(x, (-1, 0))), "negative padding is not supported; take a slice"),
-    "padded with images": (Of(lambda x: F.pad(x, (0,) * 7 + (1,))), "it adds images"),
+    "padded with images": (
+        Of(lambda x: F.pad(x, (0,) * 7 + (1,))),
+        "it pads the batch; only channels, rows and columns can be padded",
+    ),
     "pixels from channels": (
         Of(lambda x: F.pixel_shuffle(x, 2).repeat(1, 4, 1, 1)),
         "no layer moves values like this, from 8x13x11 to 8x26",

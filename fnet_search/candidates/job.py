@@ -6,6 +6,7 @@ from pathlib import Path
 from fnet_search.arch.costs import plan_cost
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.plan import FactorizationPlan, regular
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.policy.evaluation import Evaluation, Role, SplitName, State
 from fnet_search.policy.metric import MetricName
 from fnet_search.quant.scheme import PAPER, Scheme, schemes_text
@@ -34,6 +35,8 @@ class Setup:
     """Whether the regular network is trained first. Its scheme is then that of the probes and of the history."""
     validation: str = ""
     """What the validation split is (`Evaluation.validation`)."""
+    weight_type: WeightType = "int8"
+    """How exported files store weights."""
 
     def recipe_of(self, job: "Job") -> Recipe:
         """The recipe of a candidate: that of the run, with fewer or more epochs by role and start."""

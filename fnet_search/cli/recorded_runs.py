@@ -20,12 +20,14 @@ from fnet_search.cli.shared_options import (
     parse_scheme_options,
     quiet,
     scheme_options,
+    weight_type_option,
 )
 from fnet_search.rundir.config_path import config_path
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from fnet_search.deploy.weight_type import WeightType
     from fnet_search.engine.progress import TerminalDisplay
     from fnet_search.engine.study_record import StudyRecord
     from fnet_search.report.outcome import Outcome
@@ -78,11 +80,12 @@ def _opened(folder: Path) -> "RecordedRun":
     "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="ONNX file to write."
 )
 @click.option("--float", "as_float", is_flag=True, help="Export the folded float32 network instead of the quint8 one.")
-def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -> None:
+@weight_type_option
+def export(folder: Path, candidates: str | None, output: Path, as_float: bool, weight_type: "WeightType") -> None:
     """Write a trained network of a run as an ONNX file.
 
-    quint8 networks become a QDQ graph with uint8 weights and activations and int32 biases. The input is float32 of
-    shape [N, C, H, W], normalised as the file's metadata say.
+    quint8 networks become a QDQ graph with int8 or uint8 weights, uint8 activations and int32 biases. The input is
+    float32 of shape [N, C, H, W], normalised as the file's metadata say.
     """
     from fnet_search.deploy.export import IR_VERSION, OPSET, float_model, quantized_model, write_model
     from fnet_search.rundir.recorded_run import metadata
@@ -96,11 +99,12 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool) -
     folded, quantized = network.load(opened.space)
     precision = "float32" if as_float else "quint8"
     facts = metadata(opened.config, opened.space, network.evaluation, opened.test(network), precision)
-    write_model(output, float_model(folded, facts) if as_float else quantized_model(quantized, facts))
+    write_model(output, float_model(folded, facts) if as_float else quantized_model(quantized, facts, weight_type))
     size = output.stat().st_size / 1e3
+    stored = "" if as_float else f" with {weight_type} weights"
     shape = "x".join(map(str, opened.space.input_shape))
     click.echo(
-        f"{output}: candidate {network.id} ({facts['plan_label']}), {precision}, {size:,.0f} kB, "
+        f"{output}: candidate {network.id} ({facts['plan_label']}), {precision}{stored}, {size:,.0f} kB, "
         f"ONNX opset {OPSET}, IR version {IR_VERSION}, input Nx{shape} float32"
     )
 

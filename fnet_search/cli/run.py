@@ -21,6 +21,7 @@ from fnet_search.cli.shared_options import (
     space_options,
     until_time_is_up,
     validation_option,
+    weight_type_option,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _shared(command: Any) -> Any:
         click.option(
             "--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of the policy and of all trainings."
         ),
+        weight_type_option,
         click.option(
             "--out",
             type=click.Path(path_type=Path),

@@ -155,6 +155,14 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
     return int(sizes[1]), int(sizes[2]), int(sizes[3])
 
 
+weight_type_option = click.option(
+    "--weight-type",
+    type=click.Choice(["int8", "uint8"]),
+    default="int8",
+    help="How ONNX files store weights: int8 has faster kernels; the results are the same, bit for bit.",
+)
+
+
 def quiet() -> None:
     """Silences Optuna's own line for each trial, which the display shows already."""
     import optuna

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fnet_search.arch.macroarchitecture import Macroarchitecture, factorizing, normalising
 from fnet_search.arch.plan import FactorizationPlan, check_plan, parse_plan
 from fnet_search.base.errors import FnetError, check_least
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.engine.request import Machine, Request
 from fnet_search.importing.spaces import load_space
 from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS, check_there
@@ -48,6 +49,7 @@ class Arguments:
     factorize: Iterable[str] = ()
     keep: Iterable[str] = ()
     scheme: Scheme | str = AUTO
+    weight_type: WeightType = "int8"
     seed: int = 0
     out: Path | str | None = None
     storage: str | None = None
@@ -82,6 +84,7 @@ class Arguments:
             validation=absolute_path(self.validation),
             recipe=recipe,
             schemes=parse_schemes(self.scheme) if isinstance(self.scheme, str) else (self.scheme,),
+            weight_type=self.weight_type,
             seed=self.seed,
             fidelity=Fidelity(finetune=self.finetune),
             storage=self.storage,

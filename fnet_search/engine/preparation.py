@@ -148,6 +148,7 @@ def prepare_run(request: Request, run: RunFolder, display: Display) -> Prepared:
         request.constraints.metric,
         request.fidelity.warm_start or bool(requirements(request.policy)),
         validation_images,
+        request.weight_type,
     )
     prepared = Prepared(request, data, workers, setup)
     display.say(balance.counts_line(data.classes, prepared.counts))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.arch.space_file import parse_space, to_toml
 from fnet_search.base.errors import FnetError, check_least, unknown
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.optuna_bridge.storage_url import LEASE_SECONDS, masked
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import SplitName
@@ -100,6 +101,8 @@ class Request:
     data."""
     audit_all: bool = False
     """Whether every candidate is audited, not only the winner."""
+    weight_type: WeightType = "int8"
+    """How exported files store weights. It changes no result, so a run may be resumed with another one."""
     storage: str | None = None
     """URL of the storage that the study is shared in; None: the study is in the run folder."""
     artifacts: str | None = None
@@ -110,6 +113,8 @@ class Request:
     machine: Machine = Machine()
 
     def __post_init__(self) -> None:
+        if self.weight_type not in get_args(WeightType):
+            raise unknown("`weight_type`", self.weight_type, get_args(WeightType))
         if self.split not in get_args(SplitName):
             raise unknown("split", self.split, get_args(SplitName))
         if self.split == "test" and self.validation is not None:

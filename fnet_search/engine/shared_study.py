@@ -15,6 +15,7 @@ from optuna.study import Study
 from fnet_search.arch.macroarchitecture import Macroarchitecture
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.engine.request import JoinRequest, Request, as_json, completed, request_from
 from fnet_search.engine.study_record import Sharing
 from fnet_search.optuna_bridge.storage import has_study, open_artifacts, open_url
@@ -51,6 +52,7 @@ class SharedRun:
     fidelity: Mapping[str, Any]
     trials: int
     audit_all: bool
+    weight_type: WeightType
     artifacts: str
     """The artifact store with the weights, as in `Request.artifacts`."""
     lease: float
@@ -64,6 +66,7 @@ class SharedRun:
             self.fidelity,
             trials=self.trials,
             audit_all=self.audit_all,
+            weight_type=self.weight_type,
             lease=self.lease,
             machine=join.machine,
             storage=join.storage,
@@ -122,6 +125,7 @@ def share_run(study: Study, request: Request, data: DataSet, artifacts: Path | s
         asdict(request.fidelity),
         request.trials,
         request.audit_all,
+        request.weight_type,
         str(artifacts),
         request.lease,
     )

@@ -27,6 +27,7 @@ from fnet_search.base.files import replacing
 from fnet_search.candidates.job import Job, Setup, Start, unfinished
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
 from fnet_search.candidates.probes import ProbeTask, probe_tasks, probes_from
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.optuna_bridge.leases import TAKEOVERS, Claim, Ledger
 from fnet_search.optuna_bridge.pruner import EqualStart
 from fnet_search.optuna_bridge.storage import has_study, together
@@ -345,6 +346,11 @@ class StudyRecord:
             evaluation for evaluation in self.evaluations if evaluation.number in kept and evaluation.role != "final"
         )
         return choose_parent(possible, plan, self.constraints.metric)
+
+    @property
+    def weight_type(self) -> WeightType:
+        """How the run's exported files store weights."""
+        return self.setup.weight_type if self.setup else self.run.weight_type
 
     @property
     def _setup(self) -> Setup:

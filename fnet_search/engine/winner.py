@@ -31,7 +31,7 @@ def test_winner(record: StudyRecord, data: DataSet, pool: Pool, display: Display
     if winner is None:
         return None
     measured = run.read_test(winner)
-    if run.has_best(winner) and (measured or not data.has_test):
+    if run.has_best(winner, record.weight_type) and (measured or not data.has_test):
         return measured
     network = RecordedNetwork(winner, run.candidate(winner.number), run.codes(winner))
     record.fetch(winner.number)
@@ -56,7 +56,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
     """
     run, winner = record.run, network.evaluation
     folded, quantized = network.load(record.space)
-    runtime = Runtime(quantized_model(quantized), torch.get_num_threads())
+    runtime = Runtime(quantized_model(quantized, weight_type=record.weight_type), torch.get_num_threads())
     if winner.audit is None:
         total = Audit()
         for part in audit(quantized, runtime, (data.normalise(images) for images, _ in data.evaluation.batches(250))):
@@ -70,7 +70,7 @@ def measure_winner(record: StudyRecord, network: RecordedNetwork, data: DataSet,
     if data.has_test:
         test = measures.complete(replace(winner, split="test", validation="", layers=(), common=None))
     facts = metadata(run.config(), record.space, winner, test, "quint8")
-    run.write_best(winner, test, quantized_model(quantized, facts), measures.confusion)
+    run.write_best(winner, test, quantized_model(quantized, facts, record.weight_type), measures.confusion)
     return test
 
 

@@ -69,11 +69,12 @@ def requantize(
     if (recorded := opened.quantized(network, (quantized.scheme,))) is not None:
         return recorded
     folder = scratch or scheme_folder(network.candidate, str(quantized.scheme))
-    runtime = Runtime(quantized_model(quantized.network), torch.get_num_threads())
+    weight_type = opened.run.weight_type
+    runtime = Runtime(quantized_model(quantized.network, weight_type=weight_type), torch.get_num_threads())
     evaluation = replace(network.evaluation, layers=(), audit=None, common=None)
     requantized = evaluate_quantized(evaluation, trained, quantized, data, seed, folder, runtime, on_images)
     facts = metadata(opened.config, opened.space, requantized, None, "quint8")
-    write_model(folder / MODEL, quantized_model(quantized.network, facts))
+    write_model(folder / MODEL, quantized_model(quantized.network, facts, weight_type))
     opened.run.write_candidate(requantized, folder)
     if scratch is None:
         frame = requantized_frame(opened)

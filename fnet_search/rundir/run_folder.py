@@ -37,7 +37,8 @@ from fnet_search.base.errors import FnetError
 from fnet_search.base.files import read_json, write_json, write_text
 from fnet_search.base.version import __version__
 from fnet_search.candidates.network_files import CHECKPOINT, QUANTIZED, WEIGHTS
-from fnet_search.deploy.export import MODEL, write_model
+from fnet_search.deploy.export import MODEL, read_weight_type, write_model
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.policy.constraints import Constraints
 from fnet_search.policy.evaluation import HELD_OUT, Audit, Evaluation, Probes
 from fnet_search.policy.explanation import Explanation
@@ -299,9 +300,16 @@ class RunFolder:
         shutil.rmtree(self.best, ignore_errors=True)
         fresh.rename(self.best)
 
-    def has_best(self, winner: Evaluation) -> bool:
-        """Whether ``best/`` holds the files of this very network."""
-        return self._best(winner, "evaluation.json") is not None and (self.best / MODEL).is_file()
+    @property
+    def weight_type(self) -> WeightType:
+        """How the run's exported files store weights: as ``best/model.onnx``, or as int8 if there is none."""
+        path = self.best / MODEL
+        return read_weight_type(path) if path.is_file() else "int8"
+
+    def has_best(self, winner: Evaluation, weight_type: WeightType) -> bool:
+        """Whether ``best/`` holds the files of this very network, its ONNX file with weights of this type."""
+        same = self._best(winner, "evaluation.json") is not None
+        return same and (self.best / MODEL).is_file() and self.weight_type == weight_type
 
     def read_test(self, winner: Evaluation) -> Evaluation | None:
         """The winner's test result, if this very network was measured before."""

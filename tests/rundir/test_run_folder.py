@@ -287,9 +287,10 @@ def test_the_winner_is_copied_and_replaced(run: RunFolder) -> None:
     assert run.read_test(first) == one(0, 0.4)
     assert run.read_test(second) is None
     leave_requantized(run, second)
-    assert (run.has_best(first), run.has_best(second)) == (True, False)
+    assert (run.has_best(first, "uint8"), run.has_best(second, "uint8")) == (True, False)
     run.write_best(second, None, ModelProto(producer_name="second"))
-    assert (run.has_best(first), run.has_best(second)) == (False, True)
+    assert (run.has_best(first, "uint8"), run.has_best(second, "uint8")) == (False, True)
+    assert not run.has_best(second, "int8"), "the file does not say so, as those of earlier versions"
     assert run.read_test(second) is None, "there are no test images"
     run.write_best(second, one(1, 0.8), ModelProto(producer_name="second"))
     assert run.read_test(first) is None

@@ -75,6 +75,8 @@ def search(arguments: SearchArguments) -> Outcome:
             the float network's), ``"paper"``, or a scheme.
         seed: of the policy and of all trainings.
         audit_all: audits every candidate in ONNX Runtime, not only the winner.
+        weight_type: how ONNX files store weights, ``"int8"`` or ``"uint8"``, with the same results. Default: as those
+            of the run, int8 in a new one.
         out: the run folder. Default: ``runs/<space>-<data set>-<policy>-<budget>``.
         storage: URL of a storage (`storage.open_url`) in which the study is shared with workers that join it
             (`run.join_study`).

@@ -35,8 +35,8 @@ class Setup:
     """Whether the regular network is trained first. Its scheme is then that of the probes and of the history."""
     validation: str = ""
     """What the validation split is (`Evaluation.validation`)."""
-    weight_type: WeightType = "int8"
-    """How exported files store weights."""
+    weight_type: WeightType | None = None
+    """How exported files store weights. None: as those of the run do, int8 in a new one."""
 
     def recipe_of(self, job: "Job") -> Recipe:
         """The recipe of a candidate: that of the run, with fewer or more epochs by role and start."""

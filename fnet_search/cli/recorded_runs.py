@@ -81,7 +81,9 @@ def _opened(folder: Path) -> "RecordedRun":
 )
 @click.option("--float", "as_float", is_flag=True, help="Export the folded float32 network instead of the quint8 one.")
 @weight_type_option
-def export(folder: Path, candidates: str | None, output: Path, as_float: bool, weight_type: "WeightType") -> None:
+def export(
+    folder: Path, candidates: str | None, output: Path, as_float: bool, weight_type: "WeightType | None"
+) -> None:
     """Write a trained network of a run as an ONNX file.
 
     quint8 networks become a QDQ graph with int8 or uint8 weights, uint8 activations and int32 biases. The input is
@@ -99,6 +101,7 @@ def export(folder: Path, candidates: str | None, output: Path, as_float: bool, w
     folded, quantized = network.load(opened.space)
     precision = "float32" if as_float else "quint8"
     facts = metadata(opened.config, opened.space, network.evaluation, opened.test(network), precision)
+    weight_type = weight_type or opened.run.weight_type
     write_model(output, float_model(folded, facts) if as_float else quantized_model(quantized, facts, weight_type))
     size = output.stat().st_size / 1e3
     stored = "" if as_float else f" with {weight_type} weights"
@@ -164,7 +167,8 @@ def _exported(
     elif file is None and not named and opened.split == "validation":
         file = opened.run.best / MODEL
     if file is None:
-        return "a fresh export", quantized_model(network.load(opened.space)[1])
+        _, quantized = network.load(opened.space)
+        return "a fresh export", quantized_model(quantized, weight_type=opened.run.weight_type)
     model, facts = read_model(file)
     if facts.get("precision") != "quint8":
         raise FnetError(f"{file} is a {facts.get('precision')} export; the audit needs a quint8 export")

@@ -158,7 +158,7 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
 weight_type_option = click.option(
     "--weight-type",
     type=click.Choice(["int8", "uint8"]),
-    default="int8",
+    show_default="as the run's files, int8 in a new run",
     help="How ONNX files store weights: int8 has faster kernels; the results are the same, bit for bit.",
 )
 

@@ -49,7 +49,7 @@ class Arguments:
     factorize: Iterable[str] = ()
     keep: Iterable[str] = ()
     scheme: Scheme | str = AUTO
-    weight_type: WeightType = "int8"
+    weight_type: WeightType | None = None
     seed: int = 0
     out: Path | str | None = None
     storage: str | None = None

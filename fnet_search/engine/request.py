@@ -101,8 +101,9 @@ class Request:
     data."""
     audit_all: bool = False
     """Whether every candidate is audited, not only the winner."""
-    weight_type: WeightType = "int8"
-    """How exported files store weights. It changes no result, so a run may be resumed with another one."""
+    weight_type: WeightType | None = None
+    """How exported files store weights; None: as those of the run do, int8 in a new one. It changes no result, so a run
+    may be resumed with another one."""
     storage: str | None = None
     """URL of the storage that the study is shared in; None: the study is in the run folder."""
     artifacts: str | None = None
@@ -113,7 +114,7 @@ class Request:
     machine: Machine = Machine()
 
     def __post_init__(self) -> None:
-        if self.weight_type not in get_args(WeightType):
+        if self.weight_type is not None and self.weight_type not in get_args(WeightType):
             raise unknown("`weight_type`", self.weight_type, get_args(WeightType))
         if self.split not in get_args(SplitName):
             raise unknown("split", self.split, get_args(SplitName))

@@ -52,7 +52,7 @@ class SharedRun:
     fidelity: Mapping[str, Any]
     trials: int
     audit_all: bool
-    weight_type: WeightType
+    weight_type: WeightType | None
     artifacts: str
     """The artifact store with the weights, as in `Request.artifacts`."""
     lease: float

@@ -350,7 +350,7 @@ class StudyRecord:
     @property
     def weight_type(self) -> WeightType:
         """How the run's exported files store weights."""
-        return self.setup.weight_type if self.setup else self.run.weight_type
+        return (self.setup and self.setup.weight_type) or self.run.weight_type
 
     @property
     def _setup(self) -> Setup:

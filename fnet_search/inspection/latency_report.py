@@ -84,7 +84,8 @@ def time_networks(
         subjects: list[tuple[RecordedNetwork, str, Macroarchitecture, TimedGraph]] = []
         for network in dict.fromkeys(networks):
             folded, quantized = network.load(opened.space)
-            for precision, model in ((QUINT8, quantized_model(quantized)), (FP32, float_model(folded))):
+            integer = quantized_model(quantized, weight_type=opened.run.weight_type)
+            for precision, model in ((QUINT8, integer), (FP32, float_model(folded))):
                 graph = TimedGraph(model, batch, Path(folder) / f"{len(subjects)}")
                 subjects.append((network, precision, folded.network, graph))
         samples = interleaved([graph.sample for *_, graph in subjects], rounds, seen)

@@ -55,6 +55,21 @@ def test_export_writes_what_other_programs_can_run(fnet: Callable, run: Path, wi
     assert read_model(Path("float.onnx"))[1]["precision"] == "float32"
 
 
+def test_export_stores_weights_as_asked_for(fnet: Callable, run: Path) -> None:
+    """The codes are the same: an audit of either file finds no difference."""
+    for weight_type in ("int8", "uint8"):
+        code, out, _ = fnet("export", "run", "--weight-type", weight_type, "-o", f"{weight_type}.onnx")
+        assert code == 0
+        assert f", quint8 with {weight_type} weights, " in out
+        model, facts = read_model(Path(f"{weight_type}.onnx"))
+        assert facts["weight_type"] == weight_type
+        weights = [tensor.data_type for tensor in model.graph.initializer if tensor.name.endswith(".weight")]
+        assert set(weights) == {getattr(onnx.TensorProto, weight_type.upper())}
+        code, out, _ = fnet("audit", "run", "--onnx", f"{weight_type}.onnx")
+        assert code == 0
+        assert ": 0 of 3,600 output codes" in out
+
+
 def test_audit_of_the_winner_and_of_every_layer(fnet: Callable, run: Path, winner: str) -> None:
     before = files_in(run)
     code, out, err = fnet("audit", "run")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fnet_search.deploy.export import read_weight_type
 from fnet_search.training.weights import read_tensors
 from tests.support.command_line import PLAIN, SMALL, TINY, Result, files_in, last_line, process
 from tests.support.networks import compiled
@@ -54,6 +56,22 @@ def test_report_makes_figures_and_report_again(fnet: Callable, tmp_path: Path, f
     assert sorted(path.name for path in (folder / "figures").iterdir()) == sorted(
         path.name for path in (finished[0] / "figures").iterdir()
     )
+
+
+def test_the_winners_file_is_stored_as_the_last_run_asked_for(
+    fnet: Callable, tmp_path: Path, finished: tuple[Path, Result]
+) -> None:
+    """A run that does not ask leaves it as it is; nothing else changes."""
+    folder = tmp_path / "again"
+    shutil.copytree(finished[0], folder)
+    before = files_in(folder)
+    for asked, stored in (("uint8", "uint8"), (None, "uint8"), ("int8", "int8")):
+        options = () if asked is None else ("--weight-type", asked)
+        assert fnet("run", *SMALL, *options, "--out", "again")[0] == 0
+        assert read_weight_type(folder / "best/model.onnx") == stored
+        after = files_in(folder)
+        assert {name for name in before if before[name] != after[name]} <= {"best/model.onnx", "journal.log"}
+    assert after["best/model.onnx"] == before["best/model.onnx"]
 
 
 def test_a_policy_of_a_third_party_is_used_by_name(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fnet_search.arch.plan import parse_plan
 from fnet_search.deploy.audit import LayerAudit, audit, audit_layers, compare_codes
 from fnet_search.deploy.export import coded, codes_name, quantized_model
 from fnet_search.deploy.runtime import Runtime, with_outputs
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.importing.spaces import load_space
 from fnet_search.policy.evaluation import Audit
 from fnet_search.quant.bias_correction import correct_biases
@@ -97,9 +99,11 @@ def random_network(rng: np.random.Generator, dense: bool, per_channel: bool) -> 
 
 
 def stress(count: int, seed: int, dense: bool, per_channel: bool) -> Iterator[Audit]:
+    """Every second network with int8 weights."""
     for number in range(count):
         quantized, x = random_network(np.random.default_rng((seed, number)), dense, per_channel)
-        yield from audit(quantized, Runtime(quantized_model(quantized)), [x])
+        model = quantized_model(quantized, weight_type="int8" if number % 2 else "uint8")
+        yield from audit(quantized, Runtime(model), [x])
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["a scale a tensor", "a scale a channel"])
@@ -147,13 +151,15 @@ def test_whole_networks(name: str, plan: str, scheme: str, images: int) -> None:
     quantized = quantize_trained(randomized(space), parse_scheme(scheme), data, 0).network
     x = data.normalise(data.train.images)
     assert all(len(codes.unique()) > 3 for _, codes in quantized.codes(x))
-    (whole,) = audit(quantized, Runtime(quantized_model(quantized)), [x])
-    assert whole == Audit(images, images * space.classes)
-    model = with_outputs(quantized_model(quantized), [codes_name(node) for node in coded(quantized)])
-    ((again, layers),) = audit_layers(quantized, Runtime(model), [x])
-    assert again == whole
     sizes = {node.name: images * int(np.prod(quantized.network.shapes[node.name])) for node in quantized.network.order}
-    assert layers == tuple(LayerAudit(node, sizes[node], 0, 0) for node in coded(quantized))
+    for weight_type in get_args(WeightType):
+        exported = quantized_model(quantized, weight_type=weight_type)
+        (whole,) = audit(quantized, Runtime(exported), [x])
+        assert whole == Audit(images, images * space.classes)
+        model = with_outputs(exported, [codes_name(node) for node in coded(quantized)])
+        ((again, layers),) = audit_layers(quantized, Runtime(model), [x])
+        assert again == whole
+        assert layers == tuple(LayerAudit(node, sizes[node], 0, 0) for node in coded(quantized))
 
 
 def every_code(quantized: QuantizedNetwork, x: Tensor) -> int:
@@ -286,7 +292,7 @@ def test_changed_weights_are_found_in_their_layer(name: str) -> None:
     quantized = quantize_trained(randomized(MIXED), Scheme(), data, 0).network
     (outputs,) = (output for node, output in quantized.codes(x) if node.name == quantized.carrier[name])
     channel = int(outputs.transpose(0, 1).flatten(1).float().std(1).argmax())
-    model = quantized_model(quantized)
+    model = quantized_model(quantized, weight_type="uint8")
     (weight,) = (constant for constant in model.graph.initializer if constant.name == f"{name}.weight")
     codes = numpy_helper.to_array(weight).copy()
     codes[channel] = 255 - codes[channel]

@@ -1,6 +1,6 @@
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -15,8 +15,17 @@ from fnet_search.arch.macroarchitecture import INPUT, Macroarchitecture
 from fnet_search.arch.plan import parse_plan
 from fnet_search.base.errors import FnetError
 from fnet_search.base.version import __version__
-from fnet_search.deploy.export import coded, codes_name, float_model, quantized_model, read_model, write_model
+from fnet_search.deploy.export import (
+    coded,
+    codes_name,
+    float_model,
+    quantized_model,
+    read_model,
+    read_weight_type,
+    write_model,
+)
 from fnet_search.deploy.runtime import Runtime
+from fnet_search.deploy.weight_type import WeightType
 from fnet_search.importing.spaces import load_space
 from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
@@ -73,16 +82,22 @@ def test_the_graph(space: Macroarchitecture, scheme: str) -> None:
         assert readers[name] > 0 or name == "logits"
 
 
+@pytest.mark.parametrize("weight_type", get_args(WeightType))
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_a_layer_holds(scheme: str) -> None:
+def test_what_a_layer_holds(scheme: str, weight_type: WeightType) -> None:
+    """int8 weights are the codes less 128, and so are their zero points."""
     network = quantized_network(MIXED, scheme)
-    held = initializers(quantized_model(network))
+    model = quantized_model(network, {"plan": "regular"}, weight_type)
+    held, less = initializers(model), 128 if weight_type == "int8" else 0
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts.pop("session_config", None) == ('{"session.x64quantprecision": "1"}' if less else None)
+    assert facts == {"plan": "regular", "weight_type": weight_type}
     for name, layer in network.layers.items():
         source = network.params[network.carrier[network.network.by_name[name].inputs[0]]]
         scales = np.array([one.scale for one in layer.params], dtype=np.float32)
-        zeros = np.array([one.zero for one in layer.params], dtype=np.uint8)
+        zeros = np.array([one.zero - less for one in layer.params], dtype=weight_type)
         expected = {
-            "weight": layer.codes.numpy(),
+            "weight": (layer.codes.numpy().astype(int) - less).astype(weight_type),
             "weight_scale": scales,
             "weight_zero": zeros,
             "bias": layer.bias.numpy(),
@@ -186,12 +201,19 @@ def test_its_graph_is_as_portable(space: Macroarchitecture) -> None:
 
 def test_a_model_comes_back_from_its_file(tmp_path: Path) -> None:
     facts = {"plan": "a=1,b=2", "scheme": "mse+per-channel", "note": "ü\n"}
-    for number, model in enumerate(
-        [quantized_model(quantized_network(TINY), facts), float_model(fold(randomized(TINY)), facts)]
+    config = {"session_config": '{"session.x64quantprecision": "1"}'}
+    network = quantized_network(TINY)
+    for number, (model, more) in enumerate(
+        [
+            (quantized_model(network, facts), {"weight_type": "int8", **config}),
+            (quantized_model(network, facts, "uint8"), {"weight_type": "uint8"}),
+            (float_model(fold(randomized(TINY)), facts), {}),
+        ]
     ):
         path = tmp_path / f"{number}.onnx"
         write_model(path, model)
-        assert read_model(path) == (model, facts)
+        assert read_model(path) == (model, {**facts, **more})
+        assert read_weight_type(path) == more.get("weight_type", "uint8")
         first = path.read_bytes()
         write_model(path, model)
         assert path.read_bytes() == first

@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from fnet_search.base.errors import FnetError
+from fnet_search.deploy import runtime as runtimes
 from fnet_search.deploy.export import LOGITS, codes_name, float_model, quantized_model
-from fnet_search.deploy.runtime import Runtime, with_outputs
+from fnet_search.deploy.runtime import Runtime, saturates, with_outputs
 from fnet_search.quant.calibration import quantize_trained
 from fnet_search.quant.fold import fold
 from fnet_search.quant.scheme import Scheme
@@ -54,3 +58,28 @@ def test_a_model_that_does_not_load_is_refused_in_a_line() -> None:
     with pytest.raises(FnetError, match=r"^ONNX Runtime cannot load the exported network: .*Unheard") as caught:
         Runtime(model)
     assert "\n" not in str(caught.value)
+
+
+INFO = Path("/proc/cpuinfo")
+
+
+@pytest.mark.skipif(not INFO.is_file(), reason="the instruction sets of this processor are not known")
+def test_a_processor_with_vnni_does_not_saturate() -> None:
+    """Each pair of products of the layer that is measured is beyond 16 bits."""
+    assert 2 * 255 * 127 > 2**15 - 1
+    if re.search(r"vnni|asimddp", INFO.read_text()):
+        assert not saturates()
+
+
+def test_where_sums_saturate_the_session_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "session.x64quantprecision"
+    for saturating in (False, True):
+        monkeypatch.setattr(runtimes, "saturates", lambda saturating=saturating: saturating)
+        runtime = Runtime(quantized_model(QUANTIZED))
+        options = runtime.session.get_session_options()
+        if saturating:
+            assert options.get_session_config_entry(key) == "1"
+        else:
+            with pytest.raises(RuntimeError):
+                options.get_session_config_entry(key)
+        assert torch.equal(runtime(X), QUANTIZED(X))

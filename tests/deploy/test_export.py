@@ -217,7 +217,7 @@ def test_a_model_comes_back_from_its_file(tmp_path: Path) -> None:
         first = path.read_bytes()
         write_model(path, model)
         assert path.read_bytes() == first
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "0.onnx", tmp_path / "1.onnx"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / f"{number}.onnx" for number in range(3)]
 
 
 def foreign(producer: str) -> bytes:

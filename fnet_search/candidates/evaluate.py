@@ -106,8 +106,10 @@ def _attempt(setup: Setup, data: DataSet, job: Job, seed: int, report: Report) -
     except FnetError as error:
         raise TrainingFailed(f"cannot be quantized: {error}") from None
     write_tensors(folder / WEIGHTS, trained.state_dict(), {"plan": str(job.plan)})
-    model = quantized_model(quantized.network, weight_type=setup.weight_type or "int8")
-    runtime = Runtime(model, setup.numerics.threads) if setup.audited else None
+    runtime = None
+    if setup.audited:
+        model = quantized_model(quantized.network, weight_type=setup.weight_type or "int8")
+        runtime = Runtime(model, setup.numerics.threads)
     seen = partial(stages.after, "measuring")
     own = evaluate_quantized(evaluation, trained, quantized, data, setup.seed, folder, runtime, seen)
     if job.common in (None, quantized.scheme):

@@ -116,9 +116,13 @@ def read_model(path: Path) -> tuple[ModelProto, dict[str, str]]:
     return model, {entry.key: entry.value for entry in model.metadata_props}
 
 
-def read_weight_type(path: Path) -> WeightType:
-    """How an ONNX file that `write_model` wrote stores weights. Files of earlier versions do not say it: uint8."""
-    facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+def read_weight_type(path: Path) -> WeightType | None:
+    """How an ONNX file that `write_model` wrote stores weights. Files of earlier versions do not say it: uint8. None if
+    the file is missing or broken."""
+    try:
+        facts = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    except Exception:  # protobuf raises what it likes
+        return None
     return "int8" if facts.get("weight_type") == "int8" else "uint8"
 
 
@@ -238,9 +242,8 @@ class _Graph:
             case Pool(reduction="global_average"):
                 return add("GlobalAveragePool")
             case Pool():
-                down, right = layer.overhang(
-                    self.network.input_shapes(node)[0]
-                )  # explicit, since runtimes disagree on ceil_mode
+                # Explicit pads, since runtimes disagree on ceil_mode.
+                down, right = layer.overhang(self.network.input_shapes(node)[0])
                 pads = [*layer.padding, layer.padding[0] + down, layer.padding[1] + right]
                 window = {"kernel_shape": layer.kernel, "strides": layer.step, "pads": pads}
                 if layer.reduction == "max":
@@ -365,9 +368,8 @@ def _model(graph: _Graph, network: Macroarchitecture, metadata: Mapping[str, str
         for name, shape in ((INPUT, network.input_shape), (LOGITS, network.shapes[network.output]))
     ]
     read = {name for node in graph.nodes for name in node.input} | {LOGITS}
-    nodes = [
-        node for node in graph.nodes if read & set(node.output)
-    ]  # a tensor that only tables read is not dequantized
+    # A tensor that only tables read is not dequantized.
+    nodes = [node for node in graph.nodes if read & set(node.output)]
     model = helper.make_model(
         helper.make_graph(nodes, network.name, ends[:1], ends[1:], graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -303,13 +303,12 @@ class RunFolder:
     @property
     def weight_type(self) -> WeightType:
         """How the run's exported files store weights: as ``best/model.onnx``, or as int8 if there is none."""
-        path = self.best / MODEL
-        return read_weight_type(path) if path.is_file() else "int8"
+        return read_weight_type(self.best / MODEL) or "int8"
 
     def has_best(self, winner: Evaluation, weight_type: WeightType) -> bool:
         """Whether ``best/`` holds the files of this very network, its ONNX file with weights of this type."""
         same = self._best(winner, "evaluation.json") is not None
-        return same and (self.best / MODEL).is_file() and self.weight_type == weight_type
+        return same and read_weight_type(self.best / MODEL) == weight_type
 
     def read_test(self, winner: Evaluation) -> Evaluation | None:
         """The winner's test result, if this very network was measured before."""

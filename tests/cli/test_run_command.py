@@ -72,6 +72,10 @@ def test_the_winners_file_is_stored_as_the_last_run_asked_for(
         after = files_in(folder)
         assert {name for name in before if before[name] != after[name]} <= {"best/model.onnx", "journal.log"}
     assert after["best/model.onnx"] == before["best/model.onnx"]
+    for broken in (b"half a fi", before["best/model.onnx"][:-1000]):
+        (folder / "best/model.onnx").write_bytes(broken)
+        assert fnet("run", *SMALL, "--out", "again")[0] == 0
+        assert (folder / "best/model.onnx").read_bytes() == before["best/model.onnx"], "it is written again"
 
 
 def test_a_policy_of_a_third_party_is_used_by_name(

@@ -88,7 +88,7 @@ Watch = Callable[[Node, Tensor], None]
 """Called with a node and its float output, a batch."""
 
 MAX_HELD_VALUES = 1 << 26
-"""At most so many activations are held in memory between the two passes: 256 MiB in float32."""
+"""The most activations that are held in memory between the two passes: 256 MiB in float32."""
 
 
 def calibrate(

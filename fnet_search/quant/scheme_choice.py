@@ -26,9 +26,9 @@ from fnet_search.quant.simulator import QuantizedNetwork
 from fnet_search.training.datasets import DataSet
 
 CHOICE_SAMPLES = 1024
-"""At most so many training samples, other than those of the calibration, choose a scheme."""
+"""The most training samples that choose a scheme, other than those of the calibration."""
 FIRST_ROUND = 128
-"""At most so many of them choose ranges and weight scales; the others decide on bias correction."""
+"""The most of them that choose ranges and weight scales; the others decide on bias correction."""
 MIN_IMAGES = 32
 CLEAR_ERRORS = 3.0
 """A round ends early once at least MIN_IMAGES images separate the best scheme from each other one by CLEAR_ERRORS
